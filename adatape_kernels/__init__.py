@@ -1,0 +1,9 @@
+"""AdaTape for PyTorch: Transformers whose input sequence is elastic, with kernels to match."""
+
+__version__ = "0.1.0"
+
+from adatape_kernels import layers, models, ops, scenic
+from adatape_kernels.backend import use_backend
+from adatape_kernels.elastic import ElasticBatch
+
+__all__ = ["ElasticBatch", "layers", "models", "ops", "scenic", "use_backend"]

@@ -1,0 +1,162 @@
+"""Which implementation serves an op: the registry, the choice, and `use_backend`.
+
+`define_op` declares an op `adatape::name` once. Implementations register under the name of a
+backend, and each call takes the first backend in the device's order that serves the tensor, or the
+one that `use_backend` names. The choice is made when the op runs, not when it is traced, so a
+compiled graph honours the `use_backend` around its call.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKENDS = ("eager", "cpp", "triton", "cuda")
+
+# Fastest first. The eager reference serves every device, so it closes each list.
+_PREFERENCE = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+
+_ABSENT = "this installation has no such implementation"
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's function for one op, with the devices (None: all) and dtypes that it serves."""
+
+    function: Callable[..., Any]
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+
+    def refusal(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Return why a tensor cannot be served, or None when it can."""
+        if self.devices is not None and device_type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}"
+        if dtype not in self.dtypes:
+            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}"
+        return None
+
+
+_library = torch.library.Library("adatape", "DEF")
+_implementations: dict[str, dict[str, Implementation]] = {}
+
+
+class _Forced(threading.local):
+    backend: str | None = None
+
+
+_forced = _Forced()
+
+
+def define_op(schema: str, fake: Callable[..., Any]) -> Any:
+    """Declare `adatape::<schema>` with its fake and return the op.
+
+    The op's first argument, a tensor, decides device and dtype. `register` adds implementations.
+    """
+    name = schema[: schema.index("(")]
+    _implementations[name] = {}
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any) -> Any:
+        return choose(name, args[0])(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adatape::{name}", fake, lib=_library)
+    return getattr(torch.ops.adatape, name).default
+
+
+def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Attach the derivative of `adatape::<name>`."""
+    torch.library.register_autograd(
+        f"adatape::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def register(
+    op: str,
+    backend: str,
+    *,
+    devices: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+) -> Callable[[Callable], Callable]:
+    """Make the decorated function the implementation of `op` in `backend`."""
+
+    def decorate(function: Callable) -> Callable:
+        _implementations[op][backend] = Implementation(function, devices, dtypes)
+        return function
+
+    return decorate
+
+
+def registered_ops() -> tuple[str, ...]:
+    """Return the names of the declared ops, backward ones included."""
+    return tuple(_implementations)
+
+
+def current_backend() -> str | None:
+    """Return the backend that `use_backend` forces on this thread, or None."""
+    return _forced.backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Serve every op on this thread from one backend: eager, cpp, triton or cuda.
+
+    None restores the default, the fastest implementation that serves the tensor.
+
+    Raises:
+        ValueError: the name is none of the four.
+        RuntimeError: the backend has no implementation in this installation.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name is not None and not any(name in found for found in _implementations.values()):
+        raise RuntimeError(f"use_backend: backend {name!r} is not available: {_ABSENT}")
+    previous, _forced.backend = _forced.backend, name
+    try:
+        yield
+    finally:
+        _forced.backend = previous
+
+
+def choose(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """Return the function that serves `op` for this tensor.
+
+    Raises:
+        RuntimeError: the forced backend does not serve the op, the device or the dtype.
+    """
+    device_type, dtype = tensor.device.type, tensor.dtype
+    for backend in (_forced.backend,) if _forced.backend else _preference(device_type):
+        implementation = _implementations[op].get(backend)
+        if implementation and not implementation.refusal(device_type, dtype):
+            return implementation.function
+    wanted = _forced.backend or "every backend"
+    reasons = explain(op, device_type, dtype)
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason != "serves")
+    raise RuntimeError(f"{op}: {wanted} cannot serve {dtype} on {device_type} ({why})")
+
+
+def serving(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Return the backend that serves `op` by default for such a tensor."""
+    reasons = explain(op, device_type, dtype)
+    return next((b for b in _preference(device_type) if reasons[b] == "serves"), None)
+
+
+def explain(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+    """Return for each backend "serves", or why it does not serve `op` for such a tensor."""
+    reasons = {}
+    for backend in BACKENDS:
+        implementation = _implementations[op].get(backend)
+        if implementation is None:
+            reasons[backend] = _ABSENT
+        else:
+            reasons[backend] = implementation.refusal(device_type, dtype) or "serves"
+    return reasons
+
+
+def _preference(device_type: str) -> tuple[str, ...]:
+    return _PREFERENCE.get(device_type, ("eager",))

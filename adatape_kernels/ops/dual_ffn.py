@@ -1,0 +1,268 @@
+"""Two feed-forwards over one buffer: input rows through one, tape rows through the other (SPEC 6).
+
+input rows: W2 · gelu_tanh(W1 x + b1) + b2
+tape rows:  V2 · (a ⊙ sigmoid(g)) + c2,  [a, g] = V1 x + c1
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adatape_kernels import reference
+from adatape_kernels.backend import define_autograd, define_op, register
+from adatape_kernels.reference import FFN
+
+
+def dual_ffn(
+    x: Tensor,
+    num_input_rows: int | Tensor,
+    input_ffn: FFN,
+    tape_ffn: FFN | None = None,
+    *,
+    num_rows: int | Tensor | None = None,
+) -> Tensor:
+    """Send the first rows through one feed-forward and the rest through the other.
+
+    Args:
+        x: (rows, dim); float32, float16, bfloat16 or float64; under autocast, cast like a linear
+            layer's input.
+        num_input_rows: rows of the input segment, an int or an integer scalar on x's device.
+        input_ffn: (w1, b1, w2, b2) of shapes (hidden, dim), (hidden,), (dim, hidden), (dim,).
+        tape_ffn: the same for a GLU, w1 (2 · hidden, dim) and b1 (2 · hidden,); None sends every
+            row through input_ffn.
+        num_rows: rows that examples own, an int or an integer scalar on x's device; the rows
+            behind are never read. None when that is all of them.
+
+    Returns:
+        (rows, dim), dtype of x; zero from row num_rows on.
+
+    Raises:
+        ValueError: a shape, dtype, device or row count differs from the above.
+
+    Differentiable in x and all parameters; saves the pre-activations and recomputes the
+    activations.
+
+    Source: SPEC 6; scenic adatape/layers.py, MlpBlock.
+    """
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating-point (rows, dim), got {x.dtype} {tuple(x.shape)}")
+    device_type = x.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
+        device_type
+    )
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, input_ffn = x.to(dtype), FFN(*(p.to(dtype) for p in input_ffn))
+        tape_ffn = tape_ffn and FFN(*(p.to(dtype) for p in tape_ffn))
+    _check_ffn("input_ffn", input_ffn, x, gates=1)
+    if tape_ffn is not None:
+        _check_ffn("tape_ffn", tape_ffn, x, gates=2)
+    rows = x.shape[0]
+    end = rows if num_rows is None else num_rows
+    middle = end if tape_ffn is None else num_input_rows
+    _check_rows("num_input_rows", num_input_rows, x)
+    _check_rows("num_rows", end, x)
+    if isinstance(middle, int) and isinstance(end, int) and middle > end:
+        raise ValueError(f"num_input_rows: expected at most num_rows = {end}, got {middle}")
+    # Row counts on the device size the pre-activations by their bounds.
+    max_input_rows = rows if isinstance(middle, Tensor) else middle
+    max_tape_rows = 0 if tape_ffn is None else _bound(end, rows) - _bound(middle, 0)
+    bounds = None
+    if isinstance(middle, Tensor) or isinstance(end, Tensor):
+        bounds = torch.stack([_scalar(middle, x), _scalar(end, x)])
+    y, _, _ = _dual_ffn(x, max_input_rows, max_tape_rows, bounds, *input_ffn, *(tape_ffn or _NONE))
+    return y
+
+
+_NONE = (None, None, None, None)
+
+
+def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
+    dim, hidden = x.shape[1], ffn[0].shape[0] // gates
+    shapes = FFN((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))  # type: ignore[arg-type]
+    for field, parameter, shape in zip(FFN._fields, ffn, shapes, strict=True):
+        if parameter.shape != shape or parameter.dtype != x.dtype or parameter.device != x.device:
+            raise ValueError(
+                f"{name}.{field}: expected {x.dtype} {tuple(shape)} on {x.device} to fit x, "
+                f"got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
+            )
+
+
+def _check_rows(name: str, count: int | Tensor, x: Tensor) -> None:
+    if isinstance(count, Tensor):
+        if count.dim() != 0 or count.is_floating_point() or count.device != x.device:
+            raise ValueError(
+                f"{name}: expected an int or an integer scalar on {x.device}, "
+                f"got {count.dtype} {tuple(count.shape)} on {count.device}"
+            )
+    elif not 0 <= count <= x.shape[0]:
+        raise ValueError(f"{name}: expected 0 to {x.shape[0]} (the rows of x), got {count}")
+
+
+def _bound(count: int | Tensor, otherwise: int) -> int:
+    return otherwise if isinstance(count, Tensor) else count
+
+
+def _scalar(count: int | Tensor, x: Tensor) -> Tensor:
+    return torch.as_tensor(count, dtype=torch.int64, device=x.device)
+
+
+def _fake(
+    x: Tensor,
+    max_input_rows: int,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    tape_w1: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tape_width = 0 if tape_w1 is None else tape_w1.shape[0]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(max_input_rows, w1.shape[0]),
+        x.new_empty(max_tape_rows, tape_width),
+    )
+
+
+def _fake_bwd(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    bounds: Tensor | None,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, ...]:
+    return (
+        x.new_empty(x.shape),
+        *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters),
+    )
+
+
+_PARAMETERS = (
+    "Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
+    "Tensor? tape_w1, Tensor? tape_b1, Tensor? tape_w2, Tensor? tape_b2"
+)
+_dual_ffn = define_op(
+    "dual_ffn(Tensor x, SymInt max_input_rows, SymInt max_tape_rows, Tensor? bounds, "
+    f"{_PARAMETERS}) -> (Tensor y, Tensor hidden, Tensor tape_hidden)",
+    _fake,
+)
+_dual_ffn_bwd = define_op(
+    "dual_ffn_bwd(Tensor dy, Tensor x, Tensor hidden, Tensor tape_hidden, Tensor? bounds, "
+    f"{_PARAMETERS}) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
+    "Tensor dtape_w1, Tensor dtape_b1, Tensor dtape_w2, Tensor dtape_b2)",
+    _fake_bwd,
+)
+
+
+def _row_counts(max_input_rows: int, max_tape_rows: int, bounds: Tensor | None) -> tuple[int, int]:
+    """Return the numbers of input and tape rows; reads the device where it holds them."""
+    if bounds is None:
+        return max_input_rows, max_tape_rows
+    middle, end = bounds.tolist()
+    return middle, end - middle
+
+
+@register("dual_ffn", "eager")
+def _eager(
+    x: Tensor,
+    max_input_rows: int,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, tapes = _row_counts(max_input_rows, max_tape_rows, bounds)
+    if not (0 <= inputs and 0 <= tapes and inputs + tapes <= len(x)):
+        raise ValueError(
+            f"num_input_rows: expected 0 <= num_input_rows <= num_rows <= {len(x)} (the rows of "
+            f"x), got {inputs} and {inputs + tapes}"
+        )
+    input_ffn, tape_ffn = _pack(parameters)
+    y, hidden, tape_hidden = reference.dual_ffn(
+        x, inputs, input_ffn, tape_ffn, num_rows=inputs + tapes
+    )
+    return (
+        y,
+        F.pad(hidden, (0, 0, 0, max_input_rows - inputs)),
+        F.pad(tape_hidden, (0, 0, 0, max_tape_rows - tapes)),
+    )
+
+
+@register("dual_ffn_bwd", "eager")
+def _eager_bwd(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    bounds: Tensor | None,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, ...]:
+    inputs, tapes = _row_counts(len(hidden), len(tape_hidden), bounds)
+    input_ffn, tape_ffn = _pack(parameters)
+    dx, dinput, dtape = reference.dual_ffn_bwd(
+        dy, x, hidden[:inputs], tape_hidden[:tapes], input_ffn, tape_ffn
+    )
+    return dx, *dinput, *(dtape or [x.new_empty(0) for _ in FFN._fields])
+
+
+def _pack(parameters: tuple) -> tuple[FFN, FFN | None]:
+    return FFN(*parameters[:4]), None if parameters[4] is None else FFN(*parameters[4:])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, _, _, bounds, *parameters = inputs
+    _, hidden, tape_hidden = output
+    ctx.save_for_backward(x, hidden, tape_hidden, bounds, *parameters)
+
+
+def _backward(ctx: Any, dy: Tensor, dhidden: Any, dtape_hidden: Any) -> tuple:
+    dx, *grads = _dual_ffn_bwd(dy, *ctx.saved_tensors)
+    saved = ctx.saved_tensors[4:]
+    return (
+        dx,
+        None,
+        None,
+        None,
+        *(None if p is None else g for p, g in zip(saved, grads, strict=True)),
+    )
+
+
+define_autograd("dual_ffn", _backward, _setup_context)
+
+
+@register_flop_formula(torch.ops.adatape.dual_ffn)
+def _flops(
+    x_shape: Any,
+    max_input_rows: int,
+    max_tape_rows: int,
+    bounds_shape: Any,
+    *shapes: Any,
+    **kw: Any,
+) -> int:
+    """One multiply-add a weight and row; rows by their bound where the device holds the number."""
+    w1, _, w2, _, tape_w1, _, tape_w2, _ = shapes
+    flops = 2 * max_input_rows * (math.prod(w1) + math.prod(w2))
+    if tape_w1 is not None:
+        flops += 2 * max_tape_rows * (math.prod(tape_w1) + math.prod(tape_w2))
+    return flops
+
+
+@register_flop_formula(torch.ops.adatape.dual_ffn_bwd)
+def _flops_bwd(
+    dy_shape: Any,
+    x_shape: Any,
+    hidden_shape: Any,
+    tape_hidden_shape: Any,
+    bounds_shape: Any,
+    *shapes: Any,
+    **kw: Any,
+) -> int:
+    """Each product has two gradients of its own size."""
+    return 2 * _flops(x_shape, hidden_shape[0], tape_hidden_shape[0], bounds_shape, *shapes)

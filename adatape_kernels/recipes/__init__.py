@@ -1,0 +1,1 @@
+"""What a user runs: checking golden files, and training and measuring a model."""

@@ -1,0 +1,91 @@
+"""Measure runs of a model side by side: time, FLOPs and peak memory on the CPU."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run: the median and the 20th and 80th percentile of its repetitions."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+    """Time every run `rounds` times in turn, so that a busy machine is busy for all of them."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(warmup + rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repetition >= warmup:
+                samples[name].append(time.perf_counter() - start)
+    return {name: _timing(times) for name, times in samples.items()}
+
+
+def _timing(times: list[float]) -> Timing:
+    cuts = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return Timing(median(times), cuts[0], cuts[3])
+
+
+def flops(run: Run) -> int:
+    """Count the floating-point operations of the products in a run, our ops included."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, *rest: Any, **names: Any) -> int:
+    batch, num_heads, queries, head_dim = q
+    return 4 * batch * num_heads * queries * k[2] * head_dim
+
+
+def _attention_bwd_flops(dout: Any, q: torch.Size, k: torch.Size, *rest: Any, **names: Any) -> int:
+    return _attention_flops(q, k) * 5 // 2
+
+
+# The counter knows the fused attentions of GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_bwd_flops,
+}
+
+
+def peak_bytes(run: Run) -> int:
+    """Return the most memory that a run holds at a time, beyond what it started with."""
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what libraries write to file descriptor 2: the profiler greets there, unasked."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

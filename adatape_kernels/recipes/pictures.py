@@ -1,0 +1,144 @@
+"""Pictures of what a model read: where, how much, and at what cost."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.data import ImageSet
+from adatape_kernels.models import AdaTapeOutput
+
+if TYPE_CHECKING:
+    from adatape_kernels.recipes.demo import Results
+
+_ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
+
+
+def require() -> None:
+    """Fail early, and in one line, where matplotlib or tqdm is missing. Raises RuntimeError."""
+    from importlib.util import find_spec
+
+    for package in ("matplotlib", "tqdm"):
+        if find_spec(package) is None:
+            raise RuntimeError(
+                f"demo: expected {package} to be installed (pip install 'adatape-kernels[demo]')"
+            )
+
+
+def draw_all(out: Path, data: ImageSet, output: AdaTapeOutput, results: "Results") -> None:
+    """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    read = patches_read(output, data)
+    for name, figure in (
+        ("heatmap", heatmap(data, read)),
+        ("tape_lengths", tape_lengths(results.tape_lens)),
+        ("shortest_longest", shortest_longest(data, output, read)),
+        ("costs", costs(results)),
+    ):
+        figure.savefig(out / f"{name}.png", dpi=130)
+
+
+def patches_read(output: AdaTapeOutput, data: ImageSet) -> Tensor:
+    """Return which bank patches each test image read, (images, side, side) bool."""
+    indices = output.reads[0].indices.flatten(1).long()
+    side = data.test_images.shape[-1]
+    read = torch.zeros(len(indices), side * side + 1, dtype=torch.bool)
+    # The unused rows' -1 goes to a column of its own.
+    read.scatter_(1, indices.where(indices >= 0, side * side), True)
+    return read[:, :-1].view(-1, side, side)
+
+
+def heatmap(data: ImageSet, read: Tensor) -> Any:
+    """Draw how often each bank patch is read, for every class and over all, above mean images."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 8, figsize=(13, 5.4), layout="constrained")
+    panels = [(str(c), data.test_labels == c) for c in range(data.num_classes)]
+    panels.append(("all", torch.ones_like(data.test_labels, dtype=torch.bool)))
+    for axis in axes.flat:
+        axis.axis("off")
+    for panel, (title, chosen) in enumerate(panels):
+        row, column = divmod(panel, 4)
+        mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
+        mean_axis.imshow(data.test_images[chosen].mean((0, 1)), cmap="gray")
+        mean_axis.set_title(f"{title}: mean image", fontsize=10)
+        heat_axis.set_title("patches read", fontsize=10)
+        image = heat_axis.imshow(read[chosen].float().mean(0), cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images that read this patch")
+    figure.suptitle("Which bank patches are read, by class and over all test images")
+    return figure
+
+
+def tape_lengths(counts: list[int]) -> Any:
+    """Draw how many test images have each tape length."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    bars = axis.bar(range(len(counts)), counts, color=_ELASTIC)
+    axis.bar_label(bars, labels=[str(count) if count else "" for count in counts], padding=2)
+    axis.axvline(len(counts) - 1, color=_PADDED, linestyle="--")
+    axis.annotate(
+        "padded: always this long",
+        (len(counts) - 1.1, 0.5),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        va="center",
+        rotation=90,
+        color="0.4",
+    )
+    axis.set(xlabel="tape tokens read", ylabel="test images", xticks=range(len(counts)))
+    axis.margins(y=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("Each image reads as much as it needs")
+    return figure
+
+
+def shortest_longest(data: ImageSet, output: AdaTapeOutput, read: Tensor, columns: int = 8) -> Any:
+    """Draw the test images with the shortest and the longest tapes, and what they read."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    # Among equal tapes the one with the lower, or higher, ponder loss.
+    score = output.tape_lens + output.ponder.sum(1) / (1 + output.ponder.sum(1))
+    order = score.argsort()
+    figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 4.1), layout="constrained")
+    for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
+        for axis, image in zip(axis_row, chosen.tolist(), strict=True):
+            axis.imshow(data.test_images[image, 0], cmap="gray")
+            axis.axis("off")
+            for y, x in read[image].nonzero().tolist():
+                axis.add_patch(
+                    Rectangle((x - 0.44, y - 0.44), 0.88, 0.88, fill=False, color="#ff9f1c", lw=1.2)
+                )
+            label, guess = int(data.test_labels[image]), int(output.logits[image].argmax())
+            wrong = "" if label == guess else f", taken for {guess}"
+            axis.set_title(f"{label}{wrong}\n{int(output.tape_lens[image])} tokens", fontsize=10)
+    figure.suptitle("The shortest tapes (above) and the longest (below); outlined: patches read")
+    return figure
+
+
+def costs(results: "Results") -> Any:
+    """Draw each cost of the elastic model as a share of the padded one's."""
+    import matplotlib.pyplot as plt
+
+    from adatape_kernels.recipes.demo import cost_rows
+
+    rows = cost_rows(results)[::-1]
+    shares = [pair["elastic"] / pair["padded"] for _, pair, _ in rows]
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    bars = axis.barh([label for label, _, _ in rows], shares, color=_ELASTIC)
+    texts = [
+        f"{share:.2f}  ({pair['elastic'] / unit:,.4g} : {pair['padded'] / unit:,.4g})"
+        for share, (_, pair, unit) in zip(shares, rows, strict=True)
+    ]
+    axis.axvline(1, color=_PADDED, linestyle="--")
+    for text in axis.bar_label(bars, texts, padding=4):
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axis.set_xlim(0, 1.45 * max(1, *shares))
+    axis.set_xlabel("elastic as a share of padded (dashed: 1)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("Same weights, same test images: cost of elastic : padded")
+    return figure

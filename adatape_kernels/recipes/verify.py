@@ -1,0 +1,172 @@
+"""Check this package against files of results that the public JAX code computed (SPEC 10)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adatape_kernels import ops, scenic
+from adatape_kernels.layers import NORM_EPS
+from adatape_kernels.reference import TapeSelection
+
+OUTPUT_TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 2e-4
+ZERO_TOLERANCE = 1e-5
+LOSS_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of a file beside ours."""
+
+    name: str
+    error: float
+    """Largest difference, relative to the file's largest magnitude unless `absolute`."""
+    tolerance: float
+    absolute: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """How this package reproduces one file."""
+
+    path: Path
+    counts_agree: bool
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the counts agree and every tensor is within tolerance."""
+        return self.counts_agree and all(c.passed for c in self.comparisons)
+
+    def lines(self) -> list[str]:
+        """Return the report as text, a line for each output and gradient."""
+        agree = "agree" if self.counts_agree else "DIFFER"
+        verdict = "ok" if self.passed else "FAILED"
+        lines = [f"{self.path}: {verdict}, counts {agree}"]
+        width = max(len(c.name) for c in self.comparisons)
+        for c in self.comparisons:
+            kind = "abs" if c.absolute else "rel"
+            bad = "" if c.passed else "  OVER TOLERANCE"
+            lines.append(f"  {c.name:<{width}}  {kind} {c.error:.1e} (<= {c.tolerance:.0e}){bad}")
+        return lines
+
+
+def verify_file(path: str | Path) -> FileReport:
+    """Recompute a golden file's outputs, counts and gradients, and compare.
+
+    Args:
+        path: an .npz file of kind tape_read, adatape_vit or adatape_parity, as in SPEC 10.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks an entry.
+    """
+    path = Path(path)
+    arrays = scenic.read_npz(path)
+    config = scenic.read_config(arrays, path)
+    try:
+        check = _verify_read if config["kind"] == "tape_read" else _verify_model
+        counts_agree, comparisons = check(arrays, config)
+    except KeyError as error:
+        raise ValueError(f"{path}: expected an entry {error}, got none") from None
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    return FileReport(path, counts_agree, tuple(comparisons))
+
+
+def _verify_read(
+    arrays: Mapping[str, np.ndarray], config: Mapping
+) -> tuple[bool, list[Comparison]]:
+    """Check one read: norm, selection and gathering."""
+    bank_name = "params/tape_tokens" if config["bank_type"] == "learn" else "bank"
+    names = ("query", bank_name, "params/bank_norm/scale", "params/bank_norm/bias")
+    leaves = {name: _leaf(arrays[name]) for name in names}
+    query, bank, scale, bias = leaves.values()
+    dim = query.shape[1]
+    key_dim, steps = dim // config["split"], config["max_tape_tokens"]
+    values = F.layer_norm(bank, (dim,), scale, bias, NORM_EPS)
+    selection = ops.tape_select(
+        F.layer_norm(query, (dim,), scale, bias, NORM_EPS)[:, :key_dim],
+        values[..., :key_dim],
+        num_tape_tokens=steps,
+        topk=config["tokens_merged_per_step"],
+        halt_threshold=config["halt_threshold"],
+        average_query=config["average_query"],
+        loss_type=config["loss_type"],
+    )
+    tape, _ = ops.tape_gather(values, selection.indices, selection.weights, selection.counts)
+    exists = torch.arange(steps) < selection.counts.unsqueeze(1)
+    tokens = tape.new_zeros(len(query), steps, dim).index_put((exists,), tape)
+    objective = (tokens * torch.from_numpy(arrays["cotangent_tokens"])).sum()
+    objective = objective + (selection.ponder * torch.from_numpy(arrays["cotangent_loss"])).sum()
+    objective.backward()
+    comparisons = [
+        _compare("tokens", tokens, arrays["tokens"], OUTPUT_TOLERANCE),
+        _compare("atr_loss", selection.ponder, arrays["atr_loss"], OUTPUT_TOLERANCE),
+    ]
+    for name, leaf in leaves.items():
+        comparisons.append(_compare_gradient(f"grad_{name}", leaf.grad, arrays[f"grad_{name}"]))
+    return np.array_equal(selection.counts.numpy(), arrays["n_read"]), comparisons
+
+
+def _verify_model(
+    arrays: Mapping[str, np.ndarray], config: Mapping
+) -> tuple[bool, list[Comparison]]:
+    """Check a whole model, whose images are NHWC."""
+    params = {name: array for name, array in arrays.items() if name.startswith("params/")}
+    model = scenic.load(params, config).eval()
+    inputs = _leaf(arrays["inputs"])
+    output = model(inputs.permute(0, 3, 1, 2) if inputs.dim() == 4 else inputs)
+    objective = (output.logits * torch.from_numpy(arrays["cotangent_logits"])).sum()
+    # The file holds the ponder loss of the last read only, and so does its objective.
+    (objective + LOSS_WEIGHT * output.ponder[:, -1].sum()).backward()
+    comparisons = [
+        _compare("logits", output.logits, arrays["logits"], OUTPUT_TOLERANCE),
+        _compare("atr_loss", output.ponder[:, -1], arrays["atr_loss"], OUTPUT_TOLERANCE),
+        _compare_gradient("grad_inputs", inputs.grad, arrays["grad_inputs"]),
+    ]
+    gradients = {
+        key: torch.zeros_like(p) if p.grad is None else p.grad
+        for key, p in model.named_parameters()
+    }
+    for name, target in scenic.parameter_map(model).items():
+        theirs = target.convert(arrays[f"grad_params/{name}"])
+        comparisons.append(_compare_gradient(f"grad_params/{name}", target.of(gradients), theirs))
+    return _counts_agree(output.reads, arrays["mask"]), comparisons
+
+
+def _counts_agree(reads: tuple[TapeSelection, ...], mask: np.ndarray) -> bool:
+    """Compare the counts of each read with the mask's blocks, which follow the input positions."""
+    steps = reads[0].indices.shape[1]
+    blocks = mask[:, mask.shape[1] - steps * len(reads) :].reshape(len(mask), len(reads), steps)
+    ours = torch.stack([read.counts for read in reads], 1).numpy()
+    return np.array_equal(ours, blocks.sum(2))
+
+
+def _leaf(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).requires_grad_()
+
+
+def _compare(name: str, ours: Tensor, theirs: np.ndarray, tolerance: float) -> Comparison:
+    difference = np.abs(ours.detach().numpy() - theirs).max(initial=0.0)
+    scale = np.abs(theirs).max(initial=0.0)
+    if scale == 0:
+        return Comparison(name, float(difference), ZERO_TOLERANCE, absolute=True)
+    return Comparison(name, float(difference / scale), tolerance)
+
+
+def _compare_gradient(name: str, ours: Tensor | None, theirs: np.ndarray) -> Comparison:
+    ours = torch.zeros(theirs.shape) if ours is None else ours
+    if name.endswith("key/bias"):
+        # Softmax does not see a bias of the keys: the exact gradient is 0, the rest is rounding.
+        return Comparison(name, float(ours.abs().max()), ZERO_TOLERANCE, absolute=True)
+    return _compare(name, ours, theirs, GRADIENT_TOLERANCE)

@@ -1,0 +1,106 @@
+"""Builds adatape_kernels._C with CMake, or says in one line why the package goes without it.
+
+ADATAPE_BUILD=auto (the default) installs plain Python where a tool is missing; `require` makes that
+an error, `python` skips the build. Everything else about the package stands in pyproject.toml.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program; pip's cmake and ninja lie beside Python, often not on the PATH."""
+    places = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
+def missing_tool() -> str | None:
+    """What the compiled part cannot be built without, in words; None if all is there."""
+    asked_for = shlex.split(os.environ.get("CXX", ""))[:1]
+    if not any(map(find_tool, asked_for or ["c++", "g++", "clang++"])):
+        return f"no C++ compiler was found ({asked_for[0] if asked_for else 'c++, g++, clang++'})"
+    cmake = find_tool("cmake")
+    if cmake is None:
+        return "CMake was not found"
+    version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 25):
+        return f"CMake 3.25 or newer is needed, and {cmake} is older"
+    if find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h was not found (Debian and Ubuntu: python3-dev)"
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Builds the extension with CMake, or leaves a note that says why there is none."""
+
+    def run(self) -> None:
+        """Decide by ADATAPE_BUILD and by the tools at hand."""
+        mode = os.environ.get("ADATAPE_BUILD", "auto")
+        if mode not in ("auto", "require", "python"):
+            raise SetupError(f"ADATAPE_BUILD must be auto, require or python, not {mode!r}")
+        why = "ADATAPE_BUILD=python asked for it" if mode == "python" else missing_tool()
+        if why and mode == "require":
+            raise SetupError(f"ADATAPE_BUILD=require, but {why}")
+        if not why and find_spec("torch") is None:
+            raise SetupError(
+                "adatape-kernels is built in an environment that has torch: install torch, then "
+                "run `pip install --no-build-isolation .`, or set ADATAPE_BUILD=python"
+            )
+
+        # pip shows no output of a build that succeeds, so the reason is installed with the package.
+        package = Path("." if self.inplace else self.build_lib, "adatape_kernels")
+        note = package / "_build_note.txt"
+        for leftover in [note, *package.glob("_C.*.so")]:
+            leftover.unlink(missing_ok=True)
+        if why:
+            self.extensions = []
+            package.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{why}\n", encoding="utf-8")
+            print(f"adatape-kernels: installed as plain Python, because {why}")
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure, build and install with CMake, in a tree that the next build takes up again."""
+        tree = Path("build", f"cmake-{sys.implementation.cache_tag}")
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        configure = [cmake, "-S", ".", "-B", tree, f"-DPython_EXECUTABLE={sys.executable}"]
+        if ninja:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # CMake's cache keeps the tools of its first run, which may have changed or gone since.
+        variables = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CMAKE_BUILD_TYPE")]
+        record, settings = tree / "adatape_settings.txt", repr((configure, variables))
+        if not record.exists() or record.read_text() != settings:
+            configure.append("--fresh")
+
+        prefix = Path(self.get_ext_fullpath(ext.name)).parents[1]
+        try:
+            subprocess.run(configure, check=True)
+            record.write_text(settings)
+            subprocess.run([cmake, "--build", tree], check=True)
+            subprocess.run([cmake, "--install", tree, "--prefix", prefix], check=True)
+        except subprocess.CalledProcessError:
+            raise CompileError(
+                "the compiled part could not be built, see the messages above; "
+                "ADATAPE_BUILD=python installs without it"
+            ) from None
+
+
+# Nothing here is compiled by setuptools: `depends` puts the files into a source distribution.
+sources = [str(path) for path in Path("csrc").rglob("*") if path.is_file()]
+setup(
+    ext_modules=[Extension("adatape_kernels._C", sources=[], depends=["CMakeLists.txt", *sources])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,89 @@
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from adatape_kernels.backend import BACKENDS, explain, use_backend
+
+# Without it cuBLAS refuses to run under deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Fixtures named by a test only choose device and backend, so examples may share them.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deterministic_mode():
+    """The whole suite runs so: torch.empty is filled with NaN, so an unwritten output shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes `device` runs for each device, and each backend that serves its OP there.
+
+    A module opts in by naming its op in OP; None stands for code that no backend serves.
+    """
+    if "device" not in metafunc.fixturenames or not hasattr(metafunc.module, "OP"):
+        return
+    op, cases = metafunc.module.OP, []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        reasons = explain(op, device, torch.float32) if op else {}
+        marks = [pytest.mark.cuda] if device == "cuda" else []
+        for backend in [b for b in BACKENDS if reasons[b] == "serves"] if op else [None]:
+            name = f"{device}-{backend}" if backend else device
+            cases.append(pytest.param((device, backend), id=name, marks=marks))
+    metafunc.parametrize("device", cases, indirect=True)
+
+
+@pytest.fixture
+def device(request):
+    """The device; its backend serves every op of the test, skipped where it lacks the `dtype`."""
+    device, backend = request.param
+    if backend is None:
+        yield device
+        return
+    dtype = request.node.callspec.params.get("dtype", torch.float32)
+    reason = explain(request.module.OP, device, dtype)[backend]
+    if reason != "serves":
+        pytest.skip(f"{backend} does not take {dtype}: {reason}")
+    with use_backend(backend):
+        yield device
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing compiled before counts as a recompilation."""
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def one_thread():
+    """For many tiny calls: two threads that wait for each other are slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

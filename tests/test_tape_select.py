@@ -1,0 +1,244 @@
+import math
+
+import literal
+import pytest
+import torch
+from checks import assert_close, refused
+
+from adatape_kernels import reference
+from adatape_kernels.ops import tape_select
+
+OP = "tape_select"
+INF, NAN = math.inf, math.nan
+
+
+def assert_matches_literal(query, keys, *, read_mask=None, bank_lens=None, **options):
+    """The op equals the loop of the SPEC for every example; returns the selection."""
+    sel = tape_select(query, keys, read_mask=read_mask, bank_lens=bank_lens, **options)
+    batch, steps, topk = len(query), options["num_tape_tokens"], options["topk"]
+    assert sel.indices.dtype == sel.counts.dtype == torch.int32
+    assert sel.weights.dtype == sel.ponder.dtype == reference.wide_dtype(query.dtype)
+    for i in range(batch):
+        indices, weights, count, ponder = literal.tape_select(
+            query[i].tolist(),
+            (keys if keys.dim() == 2 else keys[i]).tolist(),
+            read_mask=None if read_mask is None else read_mask[i].tolist(),
+            bank_len=None if bank_lens is None else int(bank_lens[i]),
+            **options,
+        )
+        unused = steps - count
+        assert sel.counts[i] == count
+        assert sel.indices[i].tolist() == indices + [[-1] * topk] * unused
+        assert_close(sel.weights[i], _rows(weights + [[0.0] * topk] * unused, topk), 1e-5)
+        assert_close(sel.ponder[i], ponder, 1e-5)
+    return sel
+
+
+def _rows(rows, width):
+    return torch.tensor(rows, dtype=torch.float64).view(-1, width)
+
+
+def read(query, keys, *, num_tape_tokens=4, topk=2, halt_threshold=INF, **options):
+    return assert_matches_literal(
+        query,
+        keys,
+        num_tape_tokens=num_tape_tokens,
+        topk=topk,
+        halt_threshold=halt_threshold,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+@pytest.mark.parametrize("loss_type", ["entropy", "max"])
+@pytest.mark.parametrize("average_query", [True, False], ids=["average", "replace"])
+@pytest.mark.parametrize("topk", [1, 2, 5, 32])
+def test_matches_the_literal_loop(device, topk, average_query, loss_type, shared):
+    query = torch.randn(4, 6, device=device)
+    keys = torch.randn(*([] if shared else [4]), 71, 6, device=device)
+    sel = read(
+        query,
+        keys,
+        num_tape_tokens=6,
+        topk=topk,
+        halt_threshold=1.9,
+        average_query=average_query,
+        loss_type=loss_type,
+    )
+    assert sel.counts.max() >= 2  # the recursion of the query was exercised
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_match_the_literal_loop(device, dtype):
+    query = torch.randn(4, 16, device=device).to(dtype)
+    keys = torch.randn(4, 30, 16, device=device).to(dtype)
+    read(query, keys, num_tape_tokens=5, topk=3, halt_threshold=2.2)
+
+
+def test_matches_the_float64_reference(device):
+    query, keys = torch.randn(16, 64, device=device), torch.randn(16, 784, 64, device=device)
+    options = dict(num_tape_tokens=10, topk=5, halt_threshold=4.0)
+    sel = tape_select(query, keys, **options)
+    expected = reference.tape_select(query.double(), keys.double(), **options)
+    assert torch.equal(sel.indices, expected.indices)
+    assert torch.equal(sel.counts, expected.counts)
+    assert_close(sel.weights, expected.weights, 1e-5)
+    assert_close(sel.ponder, expected.ponder, 1e-5)
+
+
+@pytest.mark.parametrize("strides", ["cut", "transposed keys", "transposed query", "expanded"])
+def test_strided_inputs(device, strides):
+    query, keys = torch.randn(5, 8, device=device), torch.randn(5, 12, 8, device=device)
+    if strides == "cut":  # as the layers do: the leading features of a bank token are its key
+        query, keys = query[:, :6], keys[..., :6]
+    elif strides == "transposed keys":
+        keys = torch.randn(5, 8, 12, device=device).mT
+    elif strides == "transposed query":
+        query = torch.randn(8, 5, device=device).mT
+    else:
+        query, keys = query[:1].expand(5, 8), keys[:1].expand(5, 12, 8)
+    read(query, keys, topk=3)
+
+
+def test_reading_ends_when_the_bank_is_exhausted(device):
+    query, keys = torch.randn(6, 4, device=device), torch.randn(6, 7, 4, device=device)
+    lens = torch.tensor([7, 6, 5, 3, 2, 0], device=device)
+    sel = read(query, keys, topk=3, bank_lens=lens)
+    assert sel.counts.tolist() == [2, 2, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("lens_dtype", [torch.int32, torch.int64])
+def test_read_mask_and_bank_lens(device, lens_dtype):
+    query, keys = torch.randn(8, 5, device=device), torch.randn(40, 5, device=device)
+    mask = torch.rand(8, 40, device=device) < torch.linspace(0, 1, 8, device=device)[:, None]
+    lens = torch.randint(0, 41, (8,), dtype=lens_dtype, device=device)
+    read(query, keys, topk=2, read_mask=mask)
+    read(query, keys, topk=2, bank_lens=lens)
+    sel = read(query, keys, topk=2, num_tape_tokens=30, read_mask=mask, bank_lens=lens)
+    left = (~mask & (torch.arange(40, device=device) < lens[:, None])).sum(1)
+    assert torch.equal(sel.counts, (left // 2).int())
+
+
+@pytest.mark.parametrize("key_dim", [1, 3, 8, 64, 100])
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_equal_rows_are_read_by_index(device, key_dim, strided):
+    """Three distinct rows, as in the parity bank, at any position of a bank of 500."""
+    rows = torch.randn(3, key_dim + 3, device=device)
+    keys = rows[torch.randint(0, 3, (4, 500), device=device)]
+    keys = keys[..., :key_dim] if strided else keys[..., :key_dim].contiguous()
+    read(torch.randn(4, key_dim, device=device), keys, num_tape_tokens=8, topk=7)
+
+
+def test_equal_rows_are_read_by_index_in_a_large_bank(device):
+    rows = torch.randn(3, 48, device=device)
+    query, kind = torch.randn(2, 48, device=device), torch.randint(0, 3, (20_011,), device=device)
+    sel = tape_select(query, rows[kind], num_tape_tokens=3, topk=8, halt_threshold=INF)
+    first = (query @ rows.mT).argmax(1)
+    for i in range(2):
+        entries = (kind == first[i]).nonzero().flatten()
+        assert sel.indices[i, 0].tolist() == entries[:8].tolist()
+
+
+def test_zeros_of_either_sign_are_equal(device):
+    keys = torch.tensor([[-0.0], [0.0], [-0.0], [0.0]], device=device)
+    query = torch.ones(1, 1, device=device)
+    assert read(query, keys).indices[0, :2].tolist() == [[0, 1], [2, 3]]
+    assert read(-query, keys).indices[0, :2].tolist() == [[0, 1], [2, 3]]
+
+
+def test_infinite_and_nan_scores(device):
+    keys = torch.tensor([NAN, -INF, 1, INF, 2, -INF, NAN, 0], device=device).view(-1, 1)
+    query = torch.ones(1, 1, device=device)
+    sel = read(query, keys, topk=8)
+    assert sel.indices[0, 0].tolist() == [3, 4, 2, 7, 1, 5, 0, 6]
+    read(-query, keys, topk=8)
+    read(query, keys[[0, 1, 2, 4, 7]], topk=1)  # -inf comes before NaN
+    read(query, keys[[2, 4, 7]], topk=1)
+
+
+@pytest.mark.parametrize("poisoned", ["query", "keys"])
+def test_all_nan_scores_stay_inside_the_bank(device, poisoned):
+    query, keys = torch.randn(3, 4, device=device), torch.randn(3, 9, 4, device=device)
+    (query if poisoned == "query" else keys).fill_(NAN)
+    mask = torch.zeros(3, 9, dtype=torch.bool, device=device)
+    mask[1, :3] = True
+    lens = torch.tensor([9, 9, 2], device=device)
+    sel = read(query, keys, read_mask=mask, bank_lens=lens)
+    # A NaN weight is no score below the threshold: each example stops after one step.
+    assert sel.indices[:, 0].tolist() == [[0, 1], [3, 4], [0, 1]]
+    assert sel.counts.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("topk", "halt_threshold", "count"),
+    [(1, 3.0, 3), (1, 2.5, 3), (1, 1.0, 1), (2, 1.0, 2), (2, 1.25, 3), (4, 0.5, 2), (4, 0.75, 3)],
+)
+def test_a_score_of_exactly_the_threshold_stops(device, topk, halt_threshold, count):
+    """Equal keys weigh exactly 1 / topk each, so the halting score is exact."""
+    query, keys = torch.randn(2, 3, device=device), torch.ones(16, 3, device=device)
+    sel = read(query, keys, topk=topk, halt_threshold=halt_threshold)
+    assert sel.counts.tolist() == [count, count]
+
+
+@pytest.mark.parametrize("halt_threshold", [0.0, -0.0, -1.0, -INF])
+def test_nothing_is_read_without_a_threshold_to_reach(device, halt_threshold):
+    query, keys = torch.randn(2, 3, device=device), torch.randn(5, 3, device=device)
+    assert read(query, keys, halt_threshold=halt_threshold).counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+@pytest.mark.parametrize(("batch", "num_tape_tokens"), [(0, 4), (3, 0), (0, 0)])
+def test_empty(device, shared, batch, num_tape_tokens):
+    query = torch.randn(batch, 4, device=device, requires_grad=True)
+    keys = torch.randn(*([] if shared else [batch]), 5, 4, device=device, requires_grad=True)
+    sel = tape_select(query, keys, num_tape_tokens=num_tape_tokens, topk=2, halt_threshold=1.0)
+    assert sel.indices.shape == sel.weights.shape == (batch, num_tape_tokens, 2)
+    assert sel.counts.tolist() == sel.ponder.tolist() == [0] * batch
+    (sel.weights.sum() + sel.ponder.sum()).backward()
+    assert query.grad.shape == query.shape and not query.grad.any()
+    assert keys.grad.shape == keys.shape and not keys.grad.any()
+
+
+def test_a_bank_of_one_entry(device):
+    sel = read(torch.randn(3, 4, device=device), torch.randn(1, 4, device=device), topk=1)
+    assert sel.counts.tolist() == [1, 1, 1]
+
+
+GOOD = dict(
+    query=torch.zeros(3, 4), keys=torch.zeros(3, 6, 4), num_tape_tokens=2, topk=2,
+    halt_threshold=1.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "parts"),
+    [
+        ("query", torch.zeros(4), ["(batch, key_dim)", "(4,)"]),
+        ("query", torch.zeros(3, 0), ["key_dim at least 1", "(3, 0)"]),
+        ("query", torch.zeros(3, 4, dtype=torch.int64), ["floating-point", "int64"]),
+        ("keys", torch.zeros(4), ["bank_size, 4", "(4,)"]),
+        ("keys", torch.zeros(3, 6, 5), ["bank_size, 4", "(3, 6, 5)"]),
+        ("keys", torch.zeros(2, 6, 4), ["batch 3", "(2, 6, 4)"]),
+        ("keys", torch.zeros(3, 6, 4, dtype=torch.float64), ["float32", "float64"]),
+        ("keys", torch.zeros(3, 1, 4), ["topk = 2", "got 1"]),
+        ("keys", torch.zeros(0, 4), ["topk = 2", "got 0"]),
+        ("keys", torch.zeros(3, 6, 4, device="meta"), ["cpu", "meta"]),
+        ("topk", 0, ["1 to 32", "got 0"]),
+        ("topk", -1, ["1 to 32", "got -1"]),
+        ("topk", 33, ["1 to 32", "got 33"]),
+        ("num_tape_tokens", -1, ["0 or more", "got -1"]),
+        ("halt_threshold", NAN, ["a number", "nan"]),
+        ("loss_type", "kl", ["'entropy' or 'max'", "'kl'"]),
+        ("read_mask", torch.zeros(3, 6), ["bool (3, 6)", "float32"]),
+        ("read_mask", torch.zeros(3, 5, dtype=torch.bool), ["bool (3, 6)", "(3, 5)"]),
+        ("read_mask", torch.zeros(3, 6, dtype=torch.bool, device="meta"), ["cpu", "meta"]),
+        ("bank_lens", torch.zeros(3), ["int32 or int64 (3,)", "float32"]),
+        ("bank_lens", torch.zeros(2, dtype=torch.int32), ["(3,)", "(2,)"]),
+        ("bank_lens", torch.zeros(3, dtype=torch.int32, device="meta"), ["cpu", "meta"]),
+        ("bank_lens", torch.tensor([1, 7, 2]), ["0 to 6", "7"]),
+        ("bank_lens", torch.tensor([1, 2, -1]), ["0 to 6", "-1"]),
+    ],
+)
+def test_bad_input_is_refused(argument, value, parts):
+    with refused(argument, *parts):
+        tape_select(**{**GOOD, argument: value})
