@@ -55,7 +55,7 @@ def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
     return torch.where(in_tape < 0, cu_inputs[example] + row, cu_tapes[example] + in_tape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ElasticBatch:
     """A batch of token sequences of any lengths, each with input rows and tape rows.
 
@@ -125,7 +125,7 @@ class ElasticBatch:
             padded: (batch, seqlen, dim).
             mask: (batch, seqlen) bool, True where a row is valid, in any pattern; None when all
                 are, which neither copies nor synchronises.
-            tape_lens: (batch,) integers; so many of each example's last valid rows are tape.
+            tape_lens: (batch,) int32 or int64; so many of each example's last valid rows are tape.
 
         Raises:
             ValueError: a shape, dtype or device differs from the above.
@@ -160,7 +160,7 @@ class ElasticBatch:
             packed: (rows, dim).
             cu_seqlens: (batch + 1,) int32, where example i owns rows cu_seqlens[i] to
                 cu_seqlens[i + 1].
-            tape_lens: (batch,) integers; so many of each example's last rows are tape.
+            tape_lens: (batch,) int32 or int64; so many of each example's last rows are tape.
 
         Raises:
             ValueError: a shape, dtype or device differs, the offsets do not ascend or do not end
@@ -171,9 +171,9 @@ class ElasticBatch:
         if tape_lens is None:
             return cls.from_offsets(packed, cu_seqlens, torch.full_like(cu_seqlens, len(packed)))
         lens = cu_seqlens.diff()
-        if tape_lens.shape != lens.shape or tape_lens.is_floating_point():
+        if tape_lens.shape != lens.shape or tape_lens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"tape_lens: expected integers ({len(lens)},), "
+                f"tape_lens: expected int32 or int64 ({len(lens)},), "
                 f"got {tape_lens.dtype} {tuple(tape_lens.shape)}"
             )
         _check_device("tape_lens", tape_lens, packed)
@@ -198,10 +198,12 @@ class ElasticBatch:
             ValueError: the tensor is not a contiguous jagged one, or as in `from_packed`.
         """
         jagged: Any = nested
-        if not nested.is_nested or nested.layout != torch.jagged or jagged.lengths() is not None:
+        shape = tuple(nested.shape) if nested.is_nested and nested.layout == torch.jagged else ()
+        # A transposed one has its ragged dimension last.
+        if len(shape) != 3 or not isinstance(shape[2], int) or jagged.lengths() is not None:
             raise ValueError(
-                "nested: expected a contiguous nested tensor of layout torch.jagged, "
-                f"got {nested.layout}"
+                "nested: expected a contiguous nested tensor (batch, *, dim) of layout "
+                f"torch.jagged, got {nested.layout} {shape or ''}".rstrip()
             )
         return cls.from_packed(nested.values(), jagged.offsets().to(torch.int32), tape_lens)
 

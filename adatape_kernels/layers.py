@@ -279,6 +279,11 @@ class TapeReader(nn.Module):
         bank = self.tape_tokens if bank is None else bank
         if bank is None:
             raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
+        if bank.dim() not in (2, 3) or (bank.dim() == 3 and len(bank) != len(query)):
+            raise ValueError(
+                f"bank: expected ([{len(query)},] bank_size, {query.shape[1]}), "
+                f"got {tuple(bank.shape)}"
+            )
         if self.training and self.query_noise > 0:
             query = query + self.query_noise * torch.randn_like(query)
         read_mask = None

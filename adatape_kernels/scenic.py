@@ -116,12 +116,10 @@ def load(params: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdaTape
         ValueError: an entry of the configuration, or a parameter, is missing, left over or of
             another shape than the configuration says.
     """
-    ours_config = model_config(config)
-    model: AdaTape
-    if isinstance(ours_config, AdaTapeViTConfig):
-        model = AdaTapeViT(ours_config)
-    else:
-        model = AdaTapeParity(ours_config)
+    try:
+        model = _build(model_config(config))
+    except TypeError as error:
+        raise ValueError(f"config: expected entries of SPEC 10's types, got: {error}") from None
     params = {name.removeprefix("params/"): array for name, array in params.items()}
     targets, state = parameter_map(model), model.state_dict()
     for name in params.keys() ^ targets.keys():
@@ -136,6 +134,10 @@ def load(params: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdaTape
             )
         ours.copy_(theirs)
     return model
+
+
+def _build(config: AdaTapeViTConfig | AdaTapeParityConfig) -> AdaTape:
+    return AdaTapeViT(config) if isinstance(config, AdaTapeViTConfig) else AdaTapeParity(config)
 
 
 def load_file(path: str | Path) -> AdaTape:

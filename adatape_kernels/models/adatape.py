@@ -93,7 +93,6 @@ class AdaTape(nn.Module, ABC):
     def __init__(self, config: AdaTapeConfig):
         super().__init__()
         self.config = c = config
-        depths = torch.linspace(0, c.stochastic_depth, c.depth).tolist()
         self.encoder = ElasticEncoder(
             (
                 ElasticEncoderLayer(
@@ -103,9 +102,9 @@ class AdaTape(nn.Module, ABC):
                     c.tape_ffn_dim if c.read_layers and layer >= min(c.read_layers) else 0,
                     dropout=c.dropout,
                     attention_dropout=c.attention_dropout,
-                    stochastic_depth=rate,
+                    stochastic_depth=c.stochastic_depth * layer / max(1, c.depth - 1),
                 )
-                for layer, rate in enumerate(depths)
+                for layer in range(c.depth)
             ),
             c.dim,
             {

@@ -79,7 +79,7 @@ def run(out: str | Path = "adatape-demo", *, epochs: int = EPOCHS, seed: int = 0
         seed: of the split, the parameters and the batches.
 
     Raises:
-        ValueError: epochs is not positive.
+        ValueError: epochs is not positive, or `out` is a file.
         OSError: the folder cannot be made or written.
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
@@ -87,6 +87,8 @@ def run(out: str | Path = "adatape-demo", *, epochs: int = EPOCHS, seed: int = 0
         raise ValueError(f"epochs: expected 1 or more, got {epochs}")
     pictures.require()
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):  # better now than after a minute of training
         pass

@@ -63,10 +63,12 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
     for panel, (title, chosen) in enumerate(panels):
         row, column = divmod(panel, 4)
         mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
-        mean_axis.imshow(data.test_images[chosen].mean((0, 1)), cmap="gray")
+        mean_axis.imshow(data.test_images[chosen].mean((0, 1)).numpy(), cmap="gray")
         mean_axis.set_title(f"{title}: mean image", fontsize=10)
         heat_axis.set_title("patches read", fontsize=10)
-        image = heat_axis.imshow(read[chosen].float().mean(0), cmap="viridis", vmin=0, vmax=1)
+        image = heat_axis.imshow(
+            read[chosen].float().mean(0).numpy(), cmap="viridis", vmin=0, vmax=1
+        )
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images that read this patch")
     figure.suptitle("Which bank patches are read, by class and over all test images")
     return figure
@@ -107,7 +109,7 @@ def shortest_longest(data: ImageSet, output: AdaTapeOutput, read: Tensor, column
     figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 4.1), layout="constrained")
     for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
         for axis, image in zip(axis_row, chosen.tolist(), strict=True):
-            axis.imshow(data.test_images[image, 0], cmap="gray")
+            axis.imshow(data.test_images[image, 0].numpy(), cmap="gray")
             axis.axis("off")
             for y, x in read[image].nonzero().tolist():
                 axis.add_patch(

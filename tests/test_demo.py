@@ -1,0 +1,148 @@
+import json
+import math
+
+import matplotlib.image
+import pytest
+import torch
+from checks import refused
+
+from adatape_kernels.cli import main
+from adatape_kernels.data import digits
+from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.recipes import demo, measure
+
+PAIRS = ("forward_seconds", "train_step_seconds", "rows", "flops", "peak_bytes")
+PICTURES = ("heatmap", "tape_lengths", "shortest_longest", "costs")
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    assert main(["demo", "--epochs", "3", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_report_has_its_keys_and_is_plausible(short_demo):
+    report = json.loads((short_demo / "report.json").read_text())
+    assert 0.3 < report["test_accuracy"] <= 1
+    assert report["max_abs_logit_difference"] < 1e-3 or report["images_that_read_differently"]
+    for name in PAIRS:
+        assert set(report[name]) == {"elastic", "padded"}
+        assert all(value > 0 for value in report[name].values())
+    assert sum(report["tape_lens"]) == 360
+    tape = sum(length * count for length, count in enumerate(report["tape_lens"]))
+    assert report["rows"] == {"elastic": 360 * 5 + tape, "padded": 360 * 15}
+    for name in ("rows", "flops", "peak_bytes"):
+        assert report[name]["elastic"] < report[name]["padded"]
+    assert report["torch"] == torch.__version__
+
+
+def test_the_pictures_show_something(short_demo):
+    for name in PICTURES:
+        picture = matplotlib.image.imread(short_demo / f"{name}.png")
+        assert picture.shape[0] > 300 and picture.shape[1] > 500
+        assert picture[..., :3].std() > 0.05
+
+
+def test_the_saved_model_loads(short_demo):
+    from safetensors.torch import load_model
+
+    model = AdaTapeViT(demo.CONFIG)
+    assert load_model(model, short_demo / "model.safetensors") == (set(), [])
+
+
+def test_a_second_run_with_the_same_seed_repeats_the_first(tmp_path, short_demo):
+    demo.run(tmp_path, epochs=3)
+    first, second = (
+        json.loads((folder / "report.json").read_text()) for folder in (short_demo, tmp_path)
+    )
+    assert first["test_accuracy"] == second["test_accuracy"]
+    assert first["tape_lens"] == second["tape_lens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], "epochs: expected 1 or more, got 0"),
+        (["--out", __file__], "out: expected a folder, got the file"),
+    ],
+)
+def test_bad_arguments_get_one_line_before_any_training(capsys, arguments, words):
+    assert main(["demo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("adatape-kernels: ") and error.count("\n") == 1
+    assert words in error
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    data = demo.normalise(digits())
+    data.train_images.fill_(math.nan)
+    with refused("loss", "step 0", "nan", error=RuntimeError):
+        demo.train(AdaTapeViT(demo.CONFIG), data, epochs=1)
+
+
+def test_digits_are_split_by_class():
+    data = digits()
+    assert len(data.train_labels) == 1437 and len(data.test_labels) == 360
+    assert data.test_labels.bincount().min() >= 34
+    assert 0 <= data.train_images.min() and data.train_images.max() == 1
+    assert not torch.equal(digits(1).test_labels, data.test_labels)
+
+
+def test_augmented_images_stay_themselves():
+    x = digits().train_images[:32]
+    y = demo.augment(x)
+    assert y.shape == x.shape
+    assert not torch.equal(y, x)
+    assert torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1] > 0.6
+
+
+def test_flops_of_both_models_agree_with_a_count_by_hand():
+    config, batch = demo.CONFIG, 6
+    model = AdaTapeViT(config).eval()
+    images = digits().test_images[:batch]
+    with torch.no_grad():
+        tape = int(model(images).tape_lens.sum())
+        lens = (model(images).tape_lens + 5).tolist()
+        counted = {
+            "elastic": measure.flops(lambda: model(images)),
+            "padded": measure.flops(lambda: model.padded()(images)),
+        }
+    dim, steps = config.dim, config.num_tape_tokens
+    embed = 2 * batch * dim * (4 * 16 + 64 * 1 + 64 * dim + config.num_classes)
+
+    def by_hand(tape, squares, read, scored):
+        rows = 5 * batch + tape
+        layer = 2 * rows * 4 * dim * dim + 4 * squares * dim
+        layer += 2 * 5 * batch * 2 * dim * config.ffn_dim + 2 * tape * 3 * dim * config.tape_ffn_dim
+        return embed + config.depth * layer + read + scored
+
+    key_dim, topk = dim // config.key_split, config.topk
+    merged, scores = 2 * topk * dim, 2 * 64 * key_dim
+    assert counted["elastic"] == by_hand(
+        tape, sum(n * n for n in lens), merged * tape, scores * tape
+    )
+    # The padded model takes every step for every example, and merges each step's keys by a product.
+    padded = batch * steps
+    assert counted["padded"] == by_hand(
+        padded, batch * (5 + steps) ** 2, merged * padded, (scores + 2 * topk * key_dim) * padded
+    )
+
+
+def test_peak_bytes_is_what_a_run_holds_at_once():
+    def run():
+        kept = torch.zeros(1000, dtype=torch.float32)
+        for _ in range(5):
+            torch.zeros(2000, dtype=torch.float32)
+        return kept
+
+    assert 12_000 <= measure.peak_bytes(run) <= 13_000
+
+
+def test_timings_are_medians_of_interleaved_runs():
+    order = []
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    timings = measure.seconds(runs, rounds=5, warmup=1)
+    assert order == ["a", "b"] * 6
+    for timing in timings.values():
+        assert 0 < timing.p20 <= timing.median <= timing.p80
