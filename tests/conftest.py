@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 import pytest
@@ -29,6 +30,12 @@ def deterministic_mode():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two threads that wait for each other over tiny tensors are slow on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -55,35 +62,24 @@ def pytest_generate_tests(metafunc):
 def device(request):
     """The device; its backend serves every op of the test, skipped where it lacks the `dtype`."""
     device, backend = request.param
-    if backend is None:
+    with contextlib.ExitStack() as stack:
+        if backend is not None:
+            dtype = request.node.callspec.params.get("dtype", torch.float32)
+            reason = explain(request.module.OP, device, dtype)[backend]
+            if reason != "serves":
+                pytest.skip(f"{backend} does not take {dtype}: {reason}")
+            stack.enter_context(use_backend(backend))
         yield device
-        return
-    dtype = request.node.callspec.params.get("dtype", torch.float32)
-    reason = explain(request.module.OP, device, dtype)[backend]
-    if reason != "serves":
-        pytest.skip(f"{backend} does not take {dtype}: {reason}")
-    with use_backend(backend):
-        yield device
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request, device):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def fresh_compiler():
     """Nothing compiled before counts as a recompilation."""
     torch.compiler.reset()
-
-
-@pytest.fixture
-def one_thread():
-    """For many tiny calls: two threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)

@@ -145,21 +145,21 @@ def test_nested_round_trips(device, case):
 
 @st.composite
 def appends(draw):
-    """Input lengths, and up to three appends: tape lengths and a capacity's unused rows or None."""
+    """Input lengths, unused rows, and appends: tape lengths, and unused rows of a capacity."""
     input_lens = draw(lengths)
     size = len(input_lens)
     lens = st.lists(st.integers(0, 3), min_size=size, max_size=size)
     unused = st.one_of(st.none(), st.integers(0, 3))
-    return input_lens, draw(st.lists(st.tuples(lens, unused), min_size=1, max_size=3))
+    reads = draw(st.lists(st.tuples(lens, unused), min_size=1, max_size=3))
+    return input_lens, draw(st.integers(0, 2)), reads
 
 
 @given(case=appends())
 def test_appends_are_those_of_a_list_of_lists(device, case):
     """Exact and capacity mode in any sequence; unused rows hold NaN."""
-    input_lens, reads = case
-    batch, examples = make(input_lens, [0] * len(input_lens), device)
-    inputs, number = batch.data.clone(), 1000.0
-    exact = True
+    input_lens, unused_before, reads = case
+    batch, examples = make(input_lens, [0] * len(input_lens), device, unused_before)
+    inputs, number, exact = batch.data[: sum(input_lens)].clone(), 1000.0, unused_before == 0
     for tape_lens, unused in reads:
         total = sum(tape_lens)
         tape = numbered(total, device) + number
@@ -255,12 +255,14 @@ def test_pooling_is_over_the_rows_of_the_example(device, case, sign):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["sum", "mean"])
-def test_pooling_adds_up_in_float32(device, dtype, kind):
-    """Adding ones one by one, bfloat16 stops at 256 and float16 at 2048."""
+def test_pooling_adds_up_in_float32(device, dtype):
+    """One by one, bfloat16 counts to 256 and float16 to 2048, where a sum soon overflows."""
     data = torch.ones(4096, 1, dtype=dtype, device=device)
-    out = ElasticBatch.from_padded(data[None]).pool(kind)
-    assert out.dtype == dtype and out.item() == (4096 if kind == "sum" else 1)
+    for kind, expected in (("sum", 4096), ("mean", 1)):
+        out = ElasticBatch.from_padded(data[None]).pool(kind)
+        assert out.dtype == dtype and out.item() == expected
+    large = ElasticBatch.from_padded(data[None] * 60_000)
+    assert large.pool("mean").item() == (data[0] * 60_000).item()
 
 
 @pytest.mark.parametrize("kind", ["mean", "max", "sum", "token"])

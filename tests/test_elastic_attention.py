@@ -89,7 +89,7 @@ def test_any_lengths_match_the_literal_loop(device, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
-def test_gradcheck(one_thread, device, dtype):
+def test_gradcheck(device, dtype):
     cu_inputs, cu_tapes, _ = layout(device)
     q, k, v, _ = qkv(15, 2, 3, device=device, dtype=dtype)
 
@@ -181,16 +181,17 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, dtype, sh
             assert_same_bits(a[: len(own)], e[own])
 
 
-def test_poison_stays_with_its_example(device):
+@pytest.mark.parametrize("attention", [elastic_attention, by_reference], ids=["op", "reference"])
+def test_poison_stays_with_its_example(device, attention):
     """NaN in example 2's rows and in unused rows, gradient included."""
     cu_inputs, cu_tapes, rows = layout(device)
     given = qkv(17, 2, 8, device=device)
-    clean = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    clean = gradients(attention, *given, cu_inputs, cu_tapes)
     poisoned = [x.clone() for x in given]
     for x in poisoned:
         x[rows[2]] = x[14:] = math.nan
     others = rows[0] + rows[1] + rows[3]
-    dirty = gradients(elastic_attention, *poisoned, cu_inputs, cu_tapes)
+    dirty = gradients(attention, *poisoned, cu_inputs, cu_tapes)
     for a, e in zip(dirty, clean, strict=True):
         assert_same_bits(a[others], e[others])
         assert not a[14:].any() and not e[14:].any()

@@ -120,12 +120,13 @@ def test_read_mask_and_bank_lens(device, lens_dtype):
 
 
 @pytest.mark.parametrize("key_dim", [1, 3, 8, 64, 100])
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-def test_equal_rows_are_read_by_index(device, key_dim, strided):
+@pytest.mark.parametrize("strides", ["contiguous", "cut", "transposed"])
+def test_equal_rows_are_read_by_index(device, key_dim, strides):
     """Three distinct rows, as in the parity bank, at any position of a bank of 500."""
     rows = torch.randn(3, key_dim + 3, device=device)
-    keys = rows[torch.randint(0, 3, (4, 500), device=device)]
-    keys = keys[..., :key_dim] if strided else keys[..., :key_dim].contiguous()
+    keys = rows[torch.randint(0, 3, (4, 500), device=device)][..., :key_dim]
+    if strides != "cut":
+        keys = keys.contiguous() if strides == "contiguous" else keys.mT.contiguous().mT
     read(torch.randn(4, key_dim, device=device), keys, num_tape_tokens=8, topk=7)
 
 

@@ -33,7 +33,7 @@ def cotangents(batch, num_tape_tokens, topk, **like):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
 @pytest.mark.parametrize("loss_type", ["entropy", "max"])
 @pytest.mark.parametrize("average_query", [True, False], ids=["average", "replace"])
-def test_gradcheck(one_thread, device, dtype, average_query, loss_type, shared):
+def test_gradcheck(device, dtype, average_query, loss_type, shared):
     """Gaps between the scores are far wider than gradcheck's steps of 1e-6."""
     query = torch.randn(3, 5, dtype=dtype, device=device, requires_grad=True)
     shape = (9, 5) if shared else (3, 9, 5)
@@ -101,6 +101,7 @@ def test_strided_inputs_and_gradients(device):
     )  # fmt: skip
     assert_same_bits(query.grad, dquery)
     assert_same_bits(keys.grad, dkeys)
+    assert dquery.is_contiguous() and dkeys.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,12 +175,10 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, str
 def test_bits_do_not_depend_on_the_number_of_threads(device):
     query, keys = torch.randn(6, 64, device=device), torch.randn(6, 20_000, 64, device=device)
     given = [query, keys, *cotangents(6, 4, 3, device=device)]
-    before = torch.get_num_threads()
     results = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         results.append(gradients(tape_select, *given, **OPTIONS))
-    torch.set_num_threads(before)
     for other in results[1:]:
         for a, e in zip(other, results[0], strict=True):
             assert_same_bits(a, e)
@@ -197,18 +196,19 @@ def test_near_ties_fall_alike_in_any_batch(device, transposed):
         assert_same_bits(tape_select(query[i : i + 1], keys, **options).indices[0], together[i])
 
 
+@pytest.mark.parametrize("select", [tape_select, reference.tape_select], ids=["op", "reference"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-def test_another_example_s_poison_stays_with_it(device, shared, poison):
+def test_another_example_s_poison_stays_with_it(device, select, shared, poison):
     query = torch.randn(4, 6, device=device)
     keys = torch.randn(*([] if shared else [4]), 20, 6, device=device)
     given = [query, keys, *cotangents(4, 4, 3, device=device)]
-    clean = gradients(tape_select, *given, **OPTIONS)
+    clean = gradients(select, *given, **OPTIONS)
     poisoned = [x.clone() for x in given]
     for x in poisoned:
         if not (x.shape == keys.shape and shared):
             x[2] = poison
-    dirty = gradients(tape_select, *poisoned, **OPTIONS)
+    dirty = gradients(select, *poisoned, **OPTIONS)
     others = [0, 1, 3]
     for n in range(5):
         assert_same_bits(dirty[n][others], clean[n][others])
@@ -222,15 +222,16 @@ def test_another_example_s_poison_stays_with_it(device, shared, poison):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+@pytest.mark.parametrize("select", [tape_select, reference.tape_select], ids=["op", "reference"])
 @pytest.mark.parametrize("poison", [math.nan, -math.inf, math.inf])
-def test_entries_that_are_not_read_leak_nothing(device, poison, shared):
+def test_entries_that_are_not_read_leak_nothing(device, select, poison, shared):
     """Masked and missing entries may hold anything; unread valid ones NaN, which ranks last."""
     query = torch.randn(3, 6, device=device)
     keys = torch.randn(*([] if shared else [3]), 30, 6, device=device)
     mask = torch.rand(1, 30, device=device).expand(3, 30) < 0.3
     options = dict(OPTIONS, read_mask=mask, bank_lens=torch.full((3,), 25, device=device))
     given = [query, keys, *cotangents(3, 4, 3, device=device)]
-    clean = gradients(tape_select, *given, **options)
+    clean = gradients(select, *given, **options)
     poisoned = keys.clone()
     poisoned[..., mask[0], :] = poison
     poisoned[..., 25:, :] = poison
@@ -238,9 +239,7 @@ def test_entries_that_are_not_read_leak_nothing(device, poison, shared):
         read = torch.zeros(3, 31, dtype=torch.bool, device=device)
         read.scatter_(1, clean[0].flatten(1).long() % 31, True)
         poisoned[~read[:, :30].any(0) if shared else ~read[:, :30]] = poison
-    for a, e in zip(
-        gradients(tape_select, query, poisoned, *given[2:], **options), clean, strict=True
-    ):
+    for a, e in zip(gradients(select, query, poisoned, *given[2:], **options), clean, strict=True):
         assert_same_bits(a, e)
 
 
@@ -270,9 +269,10 @@ def test_opcheck(device, num_tape_tokens, limited, requires_grad, batch):
     torch.library.opcheck(torch.ops.adatape.tape_select.default, args)
 
 
-def test_opcheck_of_the_backward(device):
-    query, keys = torch.randn(4, 6, device=device), torch.randn(9, 6, device=device)
-    sel = tape_select(query, keys, **OPTIONS)
+@pytest.mark.parametrize("num_tape_tokens", [0, 3])
+def test_opcheck_of_the_backward(device, num_tape_tokens):
+    query, keys = torch.randn(6, 4, device=device).mT, torch.randn(6, 9, device=device).mT
+    sel = tape_select(query, keys, **{**OPTIONS, "num_tape_tokens": num_tape_tokens})
     args = (query, keys, sel.weights, sel.ponder, sel.indices, sel.counts, True, "max")
     torch.library.opcheck(torch.ops.adatape.tape_select_bwd.default, args)
 
