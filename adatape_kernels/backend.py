@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 
+from adatape_kernels._build import build_facts
+
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
 # Fastest first. The eager reference serves every device, so it closes each list.
 _PREFERENCE = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 
-_ABSENT = "this installation has no such implementation"
+_facts = build_facts()
+_ABSENT = {
+    "cpp": _facts.get("why", "the compiled part has no such kernel"),
+    "triton": "this version has no such kernel",
+    "cuda": "this version has no such kernel",
+}
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +99,27 @@ def register(
     return decorate
 
 
+def register_compiled(op: str, implementation: Callable[..., Any] | None = None) -> None:
+    """Serve `op` on the CPU from the compiled part, if it is there.
+
+    `implementation` composes `torch.ops.adatape_cpu` kernels; None takes the one of the op's name.
+    """
+    if _facts["compiled"] != "yes":
+        return
+    function = implementation or getattr(torch.ops.adatape_cpu, op).default
+
+    def run(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            # C++ has no ValueError to throw through torch; its message has the form of ours.
+            if ": expected " in str(error):
+                raise ValueError(str(error).partition("\n")[0]) from None
+            raise
+
+    register(op, "cpp", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))(run)
+
+
 def registered_ops() -> tuple[str, ...]:
     """Return the names of the declared ops, backward ones included."""
     return tuple(_implementations)
@@ -115,7 +143,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name is not None and not any(name in found for found in _implementations.values()):
-        raise RuntimeError(f"use_backend: backend {name!r} is not available: {_ABSENT}")
+        raise RuntimeError(f"use_backend: backend {name!r} is not available: {_ABSENT[name]}")
     previous, _forced.backend = _forced.backend, name
     try:
         yield
@@ -152,7 +180,7 @@ def explain(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
     for backend in BACKENDS:
         implementation = _implementations[op].get(backend)
         if implementation is None:
-            reasons[backend] = _ABSENT
+            reasons[backend] = _ABSENT[backend]
         else:
             reasons[backend] = implementation.refusal(device_type, dtype) or "serves"
     return reasons

@@ -98,7 +98,7 @@ def test_any_rows_match_the_literal_loop(device, rows, two):
 @pytest.mark.parametrize("dtype", [torch.float64])
 @pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
 @pytest.mark.parametrize("num_rows", [None, 6, torch.tensor(6)], ids=["all", "int", "scalar"])
-def test_gradcheck(one_thread, device, dtype, two, num_rows):
+def test_gradcheck(device, dtype, two, num_rows):
     x, input_ffn, tape_ffn, _ = inputs(7, device=device, dtype=dtype, dim=3, hidden=4)
     end = num_rows.to(device) if isinstance(num_rows, torch.Tensor) else num_rows
 

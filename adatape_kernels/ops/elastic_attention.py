@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from adatape_kernels import reference
-from adatape_kernels.backend import define_autograd, define_op, register
+from adatape_kernels.backend import define_autograd, define_op, register, register_compiled
 from adatape_kernels.elastic import check_offsets, check_offsets_tensor
 from adatape_kernels.reference import wide_dtype
 
@@ -126,6 +126,10 @@ def _eager_bwd(
     return reference.elastic_attention_bwd(
         dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale
     )
+
+
+register_compiled("elastic_attention")
+register_compiled("elastic_attention_bwd")
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

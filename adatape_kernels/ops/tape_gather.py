@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from adatape_kernels import reference
-from adatape_kernels.backend import define_autograd, define_op, register
+from adatape_kernels.backend import define_autograd, define_op, register, register_compiled
 from adatape_kernels.reference import wide_dtype
 
 
@@ -124,6 +124,10 @@ def _eager(
 
 
 register("tape_gather_bwd", "eager")(reference.tape_gather_bwd)
+
+
+register_compiled("tape_gather")
+register_compiled("tape_gather_bwd")
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from adatape_kernels import reference
-from adatape_kernels.backend import define_autograd, define_op, register
+from adatape_kernels.backend import define_autograd, define_op, register, register_compiled
 from adatape_kernels.reference import LossType, TapeSelection, wide_dtype
 
 MAX_TOPK = 32
@@ -175,6 +175,10 @@ def _eager(
 
 
 register("tape_select_bwd", "eager")(reference.tape_select_bwd)
+
+
+register_compiled("tape_select")
+register_compiled("tape_select_bwd")
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

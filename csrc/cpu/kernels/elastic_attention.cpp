@@ -1,0 +1,220 @@
+// Attention over the two ranges of an example: see adatape_kernels/reference.py for the formulas.
+//
+// An example's rows are copied, float and head by head, into one contiguous run (inputs, then
+// tape), which costs 1 / rows of the products and lets them run over dense matrices. Softmax takes
+// one pass over up to kKeyBlock keys; longer examples merge blocks of keys by the running maximum.
+
+#include "../kernels.h"
+#include "gemm.h"
+#include "scratch.h"
+
+namespace adatape::ADATAPE_ISA {
+namespace {
+
+constexpr int64_t kTileQueries = 4 * kTileRows;  // their scores fit the first-level cache
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct Example {
+  int64_t first_input, inputs, first_tape, tapes;
+
+  Example(const AttentionParams& p, int64_t i)
+      : first_input(p.cu_inputs[i]),
+        inputs(p.cu_inputs[i + 1] - p.cu_inputs[i]),
+        first_tape(p.cu_tapes[i]),
+        tapes(p.cu_tapes[i + 1] - p.cu_tapes[i]) {}
+
+  int64_t rows() const { return inputs + tapes; }
+  // Where row r of the example lies in the buffer.
+  int64_t at(int64_t r) const { return r < inputs ? first_input + r : first_tape + r - inputs; }
+};
+
+template <class T>
+const T* row_of(const HeadRows& x, int64_t row, int64_t head) {
+  return static_cast<const T*>(x.data) + row * x.row + head * x.head;
+}
+template <class T>
+T* row_to(const HeadRows& x, int64_t row, int64_t head) {
+  return static_cast<T*>(x.data) + row * x.row + head * x.head;
+}
+
+// to (count, width) = rows first … first + count of the example, times factor, zeros to the right.
+template <class T>
+void pack(const HeadRows& x, const Example& e, int64_t head, int64_t first, int64_t count,
+          int64_t dim, int64_t width, float factor, float* to) {
+  for (int64_t r = 0; r < count; ++r, to += width) {
+    const T* from = row_of<T>(x, e.at(first + r), head);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d) * factor);
+    if (d < width) store(to + d, load_some(from + d, static_cast<int>(dim - d)) * factor);
+  }
+}
+
+// to (dim, width): the same rows as columns, zeros in the columns behind `count`.
+template <class T>
+void pack_transposed(const HeadRows& x, const Example& e, int64_t head, int64_t first,
+                     int64_t count, int64_t dim, int64_t width, float* to) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const T* from[kLanes];
+    const int lanes = static_cast<int>(count - c < kLanes ? count - c : kLanes);
+    for (int l = 0; l < lanes; ++l) from[l] = row_of<T>(x, e.at(first + c + l), head);
+    for (int64_t d = 0; d < dim; ++d) {
+      Vec column = {};
+      for (int l = 0; l < lanes; ++l) column[l] = to_float(from[l][d]);
+      store(to + d * width + c, column);
+    }
+  }
+}
+
+template <class T>
+void unpack(const float* from, int64_t width, const HeadRows& x, const Example& e, int64_t head,
+            int64_t first, int64_t count, int64_t dim) {
+  for (int64_t r = 0; r < count; ++r, from += width) {
+    T* to = row_to<T>(x, e.at(first + r), head);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+    if (d < dim) store_some(to + d, load(from + d), static_cast<int>(dim - d));
+  }
+}
+
+// Turns a row of scores into exp(score - max) in place, with zeros behind `count`; merges with the
+// running maximum and sum of earlier blocks, and returns the factor for what they accumulated.
+float softmax_row(float* s, int64_t count, int64_t width, float* largest, float* total) {
+  for (int64_t c = count; c < width; ++c) s[c] = -__builtin_inff();
+  Vec highest = load(s);
+  for (int64_t c = kLanes; c < width; c += kLanes) highest = max(highest, load(s + c));
+  const float block = max(highest), before = *largest;
+  const float now = before > block ? before : block;
+  Vec sums = {};
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const Vec e = exp(load(s + c) - now);
+    store(s + c, e);
+    sums += e;
+  }
+  const float kept = before == -__builtin_inff() ? 0.0f : __builtin_expf(before - now);
+  *largest = now;
+  *total = *total * kept + sum(sums);
+  return kept;
+}
+
+template <class T>
+void forward(const AttentionParams& p, int64_t example, int64_t head, int64_t first) {
+  const Example e(p, example);
+  const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
+  const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
+  const int64_t block = round_up(rows < kKeyBlock ? rows : kKeyBlock, kLanes);
+  Scratch scratch;
+  float* const q = scratch.take(queries * width);
+  float* const kt = scratch.take(dim * block);
+  float* const v = scratch.take(block * width);
+  float* const out = scratch.take(queries * width);
+  float* const largest = scratch.take(queries);
+  float* const total = scratch.take(queries);
+  float* const scores = scratch.take(kTileQueries * block);
+
+  pack<T>(p.q, e, head, first, queries, dim, width, p.scale, q);
+  for (int64_t r = 0; r < queries; ++r) largest[r] = -__builtin_inff(), total[r] = 0.0f;
+  for (int64_t key = 0; key < rows; key += kKeyBlock) {
+    const int64_t keys = rows - key < kKeyBlock ? rows - key : kKeyBlock;
+    const int64_t columns = round_up(keys, kLanes);
+    pack_transposed<T>(p.k, e, head, key, keys, dim, columns, kt);
+    pack<T>(p.v, e, head, key, keys, dim, width, 1.0f, v);
+    for (int64_t r = 0; r < queries; r += kTileQueries) {
+      const int64_t count = queries - r < kTileQueries ? queries - r : kTileQueries;
+      gemm(count, columns, dim, q + r * width, width, 1, kt, columns, scores, columns, false);
+      for (int64_t t = 0; t < count; ++t) {
+        const float kept =
+            softmax_row(scores + t * columns, keys, columns, largest + r + t, total + r + t);
+        if (key > 0) {
+          float* const o = out + (r + t) * width;
+          for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * kept);
+        }
+      }
+      gemm(count, width, keys, scores, columns, 1, v, width, out + r * width, width, key > 0);
+    }
+  }
+  for (int64_t r = 0; r < queries; ++r) {
+    const float inverse = 1.0f / total[r];
+    float* const o = out + r * width;
+    for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * inverse);
+    p.lse[head * p.rows + e.at(first + r)] = largest[r] + __builtin_logf(total[r]);
+  }
+  unpack<T>(out, width, p.out, e, head, first, queries, dim);
+}
+
+template <class T>
+void backward(const AttentionParams& p, int64_t example, int64_t head) {
+  const Example e(p, example);
+  const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
+  const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
+  const int64_t wide_block = round_up(block, kLanes);
+  Scratch scratch;
+  float* const q = scratch.take(block * width);
+  float* const dout = scratch.take(block * width);
+  float* const k = scratch.take(block * width);
+  float* const kt = scratch.take(dim * wide_block);
+  float* const vt = scratch.take(dim * wide_block);
+  float* const dq = scratch.take(rows * width);
+  float* const dk = scratch.take(block * width);
+  float* const dv = scratch.take(block * width);
+  float* const delta = scratch.take(rows);
+  float* const weights = scratch.take(block * wide_block);
+  float* const ds = scratch.take(block * wide_block);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const o = row_of<T>(p.out, e.at(r), head);
+    const T* const d_o = row_of<T>(p.dout, e.at(r), head);
+    Vec products = {};
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) products += load(o + d) * load(d_o + d);
+    const int tail = static_cast<int>(dim - d);
+    delta[r] = sum(products + load_some(o + d, tail) * load_some(d_o + d, tail));
+  }
+  for (int64_t key = 0; key < rows; key += block) {
+    const int64_t keys = rows - key < block ? rows - key : block;
+    const int64_t columns = round_up(keys, kLanes);
+    pack<T>(p.k, e, head, key, keys, dim, width, 1.0f, k);
+    pack_transposed<T>(p.k, e, head, key, keys, dim, columns, kt);
+    pack_transposed<T>(p.v, e, head, key, keys, dim, columns, vt);
+    for (int64_t query = 0; query < rows; query += block) {
+      const int64_t queries = rows - query < block ? rows - query : block;
+      pack<T>(p.q, e, head, query, queries, dim, width, p.scale, q);
+      pack<T>(p.dout, e, head, query, queries, dim, width, 1.0f, dout);
+      gemm(queries, columns, dim, q, width, 1, kt, columns, weights, columns, false);
+      gemm(queries, columns, dim, dout, width, 1, vt, columns, ds, columns, false);
+      for (int64_t r = 0; r < queries; ++r) {
+        const float lse = p.lse[head * p.rows + e.at(query + r)], shift = delta[query + r];
+        float* const w_row = weights + r * columns;
+        float* const ds_row = ds + r * columns;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          const Vec w = exp(load(w_row + c) - lse);
+          store(w_row + c, w);
+          store(ds_row + c, w * (load(ds_row + c) - shift));
+        }
+      }
+      // q is scaled already, so dk needs no scale of its own; dq gets it at the end.
+      const bool later_query = query > 0, later_key = key > 0;
+      gemm(keys, width, queries, ds, 1, columns, q, width, dk, width, later_query);
+      gemm(keys, width, queries, weights, 1, columns, dout, width, dv, width, later_query);
+      gemm(queries, width, keys, ds, columns, 1, k, width, dq + query * width, width, later_key);
+    }
+    unpack<T>(dk, width, p.dk, e, head, key, keys, dim);
+    unpack<T>(dv, width, p.dv, e, head, key, keys, dim);
+  }
+  for (int64_t i = 0; i < rows * width; i += kLanes) store(dq + i, load(dq + i) * p.scale);
+  unpack<T>(dq, width, p.dq, e, head, 0, rows, dim);
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionParams& p, int64_t example, int64_t head, int64_t first) {
+  p.dtype == DType::kFloat ? forward<float>(p, example, head, first)
+                           : forward<bfloat16>(p, example, head, first);
+}
+
+void attention_bwd(const AttentionParams& p, int64_t example, int64_t head) {
+  p.dtype == DType::kFloat ? backward<float>(p, example, head)
+                           : backward<bfloat16>(p, example, head);
+}
+
+}  // namespace adatape::ADATAPE_ISA

@@ -1,0 +1,136 @@
+// Vectors of float for one instruction set. Included by kernels only, which are compiled once for
+// each set with ADATAPE_ISA naming it; everything lies in a namespace of that name, so that no
+// inline function built for one processor is linked into code for another.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace adatape::ADATAPE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+constexpr int kTileRows = 4, kTileVecs = 3;  // 12 of 16
+#else
+constexpr int kVecBytes = 16;
+constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16
+#endif
+constexpr int kLanes = kVecBytes / 4;
+
+// Without attributes that allow aliasing: elements are loaded and stored by memcpy.
+using Vec = float __attribute__((vector_size(kVecBytes)));
+using IntVec = uint32_t __attribute__((vector_size(kVecBytes)));
+using HalfVec = uint16_t __attribute__((vector_size(kVecBytes / 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {
+  if (x != x) return {0x7fc0};
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits += 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const float* from) {
+  Vec result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+inline Vec load(const bfloat16* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  const IntVec bits = __builtin_convertvector(half, IntVec) << 16;
+  return reinterpret_cast<Vec>(bits);
+}
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bfloat16* to, Vec x) {
+  const IntVec bits = reinterpret_cast<IntVec>(x);
+  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const IntVec result = x != x ? IntVec{} + 0x7fc0 : rounded;
+  const HalfVec half = __builtin_convertvector(result, HalfVec);
+  std::memcpy(to, &half, sizeof half);
+}
+
+// The first `count` elements, zeros behind them.
+template <class T>
+inline Vec load_some(const T* from, int count) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = to_float(from[i]);
+  return load(lanes);
+}
+template <class T>
+inline void store_some(T* to, Vec x, int count) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < count; ++i) to[i] = from_float<T>(lanes[i]);
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float max(Vec x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// e^x within 2 units in the last place; 0 below -87, e^88 above 88, NaN for NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2; a polynomial gives e^r, the exponent's bits 2^n.
+inline Vec exp(Vec x) {
+  constexpr float kLowest = -87.0f, kHighest = 88.0f, kLog2e = 1.44269504f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec above = x < kLowest ? broadcast(kLowest) : x;
+  const Vec clamped = above > kHighest ? broadcast(kHighest) : above;
+  const Vec shifted = clamped * kLog2e + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (clamped - n * kLn2High) - n * kLn2Low;
+  Vec p = broadcast(1.9875691e-4f);
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665795e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 5.0000001e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const IntVec exponent = (reinterpret_cast<IntVec>(shifted) - 0x4b400000 + 127) << 23;
+  const Vec result = p * reinterpret_cast<Vec>(exponent);
+  return x < kLowest ? Vec{} : result;
+}
+
+}  // namespace adatape::ADATAPE_ISA
