@@ -50,6 +50,8 @@ class Implementation:
 
 _library = torch.library.Library("adatape", "DEF")
 _implementations: dict[str, dict[str, Implementation]] = {}
+# What `choose` found: by op, forced backend, device type and dtype.
+_chosen: dict[tuple[str, str | None, str, torch.dtype], Callable[..., Any]] = {}
 
 
 class _Forced(threading.local):
@@ -94,19 +96,17 @@ def register(
 
     def decorate(function: Callable) -> Callable:
         _implementations[op][backend] = Implementation(function, devices, dtypes)
+        _chosen.clear()
         return function
 
     return decorate
 
 
-def register_compiled(op: str, implementation: Callable[..., Any] | None = None) -> None:
-    """Serve `op` on the CPU from the compiled part, if it is there.
-
-    `implementation` composes `torch.ops.adatape_cpu` kernels; None takes the one of the op's name.
-    """
+def register_compiled(op: str) -> None:
+    """Serve `op` on the CPU by the compiled part's op of the same name, if it is there."""
     if _facts["compiled"] != "yes":
         return
-    function = implementation or getattr(torch.ops.adatape_cpu, op).default
+    function = getattr(torch.ops.adatape_cpu, op).default
 
     def run(*args: Any) -> Any:
         try:
@@ -158,10 +158,13 @@ def choose(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
         RuntimeError: the forced backend does not serve the op, the device or the dtype.
     """
     device_type, dtype = tensor.device.type, tensor.dtype
+    key = (op, _forced.backend, device_type, dtype)
+    if key in _chosen:
+        return _chosen[key]
     for backend in (_forced.backend,) if _forced.backend else _preference(device_type):
         implementation = _implementations[op].get(backend)
         if implementation and not implementation.refusal(device_type, dtype):
-            return implementation.function
+            return _chosen.setdefault(key, implementation.function)
     wanted = _forced.backend or "every backend"
     reasons = explain(op, device_type, dtype)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason != "serves")

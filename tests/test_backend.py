@@ -39,13 +39,17 @@ def registered(monkeypatch):
 
             made = Implementation(run, **{"devices": None, "dtypes": eager.dtypes, **limits})
             monkeypatch.setitem(backend._implementations[op], name, made)
+        backend._chosen.clear()
         return calls
+
+    monkeypatch.setattr(backend, "_chosen", {})
 
     return register
 
 
 @pytest.fixture
 def eager_only(monkeypatch):
+    monkeypatch.setattr(backend, "_chosen", {})
     for op, found in list(backend._implementations.items()):
         monkeypatch.setitem(backend._implementations, op, {"eager": found["eager"]})
 

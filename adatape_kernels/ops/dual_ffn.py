@@ -83,11 +83,11 @@ _NONE = (None, None, None, None)
 
 def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
     dim, hidden = x.shape[1], ffn[0].shape[0] // gates
-    shapes = FFN((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))  # type: ignore[arg-type]
+    shapes = ((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))
     for field, parameter, shape in zip(FFN._fields, ffn, shapes, strict=True):
         if parameter.shape != shape or parameter.dtype != x.dtype or parameter.device != x.device:
             raise ValueError(
-                f"{name}.{field}: expected {x.dtype} {tuple(shape)} on {x.device} to fit x, "
+                f"{name}.{field}: expected {x.dtype} {shape} on {x.device} to fit x, "
                 f"got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
             )
 
@@ -170,18 +170,6 @@ def _row_counts(max_input_rows: int, max_tape_rows: int, bounds: Tensor | None) 
     return middle, end - middle
 
 
-def _checked_row_counts(
-    x: Tensor, max_input_rows: int, max_tape_rows: int, bounds: Tensor | None
-) -> tuple[int, int]:
-    inputs, tapes = _row_counts(max_input_rows, max_tape_rows, bounds)
-    if not (0 <= inputs and 0 <= tapes and inputs + tapes <= len(x)):
-        raise ValueError(
-            f"num_input_rows: expected 0 <= num_input_rows <= num_rows <= {len(x)} (the rows of "
-            f"x), got {inputs} and {inputs + tapes}"
-        )
-    return inputs, tapes
-
-
 @register("dual_ffn", "eager")
 def _eager(
     x: Tensor,
@@ -190,7 +178,12 @@ def _eager(
     bounds: Tensor | None,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, tapes = _checked_row_counts(x, max_input_rows, max_tape_rows, bounds)
+    inputs, tapes = _row_counts(max_input_rows, max_tape_rows, bounds)
+    if not (0 <= inputs and 0 <= tapes and inputs + tapes <= len(x)):
+        raise ValueError(
+            f"num_input_rows: expected 0 <= num_input_rows <= num_rows <= {len(x)} (the rows of "
+            f"x), got {inputs} and {inputs + tapes}"
+        )
     input_ffn, tape_ffn = _pack(parameters)
     y, hidden, tape_hidden = reference.dual_ffn(
         x, inputs, input_ffn, tape_ffn, num_rows=inputs + tapes
@@ -219,69 +212,8 @@ def _eager_bwd(
     return dx, *dinput, *(dtape or [x.new_empty(0) for _ in FFN._fields])
 
 
-def _compiled(
-    x: Tensor,
-    max_input_rows: int,
-    max_tape_rows: int,
-    bounds: Tensor | None,
-    *parameters: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Torch's products on the two slices, with bias and activation in one pass between them."""
-    kernels = torch.ops.adatape_cpu
-    inputs, tapes = _checked_row_counts(x, max_input_rows, max_tape_rows, bounds)
-    input_ffn, tape_ffn = _pack(parameters)
-    y, hidden = x.new_empty(x.shape), x.new_empty(max_input_rows, len(input_ffn.b1))
-    tape_hidden = x.new_empty(0, 0)
-    _products(x[:inputs], input_ffn, kernels.bias_gelu, hidden[:inputs], y[:inputs])
-    if tape_ffn is not None:
-        tape_hidden = x.new_empty(max_tape_rows, len(tape_ffn.b1))
-        tape = slice(inputs, inputs + tapes)
-        _products(x[tape], tape_ffn, kernels.bias_glu, tape_hidden[:tapes], y[tape])
-    for rows, used in ((y, inputs + tapes), (hidden, inputs), (tape_hidden, tapes)):
-        rows[used:] = 0
-    return y, hidden, tape_hidden
-
-
-def _products(x: Tensor, ffn: FFN, bias_act: Any, hidden: Tensor, y: Tensor) -> None:
-    torch.mm(x, ffn.w1.t(), out=hidden)
-    act = bias_act(hidden, ffn.b1)
-    torch.addmm(ffn.b2, act, ffn.w2.t(), out=y)
-
-
-def _compiled_bwd(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    tape_hidden: Tensor,
-    bounds: Tensor | None,
-    *parameters: Tensor | None,
-) -> tuple[Tensor, ...]:
-    kernels = torch.ops.adatape_cpu
-    inputs, tapes = _row_counts(len(hidden), len(tape_hidden), bounds)
-    input_ffn, tape_ffn = _pack(parameters)
-    dx, rows = x.new_empty(x.shape), slice(0, inputs)
-    grads = _products_bwd(dy[rows], x[rows], input_ffn, kernels.gelu_bwd, hidden[rows], dx[rows])
-    if tape_ffn is not None:
-        rows = slice(inputs, inputs + tapes)
-        grads += _products_bwd(
-            dy[rows], x[rows], tape_ffn, kernels.glu_bwd, tape_hidden[:tapes], dx[rows]
-        )
-    else:
-        grads += tuple(x.new_empty(0) for _ in FFN._fields)
-    dx[inputs + tapes :] = 0
-    return dx, *grads
-
-
-def _products_bwd(
-    dy: Tensor, x: Tensor, ffn: FFN, act_bwd: Any, hidden: Tensor, dx: Tensor
-) -> tuple[Tensor, ...]:
-    dhidden, act = act_bwd(dy @ ffn.w2, hidden)
-    torch.mm(dhidden, ffn.w1, out=dx)
-    return dhidden.t() @ x, dhidden.sum(0), dy.t() @ act, dy.sum(0)
-
-
-register_compiled("dual_ffn", _compiled)
-register_compiled("dual_ffn_bwd", _compiled_bwd)
+register_compiled("dual_ffn")
+register_compiled("dual_ffn_bwd")
 
 
 def _pack(parameters: tuple) -> tuple[FFN, FFN | None]:

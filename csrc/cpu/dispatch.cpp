@@ -17,6 +17,7 @@
   void gather_bwd(const GatherParams&, int64_t);                                              \
   void sum_readers(const Reader*, const Reader*, const void*, int64_t, DType, void*, int64_t, \
                    DType);                                                                    \
+  void bias(const ActParams&, int64_t, int64_t);                                              \
   void bias_gelu(const ActParams&, int64_t, int64_t);                                         \
   void gelu_bwd(const ActParams&, int64_t, int64_t);                                          \
   void bias_glu(const ActParams&, int64_t, int64_t);                                          \
@@ -31,6 +32,7 @@
                                isa::gather_fwd,                                               \
                                isa::gather_bwd,                                               \
                                isa::sum_readers,                                              \
+                               isa::bias,                                                     \
                                isa::bias_gelu,                                                \
                                isa::gelu_bwd,                                                 \
                                isa::bias_glu,                                                 \

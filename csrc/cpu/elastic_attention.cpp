@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
   const Tensor cu_tapes = torch::stable::contiguous(cu_tapes_any);
   const Layout layout = checked_layout(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
-  const Tensor out = torch::stable::new_empty(q, {q.size(0), num_heads, q.size(2)});
-  const Tensor lse = torch::stable::new_empty(q, {num_heads, q.size(0)}, ScalarType::Float);
+  const Tensor out = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
+  const Tensor lse = new_output(q, {num_heads, q.size(0)}, ScalarType::Float);
   zero_rows_from(out, layout.used());  // the kernels write all rows that examples own
   zero_rows_from(torch::stable::transpose(lse, 0, 1), layout.used());
 
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
   const Layout layout = checked_layout(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
   const auto gradient = [&] {
-    const Tensor x = torch::stable::new_empty(q, {q.size(0), num_heads, q.size(2)});
+    const Tensor x = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
     zero_rows_from(x, layout.used());
     return x;
   };

@@ -116,6 +116,8 @@ struct Kernels {
   void (*sum_readers)(const Reader* first, const Reader* last, const void* rows, int64_t stride,
                       DType rows_dtype, void* to, int64_t width, DType to_dtype);
 
+  // hidden (rows, width) += bias (width,).
+  void (*bias)(const ActParams&, int64_t first, int64_t count);
   // hidden (rows, width) += bias (width,); act = gelu(hidden).
   void (*bias_gelu)(const ActParams&, int64_t first, int64_t count);
   // dhidden and act from dact and hidden.

@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
     refuse("capacity: expected at least the ", total, " tape rows read, got ", *capacity);
   }
   const int64_t rows = capacity ? *capacity : total;
-  const Tensor tape = torch::stable::new_empty(bank, {rows, p.bank.width});
-  const Tensor offsets_out = torch::stable::new_empty(counts, {batch + 1});
+  const Tensor tape = new_output(bank, {rows, p.bank.width}, bank.scalar_type());
+  const Tensor offsets_out = new_output(counts, {batch + 1}, counts.scalar_type());
   std::copy(offsets.begin(), offsets.end(), static_cast<int32_t*>(offsets_out.data_ptr()));
   p.offsets = offsets.data();
   p.tape = tape.data_ptr();
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   const int32_t* const lens = counts.const_data_ptr<int32_t>();
   const std::vector<int32_t> offsets =
       checked_offsets(p.indices, lens, batch, p.steps, p.topk, p.bank.size);
-  const Tensor dbank = torch::stable::new_empty(bank, bank.sizes());
-  const Tensor dweights = torch::stable::new_empty(weights, weights.sizes());
+  const Tensor dbank = new_output(bank, bank.sizes(), bank.scalar_type());
+  const Tensor dweights = new_output(weights, weights.sizes(), ScalarType::Float);
   p.offsets = offsets.data();
   p.tape = dtape.data_ptr();
   p.tape_row = dtape.stride(0);

@@ -58,10 +58,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     lens = checked_bank_lens(*bank_lens, p.keys.size);
     p.bank_lens = lens.data();
   }
-  const Tensor weights = torch::stable::new_empty(query, {p.batch, steps, topk}, ScalarType::Float);
-  const Tensor ponder = torch::stable::new_empty(query, {p.batch}, ScalarType::Float);
-  const Tensor indices = torch::stable::new_empty(query, {p.batch, steps, topk}, ScalarType::Int);
-  const Tensor counts = torch::stable::new_empty(query, {p.batch}, ScalarType::Int);
+  const Tensor weights = new_output(query, {p.batch, steps, topk}, ScalarType::Float);
+  const Tensor ponder = new_output(query, {p.batch}, ScalarType::Float);
+  const Tensor indices = new_output(query, {p.batch, steps, topk}, ScalarType::Int);
+  const Tensor counts = new_output(query, {p.batch}, ScalarType::Int);
   p.weights = static_cast<float*>(weights.data_ptr());
   p.ponder = static_cast<float*>(ponder.data_ptr());
   p.indices = static_cast<int32_t*>(indices.data_ptr());
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   if (keys.dim() == 2 && p.batch > 0) {
     together = kSelectExamples;
     const int64_t padded = round_up(p.keys.size, kColumnMultiple);
-    columns = torch::stable::new_empty(query, {p.keys.width, padded}, ScalarType::Float);
+    columns = new_output(query, {p.keys.width, padded}, ScalarType::Float);
     float* const to = static_cast<float*>(columns->data_ptr());
     run_tasks((padded + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
       const int64_t first = task * kRowsPerTask;
@@ -99,10 +99,9 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
   const Tensor counts = torch::stable::contiguous(counts_any);
   const int64_t steps = indices.size(1), topk = indices.size(2);
   SelectParams p = params(query, keys, steps, topk, average_query, loss_type);
-  const Tensor dquery = torch::stable::new_empty(query, {p.batch, p.keys.width}, ScalarType::Float);
-  const Tensor drows =
-      torch::stable::new_empty(query, {p.batch, steps, topk, p.keys.width}, ScalarType::Float);
-  const Tensor dkeys = torch::stable::new_empty(keys, keys.sizes());
+  const Tensor dquery = new_output(query, {p.batch, p.keys.width}, ScalarType::Float);
+  const Tensor drows = new_output(query, {p.batch, steps, topk, p.keys.width}, ScalarType::Float);
+  const Tensor dkeys = new_output(keys, keys.sizes(), keys.scalar_type());
   p.dweights = dweights.const_data_ptr<float>();
   p.dponder = dponder.const_data_ptr<float>();
   p.indices = static_cast<int32_t*>(indices.data_ptr());

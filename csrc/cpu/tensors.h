@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <sstream>
 #include <string>
@@ -41,6 +45,22 @@ inline Bank bank_of(const Tensor& x) {
   const bool own = x.dim() == 3;
   return {x.data_ptr(), own ? x.stride(0) : 0, x.stride(x.dim() - 2), x.size(x.dim() - 2),
           x.size(x.dim() - 1)};
+}
+
+// An uninitialised tensor of the device of `like`. A large one asks for huge pages: the first touch
+// of 4 kB pages costs several times what writing them does.
+inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto start = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = start + static_cast<uintptr_t>(out.numel()) * out.element_size();
+  // Advice only: where it is not taken, nothing but time is lost.
+  if (end > first + kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return out;
 }
 
 // Zeros in rows `first` and on of x.

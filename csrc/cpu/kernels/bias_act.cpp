@@ -52,6 +52,16 @@ struct Rows {
 };
 
 template <class T>
+void add_bias(const ActParams& p, int64_t first, int64_t count) {
+  for (int64_t r = first; r < first + count; ++r) {
+    const Rows<T> row(p, r, p.width);
+    for_columns(p.width, [&](int64_t c, int lanes) {
+      write(row.hidden + c, read(row.hidden + c, lanes) + read(row.bias + c, lanes), lanes);
+    });
+  }
+}
+
+template <class T>
 void gelu_forward(const ActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const Rows<T> row(p, r, p.width);
@@ -104,6 +114,10 @@ void glu_backward(const ActParams& p, int64_t first, int64_t count) {
 }
 
 }  // namespace
+
+void bias(const ActParams& p, int64_t first, int64_t count) {
+  p.dtype == DType::kFloat ? add_bias<float>(p, first, count) : add_bias<bfloat16>(p, first, count);
+}
 
 void bias_gelu(const ActParams& p, int64_t first, int64_t count) {
   p.dtype == DType::kFloat ? gelu_forward<float>(p, first, count)
