@@ -11,6 +11,24 @@ ready := $(VENV)/.adatape-ready
 lint_ready := $(VENV)/.adatape-lint-ready
 cpp_files := $(shell find csrc -type f)
 
+# A copy of the package whose compiled part is built with a sanitizer, and the ops' tests on it.
+# torch itself is not instrumented: its leaks and its pool's synchronisation are not ours to report.
+comma := ,
+site = build/$(2)/site
+kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py dual_ffn.py)
+define sanitized
+	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/$(2) -G Ninja -DADATAPE_SANITIZE=$(1) \
+	  -DPython_EXECUTABLE=$(abspath $(bin))/python
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/$(2)
+	rm -rf $(site) && mkdir -p $(site) && cp -r adatape_kernels $(site) && rm -f $(site)/*/_C*
+	PATH="$(abspath $(bin)):$$PATH" cmake --install build/$(2) --prefix $(site)
+	LD_PRELOAD="$$($(CXX) -print-file-name=lib$(2).so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 \
+	  TSAN_OPTIONS="suppressions=tests/tsan.supp ignore_noninstrumented_modules=1" \
+	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider $(kernel_tests) \
+	  -k "cpp and not compile and not opcheck $(3)" $(ARGS)
+endef
+
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
 
@@ -19,6 +37,12 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 
 test: $(ready)  ## run the tests
 	$(bin)/pytest -q $(ARGS)
+
+asan: $(ready)  ## run the C++ kernels under AddressSanitizer and UBSan
+	$(call sanitized,address$(comma)undefined,asan,)
+
+tsan: $(ready)  ## run the C++ kernels under ThreadSanitizer
+	$(call sanitized,thread,tsan,and threads)
 
 lint: $(lint_ready)  ## check style and types
 	$(bin)/ruff check
@@ -51,4 +75,4 @@ $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test asan tsan lint format clean

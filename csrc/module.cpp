@@ -1,8 +1,12 @@
-// The Python module adatape_kernels._C: how it was built, and what the processor at hand can do.
+// The Python module adatape_kernels._C. Importing it registers the ops of csrc/cpu; it tells how it
+// was built, and what the processor at hand can do.
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
+
+#include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -48,6 +52,11 @@ py::dict build_facts() {
   facts["build_type"] = ADATAPE_BUILD_TYPE;
   facts["cuda"] = "none";  // the toolkit that compiled csrc/cuda; CMakeLists.txt enables no CUDA
   facts["instruction_sets"] = instruction_sets();
+  try {
+    facts["cpu_kernels"] = adatape::kernels().name;
+  } catch (const std::runtime_error& error) {
+    facts["cpu_kernels"] = error.what();
+  }
   return facts;
 }
 

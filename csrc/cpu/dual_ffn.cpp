@@ -67,7 +67,7 @@ void forward(const Tensor& x, const FFN& ffn, const Tensor& hidden, const Tensor
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   if (rows == 0) return;
   multiply(x, transposed(ffn.w1), hidden);
-  const Tensor b1 = torch::stable::contiguous(ffn.b1), b2 = torch::stable::contiguous(ffn.b2);
+  const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
   const Tensor act = new_output(x, {rows, width}, x.scalar_type());
   ActParams p{};
   p.hidden = hidden.data_ptr(), p.bias = b1.data_ptr(), p.act = act.data_ptr();
@@ -82,7 +82,7 @@ void forward(const Tensor& x, const FFN& ffn, const Tensor& hidden, const Tensor
 // Writes dx of a run of rows; returns the gradients of w1, b1, w2 and b2.
 std::array<Tensor, 4> backward(const Tensor& dy, const Tensor& x, const FFN& ffn,
                                const Tensor& hidden_any, const Tensor& dx) {
-  const Tensor hidden = torch::stable::contiguous(hidden_any);
+  const Tensor hidden = dense(hidden_any);
   const Tensor dact = product(dy, ffn.w2);
   const Tensor dhidden = new_output(x, {x.size(0), hidden.size(1)}, x.scalar_type());
   const Tensor act = new_output(x, {x.size(0), ffn.w2.size(1)}, x.scalar_type());
@@ -102,8 +102,8 @@ std::tuple<int64_t, int64_t> row_counts(int64_t max_inputs, int64_t max_tapes, i
                                         const std::optional<Tensor>& bounds) {
   int64_t inputs = max_inputs, end = max_inputs + max_tapes;
   if (bounds) {
-    const Tensor dense = torch::stable::contiguous(*bounds);
-    inputs = dense.const_data_ptr<int64_t>()[0], end = dense.const_data_ptr<int64_t>()[1];
+    const Tensor values = dense(*bounds);
+    inputs = values.const_data_ptr<int64_t>()[0], end = values.const_data_ptr<int64_t>()[1];
   }
   if (inputs < 0 || end < inputs || end > rows) {
     refuse("num_input_rows: expected 0 <= num_input_rows <= num_rows <= ", rows,
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::optional<Tensor>& bounds, const Tensor& w1, const Tensor& b1, const Tensor& w2,
     const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
     const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
-  const Tensor dy = torch::stable::contiguous(dy_any), x = with_dense_rows(x_any);
+  const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   const auto [inputs, tapes] = row_counts(hidden.size(0), tape_hidden.size(0), x.size(0), bounds);
   const Tensor dx = new_output(x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, inputs + tapes);

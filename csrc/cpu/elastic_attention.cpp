@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
                                              std::optional<int64_t> max_rows,
                                              std::optional<double> scale) {
   const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
-  const Tensor cu_inputs = torch::stable::contiguous(cu_inputs_any);
-  const Tensor cu_tapes = torch::stable::contiguous(cu_tapes_any);
+  const Tensor cu_inputs = dense(cu_inputs_any);
+  const Tensor cu_tapes = dense(cu_tapes_any);
   const Layout layout = checked_layout(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
   const Tensor out = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
@@ -94,8 +94,9 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
     }
   }
   const AttentionParams p = params(q, k, v, out, lse, layout, scale);
+  const Kernels& chosen = kernels();
   run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    kernels().attention_fwd(p, tasks[t].example, tasks[t].head, tasks[t].first);
+    chosen.attention_fwd(p, tasks[t].example, tasks[t].head, tasks[t].first);
   });
   return {out, lse};
 }
@@ -106,10 +107,14 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
     std::optional<int64_t> max_rows, std::optional<double> scale) {
   const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
   const Tensor dout = with_dense_rows(dout_any);
-  const Tensor cu_inputs = torch::stable::contiguous(cu_inputs_any);
-  const Tensor cu_tapes = torch::stable::contiguous(cu_tapes_any);
+  const Tensor cu_inputs = dense(cu_inputs_any);
+  const Tensor cu_tapes = dense(cu_tapes_any);
   const Layout layout = checked_layout(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
+  if (lse.numel() != num_heads * layout.rows || !lse.is_contiguous()) {
+    refuse("lse: expected a contiguous (", num_heads, ", ", layout.rows, "), got ", lse.numel(),
+           " elements");
+  }
   const auto gradient = [&] {
     const Tensor x = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
     zero_rows_from(x, layout.used());
@@ -119,8 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
   AttentionParams p = params(q, k, v, out, lse, layout, scale);
   p.dout = head_rows(dout);
   p.dq = head_rows(dq), p.dk = head_rows(dk), p.dv = head_rows(dv);
+  const Kernels& chosen = kernels();
   run_tasks(layout.batch * num_heads, [&](int64_t t) {
-    if (layout.lens(t / num_heads) > 0) kernels().attention_bwd(p, t / num_heads, t % num_heads);
+    if (layout.lens(t / num_heads) > 0) chosen.attention_bwd(p, t / num_heads, t % num_heads);
   });
   return {dq, dk, dv};
 }

@@ -55,12 +55,13 @@ inline void sum_into_bank(const ReaderLists& readers, const void* rows, int64_t 
   const DType dtype = dtype_of(dbank);
   char* const to = static_cast<char*>(dbank.data_ptr());
   const int64_t row_bytes = width * static_cast<int64_t>(dbank.element_size());
+  const Kernels& chosen = kernels();
   run_tasks((bank_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     const int64_t end = std::min(bank_rows, (task + 1) * kRowsPerTask);
     for (int64_t row = task * kRowsPerTask; row < end; ++row) {
       const Reader* const list = readers.list.data();
-      kernels().sum_readers(list + readers.starts[row], list + readers.starts[row + 1], rows,
-                            stride, rows_dtype, to + row * row_bytes, width, dtype);
+      chosen.sum_readers(list + readers.starts[row], list + readers.starts[row + 1], rows, stride,
+                         rows_dtype, to + row * row_bytes, width, dtype);
     }
   });
 }

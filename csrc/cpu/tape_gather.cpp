@@ -45,9 +45,9 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
                                        const Tensor& weights_any, const Tensor& counts_any,
                                        std::optional<int64_t> capacity) {
   const Tensor bank = with_dense_rows(bank_any);
-  const Tensor indices = torch::stable::contiguous(indices_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor counts = torch::stable::contiguous(counts_any);
+  const Tensor indices = dense(indices_any);
+  const Tensor weights = dense(weights_any);
+  const Tensor counts = dense(counts_any);
   GatherParams p = params(bank, indices, weights);
   const int64_t batch = indices.size(0);
   const std::vector<int32_t> offsets = checked_offsets(p.indices, counts.const_data_ptr<int32_t>(),
@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   p.offsets = offsets.data();
   p.tape = tape.data_ptr();
   p.tape_row = p.bank.width;
-  run_tasks(batch, [&](int64_t i) { kernels().gather_fwd(p, i); });
+  const Kernels& chosen = kernels();
+  run_tasks(batch, [&](int64_t i) { chosen.gather_fwd(p, i); });
   zero_rows_from(tape, total);
   return {tape, offsets_out};
 }
@@ -72,9 +73,9 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
                                            const Tensor& indices_any, const Tensor& weights_any,
                                            const Tensor& counts_any) {
   const Tensor dtape = with_dense_rows(dtape_any), bank = with_dense_rows(bank_any);
-  const Tensor indices = torch::stable::contiguous(indices_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor counts = torch::stable::contiguous(counts_any);
+  const Tensor indices = dense(indices_any);
+  const Tensor weights = dense(weights_any);
+  const Tensor counts = dense(counts_any);
   GatherParams p = params(bank, indices, weights);
   const int64_t batch = indices.size(0);
   const int32_t* const lens = counts.const_data_ptr<int32_t>();
@@ -87,7 +88,8 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   p.tape_row = dtape.stride(0);
   p.dweights = static_cast<float*>(dweights.data_ptr());
 
-  run_tasks(batch, [&](int64_t i) { kernels().gather_bwd(p, i); });
+  const Kernels& chosen = kernels();
+  run_tasks(batch, [&](int64_t i) { chosen.gather_bwd(p, i); });
   const ReaderLists readers =
       list_readers(p.indices, lens, batch, p.steps, p.topk, p.bank.size, bank.dim() == 3,
                    [&](int64_t i, int64_t s, int64_t j) {

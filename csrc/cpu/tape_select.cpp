@@ -30,7 +30,7 @@ SelectParams params(const Tensor& query, const Tensor& keys, int64_t steps, int6
 }
 
 std::vector<int64_t> checked_bank_lens(const Tensor& any, int64_t bank_size) {
-  const Tensor lens = torch::stable::contiguous(torch::stable::to(any, ScalarType::Long));
+  const Tensor lens = dense(torch::stable::to(any, ScalarType::Long));
   const int64_t* const values = lens.const_data_ptr<int64_t>();
   std::vector<int64_t> result(values, values + any.numel());
   for (const int64_t len : result) {
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   p.halt_threshold = static_cast<float>(halt_threshold);
   std::optional<Tensor> read_mask;
   if (read_mask_any) {
-    read_mask = torch::stable::contiguous(*read_mask_any);
+    read_mask = dense(*read_mask_any);
     p.read_mask = read_mask->const_data_ptr<bool>();
   }
   std::vector<int64_t> lens;
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   p.indices = static_cast<int32_t*>(indices.data_ptr());
   p.counts = static_cast<int32_t*>(counts.data_ptr());
 
-  const Kernels& k = kernels();
+  const Kernels& chosen = kernels();
   std::optional<Tensor> columns;
   int64_t together = 1;
   if (keys.dim() == 2 && p.batch > 0) {
@@ -77,13 +77,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     float* const to = static_cast<float*>(columns->data_ptr());
     run_tasks((padded + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
       const int64_t first = task * kRowsPerTask;
-      k.select_columns(p, to, first, std::min(kRowsPerTask, padded - first));
+      chosen.select_columns(p, to, first, std::min(kRowsPerTask, padded - first));
     });
     p.keys_by_column = to;
   }
   run_tasks((p.batch + together - 1) / together, [&](int64_t task) {
     const int64_t first = task * together;
-    k.select_fwd(p, first, std::min(together, p.batch - first));
+    chosen.select_fwd(p, first, std::min(together, p.batch - first));
   });
   return {weights, ponder, indices, counts};
 }
@@ -93,10 +93,10 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
                                            const Tensor& indices_any, const Tensor& counts_any,
                                            bool average_query, const std::string& loss_type) {
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
-  const Tensor dweights = torch::stable::contiguous(dweights_any);
-  const Tensor dponder = torch::stable::contiguous(dponder_any);
-  const Tensor indices = torch::stable::contiguous(indices_any);
-  const Tensor counts = torch::stable::contiguous(counts_any);
+  const Tensor dweights = dense(dweights_any);
+  const Tensor dponder = dense(dponder_any);
+  const Tensor indices = dense(indices_any);
+  const Tensor counts = dense(counts_any);
   const int64_t steps = indices.size(1), topk = indices.size(2);
   SelectParams p = params(query, keys, steps, topk, average_query, loss_type);
   const Tensor dquery = new_output(query, {p.batch, p.keys.width}, ScalarType::Float);
@@ -109,7 +109,8 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
   p.dquery = static_cast<float*>(dquery.data_ptr());
   p.drows = static_cast<float*>(drows.data_ptr());
 
-  run_tasks(p.batch, [&](int64_t i) { kernels().select_bwd(p, i); });
+  const Kernels& chosen = kernels();
+  run_tasks(p.batch, [&](int64_t i) { chosen.select_bwd(p, i); });
   const ReaderLists readers = list_readers(
       p.indices, p.counts, p.batch, steps, topk, p.keys.size, keys.dim() == 3,
       [&](int64_t i, int64_t s, int64_t j) { return Reader{(i * steps + s) * topk + j, 1.0f}; });

@@ -40,6 +40,11 @@ inline DType dtype_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float ? DType::kFloat : DType::kBFloat16;
 }
 
+// `x` itself where it is contiguous, without a trip through the dispatcher.
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // keys or values, (bank_size, width) or (batch, bank_size, width), with dense rows.
 inline Bank bank_of(const Tensor& x) {
   const bool own = x.dim() == 3;

@@ -1,0 +1,48 @@
+"""The C++ kernels once more for each instruction set that this processor has beside its best."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adatape_kernels._build import build_facts
+
+TESTS = Path(__file__).parent
+FILES = ["tape_select", "tape_gather", "elastic_attention", "dual_ffn"]
+FACTS = build_facts()
+
+pytestmark = pytest.mark.skipif(
+    FACTS["compiled"] == "no", reason=f"no compiled part: {FACTS.get('why')}"
+)
+
+
+def run(isa, *command):
+    environment = {**os.environ, "ADATAPE_CPU": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_the_ops_pass_their_tests(isa):
+    if isa == "avx2" and "avx2 fma" not in FACTS["instruction_sets"]:
+        pytest.skip("this processor has no AVX2")
+    files = [str(TESTS / f"test_{name}.py") for name in FILES]
+    only = "cpp and not compile and not opcheck and not refused"
+    result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", only)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_an_unknown_instruction_set_is_refused():
+    script = (
+        "import torch, adatape_kernels as ak; q = torch.zeros(1, 1, 8);"
+        "cu = torch.tensor([0, 1], dtype=torch.int32);"
+        "ak.ops.elastic_attention(q, q, q, cu, torch.ones(2, dtype=torch.int32))"
+    )
+    result = run("mmx", "-c", script)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode != 0
+    assert "ADATAPE_CPU: expected " in last and "portable, got 'mmx'" in last
