@@ -71,7 +71,8 @@ def define_op(schema: str, fake: Callable[..., Any]) -> Any:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
-        return choose(name, args[0])(*args)
+        key = (name, _forced.backend, args[0].device.type, args[0].dtype)
+        return (_chosen.get(key) or choose(name, args[0]))(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adatape::{name}", fake, lib=_library)
@@ -158,13 +159,11 @@ def choose(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
         RuntimeError: the forced backend does not serve the op, the device or the dtype.
     """
     device_type, dtype = tensor.device.type, tensor.dtype
-    key = (op, _forced.backend, device_type, dtype)
-    if key in _chosen:
-        return _chosen[key]
     for backend in (_forced.backend,) if _forced.backend else _preference(device_type):
         implementation = _implementations[op].get(backend)
         if implementation and not implementation.refusal(device_type, dtype):
-            return _chosen.setdefault(key, implementation.function)
+            _chosen[op, _forced.backend, device_type, dtype] = implementation.function
+            return implementation.function
     wanted = _forced.backend or "every backend"
     reasons = explain(op, device_type, dtype)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason != "serves")

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NoReturn
 
 import torch
 
@@ -13,14 +14,19 @@ from adatape_kernels import __version__
 from adatape_kernels._build import build_facts
 from adatape_kernels.backend import BACKENDS, explain, registered_ops, serving, use_backend
 
-EXIT_FAILED, EXIT_UNREADABLE = 1, 2
+EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_UNREADABLE, f"{self.prog}: {message} (--help lists what there is)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="adatape-kernels", description="Elastic AdaTape for PyTorch."
-    )
+    parser = _Parser(prog="adatape-kernels", description="Elastic AdaTape for PyTorch.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -37,12 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--epochs", type=int, help="default: about a minute on two cores")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
+    train = commands.add_parser(
+        "train", help="train on an image set from local files, with checkpoints"
+    )
+    add_train_arguments(train)
+
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
             return info()
         if arguments.command == "verify":
             return verify_files(arguments.files, arguments.backend)
+        if arguments.command == "train":
+            return run_train(arguments)
         return run_demo(arguments)
     except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"adatape-kernels: {error}", file=sys.stderr)
         return EXIT_UNREADABLE
-    except KeyboardInterrupt:
-        print("adatape-kernels: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(": ".join(["adatape-kernels: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def info() -> int:
@@ -108,6 +121,58 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
     epochs = demo.EPOCHS if arguments.epochs is None else arguments.epochs
     demo.run(arguments.out, epochs=epochs, seed=arguments.seed)
+    return 0
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `train`; those that decide the curve have no default here."""
+    add = parser.add_argument
+    add("--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10 or imagefolder")
+    add(
+        "--data-dir",
+        metavar="FOLDER",
+        help="the set's files; default for fashion-mnist: where Debian's package puts them",
+    )
+    add("--out", default="adatape-train", metavar="FOLDER", help="default: %(default)s")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--backend", help=f"one of {', '.join(BACKENDS)}; default: the fastest")
+    model = parser.add_argument_group("model", "by default a small one that suits the set")
+    model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
+    for name, kind, text in (
+        ("image-size", int, "imagefolder: side that images are brought to, in pixels"),
+        ("patch", int, "side of an input patch"),
+        ("bank-patch", int, "side of a bank patch"),
+        ("dim", int, "width of a token"),
+        ("depth", int, "layers"),
+        ("heads", int, "attention heads"),
+        ("ffn", int, "hidden width of the feed-forward"),
+        ("tape", int, "most tape tokens of an image"),
+        ("topk", int, "bank tokens merged into a tape token"),
+        ("threshold", float, "an image reads on while its halting score is below this"),
+    ):
+        model.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    training = parser.add_argument_group("training", "by default what suits the set")
+    for name, kind, text in (
+        ("epochs", int, "passes over the training images"),
+        ("batch", int, "images of a step"),
+        ("lr", float, "the highest learning rate"),
+        ("weight-decay", float, "AdamW's"),
+        ("seed", int, "of the parameters, the order and the augmentation"),
+        ("limit", int, "use only so many training images"),
+    ):
+        training.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train."""
+    from adatape_kernels.recipes import train
+
+    options = {**vars(arguments)}
+    for name in ("command", "backend"):
+        options.pop(name)
+    out, data_dir, resume = (options.pop(name) for name in ("out", "data_dir", "resume"))
+    with use_backend(arguments.backend):
+        train.run(out, options, data_dir=data_dir, resume=resume)
     return 0
 
 

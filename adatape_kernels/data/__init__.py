@@ -1,46 +1,54 @@
-"""Image sets that need no download."""
+"""Image sets from local files in their published formats; nothing is downloaded."""
 
-from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from torch import Tensor
+from adatape_kernels.data.cifar10 import cifar10
+from adatape_kernels.data.digits import digits
+from adatape_kernels.data.idx import DIGIT_CLASSES, FASHION_CLASSES, mnist_layout
+from adatape_kernels.data.image_folder import image_folder
+from adatape_kernels.data.image_set import ImageSet, Normaliser
 
-TEST_IMAGES = 360
+__all__ = ["NAMES", "ImageSet", "Normaliser", "digits", "load"]
 
+NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "imagefolder")
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images (n, channels, height, width) float32 and labels (n,) int64, split in two."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    num_classes: int
+# Where Debian's package dataset-fashion-mnist puts it.
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
-def digits(seed: int = 0) -> ImageSet:
-    """Load the 1,797 handwritten digits, 8 x 8 pixels, that scikit-learn carries.
+def load(
+    name: str, folder: str | Path | None = None, *, image_size: int = 64, seed: int = 0
+) -> ImageSet:
+    """Load an image set.
 
     Args:
-        seed: of the split, 360 images for the test, stratified by class.
+        name: one of NAMES.
+        folder: where its files are. None for digits, which have none, and for fashion-mnist where
+            Debian's package dataset-fashion-mnist is installed.
+        image_size: side that imagefolder's images are brought to, in pixels.
+        seed: of the split, where the files have none.
 
     Raises:
-        RuntimeError: scikit-learn is not installed.
-
-    Source: UCI, Optical Recognition of Handwritten Digits; sklearn.datasets.load_digits.
+        ValueError: the name is unknown, or the folder's content is not what the name says.
+        RuntimeError: a package that this set needs is missing.
+        OSError: a file cannot be read.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise RuntimeError(
-            "digits: expected scikit-learn to be installed (pip install 'adatape-kernels[demo]')"
-        ) from None
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(
-        range(len(labels)), test_size=TEST_IMAGES, random_state=seed, stratify=bunch.target
-    )
-    return ImageSet(images[train], labels[train], images[test], labels[test], num_classes=10)
+    if name not in NAMES:
+        raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name == "digits":
+        if folder is not None:
+            raise ValueError(f"data-dir: expected none for digits, got {folder}")
+        return digits(seed)
+    if folder is None and name == "fashion-mnist" and FASHION_MNIST_FOLDER.is_dir():
+        folder = FASHION_MNIST_FOLDER
+    if folder is None:
+        raise ValueError(f"data-dir: expected the folder that holds {name}, got none")
+    folder = Path(folder)
+    if not folder.is_dir():
+        came = "a file" if folder.exists() else "no such folder"
+        raise ValueError(f"data-dir: expected a folder at {folder}, got {came}")
+    if name == "cifar10":
+        return cifar10(folder)
+    if name == "imagefolder":
+        return image_folder(folder, image_size, seed)
+    return mnist_layout(folder, FASHION_CLASSES if name == "fashion-mnist" else DIGIT_CLASSES)

@@ -82,13 +82,17 @@ _NONE = (None, None, None, None)
 
 
 def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
-    dim, hidden = x.shape[1], ffn[0].shape[0] // gates
+    dim, hidden, dtype, device = x.shape[1], ffn[0].shape[0] // gates, x.dtype, x.device
     shapes = ((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))
-    for field, parameter, shape in zip(FFN._fields, ffn, shapes, strict=True):
-        if parameter.shape != shape or parameter.dtype != x.dtype or parameter.device != x.device:
+    for index, parameter in enumerate(ffn):
+        if (
+            parameter.shape != shapes[index]
+            or parameter.dtype != dtype
+            or parameter.device != device
+        ):
             raise ValueError(
-                f"{name}.{field}: expected {x.dtype} {shape} on {x.device} to fit x, "
-                f"got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
+                f"{name}.{FFN._fields[index]}: expected {dtype} {shapes[index]} on {device} to "
+                f"fit x, got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
             )
 
 

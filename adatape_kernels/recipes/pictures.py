@@ -6,45 +6,55 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.data import ImageSet
+from adatape_kernels.data.image_set import ImageSet, unit_range
 from adatape_kernels.models import AdaTapeOutput
 
 if TYPE_CHECKING:
-    from adatape_kernels.recipes.demo import Results
+    from adatape_kernels.recipes.report import Results
 
 _ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
 
+# A mean image is clear after so many; more classes than these would be too small to see.
+_MEAN_IMAGES = 200
+_MOST_CLASSES = 11
 
-def require() -> None:
+
+def require(command: str) -> None:
     """Fail early, and in one line, where matplotlib or tqdm is missing. Raises RuntimeError."""
     from importlib.util import find_spec
 
     for package in ("matplotlib", "tqdm"):
         if find_spec(package) is None:
             raise RuntimeError(
-                f"demo: expected {package} to be installed (pip install 'adatape-kernels[demo]')"
+                f"{command}: expected {package} to be installed "
+                "(pip install 'adatape-kernels[demo]')"
             )
 
 
-def draw_all(out: Path, data: ImageSet, output: AdaTapeOutput, results: "Results") -> None:
-    """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`."""
+def draw_all(
+    out: Path, data: ImageSet, output: AdaTapeOutput, results: "Results", bank_patch: int
+) -> None:
+    """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`.
+
+    `output` is the model's for every test image, its bank made of patches of `bank_patch` pixels.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    read = patches_read(output, data)
+    side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch
+    read = patches_read(output, side)
     for name, figure in (
         ("heatmap", heatmap(data, read)),
         ("tape_lengths", tape_lengths(results.tape_lens)),
-        ("shortest_longest", shortest_longest(data, output, read)),
+        ("shortest_longest", shortest_longest(data, output, read, bank_patch)),
         ("costs", costs(results)),
     ):
         figure.savefig(out / f"{name}.png", dpi=130)
 
 
-def patches_read(output: AdaTapeOutput, data: ImageSet) -> Tensor:
-    """Return which bank patches each test image read, (images, side, side) bool."""
+def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
+    """Return which of side · side bank patches each image read, (images, side, side) bool."""
     indices = output.reads[0].indices.flatten(1).long()
-    side = data.test_images.shape[-1]
     read = torch.zeros(len(indices), side * side + 1, dtype=torch.bool)
     # The unused rows' -1 goes to a column of its own.
     read.scatter_(1, indices.where(indices >= 0, side * side), True)
@@ -55,23 +65,34 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
     """Draw how often each bank patch is read, for every class and over all, above mean images."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 8, figsize=(13, 5.4), layout="constrained")
-    panels = [(str(c), data.test_labels == c) for c in range(data.num_classes)]
-    panels.append(("all", torch.ones_like(data.test_labels, dtype=torch.bool)))
+    labels = data.test_labels
+    panels = [(name, (labels == c).nonzero()[:, 0]) for c, name in enumerate(data.class_names)]
+    panels = [(name, chosen) for name, chosen in panels if len(chosen)][:_MOST_CLASSES]
+    panels.append(("all", torch.arange(len(labels))))
+    rows = -(-len(panels) // 4)
+    figure, axes = plt.subplots(
+        rows, 8, figsize=(13, 1.8 * rows), layout="constrained", squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
     for panel, (title, chosen) in enumerate(panels):
         row, column = divmod(panel, 4)
         mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
-        mean_axis.imshow(data.test_images[chosen].mean((0, 1)).numpy(), cmap="gray")
-        mean_axis.set_title(f"{title}: mean image", fontsize=10)
-        heat_axis.set_title("patches read", fontsize=10)
+        some = chosen[torch.arange(0, len(chosen), -(-len(chosen) // _MEAN_IMAGES))]
+        mean_axis.imshow(_shown(unit_range(data.test_images[some]).mean(0)), cmap="gray")
+        mean_axis.set_title(f"{title}: mean image", fontsize=9)
+        heat_axis.set_title("patches read", fontsize=9)
         image = heat_axis.imshow(
             read[chosen].float().mean(0).numpy(), cmap="viridis", vmin=0, vmax=1
         )
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images that read this patch")
     figure.suptitle("Which bank patches are read, by class and over all test images")
     return figure
+
+
+def _shown(image: Tensor) -> Any:
+    """Return an image (channels, height, width) as matplotlib shows it."""
+    return image.permute(1, 2, 0).squeeze(2).numpy()
 
 
 def tape_lengths(counts: list[int]) -> Any:
@@ -98,7 +119,9 @@ def tape_lengths(counts: list[int]) -> Any:
     return figure
 
 
-def shortest_longest(data: ImageSet, output: AdaTapeOutput, read: Tensor, columns: int = 8) -> Any:
+def shortest_longest(
+    data: ImageSet, output: AdaTapeOutput, read: Tensor, bank_patch: int, columns: int = 8
+) -> Any:
     """Draw the test images with the shortest and the longest tapes, and what they read."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
@@ -106,18 +129,25 @@ def shortest_longest(data: ImageSet, output: AdaTapeOutput, read: Tensor, column
     # Among equal tapes the one with the lower, or higher, ponder loss.
     score = output.tape_lens + output.ponder.sum(1) / (1 + output.ponder.sum(1))
     order = score.argsort()
-    figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 4.1), layout="constrained")
+    columns = min(columns, len(order))
+    figure, axes = plt.subplots(
+        2, columns, figsize=(1.5 * columns, 4.3), layout="constrained", squeeze=False
+    )
+    margin, width = 0.06 - 0.5, bank_patch - 0.12
     for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
-        for axis, image in zip(axis_row, chosen.tolist(), strict=True):
-            axis.imshow(data.test_images[image, 0].numpy(), cmap="gray")
+        images = unit_range(data.test_images[chosen])
+        for axis, pixels, image in zip(axis_row, images, chosen.tolist(), strict=True):
+            axis.imshow(_shown(pixels), cmap="gray")
             axis.axis("off")
             for y, x in read[image].nonzero().tolist():
-                axis.add_patch(
-                    Rectangle((x - 0.44, y - 0.44), 0.88, 0.88, fill=False, color="#ff9f1c", lw=1.2)
-                )
+                corner = (x * bank_patch + margin, y * bank_patch + margin)
+                axis.add_patch(Rectangle(corner, width, width, fill=False, color="#ff9f1c", lw=1.2))
             label, guess = int(data.test_labels[image]), int(output.logits[image].argmax())
-            wrong = "" if label == guess else f", taken for {guess}"
-            axis.set_title(f"{label}{wrong}\n{int(output.tape_lens[image])} tokens", fontsize=10)
+            wrong = "" if label == guess else f"\ntaken for {data.class_names[guess]}"
+            axis.set_title(
+                f"{data.class_names[label]}{wrong}\n{int(output.tape_lens[image])} tokens",
+                fontsize=9,
+            )
     figure.suptitle("The shortest tapes (above) and the longest (below); outlined: patches read")
     return figure
 
@@ -126,7 +156,7 @@ def costs(results: "Results") -> Any:
     """Draw each cost of the elastic model as a share of the padded one's."""
     import matplotlib.pyplot as plt
 
-    from adatape_kernels.recipes.demo import cost_rows
+    from adatape_kernels.recipes.report import cost_rows
 
     rows = cost_rows(results)[::-1]
     shares = [pair["elastic"] / pair["padded"] for _, pair, _ in rows]

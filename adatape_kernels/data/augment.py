@@ -1,0 +1,37 @@
+"""Training images changed a little, at random: batches (n, channels, height, width) in 0 to 1."""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def turn_and_move(images: Tensor, generator: Generator) -> Tensor:
+    """Turn images by up to 11 degrees, scale by 15 %, move by 10 % of a side."""
+    batch = len(images)
+
+    def symmetric(*shape: int) -> Tensor:
+        return 2 * torch.rand(shape, generator=generator) - 1
+
+    angle, scale = 0.2 * symmetric(batch), 1 + 0.15 * symmetric(batch)
+    dx, dy = 0.2 * symmetric(2, batch)
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    rows = [torch.stack([cosine, -sine, dx], 1), torch.stack([sine, cosine, dy], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
+    """Move each image by up to `padding` pixels along both axes; black comes in."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator)
+    y, x = top + torch.arange(height), left + torch.arange(width)
+    every = torch.arange(batch).view(-1, 1, 1)
+    # The slice between indices puts the channels last.
+    return padded[every, :, y.unsqueeze(2), x.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def flip(images: Tensor, generator: Generator) -> Tensor:
+    """Mirror every other image, on average, left to right."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return images.flip(3).where(mirrored, images)

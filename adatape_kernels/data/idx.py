@@ -1,0 +1,128 @@
+"""MNIST and Fashion-MNIST in their published format, idx, compressed or not."""
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adatape_kernels.data.image_set import ImageSet
+
+SIDE = 28
+CLASSES = 10
+FASHION_CLASSES = (
+    "T-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "trainer",
+    "bag",
+    "boot",
+)
+DIGIT_CLASSES = tuple(str(digit) for digit in range(CLASSES))
+
+_UNSIGNED_BYTES = 8
+# Far above any published set; a header that asks for more is not one.
+_MOST_BYTES = 1 << 33
+
+
+def mnist_layout(folder: Path, class_names: tuple[str, ...]) -> ImageSet:
+    """Load the four files of MNIST's layout, train and t10k, images and labels.
+
+    Args:
+        folder: holds train-images-idx3-ubyte and its three companions, each plain or .gz.
+        class_names: of the ten labels, in order.
+
+    Raises:
+        ValueError: a file is missing, damaged or not what its name says.
+
+    Source: LeCun et al., the MNIST database; Xiao et al., Fashion-MNIST.
+    """
+    parts: list[Tensor] = []
+    for part in ("train", "t10k"):
+        images_file, labels_file = _find(folder, part, "images"), _find(folder, part, "labels")
+        images, labels = read_idx(images_file), read_idx(labels_file)
+        if images.dim() != 3 or images.shape[1:] != (SIDE, SIDE):
+            raise ValueError(
+                f"{images_file}: expected images of (n, {SIDE}, {SIDE}), got {tuple(images.shape)}"
+            )
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{labels_file}: expected {len(images)} labels, one for each image of "
+                f"{images_file.name}, got {tuple(labels.shape)}"
+            )
+        if not len(labels):
+            raise ValueError(f"{images_file}: expected images, got none")
+        check_labels(labels_file, labels)
+        parts += [images.unsqueeze(1), labels.long()]
+    train_images, train_labels, test_images, test_labels = parts
+    return ImageSet(train_images, train_labels, test_images, test_labels, class_names)
+
+
+def check_labels(file: Path, labels: Tensor) -> None:
+    """Raise ValueError unless every label is one of the ten classes."""
+    wrong = (labels >= CLASSES).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(
+            f"{file}: expected labels from 0 to {CLASSES - 1}, got {int(labels[place])} "
+            f"for image {place}"
+        )
+
+
+def read_idx(file: Path) -> Tensor:
+    """Read an idx file of unsigned bytes, plain or .gz, as a uint8 tensor.
+
+    Raises:
+        ValueError: it is not such a file, or is cut or too long.
+
+    Source: the format's description at the end of the MNIST database's page: two zero bytes, the
+    element type (8), the number of axes, each axis's length in 4 bytes, big-endian, the elements.
+    """
+    try:
+        if file.suffix == ".gz":
+            with gzip.open(file, "rb") as stream:
+                return _parse(file, stream)
+        with file.open("rb") as plain:
+            return _parse(file, plain)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}: expected a whole gzip file, got {error}") from None
+
+
+def _parse(file: Path, stream: BinaryIO | gzip.GzipFile) -> Tensor:
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _UNSIGNED_BYTES or not magic[3]:
+        raise ValueError(
+            f"{file}: expected an idx file of unsigned bytes (first bytes 00 00 08), "
+            f"got {magic.hex(' ') or 'an empty file'}"
+        )
+    header = stream.read(4 * magic[3])
+    if len(header) < 4 * magic[3]:
+        raise ValueError(f"{file}: expected {magic[3]} axes after the first bytes, got a cut file")
+    shape = [int(length) for length in np.frombuffer(header, ">u4")]
+    total = int(np.prod(shape, dtype=object))
+    if total > _MOST_BYTES:
+        raise ValueError(f"{file}: expected at most {_MOST_BYTES} bytes, got axes {shape}")
+    data = stream.read(total + 1)
+    if len(data) != total:
+        came = "more" if len(data) > total else f"{len(data)}"
+        raise ValueError(f"{file}: expected {total} bytes for axes {shape}, got {came}")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
+
+
+def _find(folder: Path, part: str, kind: str) -> Path:
+    """Return the file of one part, under the names that it is published by."""
+    axes = 3 if kind == "images" else 1
+    names = [f"{part}-{kind}-idx{axes}-ubyte", f"{part}-{kind}.idx{axes}-ubyte"]
+    for name in (*names, *(f"{name}.gz" for name in names)):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(
+        f"data-dir: expected {names[0]} or {names[0]}.gz in {folder}, got no such file"
+    )

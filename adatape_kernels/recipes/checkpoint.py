@@ -1,0 +1,234 @@
+"""Checkpoints of a training run: checkpoint-N.safetensors and checkpoint.json, which names it.
+
+The tensors are written first, under the epoch's own name, then checkpoint.json, which holds their
+size and SHA-256; only then does the previous pair's file go. Each is written to a temporary file
+in the same folder, flushed to the disk and renamed, so that whenever the power fails, the process
+is killed or the disk is full, checkpoint.json names a whole file: the last good epoch's.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+FORMAT = "adatape-kernels training checkpoint, 1"
+INDEX = "checkpoint.json"
+
+_TENSORS = re.compile(r"checkpoint-\d+\.safetensors")
+_MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at the end of an epoch."""
+
+    epoch: int
+    """Epochs behind us."""
+    step: int
+    """Optimizer steps behind us."""
+    config: dict[str, Any]
+    """What decides the curve."""
+    data: dict[str, Any]
+    """Facts by which the image set is recognised."""
+    history: list[dict[str, Any]]
+    """Each epoch's metrics."""
+    environment: dict[str, Any]
+    """Versions, threads and backend, on which the last bits depend."""
+    tensors: dict[str, Tensor] = field(repr=False)
+    """Parameters, the optimizer's state and the random generator's, by name."""
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; the folder's previous one stays whole until this one is.
+
+    Raises:
+        OSError: a file cannot be written; names it.
+    """
+    # One copy of the tensors in memory is what it costs to hash and to write the same bytes.
+    content = safetensors.torch.save(checkpoint.tensors)
+    file = folder / f"checkpoint-{checkpoint.epoch}.safetensors"
+    write_file(file, content)
+    entries = {key: value for key, value in vars(checkpoint).items() if key != "tensors"}
+    index = {
+        "format": FORMAT,
+        "file": file.name,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **entries,
+    }
+    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    for other in folder.glob("checkpoint-*.safetensors*"):
+        if other != file:
+            other.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read the folder's checkpoint.
+
+    Raises:
+        ValueError: there is none, or it is cut, altered or of another format; names the file.
+    """
+    index_file = folder / INDEX
+    try:
+        index = json.loads(index_file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"resume: expected {index_file}, got no such file") from None
+    except (ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["too deep a nesting"])[0]
+        raise ValueError(f"{index_file}: expected whole JSON, got {reason}") from None
+    came = index.get("format") if isinstance(index, dict) else None
+    if came != FORMAT:
+        raise ValueError(f"{index_file}: expected the format {FORMAT!r}, got {came!r}")
+    for name, kind in _ENTRIES.items():
+        if type(index.get(name)) is not kind:
+            raise ValueError(
+                f"{index_file}: expected {name} of type {kind.__name__}, got {index.get(name)!r}"
+            )
+    # The name comes from a file: it must not lead out of the folder.
+    if not _TENSORS.fullmatch(index["file"]):
+        raise ValueError(
+            f"{index_file}: expected file of the form checkpoint-N.safetensors, "
+            f"got {index['file']!r}"
+        )
+    if not 0 <= index["epoch"] == len(index["history"]):
+        raise ValueError(
+            f"{index_file}: expected epoch to be the length of history, {len(index['history'])}, "
+            f"got {index['epoch']}"
+        )
+    tensors = _read_tensors(folder / index["file"], index["bytes"], index["sha256"])
+    kept = ("epoch", "step", "config", "data", "history", "environment")
+    return Checkpoint(**{name: index[name] for name in kept}, tensors=tensors)
+
+
+_ENTRIES: dict[str, type] = {
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "epoch": int,
+    "step": int,
+    "config": dict,
+    "data": dict,
+    "history": list,
+    "environment": dict,
+}
+
+
+def _read_tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{file}: expected the tensors of {INDEX}, got no such file") from None
+    if len(content) != size:
+        raise ValueError(f"{file}: expected {size} bytes, got {len(content)}")
+    came = hashlib.sha256(content).hexdigest()
+    if came != sha256:
+        raise ValueError(f"{file}: expected SHA-256 {sha256[:16]}..., got {came[:16]}...")
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: expected safetensors, got {str(error).splitlines()[0]}"
+        ) from None
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what a run needs to go on, the state of torch's generator included."""
+    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+    tensors[_RNG] = torch.get_rng_state()
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def restore(
+    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Put a checkpoint's tensors into the model, the optimizer and torch's generator.
+
+    Raises:
+        ValueError: they are those of another model.
+    """
+    weights = _below(tensors, _MODEL)
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        ours, theirs = (
+            tuple(found[name].shape) if name in found else "none" for found in (expected, weights)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"{folder / INDEX}: expected {name} of shape {ours}, as the model has, got {theirs}"
+            )
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        entries = _below(tensors, f"{_OPTIMIZER}{name}.")
+        if entries:
+            # The count of steps is a scalar; the moments have the parameter's shape.
+            wrong = [k for k, v in entries.items() if v.dim() and v.shape != parameter.shape]
+            if wrong or entries.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(
+                    f"{folder / INDEX}: expected step, exp_avg and exp_avg_sq for {name}, "
+                    f"got {', '.join(sorted(entries))} of other shapes or names"
+                )
+            state[index] = entries
+    try:
+        torch.set_rng_state(tensors[_RNG])
+    except (KeyError, RuntimeError, TypeError):
+        raise ValueError(
+            f"{folder / INDEX}: expected the state of torch's generator, got none that fits"
+        ) from None
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix` and one more part, without it."""
+    found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if prefix.startswith(_OPTIMIZER):
+        return {name: tensor for name, tensor in found.items() if "." not in name}
+    return found
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and through to the disk.
+
+    Raises:
+        OSError: it cannot be written; names the file. What was there before stays.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: expected to write {len(content)} bytes, got {error.strerror or error}"
+        ) from None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a rename to the disk, where the system lets a folder be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
