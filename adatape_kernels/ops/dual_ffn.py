@@ -51,9 +51,7 @@ def dual_ffn(
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x: expected floating-point (rows, dim), got {x.dtype} {tuple(x.shape)}")
     device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-        device_type
-    )
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, input_ffn = x.to(dtype), FFN(*(p.to(dtype) for p in input_ffn))

@@ -43,7 +43,14 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+// A view of the matrix x, made without a trip through the dispatcher.
+Tensor transposed(const Tensor& x) {
+  const int64_t sizes[] = {x.size(1), x.size(0)}, strides[] = {x.stride(1), x.stride(0)};
+  AtenTensorHandle view;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, x.storage_offset(), &view));
+  return Tensor(view);
+}
 
 Tensor column_sums(const Tensor& x) {
   const int64_t rows = 0;
