@@ -47,8 +47,9 @@ Tensor product(const Tensor& a, const Tensor& b) {
 Tensor transposed(const Tensor& x) {
   const int64_t sizes[] = {x.size(1), x.size(0)}, strides[] = {x.stride(1), x.stride(0)};
   AtenTensorHandle view;
+  constexpr int64_t kOffsetIncrement = 0;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, x.storage_offset(), &view));
+      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, kOffsetIncrement, &view));
   return Tensor(view);
 }
 
