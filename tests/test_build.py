@@ -44,6 +44,7 @@ def test_facts_of_the_compiled_part():
     assert list(facts) == [
         "compiled", "version", "torch", "compiler", "standard", "build_type", "cuda",
         "instruction_sets",
+        "cpu_kernels",
     ]  # fmt: skip
     assert all(isinstance(value, str) and value for value in facts.values())
     assert facts["torch"] == torch.__version__
