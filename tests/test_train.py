@@ -87,7 +87,7 @@ def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
 
 
 def command(*arguments):
-    """The command in a process of its own, whose arithmetic no earlier test has set up otherwise."""
+    """The command in a process of its own, whose arithmetic no earlier test has touched."""
     return subprocess.Popen(
         [sys.executable, "-m", "adatape_kernels.cli", *arguments],
         stdout=subprocess.DEVNULL,
