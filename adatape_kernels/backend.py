@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adatape_kernels import _triton
 from adatape_kernels._build import build_facts
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
@@ -24,7 +25,7 @@ _PREFERENCE = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 _facts = build_facts()
 _ABSENT = {
     "cpp": _facts.get("why", "the compiled part has no such kernel"),
-    "triton": "this version has no such kernel",
+    "triton": "this version has no such kernel" if _triton.INSTALLED else "triton is not installed",
     "cuda": "this version has no such kernel",
 }
 
@@ -80,9 +81,22 @@ def define_op(schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Attach the derivative of `adatape::<name>`."""
+    """Attach the derivative of `adatape::<name>`.
+
+    Where nothing is forced around the backward, as on the threads that autograd has for a GPU, it
+    runs on the backend that was forced around the forward.
+    """
+
+    def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.forced_backend = _forced.backend
+        setup_context(ctx, inputs, output)
+
+    def derivative(ctx: Any, *grads: Any) -> Any:
+        with use_backend(_forced.backend or ctx.forced_backend):
+            return backward(ctx, *grads)
+
     torch.library.register_autograd(
-        f"adatape::{name}", backward, setup_context=setup_context, lib=_library
+        f"adatape::{name}", derivative, setup_context=setup, lib=_library
     )
 
 
@@ -119,6 +133,13 @@ def register_compiled(op: str) -> None:
             raise
 
     register(op, "cpp", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))(run)
+
+
+def register_triton(op: str) -> Callable[[Callable], Callable]:
+    """Make the decorated launcher serve `op` on CUDA, and in triton's interpreter on the CPU."""
+    if not _triton.INSTALLED:
+        return lambda launcher: launcher
+    return register(op, "triton", devices=_triton.DEVICES, dtypes=_triton.DTYPES)
 
 
 def registered_ops() -> tuple[str, ...]:

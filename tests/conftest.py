@@ -5,6 +5,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU the Triton kernels run in triton's interpreter, which is chosen when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from adatape_kernels.backend import BACKENDS, explain, use_backend
 
 # Without it cuBLAS refuses to run under deterministic algorithms.

@@ -100,6 +100,19 @@ def test_the_backward_takes_the_backend_around_its_call(eager_only, registered):
     assert calls == [("triton", "tape_select_bwd")]
 
 
+def test_the_backward_otherwise_takes_its_forward_s(eager_only, registered):
+    """On a thread of its own, as autograd has them for a GPU."""
+    calls = registered("triton")
+    query, keys = given()
+    with use_backend("triton"):
+        weights = select(query.requires_grad_(), keys).weights
+    calls.clear()
+    thread = threading.Thread(target=lambda: weights.sum().backward())
+    thread.start()
+    thread.join()
+    assert calls == [("triton", "tape_select_bwd")]
+
+
 def test_a_compiled_graph_takes_the_backend_around_its_call(fresh_compiler, eager_only, registered):
     calls = registered("triton")
     compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
