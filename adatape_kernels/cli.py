@@ -3,14 +3,14 @@
 import argparse
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import NoReturn
 
 import torch
 
-from adatape_kernels import __version__
+from adatape_kernels import __version__, _triton
 from adatape_kernels._build import build_facts
 from adatape_kernels.backend import BACKENDS, explain, registered_ops, serving, use_backend
 
@@ -35,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="check golden files of the public JAX code")
     verify.add_argument("files", nargs="+", metavar="FILE.npz")
     verify.add_argument("--backend", help=f"one of {', '.join(BACKENDS)}; default: the fastest")
+    verify.add_argument(
+        "--device", help="cpu or cuda; default: cuda for the backends triton and cuda, if there"
+    )
+
+    check = commands.add_parser(
+        "check", help="check every kernel against float64: can this machine's results be trusted?"
+    )
+    check.add_argument("--device", help="cpu or cuda; default: cuda if it is there")
 
     demo = commands.add_parser("demo", help="train on real digits, compare elastic with padded")
     demo.add_argument(
@@ -53,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "info":
             return info()
         if arguments.command == "verify":
-            return verify_files(arguments.files, arguments.backend)
+            return verify_files(arguments.files, arguments.backend, arguments.device)
+        if arguments.command == "check":
+            return run_check(arguments.device)
         if arguments.command == "train":
             return run_train(arguments)
         return run_demo(arguments)
@@ -71,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def info() -> int:
     """Print versions, build facts, and which backend serves each op and why the others do not."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    triton = "installed" if find_spec("triton") else "not installed"
+    triton = f"triton {_triton.triton.__version__}" if _triton.INSTALLED else "no triton"
     print(f"adatape-kernels {__version__}, Python {platform.python_version()}")
-    print(f"torch {torch.__version__}, {cuda}, triton {triton}")
+    print(f"torch {torch.__version__}, {cuda}, {triton}")
     print("\ncompiled part")
     for name, value in build_facts().items():
         print(f"  {name:<18}{value}")
@@ -96,15 +106,22 @@ def info() -> int:
     return 0
 
 
-def verify_files(files: Sequence[str], backend: str | None) -> int:
+def verify_files(files: Sequence[str], backend: str | None, device: str | None) -> int:
     """Check golden files; 0 all pass, 1 one is over tolerance, 2 one cannot be read."""
     from adatape_kernels.recipes.verify import verify_file
 
+    if device is None:
+        on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+        device = "cuda" if on_gpu else "cpu"
+    check_device(device)
+    if backend == "triton" and device == "cpu" and _triton.INSTALLED and not _triton.INTERPRETED:
+        print("triton on the CPU: its interpreter runs the kernels", flush=True)
+        return in_interpreter("verify", *files, "--backend", "triton", "--device", "cpu")
     code = 0
     with use_backend(backend):
         for file in files:
             try:
-                report = verify_file(file)
+                report = verify_file(file, device)
             except ValueError as error:
                 print(error, file=sys.stderr)
                 code = EXIT_UNREADABLE
@@ -113,6 +130,32 @@ def verify_files(files: Sequence[str], backend: str | None) -> int:
             if not report.passed:
                 code = max(code, EXIT_FAILED)
     return code
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless this is a device that is here."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that is here, got cuda, and torch finds no GPU")
+
+
+def in_interpreter(*argv: str) -> int:
+    """Run the command again where Triton's kernels run on the CPU; return its exit code.
+
+    A process of its own, since triton decides when it is imported.
+    """
+    command = [sys.executable, "-m", "adatape_kernels.cli", *argv]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+
+
+def run_check(device: str | None) -> int:
+    """Check every kernel on a device; 0 all passed, 1 one did not."""
+    from adatape_kernels.recipes import check
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return 0 if check.run(device) else EXIT_FAILED
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

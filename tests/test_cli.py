@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from adatape_kernels import __version__
 from adatape_kernels.backend import registered_ops
@@ -27,6 +28,24 @@ def test_an_unusable_backend_gets_one_line(capsys, backend, words):
     assert main(["verify", "any.npz", "--backend", backend]) == 2
     error = capsys.readouterr().err
     assert error.startswith("adatape-kernels: use_backend: ") and error.count("\n") == 1
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu", "expected cpu or cuda, got 'tpu'"),
+        pytest.param(
+            "cuda",
+            "got cuda, and torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_an_unusable_device_gets_one_line(capsys, device, words):
+    assert main(["verify", "any.npz", "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("adatape-kernels: device: ") and error.count("\n") == 1
     assert words in error
 
 

@@ -1,8 +1,10 @@
 """Check this package against files of results that the public JAX code computed (SPEC 10)."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +63,12 @@ class FileReport:
         return lines
 
 
-def verify_file(path: str | Path) -> FileReport:
+def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileReport:
     """Recompute a golden file's outputs, counts and gradients, and compare.
 
     Args:
         path: an .npz file of kind tape_read, adatape_vit or adatape_parity, as in SPEC 10.
+        device: where to compute. On a GPU without TF32, whose noise would change what is read.
 
     Raises:
         ValueError: the file cannot be read, or lacks an entry.
@@ -75,12 +78,26 @@ def verify_file(path: str | Path) -> FileReport:
     config = scenic.read_config(arrays, path)
     try:
         check = _verify_read if config["kind"] == "tape_read" else _verify_model
-        counts_agree, comparisons = check(arrays, config)
+        with torch.device(device), _without_tf32():
+            counts_agree, comparisons = check(arrays, config)
     except KeyError as error:
         raise ValueError(f"{path}: expected an entry {error}, got none") from None
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
     return FileReport(path, counts_agree, tuple(comparisons))
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def _verify_read(
@@ -106,8 +123,8 @@ def _verify_read(
     tape, _ = ops.tape_gather(values, selection.indices, selection.weights, selection.counts)
     exists = torch.arange(steps) < selection.counts.unsqueeze(1)
     tokens = tape.new_zeros(len(query), steps, dim).index_put((exists,), tape)
-    objective = (tokens * torch.from_numpy(arrays["cotangent_tokens"])).sum()
-    objective = objective + (selection.ponder * torch.from_numpy(arrays["cotangent_loss"])).sum()
+    objective = (tokens * torch.tensor(arrays["cotangent_tokens"])).sum()
+    objective = objective + (selection.ponder * torch.tensor(arrays["cotangent_loss"])).sum()
     objective.backward()
     comparisons = [
         _compare("tokens", tokens, arrays["tokens"], OUTPUT_TOLERANCE),
@@ -115,7 +132,7 @@ def _verify_read(
     ]
     for name, leaf in leaves.items():
         comparisons.append(_compare_gradient(f"grad_{name}", leaf.grad, arrays[f"grad_{name}"]))
-    return np.array_equal(selection.counts.numpy(), arrays["n_read"]), comparisons
+    return np.array_equal(selection.counts.cpu().numpy(), arrays["n_read"]), comparisons
 
 
 def _verify_model(
@@ -123,10 +140,10 @@ def _verify_model(
 ) -> tuple[bool, list[Comparison]]:
     """Check a whole model, whose images are NHWC."""
     params = {name: array for name, array in arrays.items() if name.startswith("params/")}
-    model = scenic.load(params, config).eval()
+    model = scenic.load(params, config).to(torch.get_default_device()).eval()
     inputs = _leaf(arrays["inputs"])
     output = model(inputs.permute(0, 3, 1, 2) if inputs.dim() == 4 else inputs)
-    objective = (output.logits * torch.from_numpy(arrays["cotangent_logits"])).sum()
+    objective = (output.logits * torch.tensor(arrays["cotangent_logits"])).sum()
     # The file holds the ponder loss of the last read only, and so does its objective.
     (objective + LOSS_WEIGHT * output.ponder[:, -1].sum()).backward()
     comparisons = [
@@ -148,16 +165,16 @@ def _counts_agree(reads: tuple[TapeSelection, ...], mask: np.ndarray) -> bool:
     """Compare the counts of each read with the mask's blocks, which follow the input positions."""
     steps = reads[0].indices.shape[1]
     blocks = mask[:, mask.shape[1] - steps * len(reads) :].reshape(len(mask), len(reads), steps)
-    ours = torch.stack([read.counts for read in reads], 1).numpy()
+    ours = torch.stack([read.counts for read in reads], 1).cpu().numpy()
     return np.array_equal(ours, blocks.sum(2))
 
 
 def _leaf(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).requires_grad_()
+    return torch.tensor(array).requires_grad_()
 
 
 def _compare(name: str, ours: Tensor, theirs: np.ndarray, tolerance: float) -> Comparison:
-    difference = np.abs(ours.detach().numpy() - theirs).max(initial=0.0)
+    difference = np.abs(ours.detach().cpu().numpy() - theirs).max(initial=0.0)
     scale = np.abs(theirs).max(initial=0.0)
     if scale == 0:
         return Comparison(name, float(difference), ZERO_TOLERANCE, absolute=True)

@@ -1,0 +1,94 @@
+"""`adatape-kernels check`: it trusts right kernels, and finds each kind of wrong one."""
+
+import pytest
+import torch
+
+from adatape_kernels import backend
+from adatape_kernels.backend import Implementation, explain
+from adatape_kernels.cli import main
+from adatape_kernels.recipes import check
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels_only(monkeypatch):
+    """Triton's interpreter would take minutes over sizes meant for a processor."""
+    if explain("tape_select", "cpu", torch.float32)["cpp"] != "serves":
+        pytest.skip("the compiled part is not there")
+    monkeypatch.setattr(check, "BACKENDS", ("eager", "cpp"))
+
+
+@pytest.fixture
+def altered(monkeypatch):
+    """Put a function around a compiled op."""
+
+    def alter(op, change):
+        right = backend._implementations[op]["cpp"]
+
+        def wrong(*args):
+            return change(right.function(*args), args)
+
+        monkeypatch.setitem(
+            backend._implementations[op], "cpp", Implementation(wrong, right.devices, right.dtypes)
+        )
+        monkeypatch.setattr(backend, "_chosen", {})
+
+    return alter
+
+
+def test_right_kernels_are_trusted_in_one_line(capsys):
+    assert main(["check", "--device", "cpu"]) == 0
+    *lines, verdict = capsys.readouterr().out.splitlines()
+    assert all(line.endswith(" ok") for line in lines)
+    for op in ("tape_select", "tape_gather", "elastic_attention", "dual_ffn"):
+        for dtype in ("float32", "bfloat16"):
+            assert any(line.startswith(op) and f"cpp {dtype} " in line for line in lines)
+    assert f"results can be trusted, {len(lines)} checks passed" in verdict
+
+
+def scaled(out, args):
+    return (out[0] * 1.001, *out[1:])
+
+
+def batch_dependent(out, args):
+    """One bit, and only beside others."""
+    cu_inputs = args[3]
+    return (out[0].nextafter(out[0] + 1) if len(cu_inputs) > 2 else out[0], out[1])
+
+
+def leaking(out, args):
+    return (out[0] + 0 * args[1].float().sum(), *out[1:])
+
+
+def crashing(out, args):
+    raise RuntimeError("no kernel image\nis available")
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "words"),
+    [
+        ("dual_ffn", scaled, "error "),
+        ("elastic_attention_bwd", scaled, "error "),
+        ("elastic_attention", crashing, "RuntimeError: no kernel image"),
+        ("tape_select", leaking, "bits depend on its batch"),
+        ("tape_select", lambda out, args: (*out[:2], out[2].flip(2), out[3]), "otherwise"),
+    ],
+)
+def test_a_wrong_kernel_is_found(altered, capsys, op, change, words):
+    altered(op, change)
+    assert main(["check", "--device", "cpu"]) == 1
+    *lines, verdict = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if not line.endswith(" ok")]
+    assert any(words in line for line in failed)
+    assert f"results can NOT be trusted, {len(failed)} of {len(lines)} checks failed" in verdict
+
+
+def test_bits_that_depend_on_the_batch_are_found(altered, capsys):
+    """A float32 bit is within every tolerance, so that only the comparison of bits can see it."""
+    altered(
+        "elastic_attention",
+        lambda o, a: batch_dependent(o, a) if o[0].dtype == torch.float32 else o,
+    )
+    assert main(["check", "--device", "cpu"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert [line.split(",")[0] for line in failed] == ["elastic_attention"]
+    assert "bits depend on its batch" in failed[0]
