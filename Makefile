@@ -44,6 +44,9 @@ asan: $(ready)  ## run the C++ kernels under AddressSanitizer and UBSan
 tsan: $(ready)  ## run the C++ kernels under ThreadSanitizer
 	$(call sanitized,thread,tsan,and threads)
 
+audit: $(ready)  ## compile the Triton kernels for GPUs that are not here, and check what comes out
+	$(bin)/python benchmarks/audit.py $(ARGS)
+
 lint: $(lint_ready)  ## check style and types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
@@ -75,4 +78,4 @@ $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
 
-.PHONY: help demo test asan tsan lint format clean
+.PHONY: help demo test asan tsan audit lint format clean

@@ -21,8 +21,8 @@ except ImportError:  # Windows and macOS have no triton
         constexpr = None
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return function
+        def jit(function: Any = None, **options: Any) -> Any:
+            return function or (lambda kernel: kernel)
 
     triton = tl = _Stub
 
@@ -34,7 +34,7 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 class Launch(NamedTuple):
-    """A kernel with what it was called with: tensors and numbers, then compile-time options."""
+    """A kernel with what it was called with: tensors, numbers or tuples of them, and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -70,3 +70,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **options)
+
+
+def vector(*tensors: torch.Tensor) -> int:
+    """Return the elements of a 16-byte access if all rows begin and end at one, else 1."""
+    elements = 16 // tensors[0].element_size()
+    steps = [step for x in tensors for step in (x.shape[-1], *x.stride()[:-1])]
+    return 1 if any(step % elements for step in steps) else elements
+
+
+def in_vectors(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a copy whose rows are extended by zeros to whole 16-byte vectors."""
+    dense = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    if dense and vector(tensor) > 1:
+        return tensor
+    missing = -tensor.shape[-1] % (16 // tensor.itemsize)
+    return torch.nn.functional.pad(tensor, (0, missing)).contiguous()

@@ -80,6 +80,18 @@ def define_op(schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.adatape, name).default
 
 
+def define_composed(schema: str, function: Callable[..., Any]) -> Any:
+    """Declare `adatape::<schema>` as a function that calls other ops of ours, and return the op.
+
+    It needs no implementation of its own, only a derivative that differs from what they compose to.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adatape::{name}", function, lib=_library)
+    return getattr(torch.ops.adatape, name).default
+
+
 def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Attach the derivative of `adatape::<name>`.
 
@@ -189,6 +201,18 @@ def choose(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     reasons = explain(op, device_type, dtype)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason != "serves")
     raise RuntimeError(f"{op}: {wanted} cannot serve {dtype} on {device_type} ({why})")
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """Return one backend's function for an op, whatever the device; it takes the op's arguments.
+
+    Raises:
+        RuntimeError: the backend has none in this installation.
+    """
+    found = _implementations[op].get(backend)
+    if found is None:
+        raise RuntimeError(f"{op}: backend {backend!r} has no implementation: {_ABSENT[backend]}")
+    return found.function
 
 
 def serving(op: str, device_type: str, dtype: torch.dtype) -> str | None:

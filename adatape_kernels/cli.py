@@ -13,6 +13,7 @@ import torch
 from adatape_kernels import __version__, _triton
 from adatape_kernels._build import build_facts
 from adatape_kernels.backend import BACKENDS, explain, registered_ops, serving, use_backend
+from adatape_kernels.ops import FFN_PRODUCTS
 
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -103,6 +104,8 @@ def info() -> int:
         print(f"  {op:<23}" + "".join(f"{cell:<9}" for cell in cells))
     for number, reason in enumerate(reasons, start=1):
         print(f"  ({number}) {reason}")
+    default, *others = FFN_PRODUCTS
+    print(f"\ndual_ffn's products in triton: {default} by default, or {', '.join(others)}")
     return 0
 
 

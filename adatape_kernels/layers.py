@@ -151,16 +151,19 @@ class ElasticEncoderLayer(DualFFN):
 
     def forward(self, x: ElasticBatch) -> ElasticBatch:
         """Return a batch of the same layout."""
-        x = self._add(x, self.self_attn(x.with_data(self.norm1(x.data))))
-        return self._add(x, self.feed_forward(x.with_data(self.norm2(x.data))))
+        branch = self._dropped(x, self.self_attn(x.with_data(self.norm1(x.data))))
+        norm = self.norm2
+        data, normed = ops.add_layer_norm(x.data, branch, norm.weight, norm.bias, norm.eps)
+        return x.with_data(data + self._dropped(x, self.feed_forward(x.with_data(normed))))
 
-    def _add(self, x: ElasticBatch, branch: ElasticBatch) -> ElasticBatch:
+    def _dropped(self, x: ElasticBatch, branch: ElasticBatch) -> Tensor:
+        """Return what a branch adds to x: in training less what dropout takes."""
         out = F.dropout(branch.data, self.dropout, self.training)
         if self.training and self.stochastic_depth > 0:
             keep = out.new_empty(x.batch + 1).bernoulli_(1 - self.stochastic_depth)
             scale = keep / (1 - self.stochastic_depth)
             out = out * scale[x.example_of_rows()].unsqueeze(1)
-        return x.with_data(x.data + out)
+        return out
 
 
 class TapeReader(nn.Module):
@@ -250,9 +253,9 @@ class TapeReader(nn.Module):
             ValueError: no bank, or as in `ops.tape_select` and `ops.tape_gather`.
         """
         values, query, read_mask = self.normalised(bank, x.pool(_POOLING[self.query]))
-        selection = ops.tape_select(
+        tape, offsets, selection = ops.tape_read(
             query[:, : self.key_dim],
-            values[..., : self.key_dim],
+            values,
             num_tape_tokens=self.num_tape_tokens,
             topk=self.topk,
             halt_threshold=self.halt_threshold,
@@ -260,9 +263,7 @@ class TapeReader(nn.Module):
             loss_type=self.loss_type,
             read_mask=read_mask,
             bank_lens=bank_lens,
-        )
-        tape, offsets = ops.tape_gather(
-            values, selection.indices, selection.weights, selection.counts, capacity=capacity
+            capacity=capacity,
         )
         tape = tape.to(x.data.dtype)
         if self.tape_mlp is not None:

@@ -411,3 +411,51 @@ def _linear_pair_bwd(
 ) -> tuple[Tensor, FFN]:
     """Return dx and the parameters' gradients of w2 · act(w1 · x + b1) + b2."""
     return dhidden @ w1, FFN(dhidden.mT @ x, dhidden.sum(0), dy.mT @ act, dy.sum(0))
+
+
+# The residual stream: SPEC 6
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add a branch to the residual stream, and normalise the sum as it is stored.
+
+    Arguments as in `ops.add_layer_norm`.
+
+    Returns:
+        The sum and its LayerNorm, shaped and typed as x; and each row's mean and reciprocal
+        standard deviation, (rows,), which the backward needs.
+
+    Source: SPEC 6.
+    """
+    total, wide = (x + branch).to(x.dtype).contiguous(), wide_dtype(x.dtype)
+    normed, mean, rstd = torch.native_layer_norm(
+        total.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps
+    )
+    return total, normed.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def add_layer_norm_bwd(
+    dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x (and of the branch), weight and bias.
+
+    With y = (total - mean) · rstd and g = weight · dnormed, means over a row's features:
+
+        dx = dtotal + rstd (g - mean(g) - y · mean(g · y))
+        dweight = Σ_rows dnormed · y        dbias = Σ_rows dnormed
+    """
+    wide = wide_dtype(total.dtype)
+    weight_wide = weight.to(wide)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dnormed.to(wide),
+        total.to(wide),
+        total.shape[-1:],
+        mean.unsqueeze(-1),
+        rstd.unsqueeze(-1),
+        weight_wide,
+        weight_wide,  # in place of the bias, of which it takes the shape only
+        (True, True, True),
+    )
+    return (dtotal + dx).to(total.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)

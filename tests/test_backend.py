@@ -8,9 +8,16 @@ from checks import refused
 import adatape_kernels
 from adatape_kernels import backend, use_backend
 from adatape_kernels.backend import BACKENDS, Implementation, choose, current_backend, explain
-from adatape_kernels.ops import FFN, dual_ffn, elastic_attention, tape_gather, tape_select
+from adatape_kernels.ops import (
+    FFN,
+    add_layer_norm,
+    dual_ffn,
+    elastic_attention,
+    tape_gather,
+    tape_select,
+)
 
-OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
+OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
 
 
 def select(query, keys):
@@ -127,7 +134,7 @@ def test_a_compiled_graph_takes_the_backend_around_its_call(fresh_compiler, eage
     assert len(calls) == 1
 
 
-def test_all_four_ops_run_on_the_forced_backend(eager_only, registered):
+def test_all_ops_run_on_the_forced_backend(eager_only, registered):
     names = {f"{op}{suffix}" for op in OPS for suffix in ("", "_bwd")}
     calls = registered("cuda", ops=names)
     x = torch.randn(6, 4, requires_grad=True)
@@ -138,7 +145,8 @@ def test_all_four_ops_run_on_the_forced_backend(eager_only, registered):
         tape, _ = tape_gather(x, sel.indices, sel.weights, sel.counts)
         heads = x.view(6, 2, 2)
         out = elastic_attention(heads, heads, heads, *offsets)
-        (tape.sum() + out.sum() + dual_ffn(x, 4, ffn).sum()).backward()
+        _, normed = add_layer_norm(x, x, ffn.b2, ffn.b2)
+        (tape.sum() + out.sum() + dual_ffn(x, 4, ffn).sum() + normed.sum()).backward()
     assert sorted(op for _, op in calls) == sorted(names)
 
 

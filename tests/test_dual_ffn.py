@@ -1,4 +1,5 @@
 import math
+import threading
 
 import literal
 import pytest
@@ -9,10 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels import reference
-from adatape_kernels.ops import FFN, dual_ffn
+from adatape_kernels import _triton, reference
+from adatape_kernels.backend import current_backend, use_backend
+from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn, ffn_products
 
 OP = "dual_ffn"
+
+
+@pytest.fixture(params=FFN_PRODUCTS, autouse=True)
+def products(request):
+    """Every test of the Triton backend runs in both forms; the other backends have one."""
+    _, backend = request.node.callspec.params.get("device", (None, None))
+    if request.param != FFN_PRODUCTS[0] and backend != "triton":
+        pytest.skip("a choice of the Triton backend")
+    with ffn_products(request.param):
+        yield request.param
 
 
 def ffn(dim, hidden, gates, *, device, dtype=torch.float32):
@@ -124,6 +136,27 @@ def test_backward_is_the_reference_s(device, dtype, two):
         assert_close(a, e, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("on_device", [False, True], ids=["ints", "scalars"])
+@pytest.mark.parametrize(
+    "sizes", [(144, 144, 80), (70, 133, 69), (20, 41, 13)], ids=["aligned", "odd", "narrow"]
+)
+def test_many_tiles(device, sizes, on_device, dtype):
+    """Several tiles each way; the gradients of narrow weights are summed in several parts."""
+    dim, hidden, tape_hidden = sizes
+    x, input_ffn, tape_ffn, dy = inputs(
+        300, device=device, dtype=dtype, dim=dim, hidden=hidden, tape_hidden=tape_hidden
+    )
+    x[270:] = dy[270:] = math.nan
+    middle, end = (torch.tensor(n, device=device) if on_device else n for n in (201, 270))
+    actual = gradients(dual_ffn, x, middle, input_ffn, tape_ffn, dy, end)
+    rounded = gradients(by_reference, x, 201, input_ffn, tape_ffn, dy, 270)
+    x, dy, *ffns = double(x, dy, input_ffn, tape_ffn)
+    exact = gradients(by_reference, x, 201, *ffns, dy, 270)
+    for a, r, e in zip(actual, rounded, exact, strict=True):
+        assert_low_precision(a, r, e, floor=1e-6 * e.abs().max().item())
+
+
 def test_strided_inputs_and_gradients(device):
     x, input_ffn, tape_ffn, _ = inputs(9, device=device)
     x = torch.randn(6, 9, device=device).mT
@@ -161,16 +194,17 @@ def test_low_precision(device, dtype):
         assert_low_precision(a, r, e, floor=1e-6)
 
 
-def test_under_autocast_it_casts_like_a_linear_layer(device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_casts_like_a_linear_layer(device, dtype):
     x, input_ffn, tape_ffn, dy = inputs(9, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y, *grads = gradients(dual_ffn, x, 5, input_ffn, tape_ffn, dy.bfloat16())
-    assert y.dtype == torch.bfloat16
+    with torch.autocast(device, dtype=dtype):
+        y, *grads = gradients(dual_ffn, x, 5, input_ffn, tape_ffn, dy.to(dtype))
+    assert y.dtype == dtype
     assert all(g.dtype == torch.float32 for g in grads)
-    low = [FFN(*(p.bfloat16() for p in f)) for f in (input_ffn, tape_ffn)]
-    expected = gradients(dual_ffn, x.bfloat16(), 5, *low, dy.bfloat16())
+    low = [FFN(*(p.to(dtype) for p in f)) for f in (input_ffn, tape_ffn)]
+    expected = gradients(dual_ffn, x.to(dtype), 5, *low, dy.to(dtype))
     for a, e in zip([y, *grads], expected, strict=True):
-        assert_same_bits(a.bfloat16(), e)
+        assert_same_bits(a.to(dtype), e)
 
 
 @pytest.mark.parametrize("kind", ["input", "tape"])
@@ -242,6 +276,85 @@ def test_compiles_once_for_all_sizes(fresh_compiler, device, on_device):
             actual = gradients(compiled, x, middle, *ffns, dy, end)
         for a, e in zip(actual, gradients(dual_ffn, x, middle, *ffns, dy, end), strict=True):
             assert_same_bits(a, e)
+
+
+def kernels(launches):
+    return [each.kernel.__name__ for each in launches]
+
+
+@pytest.fixture
+def triton_only(device):
+    if current_backend() != "triton":
+        pytest.skip("about the Triton backend")
+
+
+def test_each_form_has_its_launches(triton_only, device, products):
+    """Grouped: one a product, whatever the host knows. Rows to slice need a number on the host."""
+    x, *ffns, dy = inputs(9, device=device)
+    for middle in (5, torch.tensor(5, device=device)):
+        slices = products == "cublas" and isinstance(middle, int)
+        x.requires_grad_()
+        with _triton.recording() as launches:
+            y = dual_ffn(x, middle, *ffns)
+        assert kernels(launches) == (
+            ["_dual_ffn_act_fwd_kernel"] * 2
+            if slices
+            else ["_dual_ffn_up_kernel", "_dual_ffn_down_kernel"]
+        )
+        with _triton.recording() as launches:
+            y.backward(dy)
+        assert kernels(launches) == (
+            ["_dual_ffn_act_bwd_kernel"] * 2
+            if slices
+            else [
+                "_dual_ffn_up_kernel",
+                "_dual_ffn_down_kernel",
+                *["_dual_ffn_weight_kernel"] * 2,
+                "_dual_ffn_row_sums_kernel",
+            ]
+        )
+
+
+def test_the_backward_takes_its_forward_s_form(triton_only, device, products):
+    x, *ffns, dy = inputs(9, device=device)
+    y = dual_ffn(x.requires_grad_(), 5, *ffns)
+    other = next(name for name in FFN_PRODUCTS if name != products)
+    with ffn_products(other), _triton.recording() as launches:
+        y.backward(dy)
+    assert ("_dual_ffn_up_kernel" in kernels(launches)) == (products == "grouped")
+
+
+@pytest.mark.parametrize("bounds", [(-7, 99), (99, -7), (9, 3), (1 << 40, -(1 << 40))])
+@pytest.mark.parametrize("on_device", ["both counts", "the last"])
+def test_corrupt_counts_lead_out_of_no_tensor(triton_only, device, on_device, bounds):
+    """On a GPU nobody can check them in time."""
+    x, *ffns, dy = inputs(9, device=device)
+    sizes = (9, 9) if on_device == "both counts" else (5, 4)
+    rest = torch.tensor(bounds, device=device), *ffns[0], *ffns[1]
+    y, hidden, tape_hidden = torch.ops.adatape.dual_ffn(x, *sizes, *rest)
+    grads = torch.ops.adatape.dual_ffn_bwd(dy, x, hidden, tape_hidden, *rest)
+    assert all(result.isfinite().all() for result in (y, hidden, tape_hidden, *grads))
+
+
+def test_the_form_is_a_choice_of_the_thread(triton_only, device):
+    seen = []
+    with ffn_products("grouped"):
+        x, *ffns, _ = inputs(9, device=device)
+
+        def other():
+            with use_backend("triton"), _triton.recording() as launches:
+                dual_ffn(x, 5, *ffns)
+            seen.extend(kernels(launches))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert set(seen) == {"_dual_ffn_act_fwd_kernel"}
+
+
+def test_an_unknown_form_is_refused():
+    with refused("ffn_products", "cublas, grouped", "'cutlass'"), ffn_products("cutlass"):
+        raise AssertionError("entered an unknown form")
 
 
 @pytest.mark.parametrize("two", [True, False], ids=["two", "one"])

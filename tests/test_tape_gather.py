@@ -1,5 +1,6 @@
 import contextlib
 import math
+import sys
 
 import literal
 import pytest
@@ -8,7 +9,8 @@ from checks import assert_close, assert_low_precision, assert_same_bits, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adatape_kernels import reference
+from adatape_kernels import _triton, reference
+from adatape_kernels.backend import current_backend, implementation
 from adatape_kernels.ops import tape_gather
 from adatape_kernels.reference import wide_dtype
 
@@ -192,6 +194,11 @@ def test_low_precision(device, dtype, shared):
 def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, shared):
     """Alone, in the batch and in the permuted batch; dweights, and dbank where it is its own."""
     batch, dim, topk = size
+    interpreted = device == "cpu" and current_backend() == "triton"
+    if interpreted and threads > 1:
+        pytest.skip("the interpreter has one thread")
+    if interpreted:  # at milliseconds a program
+        batch, dim = min(batch, 3), min(dim, 300)
     counts = torch.randint(0, 4, (batch,)).tolist()
     given = read(device, counts=counts, steps=3, topk=topk, bank_size=40, dim=dim, shared=shared)
     bank = given[0]
@@ -214,6 +221,8 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, sha
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(device):
+    if current_backend() == "triton":
+        pytest.skip("it has no threads of the host")
     given = read(device, counts=[10] * 64, steps=10, topk=5, bank_size=200, dim=384, shared=True)
     dtape = cotangent(given[0], given[3])
     results = []
@@ -253,6 +262,62 @@ def test_poison_stays_where_it_is(device, gather, shared):
     if shared:
         others = [m for m in range(30) if m not in read_by[2]]
         assert_same_bits(dbank[others], clean[2][others])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+def test_entries_read_again_sum_up(device, shared, deterministic):
+    """Within one token, by several tokens of an example, and by other examples."""
+    given = read(device, counts=[5, 0, 3, 5], steps=5, topk=4, bank_size=7, dim=130, shared=shared)
+    bank, indices, _, counts = given
+    indices[0, :5] = torch.tensor([[0, 1, 2, 0], [3, 3, 3, 3], [2, 0, 4, 1], [5, 6, 1, 2], [4] * 4])
+    indices[3, :5, 0] = 1
+    dtape = cotangent(bank, counts, 15)
+    dtape[13:] = math.nan
+    wide = [x.double() if x.is_floating_point() else x for x in (*given, dtape)]
+    expected = gradients(reference.tape_gather, *wide, capacity=15)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        actual = gradients(tape_gather, *given, dtape, capacity=15)
+    finally:
+        torch.use_deterministic_algorithms(True)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+def test_corrupt_values_do_no_harm_without_a_copy_to_the_host(device, shared, monkeypatch):
+    """Entries move into the bank, counts into 0 to num_tape_tokens; rows beyond capacity drop."""
+    if current_backend() != "triton":
+        pytest.skip("it looks at every value")
+    module = sys.modules[tape_gather.__module__]
+    monkeypatch.setattr(module, "_check_values", lambda *values: None)
+    bank, indices, weights, counts = read(device, shared=shared)
+    weights = weights.nan_to_num(0.5)
+    corrupt = indices.clone()
+    corrupt[0, 0] = torch.tensor([-5, 9, 2**31 - 1])
+    given = (bank, corrupt, weights, torch.tensor([3, -7, 90, 1], dtype=torch.int32, device=device))
+    sound = (bank, corrupt.clamp(0, 8), weights, counts)
+    dtape = cotangent(bank, counts)
+    expected = gradients(tape_gather, *sound, dtape)
+    for a, e in zip(gradients(tape_gather, *given, dtape, capacity=8), expected, strict=True):
+        assert_same_bits(a, e)
+    tape, offsets, _, dweights = gradients(tape_gather, *given, dtape[:5], capacity=5)
+    assert offsets.tolist() == [0, 3, 3, 7, 8]
+    assert_same_bits(tape, expected[0][:5])
+    assert_same_bits(dweights[2, :2], expected[3][2, :2])
+    assert not dweights[2, 2:].any() and not dweights[3].any()
+
+
+def test_capacity_copies_nothing_to_the_host():
+    """Tensors without data have nothing to copy."""
+    with _triton.recording() as launches, torch.device("meta"):
+        bank, counts = torch.empty(30, 16), torch.empty(4, dtype=torch.int32)
+        indices, weights = torch.empty(4, 6, 3, dtype=torch.int32), torch.empty(4, 6, 3)
+        forward, backward = (implementation(op, "triton") for op in (OP, "tape_gather_bwd"))
+        tape, _ = forward(bank, indices, weights, counts, 24)
+        backward(tape, bank, indices, weights, counts)
+    assert len(launches) == 5
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 3])
@@ -359,3 +424,22 @@ def with_index(entry):
 def test_bad_input_is_refused(argument, value, parts):
     with refused(argument, *parts):
         tape_gather(**{**GOOD, argument: value})
+
+
+@pytest.mark.parametrize("capacity", [None, 9])
+@pytest.mark.parametrize(
+    ("argument", "value", "parts"),
+    [
+        ("indices", with_index(-1), ["0 to 8", "got -1"]),
+        ("indices", with_index(9), ["0 to 8", "got 9"]),
+        ("counts", torch.tensor([3, -1], dtype=torch.int32), ["0 to 3", "-1"]),
+        ("counts", torch.tensor([4, 1], dtype=torch.int32), ["0 to 3", "4"]),
+    ],
+)
+def test_bad_values_are_refused_on_every_device(device, argument, value, parts, capacity):
+    if device != "cpu" and capacity is not None and current_backend() != "eager":
+        pytest.skip("a capacity leaves values on the device")
+    given = {name: x.to(device) for name, x in {**GOOD, argument: value}.items()}
+    with refused(argument, *parts):
+        tape_gather(**given, capacity=capacity)
+    tape_gather(**{name: x.to(device) for name, x in GOOD.items()}, capacity=capacity)

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import literal
@@ -5,10 +6,12 @@ import pytest
 import torch
 from checks import assert_close, refused
 
-from adatape_kernels import reference
+from adatape_kernels import _triton, reference
 from adatape_kernels.ops import tape_select
 
 OP = "tape_select"
+# The package offers the function under the name of its module.
+KERNELS = importlib.import_module("adatape_kernels.ops.tape_select")
 INF, NAN = math.inf, math.nan
 
 
@@ -138,6 +141,58 @@ def test_equal_rows_are_read_by_index_in_a_large_bank(device):
     for i in range(2):
         entries = (kind == first[i]).nonzero().flatten()
         assert sel.indices[i, 0].tolist() == entries[:8].tolist()
+
+
+@pytest.fixture(params=[16, 64], ids=["tiles-of-16", "tiles-of-64"])
+def small_tiles(request, monkeypatch):
+    """Several tiles in a small bank, where a kernel has tiles."""
+    config = KERNELS._fwd_config
+
+    def smaller(keys, topk):
+        tiles = 1 << (-(-keys.shape[-2] // request.param) - 1).bit_length()
+        return {**config(keys, topk), "BLOCK_M": request.param, "NUM_TILES": tiles}
+
+    monkeypatch.setattr(KERNELS, "_fwd_config", smaller)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("topk", [1, 5, 32])
+def test_several_tiles(small_tiles, device, topk, dtype, shared):
+    """The best entries come from any tile, and a tile may be read until nothing is left of it."""
+    query = torch.randn(3, 12, device=device).to(dtype)
+    keys = torch.randn(*([] if shared else [3]), 200, 12, device=device).to(dtype)
+    mask = torch.rand(3, 200, device=device) < 0.2
+    mask[:, 16:32] = True
+    lens = torch.tensor([200, 131, 37], device=device)
+    sel = read(
+        query, keys, num_tape_tokens=max(3, 12 // topk), topk=topk, read_mask=mask, bank_lens=lens
+    )
+    assert len(set((sel.indices[0] // 64).flatten().tolist())) > 2
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+def test_ties_across_tiles(small_tiles, device, shared):
+    rows = torch.randn(3, 6, device=device)
+    keys = rows[torch.randint(0, 3, (90,) if shared else (2, 90), device=device)]
+    read(torch.randn(2, 6, device=device), keys, num_tape_tokens=6, topk=7)
+    read(torch.randn(2, 6, device=device), keys.fill_(1.0), num_tape_tokens=15, topk=6)
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="float32 keys take it in the interpreter only")
+def test_a_query_in_bfloat16_parts(monkeypatch, device):
+    """Bfloat16 keys meet the query in three parts, which must lose none of its bits."""
+    config = KERNELS._fwd_config
+    monkeypatch.setattr(KERNELS, "_fwd_config", lambda *a: {**config(*a), "SPLIT": True})
+    rounded = torch.randn(40, 20, device=device).to(torch.bfloat16).to(torch.float32)
+    query = torch.randn(5, 20, device=device)
+    options = dict(num_tape_tokens=4, topk=3, halt_threshold=INF)
+    sel = assert_matches_literal(query, rounded, **options)
+    exact = reference.tape_select(query.double(), rounded.double(), **options)
+    assert_close(sel.weights, exact.weights, 1e-6)
+    keys = torch.tensor([NAN, -INF, 1, INF, 2, -INF, NAN, 0], device=device).view(-1, 1)
+    for value in (1.0, -1.0, 1e30, 1.0 + 2.0**-20, INF, NAN):
+        read(torch.full((1, 1), value, device=device), keys, topk=8)
 
 
 def test_zeros_of_either_sign_are_equal(device):

@@ -1,9 +1,22 @@
-"""The four ops, one a file: `torch.ops.adatape.*` with fakes, autograd and several backends."""
+"""The ops, one a file: `torch.ops.adatape.*` with fakes, autograd and several backends."""
 
-from adatape_kernels.ops.dual_ffn import dual_ffn
+from adatape_kernels.ops.add_layer_norm import add_layer_norm
+from adatape_kernels.ops.dual_ffn import FFN_PRODUCTS, dual_ffn, ffn_products
 from adatape_kernels.ops.elastic_attention import elastic_attention
 from adatape_kernels.ops.tape_gather import tape_gather
+from adatape_kernels.ops.tape_read import tape_read
 from adatape_kernels.ops.tape_select import tape_select
 from adatape_kernels.reference import FFN, TapeSelection
 
-__all__ = ["FFN", "TapeSelection", "dual_ffn", "elastic_attention", "tape_gather", "tape_select"]
+__all__ = [
+    "FFN",
+    "FFN_PRODUCTS",
+    "TapeSelection",
+    "add_layer_norm",
+    "dual_ffn",
+    "elastic_attention",
+    "ffn_products",
+    "tape_gather",
+    "tape_read",
+    "tape_select",
+]

@@ -1,0 +1,204 @@
+"""Sum rows into the bank entries that they belong to: a gather's gradient.
+
+out[m] = Σ_p weights[p] · rows[row_of[p]]   over the contributions p with entries[p] = m
+"""
+
+import torch
+from torch import Tensor
+
+from adatape_kernels._triton import launch, tl, triton, vector
+
+# Contributions that a program has under way at once, and the features of its block.
+_BLOCK_N, _BLOCK_D = 8, 256
+
+
+def scatter_rows(
+    rows: Tensor,
+    entries: Tensor,
+    bank_size: int,
+    dtype: torch.dtype,
+    *,
+    row_of: Tensor | None = None,
+    weights: Tensor | None = None,
+    ordered: bool = True,
+) -> Tensor:
+    """Sum weighted rows by bank entry, in float32.
+
+    Args:
+        rows: (num_rows, width), the last dimension dense; a row that no entry takes is not read.
+        entries: (n,) int32 for a shared bank, (batch, n) for banks of the examples' own; the entry
+            of each contribution, bank_size where it has none; contiguous, as are the next two.
+        bank_size: entries of a bank.
+        dtype: of the result.
+        row_of: int32, shaped as entries, the row of each contribution; None for its own place
+            among the entries, flattened.
+        weights: as many float32 factors; None for 1.
+        ordered: sum in a fixed order, so that equal input gives equal bits; else, in a shared bank,
+            by atomics in whatever order they come.
+
+    Returns:
+        ([batch,] bank_size, width), zero for entries without a contribution.
+    """
+    width = rows.shape[1]
+    blocks_d = triton.cdiv(width, _BLOCK_D)
+    options = {"VECTOR": vector(rows), "BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D, "num_warps": 4}
+    if entries.dim() == 1 and ordered:
+        out = rows.new_empty(bank_size, width, dtype=dtype)
+        # Stable, so that the contributions of an entry keep their order.
+        in_order, order = torch.sort(entries, stable=True)
+        limits = torch.arange(bank_size + 1, dtype=torch.int32, device=entries.device)
+        runs = torch.searchsorted(in_order, limits, out_int32=True)
+        tensors = (rows, order, runs, row_of, weights, out)
+        grid = (bank_size, blocks_d)
+        launch(_scatter_runs_kernel, grid, *tensors, rows.stride(0), width, **options)
+        return out
+    if entries.dim() == 1:
+        kernel, batch = _scatter_atomic_kernel, 1
+        out = rows.new_zeros(bank_size, width, dtype=torch.float32)
+    else:
+        kernel, batch = _scatter_own_kernel, len(entries)
+        out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
+    sizes = (rows.stride(0), entries.shape[-1], bank_size, width)
+    grid = (batch * triton.cdiv(entries.shape[-1], _BLOCK_N), blocks_d)
+    launch(kernel, grid, rows, entries, row_of, weights, out, *sizes, **options)
+    return out.to(dtype)
+
+
+@triton.jit
+def _scatter_runs_kernel(
+    rows_ptr,
+    order_ptr,
+    runs_ptr,
+    row_of_ptr,
+    weights_ptr,
+    out_ptr,
+    stride_r,
+    width,
+    VECTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the run of contributions, sorted by entry, that belongs to one entry."""
+    entry = tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = tl.max_constancy(offs_d < width, VECTOR)
+    end = tl.load(runs_ptr + entry + 1)
+    total = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
+    for start in range(tl.load(runs_ptr + entry), end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        taken = tl.load(order_ptr + offs_n, mask_n, other=0)
+        total += _contributions(
+            rows_ptr, row_of_ptr, weights_ptr, taken, mask_n, offs_d, mask_d, stride_r, VECTOR
+        )
+    out_ptrs = out_ptr + tl.multiple_of(entry.to(tl.int64) * width, VECTOR) + offs_d
+    tl.store(out_ptrs, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask_d)
+
+
+@triton.jit
+def _scatter_atomic_kernel(
+    rows_ptr,
+    entries_ptr,
+    row_of_ptr,
+    weights_ptr,
+    out_ptr,
+    stride_r,
+    num_contributions,
+    bank_size,
+    width,
+    VECTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add a block of contributions, each to its entry."""
+    taken = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = tl.max_constancy(offs_d < width, VECTOR)
+    entry = tl.load(entries_ptr + taken, taken < num_contributions, other=bank_size)
+    mask_n = (entry >= 0) & (entry < bank_size)
+    part = _contributions(
+        rows_ptr, row_of_ptr, weights_ptr, taken, mask_n, offs_d, mask_d, stride_r, VECTOR
+    )
+    start = tl.multiple_of(entry.to(tl.int64) * width, VECTOR)
+    mask = mask_n[:, None] & mask_d
+    tl.atomic_add(out_ptr + start[:, None] + offs_d, part, mask, sem="relaxed")
+
+
+@triton.jit
+def _scatter_own_kernel(
+    rows_ptr,
+    entries_ptr,
+    row_of_ptr,
+    weights_ptr,
+    out_ptr,
+    stride_r,
+    num_contributions,
+    bank_size,
+    width,
+    VECTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum by entry the contributions of one example, to whose bank no other program adds.
+
+    The program of an entry's first contribution takes the others, too, in their order.
+    """
+    blocks = (num_contributions + BLOCK_N - 1) // BLOCK_N
+    example = (tl.program_id(0) // blocks).to(tl.int64)
+    begin = example * num_contributions
+    offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = tl.max_constancy(offs_d < width, VECTOR)
+    entries_ptr += begin
+    entry = tl.load(entries_ptr + offs_n, offs_n < num_contributions, other=bank_size)
+    mask_n = (entry >= 0) & (entry < bank_size)
+    mask_n &= offs_n == _next_of_entry(
+        entries_ptr, num_contributions, entry, tl.full((BLOCK_N,), -1, tl.int32)
+    )
+    total = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
+    place = tl.where(mask_n, offs_n, num_contributions)
+    while tl.min(place, 0) < num_contributions:
+        taken, mask = begin + place, place < num_contributions
+        total += _contributions(
+            rows_ptr, row_of_ptr, weights_ptr, taken, mask, offs_d, mask_d, stride_r, VECTOR
+        )
+        place = _next_of_entry(entries_ptr, num_contributions, entry, place)
+    start = tl.multiple_of((example * bank_size + entry) * width, VECTOR)
+    mask = mask_n[:, None] & mask_d
+    tl.store(out_ptr + start[:, None] + offs_d, total.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _next_of_entry(entries_ptr, num_contributions, entry, place):
+    """Return the first place behind the given one with the same entry, else their number."""
+    found = tl.full(place.shape, 1 << 30, tl.int32)
+    for start in range(0, num_contributions, 64):
+        offs = start + tl.arange(0, 64)
+        other = tl.load(entries_ptr + offs, offs < num_contributions, other=-1)
+        same = (entry[:, None] == other) & (offs > place[:, None])
+        found = tl.minimum(found, tl.min(tl.where(same, offs, 1 << 30), 1))
+    return tl.minimum(found, num_contributions)
+
+
+@triton.jit
+def _contributions(
+    rows_ptr,
+    row_of_ptr,
+    weights_ptr,
+    taken,
+    mask_n,
+    offs_d,
+    mask_d,
+    stride_r,
+    VECTOR: tl.constexpr,
+):
+    """Return weights[p] · rows[row_of[p]] in float32 for the p that are taken, zero elsewhere."""
+    row = taken
+    if row_of_ptr is not None:
+        row = tl.load(row_of_ptr + taken, mask_n, other=0)
+    start = tl.multiple_of(row.to(tl.int64) * stride_r, VECTOR)
+    mask = mask_n[:, None] & mask_d
+    part = tl.load(rows_ptr + start[:, None] + offs_d, mask, other=0.0).to(tl.float32)
+    if weights_ptr is not None:
+        part *= tl.load(weights_ptr + taken, mask_n, other=0.0)[:, None]
+    return part

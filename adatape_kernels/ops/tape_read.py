@@ -1,0 +1,139 @@
+"""One read, from query to tape: `tape_select` and `tape_gather` with one gradient of the bank.
+
+tape = tape_gather(bank, tape_select(query, bank[..., :key_dim]))
+
+The keys are a slice of the bank. Composed by autograd, the gradient of that slice would be padded
+to the bank's width and added to the values' gradient: two passes over a bank of which a read
+touches a few rows. Here the keys' gradient is added to the leading features where it belongs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adatape_kernels.backend import define_autograd, define_composed
+from adatape_kernels.ops.tape_gather import check_capacity
+from adatape_kernels.ops.tape_select import check_arguments
+from adatape_kernels.reference import LossType, TapeSelection
+
+
+def tape_read(
+    query: Tensor,
+    bank: Tensor,
+    *,
+    num_tape_tokens: int,
+    topk: int,
+    halt_threshold: float,
+    average_query: bool = True,
+    loss_type: LossType = "entropy",
+    read_mask: Tensor | None = None,
+    bank_lens: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, TapeSelection]:
+    """Read bank entries for each example, and merge them into tape tokens.
+
+    Args:
+        query: (batch, key_dim); float32, float16, bfloat16 or float64; already normalised.
+        bank: (bank_size, dim), shared, or (batch, bank_size, dim); dtype of query, already
+            normalised; the first key_dim features of an entry are its key.
+        num_tape_tokens, topk, halt_threshold, average_query, loss_type, read_mask, bank_lens: as
+            in `tape_select`.
+        capacity: as in `tape_gather`.
+
+    Returns:
+        tape (total or capacity, dim) and offsets (batch + 1,) as `tape_gather` returns them, and
+        the selection as `tape_select` does.
+
+    Raises:
+        ValueError: a shape, dtype, device or value is not as the two ops say, of which the first
+            has its keys from `bank`.
+
+    Differentiable in query and bank, through tape, weights and ponder.
+
+    Source: SPEC 3 and 4.
+    """
+    key_dim = query.shape[1] if query.dim() == 2 else 0
+    if bank.dim() not in (2, 3) or bank.shape[-1] < key_dim:
+        raise ValueError(
+            f"bank: expected ([batch,] bank_size, dim), dim at least key_dim = {key_dim}, "
+            f"got {tuple(bank.shape)}"
+        )
+    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
+    check_arguments(
+        query,
+        bank[..., :key_dim],
+        num_tape_tokens,
+        topk,
+        halt_threshold,
+        loss_type,
+        read_mask,
+        bank_lens,
+        name="bank",
+    )
+    check_capacity(capacity)
+    tape, weights, ponder, offsets, indices, counts = _tape_read(
+        query, bank, *options, read_mask, bank_lens, capacity
+    )
+    return tape, offsets, TapeSelection(indices, weights, counts, ponder)
+
+
+def _compose(query: Tensor, bank: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *select_options, capacity = options
+    weights, ponder, indices, counts = torch.ops.adatape.tape_select(
+        query, bank[..., : query.shape[1]], *select_options
+    )
+    tape, offsets = torch.ops.adatape.tape_gather(bank, indices, weights, counts, capacity)
+    return tape, weights, ponder, offsets, indices, counts
+
+
+_tape_read = define_composed(
+    "tape_read(Tensor query, Tensor bank, SymInt num_tape_tokens, SymInt topk, "
+    "float halt_threshold, bool average_query, str loss_type, Tensor? read_mask, "
+    "Tensor? bank_lens, SymInt? capacity) -> (Tensor tape, Tensor weights, Tensor ponder, "
+    "Tensor offsets, Tensor indices, Tensor counts)",
+    _compose,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, bank, _, _, _, ctx.average_query, ctx.loss_type, *_ = inputs
+    _, weights, _, _, indices, counts = output
+    ctx.save_for_backward(query, bank, weights, indices, counts)
+
+
+def _backward(ctx: Any, dtape: Tensor, dweights: Tensor, dponder: Tensor, *rest: Any) -> tuple:
+    query, bank, weights, indices, counts = ctx.saved_tensors
+    dbank, dmerging = torch.ops.adatape.tape_gather_bwd(dtape, bank, indices, weights, counts)
+    keys = bank[..., : query.shape[1]]
+    dquery, dkeys = torch.ops.adatape.tape_select_bwd(
+        query,
+        keys,
+        dweights + dmerging,
+        dponder,
+        indices,
+        counts,
+        ctx.average_query,
+        ctx.loss_type,
+    )
+    dbank[..., : query.shape[1]] += dkeys
+    return dquery, dbank, *[None] * 8
+
+
+define_autograd("tape_read", _backward, _setup_context)
+
+
+@register_flop_formula(torch.ops.adatape.tape_read, get_raw=True)
+def _flops(
+    query: Tensor,
+    bank: Tensor,
+    num_tape_tokens: int,
+    topk: int,
+    *rest: Any,
+    out_val: tuple,
+    **kw: Any,
+) -> int:
+    """A product of the query with every key for each step; one multiply-add a merged feature."""
+    steps = int(out_val[5].sum())
+    return 2 * steps * (bank.shape[-2] * query.shape[1] + topk * bank.shape[-1])

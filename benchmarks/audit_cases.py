@@ -1,0 +1,172 @@
+"""What `audit.py` compiles: each op forward and backward, at sizes that pick all its kernels."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.backend import implementation
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one op's launchers on tensors without data."""
+
+    name: str
+    run: Callable[[], None]
+    instructions: dict[str, tuple[str, ...]]
+    """By kernel, the instructions that its code must hold; "tensor" is the chip's matrix unit."""
+    sample: bool = False
+    """Whether it is compiled in the tests, not only in the whole table."""
+
+    def required(self, kernel: str, arch: int) -> tuple[str, ...]:
+        """Return the instructions that a kernel must hold on a chip."""
+        units = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+        names = self.instructions.get(kernel, ())
+        return tuple(units[arch] if name == "tensor" else name for name in names)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -> None:
+    steps, key_dim = 10, shape[-1]
+    query, keys = torch.empty(batch, key_dim, dtype=dtype), torch.empty(shape, dtype=dtype)
+    options = (steps, topk, 2.0, True, "entropy", None, None)
+    weights, ponder, indices, counts = implementation("tape_select", "triton")(
+        query, keys, *options
+    )
+    for deterministic in (False, True):
+        with _deterministic(deterministic):
+            implementation("tape_select_bwd", "triton")(
+                query, keys, weights, ponder, indices, counts, True, "entropy"
+            )
+
+
+def _gather(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> None:
+    """Both ways of scattering: with atomics, and the one that repeats its bits."""
+    bank = torch.empty(shape, dtype=dtype)
+    indices = torch.empty(batch, 10, 5, dtype=torch.int32)
+    weights, counts = torch.empty(batch, 10, 5), torch.empty(batch, dtype=torch.int32)
+    tape, _ = implementation("tape_gather", "triton")(bank, indices, weights, counts, 10 * batch)
+    for deterministic in (False, True):
+        with _deterministic(deterministic):
+            implementation("tape_gather_bwd", "triton")(tape, bank, indices, weights, counts)
+
+
+def _attention(head_dim: int, dtype: torch.dtype) -> None:
+    batch, rows = 256, 256 * 207
+    q, k, v = torch.empty(rows, 3, 6, head_dim, dtype=dtype).unbind(1)
+    offsets = torch.empty(2, batch + 1, dtype=torch.int32).unbind(0)
+    out, lse = implementation("elastic_attention", "triton")(q, k, v, *offsets, 206, None)
+    implementation("elastic_attention_bwd", "triton")(
+        torch.empty_like(out), q, k, v, out, lse, *offsets, 206, None
+    )
+
+
+def _ffn(dim: int, hidden: int, tape_hidden: int, products: str, dtype: torch.dtype) -> None:
+    from adatape_kernels.ops import ffn_products
+
+    def parameters(wide: int, narrow: int) -> list[Tensor]:
+        shapes = ((wide, dim), (wide,), (dim, narrow), (dim,))
+        return [torch.empty(shape, dtype=dtype) for shape in shapes]
+
+    x, bounds = torch.empty(52000, dim, dtype=dtype), torch.empty(2, dtype=torch.int64)
+    every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
+    with ffn_products(products):
+        y, *saved = implementation("dual_ffn", "triton")(x, 50000, 2000, bounds, *every)
+        implementation("dual_ffn_bwd", "triton")(y, x, *saved, bounds, *every)
+
+
+def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
+    x, weight = torch.empty(4096, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
+    total, normed, *saved = implementation("add_layer_norm", "triton")(x, x, weight, weight, 1e-6)
+    implementation("add_layer_norm_bwd", "triton")(total, normed, total, weight, *saved)
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name = _short(dtype)
+        for bank, shape, batch, topk in (
+            ("input 784 × 64", (256, 784, 64), 256, 5),
+            ("input 196 × 192", (256, 196, 192), 256, 5),
+            ("input 5000 × 100", (8, 5000, 100), 8, 32),
+            ("learn 10000 × 64", (10_000, 64), 256, 5),
+            ("learn 100000 × 64", (100_000, 64), 256, 5),
+            ("learn 500 × 24", (500, 24), 64, 1),
+        ):
+            yield Case(
+                f"{bank}, k={topk}, {name}",
+                lambda a=(shape, batch, topk, dtype): _select(*a),
+                {},
+                sample=dtype == torch.bfloat16 and topk == 5 and shape[-2] in (784, 10_000),
+            )
+        wide = {
+            "_tape_gather_fwd_kernel": ("load128", "store128"),
+            "_tape_gather_bwd_kernel": ("load128",),
+            "_scatter_own_kernel": ("load128", "store128"),
+            "_scatter_rows_kernel": ("load128", "store128"),
+        }
+        for bank, shape, batch in (
+            ("input 784 × 384", (256, 784, 384), 256),
+            ("learn 10000 × 768", (10_000, 768), 256),
+            ("input 196 × 1000", (256, 196, 1000), 256),
+            ("learn 500 × 50", (500, 50), 64),
+        ):
+            aligned = shape[-1] * dtype.itemsize % 16 == 0
+            yield Case(
+                f"{bank}, {name}",
+                lambda a=(shape, batch, dtype): _gather(*a),
+                wide if aligned else {},
+                sample=dtype == torch.bfloat16 and aligned,
+            )
+        tensor = (
+            {}
+            if dtype == torch.float32
+            else {
+                "_elastic_attention_fwd_kernel": ("tensor", "load128"),
+                "_elastic_attention_bwd_kernel": ("tensor", "load128"),
+            }
+        )
+        for head_dim in (8, 24, 32, 64, 80, 96, 128):
+            yield Case(
+                f"{head_dim} a head, {name}",
+                lambda a=(head_dim, dtype): _attention(*a),
+                tensor,
+                sample=dtype == torch.bfloat16 and head_dim == 64,
+            )
+        products_of = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
+        for products in ("grouped", "cublas"):
+            for sizes in ((384, 1536, 768), (100, 200, 60)):
+                yield Case(
+                    f"{sizes[0]} × {sizes[1]}, {sizes[2]}, {products}, {name}",
+                    lambda a=(*sizes, products, dtype): _ffn(*a),
+                    dict.fromkeys(products_of, ("tensor",)) if tensor and sizes[0] == 384 else {},
+                    sample=dtype == torch.bfloat16 and sizes[0] == 384,
+                )
+        for dim in (192, 384, 768, 1000):
+            yield Case(
+                f"dim {dim}, {name}",
+                lambda a=(dim, dtype): _add_layer_norm(*a),
+                {},
+                sample=dtype == torch.bfloat16 and dim == 384,
+            )
+
+
+CASES = tuple(_cases())

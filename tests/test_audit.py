@@ -1,0 +1,39 @@
+"""A sample of what `make audit` and benchmarks/roofline.py do; each needs a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adatape_kernels import _triton
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not _triton.INSTALLED, reason="triton is not installed")
+
+
+def run(script, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_kernels_compile_for_a_gpu_within_its_limits():
+    result = run("audit.py", "--sample")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    for kernel in ("_tape_select_fwd", "_tape_gather_fwd", "_elastic_attention_fwd"):
+        assert kernel in result.stdout
+    assert result.stdout.endswith(" 0 faults\n")
+
+
+def test_gathering_and_attention_move_no_more_than_they_should():
+    result = run("roofline.py", "--quick")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.count("elastic_attention") == 2
+    assert result.stdout.endswith("0 over the limit of 1.3\n")
