@@ -36,7 +36,7 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 	$(bin)/adatape-kernels demo $(ARGS)
 
 test: $(ready)  ## run the tests
-	$(bin)/pytest -q $(ARGS)
+	$(bin)/pytest -q -n auto $(ARGS)
 
 asan: $(ready)  ## run the C++ kernels under AddressSanitizer and UBSan
 	$(call sanitized,address$(comma)undefined,asan,)

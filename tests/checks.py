@@ -5,6 +5,8 @@ import contextlib
 import pytest
 import torch
 
+from adatape_kernels.backend import current_backend
+
 
 def assert_same_bits(actual, expected):
     """Equal shape, dtype and bits: NaN equals itself, and -0.0 differs from 0.0."""
@@ -42,3 +44,8 @@ def refused(argument, *parts, error=ValueError):
     assert "\n" not in message, message
     for part in parts:
         assert part in message, message
+
+
+def interpreted(device):
+    """Whether Triton's interpreter serves: one thread, and milliseconds a program."""
+    return device == "cpu" and current_backend() == "triton"

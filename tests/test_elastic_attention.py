@@ -4,14 +4,17 @@ import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from checks import assert_close, assert_low_precision, assert_same_bits, interpreted, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels import reference
+from adatape_kernels import _triton, reference
+from adatape_kernels._triton import tl, triton
+from adatape_kernels.backend import current_backend
 from adatape_kernels.elastic import cumulative
 from adatape_kernels.ops import elastic_attention
+from adatape_kernels.ops.elastic_tiles import find_tile, num_tiles, tile_rows
 
 OP = "elastic_attention"
 INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]
@@ -144,16 +147,25 @@ def test_strided_inputs_and_gradients(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(device, dtype):
-    """Beside torch's own attention in `dtype`, one example at a time."""
+    """Beside torch's own attention in `dtype`, one example at a time.
+
+    Its fused form keeps the weights in float32 on the CPU. Tensor cores take them rounded, as do
+    torch's products one by one.
+    """
     cu_inputs, cu_tapes, rows = layout(device, [50, 0, 33], [6, 9, 0])
     given = qkv(98, 4, 32, device=device, dtype=dtype)
     actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
     exact = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
 
+    def unfused(q, k, v):
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+    fused = unfused if current_backend() == "triton" else F.scaled_dot_product_attention
+
     def plain(q, k, v):
         out = torch.zeros_like(q)
         for own in rows:
-            one = F.scaled_dot_product_attention(*(x[own].transpose(0, 1) for x in (q, k, v)))
+            one = fused(*(x[own].transpose(0, 1) for x in (q, k, v)))
             out = out.index_copy(0, torch.tensor(own, device=device), one.transpose(0, 1))
         return out
 
@@ -167,7 +179,11 @@ def test_low_precision(device, dtype):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 33), (6, 64)])
 def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, dtype, shape):
     """Alone, in the batch and in the permuted batch, output and gradients."""
+    if current_backend() == "triton" and threads == 2:
+        pytest.skip("triton's kernels do not use torch's threads")
     input_lens, tape_lens = [1, 17, 0, 197, 64, 50, 3], [0, 10, 5, 7, 0, 1, 1]
+    if interpreted(device):
+        input_lens[3], shape = 100, (min(shape[0], 2), shape[1])
     cu_inputs, cu_tapes, rows = layout(device, input_lens, tape_lens)
     given = qkv(sum(input_lens) + sum(tape_lens), *shape, device=device, dtype=dtype)
     together = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
@@ -260,6 +276,132 @@ def test_counted_flops_are_those_of_the_rows_that_exist(device):
     with FlopCounterMode(display=False) as counter:
         gradients(elastic_attention, q, k, v, dout, cu_inputs, cu_tapes)
     assert counter.get_total_flops() == 7 * 2 * 58 * 3 * 8
+
+
+# One, and on both sides of the bounds of 16, 32, 48, 64, 80, 96 and 128 rows.
+AROUND_TILES = (
+    [1, 13, 16, 0, 31, 32, 40, 48, 49, 60, 64, 64, 79, 81, 96, 128, 120],
+    [0, 2, 0, 17, 0, 1, 7, 0, 0, 3, 0, 1, 1, 0, 1, 0, 9],
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [8, 40, 128])
+def test_every_tail_of_tiles(device, head_dim, dtype):
+    cu_inputs, cu_tapes, rows = layout(device, *AROUND_TILES)
+    used = sum(map(len, rows))
+    given = qkv(used + 70, 1, head_dim, device=device, dtype=dtype)
+    actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    expected = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, tolerance)
+        assert not a[used:].any()
+
+
+@pytest.mark.parametrize("head_dim", [160, 257])
+def test_wide_heads(device, head_dim):
+    cu_inputs, cu_tapes, _ = layout(device, [20, 1], [20, 2])
+    given = qkv(44, 2, head_dim, device=device)
+    actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    expected = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-5)
+
+
+def test_one_long_example_beside_short_ones(device):
+    """Whatever bound is given, to the bit."""
+    cu_inputs, cu_tapes, _ = layout(device, [2, 290, 0, 1, 5], [0, 11, 1, 0, 3])
+    given = qkv(315, 1, 8, device=device)
+    actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    expected = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-5)
+    for max_rows in (301, 10_000):
+        bounded = gradients(elastic_attention, *given, cu_inputs, cu_tapes, max_rows=max_rows)
+        for a, e in zip(bounded, actual, strict=True):
+            assert_same_bits(a, e)
+
+
+def test_scores_of_minus_infinity(device):
+    """A tile of keys that no query wants, before others; and an example that has no other."""
+    cu_inputs, cu_tapes, rows = layout(device, [140, 3], [2, 0])
+    q, k, v, _ = qkv(145, 2, 8, device=device)
+    q[..., 0] = 1
+    k[rows[0][:70], :, 0] = k[rows[1], :, 0] = -math.inf
+    actual = elastic_attention(q, k, v, cu_inputs, cu_tapes)
+    expected = by_reference(q.double(), k.double(), v.double(), cu_inputs, cu_tapes)
+    assert expected[rows[0]].isfinite().all() and expected[rows[1]].isnan().all()
+    assert_close(actual, expected, 1e-5)
+
+
+@triton.jit
+def _find_tiles_kernel(
+    cu_inputs_ptr, cu_tapes_ptr, out_ptr, rows, batch, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    number = tl.program_id(0)
+    example, tile, place = find_tile(number, cu_inputs_ptr, cu_tapes_ptr, rows, batch, BLOCK, WIDTH)
+    row, mask = tile_rows(place, tl.maximum(tile, 0) * BLOCK, BLOCK)
+    out_ptrs = out_ptr + number * (BLOCK + 1) + tl.arange(0, BLOCK)
+    tl.store(out_ptrs, tl.where(mask & (tile >= 0), row, -1))
+    tl.store(out_ptr + number * (BLOCK + 1) + BLOCK, example)
+
+
+def find_tiles(cu_inputs, cu_tapes, rows, block, width):
+    """What `find_tile` says of all numbers: the rows, -1 where there is none, and the example."""
+    batch = len(cu_inputs) - 1
+    out = cu_inputs.new_zeros(num_tiles(rows, batch, block), block + 1)
+    given = (cu_inputs, cu_tapes, out, rows, batch, block, width)
+    _triton.launch(_find_tiles_kernel, (len(out),), *given)
+    return out.cpu()
+
+
+needs_triton = pytest.mark.skipif(
+    not (_triton.INTERPRETED or torch.cuda.is_available()), reason="nothing runs triton's kernels"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", [0, 1, 4, 5, 70])
+@pytest.mark.parametrize("unused", [0, 21])
+def test_every_row_is_in_one_tile(batch, unused):
+    """For batches that take one to four rounds of the search."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    input_lens, tape_lens = torch.randint(0, 12, (2, batch)).tolist()
+    input_lens[1:3] = [0, 40][: max(0, batch - 1)]
+    cu_inputs, cu_tapes, owned = layout(device, input_lens, tape_lens)
+    used = sum(input_lens) + sum(tape_lens)
+    owned.append([*range(used, used + unused)])
+    found = find_tiles(cu_inputs, cu_tapes, used + unused, block=8, width=4)
+    tiles = [
+        (example, own[start : start + 8])
+        for example, own in enumerate(owned)
+        for start in range(0, len(own), 8)
+    ]
+    for *own, example in found.tolist():
+        if own[0] >= 0:
+            assert (example, [row for row in own if row >= 0]) == tiles.pop(0)
+    assert not tiles
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("cu_inputs", "cu_tapes"),
+    [
+        ([0, 7, 3], [3, 40, 1000]),
+        ([5, -9, 60], [-70, 2**31 - 1, -(2**31)]),
+        ([-(2**31), 2**31 - 1, 50], [2**31 - 1, -(2**31), 50]),
+        ([10**9, 10**9, 10**9], [10**9, 10**9, 10**9]),
+        ([-5, -5, -5], [-5, -5, -5]),
+    ],
+)
+def test_corrupt_offsets_stay_inside(cu_inputs, cu_tapes):
+    """Nobody can check offsets on a GPU without a copy; at worst the result is meaningless."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cu_inputs, cu_tapes = (torch.tensor(x, dtype=torch.int32) for x in (cu_inputs, cu_tapes))
+    found = find_tiles(cu_inputs.to(device), cu_tapes.to(device), 50, block=8, width=4)
+    assert found[:, :-1].min() >= -1 and found[:, :-1].max() < 50
+    assert found[:, -1].min() >= 0 and found[:, -1].max() <= 2
 
 
 def offsets(*values, **options):

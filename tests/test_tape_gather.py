@@ -5,7 +5,7 @@ import sys
 import literal
 import pytest
 import torch
-from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from checks import assert_close, assert_low_precision, assert_same_bits, interpreted, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -194,10 +194,9 @@ def test_low_precision(device, dtype, shared):
 def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, shared):
     """Alone, in the batch and in the permuted batch; dweights, and dbank where it is its own."""
     batch, dim, topk = size
-    interpreted = device == "cpu" and current_backend() == "triton"
-    if interpreted and threads > 1:
+    if interpreted(device) and threads > 1:
         pytest.skip("the interpreter has one thread")
-    if interpreted:  # at milliseconds a program
+    if interpreted(device):
         batch, dim = min(batch, 3), min(dim, 300)
     counts = torch.randint(0, 4, (batch,)).tolist()
     given = read(device, counts=counts, steps=3, topk=topk, bank_size=40, dim=dim, shared=shared)
@@ -221,7 +220,7 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, sha
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(device):
-    if current_backend() == "triton":
+    if interpreted(device):
         pytest.skip("it has no threads of the host")
     given = read(device, counts=[10] * 64, steps=10, topk=5, bank_size=200, dim=384, shared=True)
     dtape = cotangent(given[0], given[3])
