@@ -128,7 +128,8 @@ def _bound(count: int | Tensor, otherwise: int) -> int:
 
 
 def _scalar(count: int | Tensor, x: Tensor) -> Tensor:
-    return torch.as_tensor(count, dtype=torch.int64, device=x.device)
+    # An int by a fill: a CUDA graph cannot capture a copy from the host.
+    return count.long() if isinstance(count, Tensor) else x.new_full((), count, dtype=torch.int64)
 
 
 def _fake(

@@ -138,31 +138,33 @@ def _elastic_attention_fwd_kernel(
         return
     rows_m = tile_rows(place, tile * BLOCK_M, BLOCK_M)
     columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < HEAD_DIM
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    lse = tl.zeros((BLOCK_M,), tl.float32)
-    if example < batch:
-        queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
-        keys = k_ptr + tl.multiple_of(head * stride_kh, VECTOR), stride_kn
-        values = v_ptr + tl.multiple_of(head * stride_vh, VECTOR), stride_vn
-        q = load_tile(queries, rows_m, columns, VECTOR)
-        state = acc, lse, lse - float("inf")
-        # The last keys first, in the smallest tile that holds them: behind the loop, what only
-        # they need would take registers all through it. Often they are all keys.
-        last = (place[3] - 1) // BLOCK_N * BLOCK_N
-        for halvings in tl.static_range(BLOCK_N // 32 + 1):
-            if _fits(place[3] - last, BLOCK_N >> halvings):
-                rows_n = tile_rows(place, last, BLOCK_N >> halvings)
-                state = _attend(state, q, keys, values, rows_n, columns, scale_log2, True, VECTOR)
-        # Hoisted out of the loop, an operand that the product takes from registers fills them.
-        for start in tl.range(0, last, BLOCK_N, disable_licm=True):
-            rows_n = tile_rows(place, start, BLOCK_N)
-            state = _attend(state, q, keys, values, rows_n, columns, scale_log2, False, VECTOR)
-        acc, total, largest = state
-        acc *= (1 / total)[:, None]
-        lse = (largest + tl.log2(total)) * 0.6931471805599453
     outs = out_ptr + head * HEAD_DIM, num_heads * HEAD_DIM
-    store_tile(outs, rows_m, columns, acc, VECTOR)
-    tl.store(lse_ptr + head * rows + rows_m[0], lse, rows_m[1])
+    lse_ptrs = lse_ptr + head * rows + rows_m[0]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if example == batch:  # unused rows
+        store_tile(outs, rows_m, columns, acc, VECTOR)
+        tl.store(lse_ptrs, total, rows_m[1])
+        return
+    queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
+    keys = k_ptr + tl.multiple_of(head * stride_kh, VECTOR), stride_kn
+    values = v_ptr + tl.multiple_of(head * stride_vh, VECTOR), stride_vn
+    q = load_tile(queries, rows_m, columns, VECTOR)
+    state = acc, total, total - float("inf")
+    # The last keys first, in the smallest tile that holds them: behind the loop, what only they
+    # need would take registers all through it. Often they are all keys.
+    last = (place[3] - 1) // BLOCK_N * BLOCK_N
+    for halvings in tl.static_range(BLOCK_N // 32 + 1):
+        if _fits(place[3] - last, BLOCK_N >> halvings):
+            rows_n = tile_rows(place, last, BLOCK_N >> halvings)
+            state = _attend(state, q, keys, values, rows_n, columns, scale_log2, True, VECTOR)
+    # Hoisted out of the loop, an operand that the product takes from registers fills them.
+    for start in tl.range(0, last, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N)
+        state = _attend(state, q, keys, values, rows_n, columns, scale_log2, False, VECTOR)
+    acc, total, largest = state
+    store_tile(outs, rows_m, columns, acc * (1 / total)[:, None], VECTOR)
+    tl.store(lse_ptrs, (largest + tl.log2(total)) * 0.6931471805599453, rows_m[1])
 
 
 @triton.jit
@@ -228,11 +230,18 @@ def _elastic_attention_bwd_kernel(
     example, tile, place = find_tile(number, cu_inputs_ptr, cu_tapes_ptr, rows, batch, BLOCK_M)
     if tile < 0:
         return
-    # Unused rows meet nothing, and are not read.
-    num_others = tl.where(example < batch, place[3], 0)
-    row_m, mask_m = tile_rows(place, tile * BLOCK_M, BLOCK_M)
-    rows_m = row_m, mask_m & (example < batch)
+    rows_m = tile_rows(place, tile * BLOCK_M, BLOCK_M)
     columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < HEAD_DIM
+    offset, stride = head * HEAD_DIM, num_heads * HEAD_DIM
+    dqs, dks, dvs = (dq_ptr + offset, stride), (dk_ptr + offset, stride), (dv_ptr + offset, stride)
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if example == batch:  # unused rows
+        store_tile(dqs, rows_m, columns, dq, VECTOR)
+        store_tile(dks, rows_m, columns, dk, VECTOR)
+        store_tile(dvs, rows_m, columns, dv, VECTOR)
+        return
     douts = dout_ptr + tl.multiple_of(head * stride_dh, VECTOR), stride_dm
     queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
     keys = k_ptr + tl.multiple_of(head * stride_kh, VECTOR), stride_kn
@@ -242,9 +251,7 @@ def _elastic_attention_bwd_kernel(
 
     k = load_tile(keys, rows_m, columns, VECTOR)
     v = load_tile(values, rows_m, columns, VECTOR)
-    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in tl.range(0, num_others, BLOCK_N, disable_licm=True):
+    for start in tl.range(0, place[3], BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)
         dout_n = load_tile(douts, rows_n, columns, VECTOR)
@@ -256,16 +263,14 @@ def _elastic_attention_bwd_kernel(
         dv = tl.dot(p.to(dout_n.dtype), dout_n, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout_n), input_precision="ieee") - delta_n)
         dk = tl.dot(ds.to(q_n.dtype), q_n, dk, input_precision="ieee")
-    offset, stride = head * HEAD_DIM, num_heads * HEAD_DIM
-    store_tile((dk_ptr + offset, stride), (row_m, mask_m), columns, dk * scale, VECTOR)
-    store_tile((dv_ptr + offset, stride), (row_m, mask_m), columns, dv, VECTOR)
+    store_tile(dks, rows_m, columns, dk * scale, VECTOR)
+    store_tile(dvs, rows_m, columns, dv, VECTOR)
 
     q = load_tile(queries, rows_m, columns, VECTOR)
     dout = load_tile(douts, rows_m, columns, VECTOR)
-    lse = tl.load(lse_ptr + row_m, rows_m[1], other=float("inf"))[:, None] * log2_e
-    delta = tl.load(delta_ptr + row_m, rows_m[1], other=0.0)[:, None]
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in tl.range(0, num_others, BLOCK_N, disable_licm=True):
+    lse = tl.load(lse_ptr + rows_m[0], rows_m[1], other=float("inf"))[:, None] * log2_e
+    delta = tl.load(delta_ptr + rows_m[0], rows_m[1], other=0.0)[:, None]
+    for start in tl.range(0, place[3], BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N)
         k_n = load_tile(keys, rows_n, columns, VECTOR)
         v_n = load_tile(values, rows_n, columns, VECTOR)
@@ -273,7 +278,7 @@ def _elastic_attention_bwd_kernel(
         p = tl.exp2(tl.where(rows_n[1], scores, float("-inf")) - lse)  # (BLOCK_M, BLOCK_N keys)
         ds = p * (tl.dot(dout, tl.trans(v_n), input_precision="ieee") - delta)
         dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
-    store_tile((dq_ptr + offset, stride), (row_m, mask_m), columns, dq * scale, VECTOR)
+    store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
 
 
 def _unit_stride(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
