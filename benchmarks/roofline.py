@@ -59,12 +59,16 @@ class Work:
         return max(self.bytes / BYTES_PER_SECOND, self.flops / FLOPS_PER_SECOND)
 
 
+_CHECKS = ("lt", "gt", "ge", "le", "eq", "any", "__or__", "bitwise_or", "index", "nonzero", "item")
+
+
 @dataclass
 class _Counter(TorchDispatchMode):
     """Counts what the interpreter does, launch by launch, and torch's own kernels around it."""
 
     work: Work = field(default_factory=Work)
     sectors: list[np.ndarray] = field(default_factory=list)
+    interpreting: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -73,10 +77,13 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         name = function.overloadpacket.__name__
-        if function.is_view or "empty" in name:
+        # The interpreter's own copies do not count, nor checks of values, which only a CPU has.
+        if self.interpreting or function.is_view or "empty" in name or name in _CHECKS:
             return result
-        # A kernel reads each tensor that it is given and writes each that it returns.
-        read = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # A kernel reads each tensor that it is given, save for a fill, and writes what it returns.
+        fills = name.startswith("new_") or name.endswith("_like")
+        given = () if fills else (args, kwargs)
+        read = [x for x in torch.utils._pytree.tree_leaves(given) if isinstance(x, Tensor)]
         written = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
         moved = sum(x.numel() * x.element_size() for x in (*read, *written))
         self.work.bytes += moved
@@ -123,9 +130,11 @@ def counting() -> Iterator[Work]:
         return dot(a, b, d, *rest)
 
     def counted_run(self, *args, **options):
+        counter.interpreting = True
         try:
             return run(self, *args, **options)
         finally:
+            counter.interpreting = False
             counter.end_launch()
 
     names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_dot")
