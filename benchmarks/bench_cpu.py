@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import records
 import torch
@@ -95,21 +96,29 @@ def bench_reading(bench: Bench) -> None:
 
 
 def reading_case(bench: Bench, shape: tuple[int, ...], sliced: bool) -> None:
-    """Keys are a tensor of their own, or a slice of the bank, whose backward is torch's own."""
+    """Keys are a tensor of their own, or a slice of the bank: then ours is tape_read."""
     batch, dim, key_dim = 64, shape[-1], 64
     bank = F.layer_norm(torch.randn(shape), (dim,)).requires_grad_()
     query = F.layer_norm(torch.randn(batch, key_dim), (key_dim,)).requires_grad_()
     own_keys = bank.detach()[..., :key_dim].clone().requires_grad_()
     leaves = (query, bank) if sliced else (query, bank, own_keys)
+    options: dict[str, Any] = {"num_tape_tokens": 10, "topk": 5, "halt_threshold": 10.0}
 
-    def run() -> list[Tensor]:
+    def two_ops() -> list[Tensor]:
         keys = bank[..., :key_dim] if sliced else own_keys
-        selection = ops.tape_select(query, keys, num_tape_tokens=10, topk=5, halt_threshold=10.0)
+        selection = ops.tape_select(query, keys, **options)
         tape, _ = ops.tape_gather(bank, selection.indices, selection.weights, selection.counts)
-        loss = tape.square().sum() + selection.ponder.sum()
+        return results(tape, selection.ponder)
+
+    def one_op() -> list[Tensor]:
+        tape, _, selection = ops.tape_read(query, bank, **options)
+        return results(tape, selection.ponder)
+
+    def results(tape: Tensor, ponder: Tensor) -> list[Tensor]:
+        loss = tape.square().sum() + ponder.sum()
         return [tape, *torch.autograd.grad(loss, leaves)]
 
-    runs = {"ours": run, "eager": with_backend("eager", run)}
+    runs = {"ours": one_op if sliced else two_ops, "eager": with_backend("eager", two_ops)}
     check(runs["ours"](), runs["eager"]())
     kind = "input-driven" if bank.dim() == 3 else "learned"
     keys = "keys sliced" if sliced else "keys apart"

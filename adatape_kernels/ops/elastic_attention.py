@@ -158,9 +158,8 @@ def _elastic_attention_fwd_kernel(
         if _fits(place[3] - last, BLOCK_N >> halvings):
             rows_n = tile_rows(place, last, BLOCK_N >> halvings)
             state = _attend(state, q, keys, values, rows_n, columns, scale_log2, True, VECTOR)
-    # Hoisted out of the loop, an operand that the product takes from registers fills them.
-    for start in tl.range(0, last, BLOCK_N, disable_licm=True):
-        rows_n = tile_rows(place, start, BLOCK_N)
+    for start in range(0, last, BLOCK_N):
+        rows_n = tile_rows(place, start, BLOCK_N, FULL=True)
         state = _attend(state, q, keys, values, rows_n, columns, scale_log2, False, VECTOR)
     acc, total, largest = state
     store_tile(outs, rows_m, columns, acc * (1 / total)[:, None], VECTOR)
@@ -251,6 +250,7 @@ def _elastic_attention_bwd_kernel(
 
     k = load_tile(keys, rows_m, columns, VECTOR)
     v = load_tile(values, rows_m, columns, VECTOR)
+    # Where products take operands from registers, those hoisted out of the loop would fill them.
     for start in tl.range(0, place[3], BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)

@@ -56,12 +56,16 @@ def find_tile(
 
 
 @triton.jit
-def tile_rows(place, start, BLOCK: tl.constexpr):
-    """Return the buffer's rows that hold an example's rows from `start` on, and which exist."""
+def tile_rows(place, start, BLOCK: tl.constexpr, FULL: tl.constexpr = False):
+    """Return the buffer's rows that hold an example's rows from `start` on, and which exist.
+
+    The caller may know that the tile is FULL.
+    """
     first_input, num_inputs, first_tape, num_rows = place
     offs = start + tl.arange(0, BLOCK)
     row = offs + tl.where(offs < num_inputs, first_input, first_tape - num_inputs)
-    return row.to(tl.int64), offs < num_rows
+    exists = tl.full((BLOCK,), 1, tl.int1) if FULL else offs < num_rows
+    return row.to(tl.int64), exists
 
 
 @triton.jit
