@@ -2,14 +2,21 @@
 
 Fake tensors have a device and a shape but no data, so nothing here may ask for a value: an op that
 copied a number to the host would fail. A CPU build of torch cannot run autograd over them, nor
-slice them, so the backward ops are called themselves, and models are left to the GPU.
+slice them, so the backward ops are called themselves, and tape_read and models are left to the GPU.
 """
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adatape_kernels.ops import FFN, dual_ffn, elastic_attention, tape_gather, tape_select
+from adatape_kernels.ops import (
+    FFN,
+    add_layer_norm,
+    dual_ffn,
+    elastic_attention,
+    tape_gather,
+    tape_select,
+)
 
 BATCH, BANK, KEY, DIM, STEPS, TOPK = 3, 20, 8, 16, 4, 2
 WIDE = torch.float32
@@ -60,6 +67,18 @@ def test_reading(make, dtype, bank):
     dbank, dweights = torch.ops.adatape.tape_gather_bwd(tape, values, *chosen)
     on_gpu(dbank, (*bank, DIM), dtype)
     on_gpu(dweights, reads, WIDE)
+
+
+def test_residual_norm(make, dtype):
+    x, weight = make(12, DIM), make(DIM)
+    total, normed = add_layer_norm(x, x, weight, weight)
+    on_gpu(total, (12, DIM), dtype)
+    on_gpu(normed, (12, DIM), dtype)
+    statistics = make(12, dtype=WIDE), make(12, dtype=WIDE)
+    dx, *grads = torch.ops.adatape.add_layer_norm_bwd(total, normed, total, weight, *statistics)
+    on_gpu(dx, (12, DIM), dtype)
+    for grad in grads:
+        assert (tuple(grad.shape), grad.device.type) == ((DIM,), "cuda")
 
 
 def test_attention(make, dtype):
