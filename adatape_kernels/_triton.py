@@ -32,6 +32,17 @@ INTERPRETED = bool(INSTALLED and triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
+if INTERPRETED:
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def _dot(builder: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        """Sum every element in the same order, as a GPU does; a BLAS rounds some otherwise."""
+        product = np.einsum("...ij,...jk->...ik", a.data, b.data, dtype=d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = _dot
+
 
 class Launch(NamedTuple):
     """A kernel with what it was called with: tensors, numbers or tuples of them, and options."""
