@@ -234,7 +234,7 @@ class ElasticBatch:
     @property
     def batch(self) -> int:
         """Number of examples."""
-        return len(self.cu_inputs) - 1
+        return self.cu_inputs.shape[0] - 1
 
     @property
     def input_lens(self) -> Tensor:
@@ -263,7 +263,7 @@ class ElasticBatch:
 
     def example_of_rows(self) -> Tensor:
         """Return the example that owns each row, (rows,) int64; `batch` for an unused row."""
-        row = torch.arange(len(self.data), device=self.data.device)
+        row = torch.arange(self.data.shape[0], device=self.data.device)
         of_inputs, of_tapes = row[: self.num_input_rows], row[self.num_input_rows :]
         # The owner of a row is the number of examples that end at or before it.
         return torch.cat(
@@ -283,7 +283,7 @@ class ElasticBatch:
         """Return rows `data` of this layout with zeros in the unused ones (capacity mode)."""
         if self.exact:
             return data
-        row = torch.arange(len(data), device=data.device)
+        row = torch.arange(data.shape[0], device=data.device)
         return data.where((row < self.cu_tapes[-1]).unsqueeze(1), 0)
 
     def append_tape(
@@ -311,11 +311,11 @@ class ElasticBatch:
             return layout.with_data(rows)
         # An old tape row moves back by what earlier examples append; a new one stands behind the
         # old ones of its example. Unused rows, old then new, move behind both.
-        old = torch.arange(self.num_input_rows, len(self.data), device=tape.device)
-        new = torch.arange(len(tape), device=tape.device)
+        old = torch.arange(self.num_input_rows, self.data.shape[0], device=tape.device)
+        new = torch.arange(tape.shape[0], device=tape.device)
         old_example = torch.searchsorted(self.cu_tapes[1:], old, right=True)
         new_example = torch.searchsorted(offsets[1:], new, right=True)
-        old_ends = torch.cat([self.cu_tapes[1:], self.cu_tapes.new_full((1,), len(self.data))])
+        old_ends = torch.cat([self.cu_tapes[1:], self.cu_tapes.new_full((1,), self.data.shape[0])])
         inputs = torch.arange(self.num_input_rows, device=tape.device)
         place = torch.cat([inputs, old + offsets[old_example], new + old_ends[new_example]])
         return layout.with_data(torch.empty_like(rows).index_copy(0, place, rows))

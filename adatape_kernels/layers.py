@@ -280,16 +280,16 @@ class TapeReader(nn.Module):
         bank = self.tape_tokens if bank is None else bank
         if bank is None:
             raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
-        if bank.dim() not in (2, 3) or (bank.dim() == 3 and len(bank) != len(query)):
+        if bank.dim() not in (2, 3) or (bank.dim() == 3 and bank.shape[0] != query.shape[0]):
             raise ValueError(
-                f"bank: expected ([{len(query)},] bank_size, {query.shape[1]}), "
+                f"bank: expected ([{query.shape[0]},] bank_size, {query.shape[1]}), "
                 f"got {tuple(bank.shape)}"
             )
         if self.training and self.query_noise > 0:
             query = query + self.query_noise * torch.randn_like(query)
         read_mask = None
         if self.training and self.bank_dropout > 0:
-            chance = torch.rand(len(query), bank.shape[-2], device=query.device)
+            chance = torch.rand(query.shape[0], bank.shape[-2], device=query.device)
             read_mask = chance < self.bank_dropout
         values, query = self.bank_norm(bank), self.bank_norm(query)
         return values, query.to(values.dtype), read_mask

@@ -138,7 +138,7 @@ class AdaTape(nn.Module, ABC):
         """Put the class token, if the model has one, before tokens (batch, seqlen, dim)."""
         if self.class_token is None:
             return tokens
-        return torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
+        return torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], 1)
 
     def forward(self, inputs: Tensor, *, capacity: int | None = None) -> AdaTapeOutput:
         """Run the model.
@@ -176,5 +176,5 @@ class AdaTape(nn.Module, ABC):
 def stack_ponder(reads: tuple[TapeSelection, ...], logits: Tensor) -> Tensor:
     """Return the ponder losses (batch, reads), also when there is no read."""
     if not reads:
-        return logits.new_zeros(len(logits), 0)
+        return logits.new_zeros(logits.shape[0], 0)
     return torch.stack([read.ponder for read in reads], 1)

@@ -158,7 +158,8 @@ def _elastic_attention_fwd_kernel(
         if _fits(place[3] - last, BLOCK_N >> halvings):
             rows_n = tile_rows(place, last, BLOCK_N >> halvings)
             state = _attend(state, q, keys, values, rows_n, columns, scale_log2, True, VECTOR)
-    for start in range(0, last, BLOCK_N):
+    # Where products take operands from registers, those hoisted out of the loop would fill them.
+    for start in tl.range(0, last, BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N, FULL=True)
         state = _attend(state, q, keys, values, rows_n, columns, scale_log2, False, VECTOR)
     acc, total, largest = state
@@ -250,7 +251,6 @@ def _elastic_attention_bwd_kernel(
 
     k = load_tile(keys, rows_m, columns, VECTOR)
     v = load_tile(values, rows_m, columns, VECTOR)
-    # Where products take operands from registers, those hoisted out of the loop would fill them.
     for start in tl.range(0, place[3], BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)

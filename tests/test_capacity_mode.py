@@ -1,0 +1,70 @@
+"""A model with a capacity needs no value on the host, so that a CUDA graph can hold it.
+
+Here its Triton kernels are launched on meta tensors, which have no values: a copy to the host, in
+the launchers, the layers or the backward, is an error. What is launched is what a GPU would run.
+"""
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adatape_kernels import _triton
+from adatape_kernels.backend import implementation, registered_ops
+from adatape_kernels.models import adatape_vit
+
+pytestmark = pytest.mark.skipif(not _triton.INSTALLED, reason="triton is not installed")
+
+OPS = ("tape_select", "tape_gather", "elastic_attention", "add_layer_norm")
+
+
+class TritonLaunchers(TorchDispatchMode):
+    """Sends every op of ours to its Triton launcher, which on meta tensors would not be asked."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        namespace, _, name = op._schema.name.partition("::")
+        if namespace != "adatape":
+            return op(*args, **(kwargs or {}))
+        if name in registered_ops():
+            return implementation(name, "triton")(*args)
+        with self:
+            return sys.modules[f"adatape_kernels.ops.{name}"]._compose(*args)
+
+
+def launched(launches, ending):
+    return {launch.kernel.__name__ for launch in launches} >= {f"_{op}_{ending}" for op in OPS}
+
+
+@pytest.mark.parametrize("bank", ["input", "learn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_value_reaches_the_host(dtype, bank):
+    with torch.device("meta"):
+        model = adatape_vit(
+            "Ti/16",
+            image_size=32,
+            depth=2,
+            num_classes=10,
+            bank=bank,
+            bank_size=50,
+            num_tape_tokens=3,
+            topk=2,
+            read_layers=(0, 1),
+            tape_ffn_dim=64,
+            tape_mlp_dim=32,
+        ).to(dtype)
+        images, labels = torch.empty(4, 3, 32, 32, dtype=dtype), torch.empty(4, dtype=torch.int64)
+        with TritonLaunchers():
+            with _triton.recording() as forward:
+                loss = model.loss(model(images, capacity=9), labels)
+            with _triton.recording() as backward:
+                loss.backward()
+    assert launched(forward, "fwd_kernel") and launched(backward, "bwd_kernel")
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_without_a_capacity_the_number_of_rows_does():
+    with torch.device("meta"), _triton.recording(), TritonLaunchers():
+        model = adatape_vit("Ti/16", image_size=32, depth=1, num_tape_tokens=3, topk=2)
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            model(torch.empty(4, 3, 32, 32))
