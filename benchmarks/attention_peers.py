@@ -129,7 +129,10 @@ def _chosen(part: Block, mask: Tensor | None, backend: SDPBackend | None) -> str
     """The kernel that torch takes for the (first) block."""
     if backend is None:
         q, k, v = part.qkv.permute(2, 0, 3, 1, 4)
-        backend = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, False))
+        try:
+            backend = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, False))
+        except (AttributeError, RuntimeError, ValueError) as error:
+            return f"torch does not say which kernel SDPA took: {error}".partition("\n")[0]
     return f"SDPA took {backend.name.lower()}"
 
 

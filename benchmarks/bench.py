@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import ceilings
 import records
 import torch
-from cases import OURS, Case, Effort, run
+from cases import OURS, Effort, run
+from suites import Suite
 
 OPS = (
     "tape_select",
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def suites(names: Sequence[str]) -> dict[str, Any]:
+def suites(names: Sequence[str]) -> dict[str, Suite]:
     """Return the suites of these ops, all if none is named.
 
     Raises:
@@ -72,11 +73,21 @@ def suites(names: Sequence[str]) -> dict[str, Any]:
     return {name: importlib.import_module(f"bench_{name}").SUITE for name in chosen}
 
 
+class Planned(NamedTuple):
+    """A case to come."""
+
+    suite: Suite
+    shape: Any
+    direction: str
+    dtype: torch.dtype
+    compiles: bool
+    """Whether providers that are compiled take part."""
+
+
 class Plan(NamedTuple):
     """What is to be measured: checked, nothing run yet."""
 
-    cases: list[tuple[Any, Any, str, torch.dtype]]
-    """Suite, shape, direction and dtype."""
+    cases: list[Planned]
     device_type: str
     effort: Effort
     path: Path
@@ -116,7 +127,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         device_type,
         Effort(
             rounds=5 if arguments.quick else 25,
-            seconds=1.0 if arguments.quick else 4.0,
+            seconds=0.5 if arguments.quick else 2.5,
             quick=arguments.quick,
             compiled=arguments.compiled or ("no" if arguments.quick else "yes"),
             providers=frozenset(arguments.provider),
@@ -125,22 +136,26 @@ def plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _cases(suite: Any, arguments: argparse.Namespace, device_type: str) -> Iterator[tuple]:
+def _cases(suite: Suite, arguments: argparse.Namespace, device_type: str) -> Iterator[Planned]:
     selection = suite.shapes(device_type)
-    texts = arguments.shape or (
-        selection.quick
-        if arguments.quick
-        else selection.sweep
-        if arguments.sweep
-        else selection.default
-    )
+    texts: list[tuple[str, bool]]
+    if arguments.shape:
+        texts = [(text, True) for text in arguments.shape]
+    elif arguments.quick:
+        texts = [(text, True) for text in selection.quick]
+    else:
+        most = selection.sweep if arguments.sweep else ()
+        texts = [(text, True) for text in (*selection.default, *most)]
+        texts += [(text, False) for text in selection.scaling]
     dtypes = [DTYPES[name] for name in arguments.dtype] or suite.dtypes(device_type)
-    shapes = [suite.parse(text) for text in texts]
-    for shape in shapes:
+    shapes = [(suite.parse(text), compiles) for text, compiles in texts]
+    for shape, compiles in shapes:
+        if arguments.compiled == "only" and not compiles:
+            continue
         for dtype in dtypes:
             for direction in suite.directions:
                 if not arguments.direction or direction in arguments.direction:
-                    yield suite, shape, direction, dtype
+                    yield Planned(suite, shape, direction, dtype, compiles)
 
 
 def _in_turn(lists: Sequence[list]) -> list:
@@ -152,7 +167,7 @@ def _in_turn(lists: Sequence[list]) -> list:
 def measure(chosen: Plan, budget: float | None) -> None:
     """Measure case by case; the rows of each are written when it ends."""
     start = time.perf_counter()
-    for dtype in dict.fromkeys(dtype for *_, dtype in chosen.cases):
+    for dtype in dict.fromkeys(each.dtype for each in chosen.cases):
         limits = ceilings.measured(chosen.device_type, dtype, chosen.effort.quick)
         records.append(chosen.path, limits.rows)
         print(
@@ -162,12 +177,12 @@ def measure(chosen: Plan, budget: float | None) -> None:
             flush=True,
         )
     print(heading())
-    for done, (suite, shape, direction, dtype) in enumerate(chosen.cases):
+    for done, each in enumerate(chosen.cases):
         if budget is not None and time.perf_counter() - start > budget:
             print(f"{len(chosen.cases) - done} cases left out: {budget:g} s are over")
             break
-        case: Case = suite.case(shape, direction, dtype, chosen.device_type)
-        rows = run(case, chosen.effort)
+        case = each.suite.case(each.shape, each.direction, each.dtype, chosen.device_type)
+        rows = run(case, chosen.effort if each.compiles else chosen.effort._replace(compiled="no"))
         records.append(chosen.path, rows)
         print("\n".join(lines(rows)), flush=True)
     print(f"rows: {chosen.path}")

@@ -21,7 +21,7 @@ import records
 import torch
 from bench_model import ModelInputs
 from cases import OURS, Case, Effort, run
-from suites import Suite, with_bfloat16
+from suites import Suite, for_products
 
 DISPATCH_LIMIT = 20e-6
 
@@ -54,7 +54,7 @@ def goals(whole_models: bool) -> Iterator[Goal]:
         yield Goal(read, shape, "forward+backward", torch.float32, {"eager": 5.0})
     for heads in (6, 12):
         for rows, goal in (("50-246", 1.5), ("197", 0.95)):
-            for dtype in with_bfloat16("cpu"):
+            for dtype in for_products("cpu"):
                 for direction in bench_elastic_attention.DIRECTIONS:
                     yield Goal(
                         bench_elastic_attention.SUITE,
@@ -63,10 +63,11 @@ def goals(whole_models: bool) -> Iterator[Goal]:
                         dtype,
                         {"padded SDPA": goal, "SDPA each": 1.0},
                     )
-    for dtype in with_bfloat16("cpu"):
+    for dtype in for_products("cpu"):
         shape = "B=16 N=197 T=10"
         yield Goal(bench_dual_ffn.SUITE, shape, "forward+backward", dtype, {"sliced": 1.0})
-    for shape in bench_model.SUITE.shapes("cpu").default[:2] if whole_models else ():
+    models = ("V=S/16 B=8 T=10 k=5 tau=2", "V=B/32 B=8 T=64 k=2 tau=8 bank=learn")
+    for shape in models if whole_models else ():
         for direction in bench_model.SUITE.directions:
             # The ratio asked for follows from the rows that are saved.
             yield Goal(bench_model.SUITE, shape, direction, torch.float32, {"padded": 0.95})

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from bench import main
 from cases import OURS, Case, Prepared, Provider
-from suites import Selection, Suite, float32_only, label
+from suites import Selection, Suite, for_reading, label
 from torch import Tensor
 
 from adatape_kernels import ElasticBatch, ops, use_backend
@@ -87,7 +87,7 @@ SUITE = Suite(
     directions=("forward",),
     providers=[OURS],
     shapes=shapes,
-    dtypes=float32_only,
+    dtypes=for_reading,
     case=case,
 )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from bench import main
 from cases import OURS, Case, Prepared, Provider, nbytes, ours, own_kernels
-from suites import Selection, Size, Suite, Tape, label, with_bfloat16
+from suites import Selection, Size, Suite, Tape, for_products, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
@@ -227,7 +227,7 @@ SUITE = Suite(
     directions=("forward", "forward+backward"),
     providers=[*own_kernels(), GROUPED, *PEERS],
     shapes=shapes,
-    dtypes=with_bfloat16,
+    dtypes=for_products,
     case=case,
 )
 

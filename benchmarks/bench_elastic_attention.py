@@ -13,7 +13,7 @@ import torch
 from attention_peers import AttentionInputs
 from bench import main
 from cases import Case, Prepared, nbytes, ours, own_kernels
-from suites import Selection, Size, Span, Suite, Tape, label, with_bfloat16
+from suites import Selection, Size, Span, Suite, Tape, for_products, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
@@ -126,7 +126,7 @@ SUITE = Suite(
     directions=DIRECTIONS,
     providers=[*own_kernels(), *attention_peers.NAMES],
     shapes=shapes,
-    dtypes=with_bfloat16,
+    dtypes=for_products,
     case=case,
 )
 

@@ -15,7 +15,7 @@ from bench import main
 from cases import OURS, Case, Prepared, Provider, agree, only_on_cuda
 from dense_vit import DenseViT
 from reading_peers import BANKS, Bank, loop
-from suites import PATTERNS, Positive, Selection, Size, Suite, Tape, label, with_bfloat16
+from suites import PATTERNS, Positive, Selection, Size, Suite, Tape, for_products, label
 from torch import Tensor, nn
 
 from adatape_kernels.layers import TapeReader
@@ -276,22 +276,24 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
         bytes=images + parameters * (2 if training else 1),
         agree=agree_on_most,
         peaks=training,
+        sets=1,
     )
 
 
 def shapes(device_type: str) -> Selection:
     batch = 256 if device_type == "cuda" else 8
-    default = [
-        f"V=S/16 B={batch} T=10 k=5 tau=2",
-        f"V=B/32 B={batch} T=64 k=2 tau=8 bank=learn",
-    ]
-    # What scaling plots need: only the tape differs, then only the batch.
+    default = [f"V=S/16 B={batch} T=10 k=5 tau=2"]
+    deep = f"V=B/32 B={batch} T=64 k=2 tau=8 bank=learn"
+    # Only the tape differs, then only the batch.
     scaling = [
         *(f"V=Ti/32 B={batch} T=128 k=2 bank=learn tape={t}" for t in (0, 16, 32, 64, 96, 128)),
         *(f"V=Ti/32 B={b} T=32 k=2 bank=learn tape=skewed" for b in _batches(device_type)),
     ]
     if device_type == "cuda":
-        default.insert(1, f"V=B/16 B={batch} T=10 k=5 tau=2")
+        default += [f"V=B/16 B={batch} T=10 k=5 tau=2", deep]
+    else:
+        # Two processor cores compile 64 unrolled steps for many minutes.
+        scaling.insert(0, deep)
     sweep = [
         f"V={size}/{patch} B={b} T={t} k=2 bank={bank} tape={tape}"
         for size, patch, t, tape, bank, b in itertools.product(
@@ -305,7 +307,7 @@ def shapes(device_type: str) -> Selection:
         # Patches of 32 make an input-driven bank of 196.
         if bank == "learn" or patch == 16 or t < 98
     ]
-    return Selection([scaling[2]], default + scaling, scaling + sweep)
+    return Selection([scaling[2]], default, sweep, scaling)
 
 
 def _batches(device_type: str) -> tuple[int, ...]:
@@ -318,7 +320,7 @@ SUITE = Suite(
     directions=("forward", "training step"),
     providers=[OURS, CAPACITY, COMPILED, *PEERS],
     shapes=shapes,
-    dtypes=with_bfloat16,
+    dtypes=for_products,
     case=case,
     check=check,
 )

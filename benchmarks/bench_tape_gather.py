@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bench import main
 from cases import OURS, Case, Prepared, Provider, ours, own_kernels, with_backend
 from reading_peers import Bank, padded_gather
-from suites import Selection, Size, Suite, Tape, label, with_bfloat16
+from suites import Selection, Size, Suite, Tape, for_products, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
@@ -212,7 +212,7 @@ SUITE = Suite(
     directions=("forward", "forward+backward"),
     providers=[*own_kernels(), *own_kernels(CAPACITY), *PEERS],
     shapes=shapes,
-    dtypes=with_bfloat16,
+    dtypes=for_products,
     case=case,
     check=check,
 )

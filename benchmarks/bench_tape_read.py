@@ -13,7 +13,7 @@ import torch
 from bench import main
 from cases import OURS, Case, Prepared, Provider
 from reading_peers import Bank, ReadInputs, agree_on_reads, read_inputs
-from suites import Positive, Selection, Size, Suite, float32_only, label
+from suites import Positive, Selection, Size, Suite, for_reading, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
@@ -142,7 +142,7 @@ SUITE = Suite(
     directions=("forward", "forward+backward"),
     providers=[OURS, TWO_OPS, *reading_peers.NAMES],
     shapes=shapes,
-    dtypes=float32_only,
+    dtypes=for_reading,
     case=case,
     check=reading_peers.check,
 )

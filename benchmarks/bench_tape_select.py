@@ -10,7 +10,7 @@ import torch
 from bench import main
 from cases import Case, Prepared, nbytes, ours, own_kernels
 from reading_peers import Bank, ReadInputs, agree_on_reads, read_inputs
-from suites import Positive, Selection, Size, Suite, float32_only, label
+from suites import Positive, Selection, Size, Suite, for_reading, label
 
 from adatape_kernels import ops, use_backend
 
@@ -96,9 +96,8 @@ def shapes(device_type: str) -> Selection:
         f"B={batch} M=784 bank=input",
         f"B={batch} M=10000 bank=learn",
         f"B={batch} M=196 bank=input K=384 tau=2",
-        # The same read of ever larger banks: a scaling plot's row of sizes.
-        *(f"B=16 M={m} bank=learn" for m in (196, 1000, 5000, 20_000, 100_000)),
     ]
+    scaling = [f"B=16 M={m} bank=learn" for m in (196, 1000, 5000, 20_000, 100_000)]
     sweep = [
         f"B={b} M={m} bank={bank} T={t} tau={t}"
         for bank, m, t, b in itertools.product(
@@ -110,7 +109,7 @@ def shapes(device_type: str) -> Selection:
         # A bank of its own for each of many examples is more than a machine holds.
         if m >= 5 * t and (bank == "learn" or b * m <= 2_000_000)
     ]
-    return Selection(default[:2], default, sweep)
+    return Selection(default[:2], default, sweep, scaling)
 
 
 SUITE = Suite(
@@ -119,7 +118,7 @@ SUITE = Suite(
     directions=("forward", "forward+backward"),
     providers=[*own_kernels(), *reading_peers.NAMES],
     shapes=shapes,
-    dtypes=float32_only,
+    dtypes=for_reading,
     case=case,
     check=reading_peers.check,
 )

@@ -16,6 +16,9 @@ from adatape_kernels.backend import BACKENDS, explain, serving, use_backend
 from adatape_kernels.recipes.measure import Run
 
 OURS = "ours"
+GRAPH = " [graph]"
+"""Behind the name of a provider that runs as a CUDA graph."""
+
 MAX_SETS = 8
 """Most sets of inputs in rotation."""
 
@@ -87,6 +90,8 @@ class Case:
     agree: Agreement = agree
     peaks: bool = False
     """Whether the rows tell the peak of memory."""
+    sets: int | None = None
+    """Sets of inputs instead of so many, where the op's own intermediates fill any cache."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -115,11 +120,14 @@ class Effort(NamedTuple):
 def run(case: Case, effort: Effort) -> list[records.Row]:
     """Check every wanted provider against the reference, time those that agree, return all rows."""
     limits = ceilings.measured(case.device_type, case.dtype, effort.quick)
+    if case.device_type == "cuda":
+        torch.cuda.empty_cache()
     torch.compiler.reset()  # a function's recompilations are few, and cases many
     torch.manual_seed(0)
     sets = [case.inputs()]
-    wanted = 2 * timing.cache_bytes(case.device_type) / max(1, case.bytes)
-    sets += [case.inputs() for _ in range(min(MAX_SETS, math.ceil(wanted)) - 1)]
+    cache = timing.cache_bytes(case.device_type)
+    wanted = case.sets or min(MAX_SETS, math.ceil(2 * cache / max(1, case.bytes)))
+    sets += [case.inputs() for _ in range(wanted - 1)]
     expected = [x.detach() for x in case.reference(sets[0])]
     ready: dict[str, list[Run]] = {}
     states: dict[str, tuple[str, str]] = {}
@@ -128,12 +136,9 @@ def run(case: Case, effort: Effort) -> list[records.Row]:
             states[name] = status, note
             if status == "ok":
                 ready[name] = turns
-    if not ready:
-        timings = {}
-    else:
-        timings = timing.interleaved(
-            ready, case.device_type, rounds=effort.rounds, seconds=effort.seconds
-        )
+    timings = timing.interleaved(
+        ready, case.device_type, rounds=effort.rounds, seconds=effort.seconds
+    )
     return [
         records.row(
             case.key,
@@ -146,7 +151,7 @@ def run(case: Case, effort: Effort) -> list[records.Row]:
             moved=case.bytes,
             limit_s=limits.seconds(case.flops, case.bytes),
             peak_bytes=timing.peak_bytes(ready[name][0], case.device_type)
-            if case.peaks and name in ready
+            if case.peaks and name in ready and not name.endswith(GRAPH)
             else None,
         )
         for name, (status, note) in states.items()
@@ -172,7 +177,7 @@ def _attempts(
         yield name, turns, status, note
         if status != "ok" or case.device_type != "cuda" or not provider.graph:
             return
-        name = f"{provider.name} [graph]"
+        name = provider.name + GRAPH
 
 
 def _attempt(
@@ -193,8 +198,6 @@ def _attempt(
         return turns, "ok", prepared[0].note
     except Skipped as reason:
         return [], "skipped", str(reason)
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # whatever a peer does, the others are still measured
         return [], "failed", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 

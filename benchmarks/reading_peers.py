@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Prepared, Provider, agree, skipped, with_backend
+from cases import GRAPH, Prepared, Provider, agree, skipped, with_backend
 from torch import Tensor
 
 from adatape_kernels.models.padded import batched_topk_select
@@ -129,7 +129,7 @@ def padded_gather(bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return (weights.to(bank.dtype).unsqueeze(2) @ rows).squeeze(2)
 
 
-NAMES = ("eager", "loop", "loop, compiled", "loop [graph]")
+NAMES = ("eager", "loop", "loop, compiled", f"loop{GRAPH}")
 
 
 def providers(

@@ -17,6 +17,8 @@ class Selection(NamedTuple):
     quick: Sequence[str]
     default: Sequence[str]
     sweep: Sequence[str]
+    scaling: Sequence[str] = ()
+    """Sizes in a row, for plots: part of the default, without providers that are compiled."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,13 @@ class Tape(str):
         return [spread[i] for i in torch.randperm(batch).tolist()]
 
 
-def float32_only(device_type: str) -> Sequence[torch.dtype]:
-    """Return float32, and on a GPU bfloat16 too."""
+def for_reading(device_type: str) -> Sequence[torch.dtype]:
+    """Return the dtypes that selection is measured in: float32, and on a GPU bfloat16 too."""
     return (torch.float32, torch.bfloat16) if device_type == "cuda" else (torch.float32,)
 
 
-def with_bfloat16(device_type: str) -> Sequence[torch.dtype]:
-    """Return bfloat16, and on a processor float32 first, alone if its products lack bfloat16."""
+def for_products(device_type: str) -> Sequence[torch.dtype]:
+    """Return bfloat16 on a GPU; on a processor float32, and bfloat16 if its products have it."""
     if device_type == "cuda":
         return (torch.bfloat16,)
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -137,6 +138,25 @@ def test_a_peer_that_is_not_to_be_had_is_skipped_with_its_reason():
     assert [r.note for r in rows[1:]] == ["no such library", "RuntimeError: two"]
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_on_a_gpu_a_provider_is_also_a_graph(capturable, monkeypatch):
+    def captured(run):
+        if not capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return run
+
+    monkeypatch.setattr(timing, "captured", captured)
+    here = dataclasses.replace(case(), device_type="cuda")
+    sets, expected = [torch.arange(4.0)], [torch.arange(4.0).square()]
+    found = [
+        (name, status, len(turns))
+        for each in (provider("a", torch.square), provider("b", torch.square, graph=False))
+        for name, turns, status, _ in cases._attempts(here, each, sets, expected)
+    ]
+    graph = ("a [graph]", "ok", 1) if capturable else ("a [graph]", "failed", 0)
+    assert found == [("a", "ok", 1), graph, ("b", "ok", 1)]
+
+
 def test_only_what_is_wanted_runs():
     every = (
         provider(OURS, torch.square),
@@ -245,7 +265,7 @@ def test_no_case_begins_after_the_budget(tmp_path, capsys):
 def test_a_run_that_is_cut_short_has_rows_of_every_op():
     arguments = bench.parser().parse_args([])
     every = [list(bench._cases(s, arguments, "cpu")) for s in bench.suites([]).values()]
-    first = [suite.op for suite, *_ in bench._in_turn(every)[: len(bench.OPS)]]
+    first = [each.suite.op for each in bench._in_turn(every)[: len(bench.OPS)]]
     assert first == list(bench.OPS)
 
 
@@ -253,8 +273,8 @@ def test_a_run_that_is_cut_short_has_rows_of_every_op():
 def test_every_selected_shape_can_be_parsed(device):
     for suite in bench.suites([]).values():
         selection = suite.shapes(device)
-        assert set(selection.quick) <= set(selection.default) and selection.sweep
-        for text in {*selection.default, *selection.sweep}:
+        assert set(selection.quick) <= {*selection.default, *selection.scaling}
+        for text in {*selection.default, *selection.scaling, *selection.sweep}:
             suite.parse(text)
 
 
