@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+OUT ?= benchmarks/results
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -47,6 +48,16 @@ tsan: $(ready)  ## run the C++ kernels under ThreadSanitizer
 audit: $(ready)  ## compile the Triton kernels for GPUs that are not here, and check what comes out
 	$(bin)/python benchmarks/audit.py $(ARGS)
 
+bench: $(ready)  ## measure every op and the models beside their peers, on this machine
+	$(bin)/adatape-kernels bench $(ARGS)
+
+# Takes $(PYTHON) as it is, so that nothing has to be installed where the GPU is.
+gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minutes, into OUT=
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(ARGS)
+
+report: $(ready)  ## make plots and tables from the recorded rows, README's too
+	$(bin)/python benchmarks/report.py $(ARGS)
+
 lint: $(lint_ready)  ## check style and types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
@@ -78,4 +89,4 @@ $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
 
-.PHONY: help demo test asan tsan audit lint format clean
+.PHONY: help demo test asan tsan audit bench gpu report lint format clean

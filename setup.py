@@ -36,11 +36,20 @@ def missing_tool() -> str | None:
     version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 25):
         return f"CMake 3.25 or newer is needed, and {cmake} is older"
-    if find_spec("pybind11") is None:
+    if find_spec("pybind11") is None and not torch_has_pybind11():
         return "pybind11 is not installed"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h was not found (Debian and Ubuntu: python3-dev)"
     return None
+
+
+def torch_has_pybind11() -> bool:
+    """Whether torch, which is not imported for it, brings the headers of pybind11."""
+    torch = find_spec("torch")
+    return (
+        bool(torch and torch.origin)
+        and Path(torch.origin, "..", "include", "pybind11", "pybind11.h").resolve().exists()
+    )
 
 
 class CMakeBuild(build_ext):

@@ -1,11 +1,13 @@
 """The `adatape-kernels` command."""
 
 import argparse
+import importlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -52,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--epochs", type=int, help="default: about a minute on two cores")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
+    # The benchmarks have arguments of their own, in their folder.
+    commands.add_parser("bench", help="measure every op beside its peers", add_help=False)
+
     train = commands.add_parser(
         "train", help="train on an image set from local files, with checkpoints"
     )
     add_train_arguments(train)
 
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv[:1] if argv[:1] == ["bench"] else argv)
     try:
+        if arguments.command == "bench":
+            return run_bench(argv[1:])
         if arguments.command == "info":
             return info()
         if arguments.command == "verify":
@@ -159,6 +167,18 @@ def run_check(device: str | None) -> int:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     return 0 if check.run(device) else EXIT_FAILED
+
+
+def run_bench(argv: Sequence[str]) -> int:
+    """Run the benchmarks, which a clone has beside the package."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not (folder / "bench.py").exists():
+        raise RuntimeError(
+            "bench: expected a clone of the repository, whose folder benchmarks/ has "
+            f"what is to run, got {folder.parent}"
+        )
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("bench").main(argv)
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

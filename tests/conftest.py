@@ -1,15 +1,35 @@
 import contextlib
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # on a GPU machine perhaps, where nothing is to be installed
+    from no_hypothesis import HealthCheck, settings
 
 # Without a GPU the Triton kernels run in triton's interpreter, which is chosen when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from adatape_kernels.backend import BACKENDS, explain, use_backend
+
+# What a GPU machine may lack, and the files that are of no use without it.
+_NEEDS = {
+    "safetensors": ("test_checkpoint.py", "test_demo.py", "test_train.py"),
+    "matplotlib": ("test_demo.py",),
+    "PIL": ("test_data.py", "test_train.py"),
+}
+_missing = [name for name in _NEEDS if find_spec(name) is None]
+collect_ignore = sorted({file for name in _missing for file in _NEEDS[name]})
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name in _missing:
+        terminalreporter.line(f"left out: {', '.join(_NEEDS[name])} ({name} is not installed)")
+
 
 # Without it cuBLAS refuses to run under deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

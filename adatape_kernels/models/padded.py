@@ -111,7 +111,8 @@ def batched_topk_select(
         if read_mask is not None:
             reading = reading & ((~read).sum(1) >= topk)
         scores = query @ keys.T if keys.dim() == 2 else (keys @ query.unsqueeze(2)).squeeze(2)
-        best, indices = scores.masked_fill(read, -torch.inf).topk(topk)
+        # Not -inf: an example that has halted reads on unheard, and its bank may run out.
+        best, indices = scores.masked_fill(read, torch.finfo(scores.dtype).min).topk(topk)
         weights = torch.softmax(best / math.sqrt(key_dim), 1)
         cost = 1 - (weights.square().sum(1) if loss_type == "entropy" else weights.amax(1))
         ponder = ponder + cost * reading

@@ -24,6 +24,12 @@ class Timing:
     p20: float
     p80: float
 
+    @classmethod
+    def of(cls, times: list[float]) -> "Timing":
+        """Summarise the seconds of single repetitions."""
+        cuts = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+        return cls(median(times), cuts[0], cuts[3])
+
 
 def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, Timing]:
     """Time every run `rounds` times in turn, so that a busy machine is busy for all of them."""
@@ -34,12 +40,7 @@ def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, 
             run()
             if repetition >= warmup:
                 samples[name].append(time.perf_counter() - start)
-    return {name: _timing(times) for name, times in samples.items()}
-
-
-def _timing(times: list[float]) -> Timing:
-    cuts = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-    return Timing(median(times), cuts[0], cuts[3])
+    return {name: Timing.of(times) for name, times in samples.items()}
 
 
 def flops(run: Run) -> int:

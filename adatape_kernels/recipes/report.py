@@ -2,8 +2,6 @@
 
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, 
 from adatape_kernels.models import AdaTape, AdaTapeOutput, AdaTapeViT
 from adatape_kernels.recipes import measure, pictures
 from adatape_kernels.recipes.checkpoint import write_file
+from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.training import accuracy, predict
 
 COMPARED_IMAGES = 360
@@ -181,30 +180,3 @@ def cost_rows(results: Results) -> list[tuple[str, dict[str, float], float]]:
 
 def _describe(tape_lens: list[int]) -> str:
     return ", ".join(f"{count} x {length}" for length, count in enumerate(tape_lens) if count)
-
-
-def environment() -> dict[str, Any]:
-    """Return what a reader needs to place the figures: machine, versions and commit."""
-    from adatape_kernels import __version__
-
-    repository = Path(__file__).parents[2]
-    commit = subprocess.run(
-        ["git", "-C", repository, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return {
-        "machine": f"{platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "adatape_kernels": __version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-    }
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown processor"

@@ -1,0 +1,183 @@
+"""Tables and plots of the recorded rows: python benchmarks/report.py, or make report.
+
+For each CSV file in results/: NAME.md with every case, and plots NAME-rows.png, NAME-batch.png and
+NAME-bank.png of what was measured at several sizes. In README.md what stands between
+<!-- table: NAME [op …] --> and <!-- /table --> is replaced by ours beside the best peer.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import plots
+import records
+from cases import GRAPH, OURS
+from records import Row
+
+EXIT_UNREADABLE = 2
+README = Path(__file__).parents[1] / "README.md"
+ANCHORS = ("dense ViT, same rows", "static ViT, mean length")
+"""They compute something else: they stand in the tables, but are nobody's best peer."""
+
+_MARKED = re.compile(r"(<!-- table: ([^\n]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+class Entry(NamedTuple):
+    """A provider's last row of a case, with ours that was timed in turn with it."""
+
+    row: Row
+    ours: Row
+
+    @property
+    def ratio(self) -> float | None:
+        """Its time over ours: above 1 ours is faster."""
+        if self.row.median_s and self.ours.median_s:
+            return self.row.median_s / self.ours.median_s
+        return None
+
+
+Case = tuple[str, str, str, str]
+
+
+def entries(rows: Iterable[Row]) -> dict[Case, dict[str, Entry]]:
+    """Return the last row of every provider that ran beside ours, by case and provider."""
+    found: dict[Case, dict[str, Entry]] = {}
+    for group in records.groups(rows):
+        ours = group.rows.get(OURS)
+        if ours is not None:
+            case = found.setdefault(group.case, {})
+            case.update({name: Entry(row, ours) for name, row in group.rows.items()})
+    return found
+
+
+def summary(cases: dict[Case, dict[str, Entry]], ops: Sequence[str]) -> str:
+    """Return a Markdown table: ours beside the best peer, a line a case, slower ones included."""
+    lines = [
+        "| op | direction | dtype | shape | ours, ms | of the limit | best peer | peer / ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, direction, dtype, shape), found in cases.items():
+        if ops and op not in ops:
+            continue
+        for graph in (False, True):
+            timed = [e for name, e in found.items() if e.ratio and name.endswith(GRAPH) == graph]
+            ours = min(
+                (e for e in timed if e.row.provider.startswith(OURS) and (graph or _is_ours(e))),
+                key=lambda e: e.ratio or 0,
+                default=None,
+            )
+            peers = [
+                e
+                for e in timed
+                if not e.row.provider.startswith((OURS, *ANCHORS)) and e.row.provider != OURS
+            ]
+            if ours is None or ours.ratio is None:
+                continue
+            best = min(peers, key=lambda e: e.ratio or 0, default=None)
+            share = ours.row.percent_of_limit
+            label = direction + (" in a CUDA graph" if graph else "")
+            ratio = f"{best.ratio / ours.ratio:.2f}" if best and best.ratio else ""
+            lines.append(
+                f"| {op} | {label} | {dtype} | {shape} | {_ms(ours.row)} | "
+                f"{f'{share:.0f} %' if share else ''} | {best.row.provider if best else 'none'} | "
+                f"{ratio} |"
+            )
+    return "\n".join(lines)
+
+
+def _is_ours(entry: Entry) -> bool:
+    return entry.row.provider == OURS
+
+
+def _ms(row: Row) -> str:
+    return f"{row.median_s * 1e3:.3g}" if row.median_s else ""
+
+
+def details(name: str, rows: Sequence[Row], cases: dict[Case, dict[str, Entry]]) -> str:
+    """Return a page of Markdown with every provider of every case."""
+    newest = rows[-1]
+    parts = [
+        f"# {name}\n",
+        f"{newest.device}; torch {newest.torch}; last row {newest.date}, commit {newest.commit}. "
+        "How to read it: [benchmarks/README.md](../README.md).\n",
+    ]
+    limits = {r.case: r for r in rows if r.op == "ceiling"}.values()
+    if limits:
+        parts.append("| ceiling | dtype | |\n|---|---|---|")
+        for row in limits:
+            rate = (
+                f"{row.gb_per_s:.0f} GB/s"
+                if row.gb_per_s
+                else f"{row.gflop_per_s or 0:.0f} GFLOP/s"
+            )
+            parts.append(f"| {row.direction} | {row.dtype} | {rate} |")
+        parts.append("")
+    for case, found in cases.items():
+        parts.append(f"## {' '.join(case)}\n")
+        parts.append("| provider | ms | p20 | p80 | / ours | GFLOP/s | GB/s | of the limit | |")
+        parts.append("|---|---|---|---|---|---|---|---|---|")
+        for provider, (row, ours) in found.items():
+            ratio = Entry(row, ours).ratio
+            cells = [
+                _ms(row),
+                f"{row.p20_s * 1e3:.3g}" if row.p20_s else "",
+                f"{row.p80_s * 1e3:.3g}" if row.p80_s else "",
+                f"{ratio:.2f}" if ratio else "",
+                f"{row.gflop_per_s:.3g}" if row.gflop_per_s else "",
+                f"{row.gb_per_s:.3g}" if row.gb_per_s else "",
+                f"{row.percent_of_limit:.0f} %" if row.percent_of_limit else "",
+                row.note if row.status == "ok" else f"{row.status}: {row.note}",
+            ]
+            parts.append(f"| {provider} | {' | '.join(c.replace('|', '/') for c in cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def fill(text: str, tables: dict[str, dict[Case, dict[str, Entry]]]) -> str:
+    """Return text with each marked table made anew.
+
+    Raises:
+        ValueError: a marker names a file that is not there.
+    """
+
+    def made(match: re.Match) -> str:
+        name, *ops = match[2].split()
+        if name not in tables:
+            raise ValueError(f"table: expected one of {', '.join(tables)}, got {name!r}")
+        return f"{match[1]}{summary(tables[name], ops)}\n{match[3]}"
+
+    return _MARKED.sub(made, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write tables and plots; 2 if a file cannot be read or written."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of CSV files")
+    parser.add_argument("--readme", type=Path, default=README, help="file with marked tables")
+    arguments = parser.parse_args(argv)
+    try:
+        tables = {}
+        for path in sorted(arguments.results.glob("*.csv")):
+            rows = records.read(path)
+            if not rows:
+                continue
+            tables[path.stem] = cases = entries(rows)
+            page = path.with_suffix(".md")
+            page.write_text(details(path.stem, rows, cases), encoding="utf-8")
+            print("\n".join(map(str, [page, *plots.draw(path, cases)])))
+        old = arguments.readme.read_text(encoding="utf-8")
+        new = fill(old, tables)
+        if new != old:
+            arguments.readme.write_text(new, encoding="utf-8")
+            print(arguments.readme)
+    except (ValueError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return EXIT_UNREADABLE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
