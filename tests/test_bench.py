@@ -258,6 +258,24 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, capsys, monkeypatch):
     assert [r.op for r in records.read(path)] == ["ceiling", "ceiling", "dispatch"]
 
 
+def test_a_case_that_cannot_be_had_is_a_row_and_the_next_one_runs(tmp_path, capsys, monkeypatch):
+    tried = []
+
+    def run(case, effort):
+        tried.append(case)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("too large\nby far")
+        return cases.run(case, effort)
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(arguments(tmp_path, "dispatch")) == 1
+    (path,) = (tmp_path / "out").iterdir()
+    failed, *others = [r for r in records.read(path) if r.op == "dispatch"]
+    assert (failed.status, failed.note) == ("failed", "OutOfMemoryError: too large")
+    assert failed.shape == "op=tape_select"
+    assert [r.status for r in others] == ["ok"] * 3
+
+
 def test_no_case_begins_after_the_budget(tmp_path, capsys):
     assert bench.main(arguments(tmp_path, "dispatch", "--budget", "0")) == 0
     assert "4 cases left out" in capsys.readouterr().out
