@@ -128,7 +128,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"{what}: expected one of {', '.join(sorted(known))}, got {name!r}"
+                    f"{what}: expected one of {'; '.join(sorted(known))}, got {name!r}"
                 )
     if arguments.threads is not None:
         if arguments.threads < 1:
