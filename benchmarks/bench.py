@@ -19,7 +19,7 @@ import ceilings
 import records
 import torch
 from cases import OURS, Effort, run
-from suites import Suite
+from suites import Suite, label
 
 OPS = (
     "tape_select",
@@ -31,7 +31,7 @@ OPS = (
     "dispatch",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXIT_UNREADABLE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +83,18 @@ class Planned(NamedTuple):
     compiles: bool
     """Whether providers that are compiled take part."""
 
+    def run(self, device_type: str, effort: Effort) -> list[records.Row]:
+        """Return its rows; one of ours that failed where the case itself cannot be had."""
+        if not self.compiles:
+            effort = effort._replace(compiled="no")
+        try:
+            return run(self.suite.case(*self[1:4], device_type), effort)
+        except Exception as error:  # out of memory, say: the other cases are still measured
+            dtype = str(self.dtype).removeprefix("torch.")
+            key = self.suite.op, self.direction, dtype, label(self.shape)
+            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return [records.row(key, OURS, device_type, status="failed", note=fault)]
+
 
 class Plan(NamedTuple):
     """What is to be measured: checked, nothing run yet."""
@@ -116,7 +128,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"{what}: expected one of {', '.join(sorted(known))}, got {name!r}"
+                    f"{what}: expected one of {'; '.join(sorted(known))}, got {name!r}"
                 )
     if arguments.threads is not None:
         if arguments.threads < 1:
@@ -145,7 +157,7 @@ def _cases(suite: Suite, arguments: argparse.Namespace, device_type: str) -> Ite
         texts = [(text, True) for text in selection.quick]
     else:
         most = selection.sweep if arguments.sweep else ()
-        texts = [(text, True) for text in (*selection.default, *most)]
+        texts = [(text, True) for text in dict.fromkeys((*selection.default, *most))]
         texts += [(text, False) for text in selection.scaling]
     dtypes = [DTYPES[name] for name in arguments.dtype] or suite.dtypes(device_type)
     shapes = [(suite.parse(text), compiles) for text, compiles in texts]
@@ -164,9 +176,12 @@ def _in_turn(lists: Sequence[list]) -> list:
     return [each[i] for i in range(longest) for each in lists if i < len(each)]
 
 
-def measure(chosen: Plan, budget: float | None) -> None:
-    """Measure case by case; the rows of each are written when it ends."""
-    start = time.perf_counter()
+def measure(chosen: Plan, budget: float | None) -> int:
+    """Measure case by case; the rows of each are written when it ends.
+
+    Returns in how many cases ours is wrong or failed.
+    """
+    start, faults = time.perf_counter(), 0
     for dtype in dict.fromkeys(each.dtype for each in chosen.cases):
         limits = ceilings.measured(chosen.device_type, dtype, chosen.effort.quick)
         records.append(chosen.path, limits.rows)
@@ -181,11 +196,12 @@ def measure(chosen: Plan, budget: float | None) -> None:
         if budget is not None and time.perf_counter() - start > budget:
             print(f"{len(chosen.cases) - done} cases left out: {budget:g} s are over")
             break
-        case = each.suite.case(each.shape, each.direction, each.dtype, chosen.device_type)
-        rows = run(case, chosen.effort if each.compiles else chosen.effort._replace(compiled="no"))
+        rows = each.run(chosen.device_type, chosen.effort)
+        faults += any(r.provider == OURS and r.status in ("wrong", "failed") for r in rows)
         records.append(chosen.path, rows)
         print("\n".join(lines(rows)), flush=True)
     print(f"rows: {chosen.path}")
+    return faults
 
 
 def heading() -> str:
@@ -211,18 +227,18 @@ def lines(rows: Sequence[records.Row]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the arguments ask for; 2 if they cannot be, 130 after Ctrl-C."""
+    """Measure what is asked for; 1 if ours is wrong, 2 if it cannot be asked, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         chosen = plan(arguments)
-        measure(chosen, arguments.budget)
+        faults = measure(chosen, arguments.budget)
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return EXIT_UNREADABLE
     except KeyboardInterrupt:
         print("bench: interrupted; the rows of every finished case are kept", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    return EXIT_FAILED if faults else 0
 
 
 if __name__ == "__main__":

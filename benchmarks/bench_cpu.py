@@ -6,7 +6,7 @@ counts, and a last column says which goals are met.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,14 +98,15 @@ def saved_rows(given: ModelInputs) -> float:
     return padded / (inputs + given.tape_rows)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print every goal with what was reached, and record the rows; 2 if they cannot be written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions, no whole models")
     parser.add_argument(
         "--out", type=Path, default=records.RESULTS, help="CSV file, or folder; default: results/"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
         path = records.destination(arguments.out, "cpu")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adatape_kernels import ops, use_backend
 
-TWO_OPS = "two ops"
+TWO_OPS = f"{OURS}, two ops"
 """tape_select on a slice of the bank, then tape_gather: autograd adds their gradients."""
 
 

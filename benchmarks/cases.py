@@ -85,7 +85,7 @@ class Case:
     providers: Sequence[Provider]
     flops: float
     bytes: float
-    """As many sets of inputs rotate as make twice the last-level cache of these."""
+    """As many sets of inputs rotate as make twice the last-level cache of these; quick: once."""
     tolerance: float = 0.0
     agree: Agreement = agree
     peaks: bool = False
@@ -126,7 +126,8 @@ def run(case: Case, effort: Effort) -> list[records.Row]:
     torch.manual_seed(0)
     sets = [case.inputs()]
     cache = timing.cache_bytes(case.device_type)
-    wanted = case.sets or min(MAX_SETS, math.ceil(2 * cache / max(1, case.bytes)))
+    caches = 1 if effort.quick else 2
+    wanted = case.sets or min(MAX_SETS, math.ceil(caches * cache / max(1, case.bytes)))
     sets += [case.inputs() for _ in range(wanted - 1)]
     expected = [x.detach() for x in case.reference(sets[0])]
     ready: dict[str, list[Run]] = {}

@@ -24,6 +24,9 @@ EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 LAST_SECONDS = 10
 """Kept for the table."""
 
+SECONDS = "{seconds}"
+"""In a command: most of the time that its step has, so that it ends by itself."""
+
 
 class Step(NamedTuple):
     """A command with its share of the time that is left when it starts."""
@@ -50,13 +53,13 @@ class Outcome(NamedTuple):
         return f"{self.step.name:24} {state:12} {self.seconds:5.0f} s"
 
 
-def steps(device: str, out: Path, tests: str, seconds: float) -> list[Step]:
+def steps(device: str, out: Path, tests: str) -> list[Step]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     if find_spec("xdist") and "-n" not in pytest:
         pytest += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]
     bench = [python, "-m", "adatape_kernels.cli", "bench", "--device", device, "--out", str(out)]
-    budget = ["--budget", f"{seconds:.0f}"]
+    budget = ["--budget", SECONDS]
     return [
         Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 0.35, False),
         Step(
@@ -70,7 +73,8 @@ def steps(device: str, out: Path, tests: str, seconds: float) -> list[Step]:
 
 def run(step: Step, log: Path, seconds: float) -> Outcome:
     """Run a step in a process group of its own, which is ended when the time is over."""
-    print(f"{step.name}: {shlex.join(step.command)}  (at most {seconds:.0f} s, {log})", flush=True)
+    command = [part.replace(SECONDS, f"{0.9 * seconds:.0f}") for part in step.command]
+    print(f"{step.name}: {shlex.join(command)}  (at most {seconds:.0f} s, {log})", flush=True)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -80,7 +84,7 @@ def run(step: Step, log: Path, seconds: float) -> Outcome:
     start = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            step.command,
+            command,
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -109,7 +113,7 @@ def table(device: str, out: Path) -> str:
     import report
 
     path = records.destination(out, device)
-    return report.summary(report.entries(records.read(path)), []) + f"\nrows: {path}"
+    return report.summary(report.entries(records.read(path))) + f"\nrows: {path}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_UNREADABLE
     outcomes = []
     try:
-        for step in steps(arguments.device, out, arguments.tests, 60 * arguments.minutes):
+        for step in steps(arguments.device, out, arguments.tests):
             if arguments.only and step.name not in arguments.only:
                 continue
             left = end - time.monotonic()

@@ -2,7 +2,7 @@
 
 For each CSV file in results/: NAME.md with every case, and plots NAME-rows.png, NAME-batch.png and
 NAME-bank.png of what was measured at several sizes. In README.md what stands between
-<!-- table: NAME [op …] --> and <!-- /table --> is replaced by ours beside the best peer.
+<!-- table: NAME [op …] [B=8 …] --> and <!-- /table --> is replaced by ours beside the best peer.
 """
 
 import argparse
@@ -53,43 +53,57 @@ def entries(rows: Iterable[Row]) -> dict[Case, dict[str, Entry]]:
     return found
 
 
-def summary(cases: dict[Case, dict[str, Entry]], ops: Sequence[str]) -> str:
-    """Return a Markdown table: ours beside the best peer, a line a case, slower ones included."""
+def summary(cases: dict[Case, dict[str, Entry]], words: Sequence[str] = ()) -> str:
+    """Return a Markdown table: ours beside the best peer, a line a case, slower ones included.
+
+    `words` select: names of ops, and parts of shapes, as "B=16", of which a case has one.
+    """
     lines = [
         "| op | direction | dtype | shape | ours, ms | of the limit | best peer | peer / ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    ops = [word for word in words if "=" not in word]
+    parts = {word for word in words if "=" in word}
     for (op, direction, dtype, shape), found in cases.items():
-        if ops and op not in ops:
+        if (ops and op not in ops) or (parts and parts.isdisjoint(shape.split())):
             continue
-        for graph in (False, True):
-            timed = [e for name, e in found.items() if e.ratio and name.endswith(GRAPH) == graph]
-            ours = min(
-                (e for e in timed if e.row.provider.startswith(OURS) and (graph or _is_ours(e))),
-                key=lambda e: e.ratio or 0,
-                default=None,
-            )
-            peers = [
-                e
-                for e in timed
-                if not e.row.provider.startswith((OURS, *ANCHORS)) and e.row.provider != OURS
-            ]
-            if ours is None or ours.ratio is None:
-                continue
-            best = min(peers, key=lambda e: e.ratio or 0, default=None)
-            share = ours.row.percent_of_limit
-            label = direction + (" in a CUDA graph" if graph else "")
-            ratio = f"{best.ratio / ours.ratio:.2f}" if best and best.ratio else ""
-            lines.append(
-                f"| {op} | {label} | {dtype} | {shape} | {_ms(ours.row)} | "
-                f"{f'{share:.0f} %' if share else ''} | {best.row.provider if best else 'none'} | "
-                f"{ratio} |"
-            )
+        start = f"| {op} | {direction}"
+        rest = f"| {dtype} | {shape} |"
+        row = found[OURS].row
+        if row.status != "ok":
+            lines.append(f"{start} {rest} {row.status} | | | |")
+        for graph, how in ((False, ""), (True, " in a CUDA graph")):
+            ours, best = _best(found.values(), graph)
+            if ours is not None:
+                lines.append(f"{start}{how} {rest} {_cells(ours, best)} |")
     return "\n".join(lines)
+
+
+def _best(found: Iterable[Entry], graph: bool) -> tuple[Entry | None, Entry | None]:
+    """Return ours, as a graph the fastest of our forms, and the fastest peer."""
+    timed = [e for e in found if e.ratio and e.row.provider.endswith(GRAPH) == graph]
+    ours = [e for e in timed if e.row.provider.startswith(OURS) and (graph or _is_ours(e))]
+    peers = [e for e in timed if not e.row.provider.startswith((OURS, *ANCHORS))]
+    first, second = (
+        min(those, key=lambda e: e.ratio or 0, default=None) for those in (ours, peers)
+    )
+    return first, second
+
+
+def _cells(ours: Entry, best: Entry | None) -> str:
+    start = f"{_ms(ours.row)} | {_percent(ours.row)}"
+    if best is None or not best.ratio or not ours.ratio:
+        return f"{start} | none |"
+    return f"{start} | {best.row.provider} | {best.ratio / ours.ratio:.2f}"
 
 
 def _is_ours(entry: Entry) -> bool:
     return entry.row.provider == OURS
+
+
+def _percent(row: Row) -> str:
+    share = row.percent_of_limit
+    return f"{share:.{0 if share >= 10 else 1}f} %" if share else ""
 
 
 def _ms(row: Row) -> str:
@@ -128,7 +142,7 @@ def details(name: str, rows: Sequence[Row], cases: dict[Case, dict[str, Entry]])
                 f"{ratio:.2f}" if ratio else "",
                 f"{row.gflop_per_s:.3g}" if row.gflop_per_s else "",
                 f"{row.gb_per_s:.3g}" if row.gb_per_s else "",
-                f"{row.percent_of_limit:.0f} %" if row.percent_of_limit else "",
+                _percent(row),
                 row.note if row.status == "ok" else f"{row.status}: {row.note}",
             ]
             parts.append(f"| {provider} | {' | '.join(c.replace('|', '/') for c in cells)} |")
@@ -144,10 +158,10 @@ def fill(text: str, tables: dict[str, dict[Case, dict[str, Entry]]]) -> str:
     """
 
     def made(match: re.Match) -> str:
-        name, *ops = match[2].split()
+        name, *words = match[2].split()
         if name not in tables:
             raise ValueError(f"table: expected one of {', '.join(tables)}, got {name!r}")
-        return f"{match[1]}{summary(tables[name], ops)}\n{match[3]}"
+        return f"{match[1]}{summary(tables[name], words)}\n{match[3]}"
 
     return _MARKED.sub(made, text)
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import bench
+import bench_cpu
 import cases
 import ceilings
 import pytest
@@ -257,6 +258,24 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, capsys, monkeypatch):
     assert [r.op for r in records.read(path)] == ["ceiling", "ceiling", "dispatch"]
 
 
+def test_a_case_that_cannot_be_had_is_a_row_and_the_next_one_runs(tmp_path, capsys, monkeypatch):
+    tried = []
+
+    def run(case, effort):
+        tried.append(case)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("too large\nby far")
+        return cases.run(case, effort)
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(arguments(tmp_path, "dispatch")) == 1
+    (path,) = (tmp_path / "out").iterdir()
+    failed, *others = [r for r in records.read(path) if r.op == "dispatch"]
+    assert (failed.status, failed.note) == ("failed", "OutOfMemoryError: too large")
+    assert failed.shape == "op=tape_select"
+    assert [r.status for r in others] == ["ok"] * 3
+
+
 def test_no_case_begins_after_the_budget(tmp_path, capsys):
     assert bench.main(arguments(tmp_path, "dispatch", "--budget", "0")) == 0
     assert "4 cases left out" in capsys.readouterr().out
@@ -276,6 +295,40 @@ def test_every_selected_shape_can_be_parsed(device):
         assert set(selection.quick) <= {*selection.default, *selection.scaling}
         for text in {*selection.default, *selection.scaling, *selection.sweep}:
             suite.parse(text)
+
+
+def test_goals_name_cases_and_peers_that_there_are():
+    found = list(bench_cpu.goals(whole_models=True))
+    assert len({(goal.suite.op, goal.shape, goal.direction) for goal in found}) > 10
+    for goal in found:
+        goal.suite.parse(goal.shape)
+        assert goal.direction in goal.suite.directions
+        assert set(goal.ratios) <= set(goal.suite.providers)
+
+
+def test_goals_are_met_or_missed_by_ratio(tmp_path, capsys, monkeypatch):
+    suites = bench.suites([])
+    easy, hard = {"padded SDPA": 1e-9}, {"padded SDPA": 1e9}
+    attention = (suites["elastic_attention"], TINY["elastic_attention"], "forward", torch.float32)
+    model = (suites["model"], TINY["model"], "training step", torch.float32)
+    goals = [bench_cpu.Goal(*attention, easy), bench_cpu.Goal(*attention, hard)]
+    goals.append(bench_cpu.Goal(*model, {"padded": 1e9}))
+    monkeypatch.setattr(bench_cpu, "goals", lambda whole_models: goals)
+    assert bench_cpu.main(["--quick", "--threads", "1", "--out", str(tmp_path / "rows.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:4]] == ["ok", "MISSED", "MISSED"]
+    # Rows: 5 inputs each, 3 tape tokens of which one example in two reads 3.
+    saved = 2 * (5 + 3) / (2 * 5 + 3)
+    assert float(lines[3].split()[-2]) == pytest.approx(1e9 * saved, rel=1e-3)
+    assert "peak memory / padded" in lines[4]
+    rows = records.read(tmp_path / "rows.csv")
+    assert [r.provider for r in rows] == [
+        "torch",
+        "torch",
+        *[OURS, "padded SDPA"] * 2,
+        OURS,
+        "padded",
+    ]
 
 
 def test_the_command_finds_the_benchmarks_of_a_clone(tmp_path, capsys, monkeypatch):

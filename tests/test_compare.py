@@ -165,11 +165,26 @@ def test_a_ratio_is_of_one_run():
 def test_graphs_are_compared_with_graphs():
     rows = [row(OURS, 4.0), row("peer", 6.0), row("ours, capacity [graph]", 1.0)]
     rows.append(row("peer [graph]", 3.0))
-    lines = report.summary(report.entries(rows), []).splitlines()[2:]
+    lines = report.summary(report.entries(rows)).splitlines()[2:]
     assert [line.split("|")[-3:-1] for line in lines] == [
         [" peer ", " 1.50 "],
         [" peer [graph] ", " 3.00 "],
     ]
+
+
+def test_what_is_wrong_stands_in_the_table():
+    rows = [row(OURS, status="wrong", note="off"), row("peer", 6.0)]
+    assert report.summary(report.entries(rows)).splitlines()[2:] == [
+        "| elastic_attention | forward | float32 | B=16 N=197 | wrong | | | |"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "count"), [([], 1), (["model"], 0), (["N=197"], 1), (["N=50"], 0)]
+)
+def test_words_of_a_marker_select_cases(words, count):
+    cases = report.entries([row(OURS, 4.0), row("peer", 6.0)])
+    assert len(report.summary(cases, words).splitlines()) == 2 + count
 
 
 def test_a_marker_of_an_unknown_file_is_one_line(results, capsys):
@@ -193,7 +208,7 @@ def python(program):
 
 def test_a_gpu_run_ends_in_time_with_the_rows_that_it_has(monkeypatch, tmp_path, capsys):
     path = tmp_path / "out" / records.machine("cpu").file_name
-    keep = Step("build", python("print('built')"), 0.5, False)
+    keep = Step("build", [*python("import sys; print(*sys.argv[1:])"), gpu.SECONDS], 0.5, False)
     hangs = Step("benchmarks", python("import time; time.sleep(60)"), 1.0, True)
     path.parent.mkdir()
     write(path, row(OURS, 0.002), row("peer", 0.003))
@@ -202,7 +217,7 @@ def test_a_gpu_run_ends_in_time_with_the_rows_that_it_has(monkeypatch, tmp_path,
     assert code == 0 and seconds < 12
     assert "| B=16 N=197 | 2 | 50 % | peer | 1.50 |" in out
     assert out.splitlines()[-1].split()[:4] == ["benchmarks", "out", "of", "time"]
-    assert (tmp_path / "out/build.log").read_text() == "built\n"
+    assert 0 <= int((tmp_path / "out/build.log").read_text()) <= 1  # of 2 seconds, half, most
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -218,13 +233,13 @@ def test_a_gpu_run_fails_when_a_step_does_and_goes_on(cut, monkeypatch, tmp_path
 
 
 def test_the_steps_of_a_gpu_run(tmp_path):
-    steps = {s.name: s for s in gpu.steps("cuda", tmp_path, "-m cuda", 400)}
+    steps = {s.name: s for s in gpu.steps("cuda", tmp_path, "-m cuda")}
     assert list(steps) == ["build", "check", "tests", "benchmarks", "compiled peers"]
     tests, benchmarks = steps["tests"].command, steps["benchmarks"].command
     assert tests[tests.index("-m", 2) :][:2] == ["-m", "cuda"]
     assert benchmarks[3:] == [
         *("bench", "--device", "cuda", "--out", str(tmp_path)),
-        *("--compiled", "no", "--budget", "400"),
+        *("--compiled", "no", "--budget", gpu.SECONDS),
     ]
 
 

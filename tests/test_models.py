@@ -5,7 +5,7 @@ import torch
 from checks import assert_close, refused
 from torch import nn
 
-from adatape_kernels import models
+from adatape_kernels import models, reference
 from adatape_kernels.models import (
     AdaTapeParity,
     AdaTapeParityConfig,
@@ -13,6 +13,7 @@ from adatape_kernels.models import (
     AdaTapeViTConfig,
     adatape_vit,
 )
+from adatape_kernels.models.padded import batched_topk_select
 
 BASE = AdaTapeViTConfig(
     num_classes=7,
@@ -307,3 +308,20 @@ def test_bad_arguments():
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="embed"):
         models.AdaTape(BASE)
+
+
+def test_the_padded_reader_outlives_its_bank():
+    """An example without a token left to read goes on unheard, and nothing of it is NaN."""
+    query, keys = torch.randn(2, 8, requires_grad=True), torch.randn(2, 9, 8, requires_grad=True)
+    read_mask = torch.arange(9) >= torch.tensor([[0], [4]])
+    options = {"num_tape_tokens": 4, "topk": 2, "halt_threshold": 9.0, "read_mask": read_mask}
+    options |= {"average_query": True, "loss_type": "entropy"}
+    found = batched_topk_select(query, keys, **options)
+    expected = reference.tape_select(query, keys, **options)
+    assert found.counts.tolist() == expected.counts.tolist() == [0, 2]
+    grads = [
+        torch.autograd.grad(x.weights.square().sum() + x.ponder.sum(), (query, keys))
+        for x in (found, expected)
+    ]
+    for a, b in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
+        torch.testing.assert_close(a, b)

@@ -17,11 +17,14 @@ void forward(const GatherParams& p, int64_t i) {
   for (int64_t s = 0; s < count; ++s) {
     const int32_t* const entries = p.indices + (i * p.steps + s) * p.topk;
     const float* const weights = p.weights + (i * p.steps + s) * p.topk;
+    // No processor foresees scattered rows: those of the next step are fetched meanwhile.
+    const int32_t* const next = s + 1 < count ? entries + p.topk : entries;
     T* const to = static_cast<T*>(p.tape) + (p.offsets[i] + s) * p.tape_row;
     int64_t d = 0;
     for (; d + kLanes <= width; d += kLanes) {
       Vec sum = {};
       for (int64_t j = 0; j < p.topk; ++j) {
+        __builtin_prefetch(bank_row<T>(p.bank, i, next[j]) + d);
         sum += weights[j] * load(bank_row<T>(p.bank, i, entries[j]) + d);
       }
       store(to + d, sum);
