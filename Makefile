@@ -10,6 +10,8 @@ constraints := $(VENV)/adatape-constraints.txt
 ready := $(VENV)/.adatape-ready
 lint_ready := $(VENV)/.adatape-lint-ready
 cpp_files := $(shell find csrc -type f)
+cuda_host := build/cuda_host/adatape_cuda_host.so
+cuda_host_files := $(wildcard tests/cuda_host/*)
 
 # A copy of the package whose compiled part is built with a sanitizer, and the ops' tests on it.
 # torch itself is not instrumented: its leaks and its pool's synchronisation are not ours to report.
@@ -35,7 +37,7 @@ help:  ## show this list
 demo: $(ready)  ## train on real digits, compare elastic with padded, write adatape-demo/
 	$(bin)/adatape-kernels demo $(ARGS)
 
-test: $(ready)  ## run the tests
+test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto $(ARGS)
 
 asan: $(ready)  ## run the C++ kernels under AddressSanitizer and UBSan
@@ -51,12 +53,12 @@ lint: $(lint_ready)  ## check style and types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run -Werror $(cpp_files)
+	$(bin)/clang-format --dry-run -Werror $(cpp_files) $(filter %.h %.cpp,$(cuda_host_files))
 
 format: $(lint_ready)  ## apply the style
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $(cpp_files)
+	$(bin)/clang-format -i $(cpp_files) $(filter %.h %.cpp,$(cuda_host_files))
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info adatape_kernels/*.so adatape_kernels/_build_note.txt $(ready)
@@ -72,6 +74,13 @@ $(ready): pyproject.toml setup.py CMakeLists.txt .ci/constraints.txt $(cpp_files
 	$(pip) install --no-build-isolation -c $(constraints) -e '.[test]'
 	@if [ -f adatape_kernels/_build_note.txt ]; then \
 	  echo "Installed as plain Python: $$(cat adatape_kernels/_build_note.txt)"; fi
+	touch $@
+
+# The CUDA kernels as C++ on the host, with which the tests run them.
+$(cuda_host): $(ready) $(cuda_host_files)
+	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B $(@D) -G Ninja \
+	  -DPython_EXECUTABLE=$(abspath $(bin))/python
+	PATH="$(abspath $(bin)):$$PATH" cmake --build $(@D) --target $(basename $(@F))
 	touch $@
 
 $(lint_ready): $(ready)

@@ -16,6 +16,7 @@ from adatape_kernels.backend import (
     define_op,
     register,
     register_compiled,
+    register_cuda,
     register_triton,
 )
 from adatape_kernels.ops.scatter import scatter_rows
@@ -409,6 +410,15 @@ register_compiled("tape_gather_bwd")
 
 register_triton("tape_gather")(_triton_fwd)
 register_triton("tape_gather_bwd")(_triton_bwd)
+
+
+@register_cuda("tape_gather")
+def _cuda(
+    bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, capacity: int | None
+) -> tuple[Tensor, Tensor]:
+    if capacity is not None and bank.device.type == "cpu":  # where looking costs no copy
+        _check_values(bank, indices, counts, capacity)
+    return torch.ops.adatape_cuda.tape_gather(bank, indices, weights, counts, capacity)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
