@@ -184,6 +184,12 @@ def register_cuda(op: str) -> Callable[[Callable], Callable]:
     return lambda function: decorate(_with_value_errors(function))
 
 
+def beside_cuda(op: str) -> Callable[..., Any]:
+    """Return what serves the shapes that `op` in CUDA C++ does not: Triton, else the reference."""
+    found = _implementations[op]
+    return (found.get("triton") or found["eager"]).function
+
+
 def registered_ops() -> tuple[str, ...]:
     """Return the names of the declared ops, backward ones included."""
     return tuple(_implementations)

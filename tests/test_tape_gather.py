@@ -287,7 +287,7 @@ def test_entries_read_again_sum_up(device, shared, deterministic):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
 def test_corrupt_values_do_no_harm_without_a_copy_to_the_host(device, shared, monkeypatch):
     """Entries move into the bank, counts into 0 to num_tape_tokens; rows beyond capacity drop."""
-    if current_backend() != "triton":
+    if current_backend() not in ("triton", "cuda"):
         pytest.skip("it looks at every value")
     module = sys.modules[tape_gather.__module__]
     monkeypatch.setattr(module, "_check_values", lambda *values: None)

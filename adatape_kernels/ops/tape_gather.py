@@ -421,6 +421,14 @@ def _cuda(
     return torch.ops.adatape_cuda.tape_gather(bank, indices, weights, counts, capacity)
 
 
+@register_cuda("tape_gather_bwd")
+def _cuda_bwd(
+    dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    ordered = torch.are_deterministic_algorithms_enabled()
+    return torch.ops.adatape_cuda.tape_gather_bwd(dtape, bank, indices, weights, counts, ordered)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:4])
 

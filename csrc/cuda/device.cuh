@@ -14,6 +14,13 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kAccessBytes = 16;  // the widest load or store of a thread
 
+// Blocks that a multiprocessor holds at once: the second argument of __launch_bounds__, by which
+// the compiler keeps to that many registers a thread. `make audit` checks that it did, unspilled.
+constexpr int blocks_at_once(int threads, int registers) {
+  constexpr int kRegistersOfMultiprocessor = 65536;
+  return kRegistersOfMultiprocessor / (threads * registers);
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
