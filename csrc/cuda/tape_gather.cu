@@ -90,6 +90,7 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   const Stream stream = stream_of(bank);
   const Tensor offsets = torch::stable::new_empty(counts, {indices.size(0) + 1});
   const Tensor entries = torch::stable::new_empty(indices, indices.sizes());
+  const Tensor row_of = torch::stable::new_empty(indices, indices.sizes());
   const Tensor dweights = torch::stable::new_empty(weights, weights.sizes());
   const bool atomic = bank.dim() == 2 && !ordered;
   const Tensor dbank = atomic ? torch::stable::new_zeros(bank, bank.sizes(), ScalarType::Float)
@@ -98,20 +99,24 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   p.tape = dtape.data_ptr(), p.tape_row = dtape.stride(0), p.rows = dtape.size(0);
   p.dweights = dweights.mutable_data_ptr<float>();
   p.entries = entries.mutable_data_ptr<int32_t>();
+  p.row_of = row_of.mutable_data_ptr<int32_t>();
   p.dbank = dbank.data_ptr();
 
   const bool fused = p.batch <= kGatherFusedBatch;
   if (!fused) launch(tape_gather_offsets_kernel, {1}, kGatherThreads, 0, stream, p);
   const Grid tokens{ceil_div(p.batch * p.steps, kGatherWarps)};
-  const Grid bank_rows{ceil_div((p.own_banks ? p.batch : 1) * p.bank_size, kGatherWarps)};
+  const int64_t banks = p.own_banks ? p.batch : 1;
+  const ScatterParams reads{p.entries,   p.row_of, p.weights, p.tape,
+                            p.tape_row,  p.dbank,  banks,     p.batch / banks * p.steps * p.topk,
+                            p.bank_size, p.dim};
   with_type_of(bank, [&]<class T>() {
     with_flags(
         [&]<bool Aligned, bool Fused, bool Atomic>() {
           launch(tape_gather_bwd_kernel<T, Aligned, Fused, Atomic>, tokens, kGatherThreads, 0,
                  stream, p);
           if constexpr (!Atomic) {
-            launch(tape_gather_bwd_bank_kernel<T, Aligned>, bank_rows, kGatherThreads, 0, stream,
-                   p);
+            launch(scatter_kernel<T, T, Aligned>, {scatter_blocks(reads)}, kScatterThreads, 0,
+                   stream, reads);
           }
         },
         rows_aligned({dtape, bank}), fused, atomic);

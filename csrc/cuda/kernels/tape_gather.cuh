@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../device.cuh"
+#include "scatter.cuh"
 
 namespace adatape::cuda {
 
@@ -29,9 +30,9 @@ struct GatherParams {
   // Backward only.
   float* dweights;   // (batch, steps, topk)
   int32_t* entries;  // (batch, steps, topk): each read's entry, kNoEntry where there is none
+  int32_t* row_of;   // the same: the row of its token
   void* dbank;       // as bank, contiguous; float32 where reads add to it atomically
 };
-constexpr int32_t kNoEntry = -1;
 
 constexpr int kGatherThreads = 256;
 constexpr int kGatherWarps = kGatherThreads / kWarpSize;
@@ -40,10 +41,6 @@ constexpr int kGatherBlocks = blocks_at_once(kGatherThreads, kGatherRegisters);
 // An offset of a batch up to this is summed by every block that needs it, in one launch with the
 // copy; of a larger one by a launch of its own.
 constexpr int64_t kGatherFusedBatch = 2048;
-
-__device__ inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
-  return x < lowest ? lowest : x > highest ? highest : x;
-}
 
 __device__ inline int32_t count_of(const GatherParams& p, int64_t example) {
   return static_cast<int32_t>(clamp(p.counts[example], 0, p.steps));
@@ -187,7 +184,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 }
 
 // Warp w: dweights[token, j] = dtape[row] · bank[entry of j] for token w. The bank's gradient gets
-// its share here if it is Atomic; else each read's entry is noted for tape_gather_bwd_bank_kernel.
+// its share here if it is Atomic; else each read's entry and row are noted for scatter_kernel.
 template <class T, bool Aligned, bool Fused, bool Atomic>
 __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     tape_gather_bwd_kernel(GatherParams p) {
@@ -216,47 +213,9 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     dot = warp_sum(dot);
     if (lane != 0) continue;
     p.dweights[read] = dot;
-    if constexpr (!Atomic) p.entries[read] = static_cast<int32_t>(entry);
-  }
-}
-
-// Warp w sums the gradient of row w of the flattened banks, over the reads that took it in their
-// order. A shared bank's rows look through the reads of all examples, which is what the order
-// costs.
-template <class T, bool Aligned>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
-    tape_gather_bwd_bank_kernel(GatherParams p) {
-  constexpr int kPack = Pack<T>::kSize, kPacks = 4;
-  constexpr int kFeatures = kWarpSize * kPack * kPacks;  // of one pass over the reads
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t bank_row = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarpSize;
-  const int64_t bank = bank_row / p.bank_size, entry = bank_row % p.bank_size;
-  if (bank >= (p.own_banks ? p.batch : 1)) return;
-  const int64_t reads = (p.own_banks ? 1 : p.batch) * p.steps * p.topk;
-  for (int64_t first = 0; first < p.dim; first += kFeatures) {
-    float sum[kPacks][kPack] = {};
-    for (int64_t run = bank * reads; run < (bank + 1) * reads; run += kWarpSize) {
-      const bool mine = run + lane < (bank + 1) * reads && p.entries[run + lane] == entry;
-      for (unsigned left = __ballot_sync(kFullMask, mine); left != 0; left &= left - 1) {
-        const int64_t read = run + __ffs(static_cast<int>(left)) - 1, token = read / p.topk;
-        const int64_t row = p.offsets[token / p.steps] + token % p.steps;
-        const T* const dtape = static_cast<const T*>(p.tape) + row * p.tape_row;
-        const float weight = p.weights[read];
-#pragma unroll
-        for (int n = 0; n < kPacks; ++n) {
-          const int64_t d = first + (n * kWarpSize + lane) * kPack;
-          if (d >= p.dim) continue;
-          const Pack<T> dmerged = load_pack<Aligned>(dtape, d, p.dim);
-#pragma unroll
-          for (int i = 0; i < kPack; ++i) sum[n][i] += weight * to_float(dmerged.x[i]);
-        }
-      }
-    }
-    T* const to = static_cast<T*>(p.dbank) + bank_row * p.dim;
-#pragma unroll
-    for (int n = 0; n < kPacks; ++n) {
-      const int64_t d = first + (n * kWarpSize + lane) * kPack;
-      if (d < p.dim) store_pack<Aligned>(to, d, p.dim, sum[n]);
+    if constexpr (!Atomic) {
+      p.entries[read] = static_cast<int32_t>(entry);
+      p.row_of[read] = static_cast<int32_t>(at.row);
     }
   }
 }
