@@ -7,6 +7,8 @@ compiled graph honours the `use_backend` around its call.
 """
 
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,15 +21,22 @@ from adatape_kernels._build import build_facts
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
-# Fastest first. The eager reference serves every device, so it closes each list.
-_PREFERENCE = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+# Fastest first. The eager reference serves every device, so it closes each list. CUDA C++ stands
+# behind Triton until rows of data from a GPU say for which ops it should not.
+_PREFERENCE = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 
 _facts = build_facts()
+# A library of tests (tests/cuda_host), by which the CUDA kernels serve CPU tensors.
+if "ADATAPE_CUDA_HOST" in os.environ:
+    torch.ops.load_library(os.environ["ADATAPE_CUDA_HOST"])
 _ABSENT = {
     "cpp": _facts.get("why", "the compiled part has no such kernel"),
     "triton": "this version has no such kernel" if _triton.INSTALLED else "triton is not installed",
-    "cuda": "this version has no such kernel",
+    "cuda": _facts.get("why", _facts.get("cuda", "").removeprefix("none: ")),
 }
+
+if not _facts.get("cuda", "none").startswith("none"):
+    _ABSENT["cuda"] = "the compiled part has no such kernel"
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,18 +142,23 @@ def register_compiled(op: str) -> None:
     """Serve `op` on the CPU by the compiled part's op of the same name, if it is there."""
     if _facts["compiled"] != "yes":
         return
-    function = getattr(torch.ops.adatape_cpu, op).default
+    function = _with_value_errors(getattr(torch.ops.adatape_cpu, op).default)
+    register(op, "cpp", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))(function)
 
+
+def _with_value_errors(function: Callable) -> Callable:
+    """C++ has no ValueError to throw through torch; its message has the form of ours."""
+
+    @functools.wraps(function)
     def run(*args: Any) -> Any:
         try:
             return function(*args)
         except RuntimeError as error:
-            # C++ has no ValueError to throw through torch; its message has the form of ours.
             if ": expected " in str(error):
                 raise ValueError(str(error).partition("\n")[0]) from None
             raise
 
-    register(op, "cpp", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))(run)
+    return run
 
 
 def register_triton(op: str) -> Callable[[Callable], Callable]:
@@ -152,6 +166,31 @@ def register_triton(op: str) -> Callable[[Callable], Callable]:
     if not _triton.INSTALLED:
         return lambda launcher: launcher
     return register(op, "triton", devices=_triton.DEVICES, dtypes=_triton.DTYPES)
+
+
+def register_cuda(op: str) -> Callable[[Callable], Callable]:
+    """Make the decorated function, which calls `torch.ops.adatape_cuda.<op>`, serve `op`.
+
+    On CUDA where csrc/cuda is linked, on the CPU where tests have loaded it for the host.
+    """
+    kernels = {"cuda": "CUDA", "cpu": "CPU"}
+    devices = tuple(
+        device
+        for device, key in kernels.items()
+        if hasattr(torch.ops.adatape_cuda, op)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"adatape_cuda::{op}", key)
+    )
+    if not devices:
+        return lambda function: function
+    half_or_float = (torch.float32, torch.float16, torch.bfloat16)
+    decorate = register(op, "cuda", devices=devices, dtypes=half_or_float)
+    return lambda function: decorate(_with_value_errors(function))
+
+
+def beside_cuda(op: str) -> Callable[..., Any]:
+    """Return what serves the shapes that `op` in CUDA C++ does not: Triton, else the reference."""
+    found = _implementations[op]
+    return (found.get("triton") or found["eager"]).function
 
 
 def registered_ops() -> tuple[str, ...]:

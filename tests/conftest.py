@@ -1,6 +1,7 @@
 import contextlib
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ except ImportError:  # on a GPU machine perhaps, where nothing is to be installe
 # Without a GPU the Triton kernels run in triton's interpreter, which is chosen when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The CUDA kernels run as C++ on the host, where `make test` has built them so.
+    cuda_host = Path(__file__).parents[1] / "build/cuda_host/adatape_cuda_host.so"
+    if cuda_host.exists():
+        os.environ.setdefault("ADATAPE_CUDA_HOST", str(cuda_host))
 
 from adatape_kernels.backend import BACKENDS, explain, use_backend
 

@@ -1,48 +1,20 @@
-// What the ops on the CPU share: names for torch's stable ABI, and checks with one-line messages.
+// What the ops on the CPU share beside csrc/tensors.h.
 
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include <atomic>
-#include <sstream>
-#include <string>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace adatape {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Throws what Python sees as one line: "name: expected …, got …".
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// `x` itself when its last dimension is contiguous, as the kernels need, else a copy.
-inline Tensor with_dense_rows(const Tensor& x) {
-  return x.dim() == 0 || x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1
-             ? x
-             : torch::stable::contiguous(x);
-}
-
 inline DType dtype_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float ? DType::kFloat : DType::kBFloat16;
-}
-
-// `x` itself where it is contiguous, without a trip through the dispatcher.
-inline Tensor dense(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
 // keys or values, (bank_size, width) or (batch, bank_size, width), with dense rows.
@@ -66,13 +38,6 @@ inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   if (end > first + kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
   return out;
-}
-
-// Zeros in rows `first` and on of x.
-inline void zero_rows_from(Tensor x, int64_t first) {
-  if (first == x.size(0)) return;
-  Tensor rows = torch::stable::narrow(x, 0, first, x.size(0) - first);
-  torch::stable::zero_(rows);
 }
 
 // Runs task(0) … task(count - 1), each by the next idle thread of torch's pool.

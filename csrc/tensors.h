@@ -1,0 +1,46 @@
+// What the ops of every device share: names for torch's stable ABI, and checks with one-line
+// messages.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace adatape {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws what Python sees as one line: "name: expected …, got …".
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// `x` itself when its last dimension is contiguous, as the kernels need, else a copy.
+inline Tensor with_dense_rows(const Tensor& x) {
+  return x.dim() == 0 || x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1
+             ? x
+             : torch::stable::contiguous(x);
+}
+
+// `x` itself where it is contiguous, without a trip through the dispatcher.
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// Zeros in rows `first` and on of x.
+inline void zero_rows_from(Tensor x, int64_t first) {
+  if (first == x.size(0)) return;
+  Tensor rows = torch::stable::narrow(x, 0, first, x.size(0) - first);
+  torch::stable::zero_(rows);
+}
+
+}  // namespace adatape

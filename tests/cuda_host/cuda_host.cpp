@@ -1,0 +1,203 @@
+// Runs a grid on the host: see cuda_host.h. Here are the rules of barriers and warp collectives;
+// how the threads of a block take turns is in threads.h.
+
+#include "cuda_host.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include "threads.h"
+
+namespace cuda_host {
+
+constinit thread_local const Place* place = nullptr;
+
+namespace {
+
+constexpr unsigned char kUninitialised = 0xff;  // bytes that make a float, a half or a bfloat16 NaN
+constexpr std::align_val_t kSharedAlignment{128};
+
+// What a thread of the block waits for, if it does.
+enum class State { kRunning, kAtBarrier, kInCollective, kLeft };
+
+struct Thread : Place {
+  unsigned rank;  // in its block
+  State state;
+  Where where;
+  // Of a collective; the data lie on the waiting thread's own stack.
+  const char* what;
+  unsigned mask;
+  const void* mine;
+  size_t size;
+  std::byte* all;
+
+  unsigned lane() const { return rank % kWarpLanes; }
+};
+
+struct Block {
+  Block(const char* name, unsigned size) : kernel(name), turns(size), threads(size) {}
+
+  const char* kernel;
+  Turns turns;
+  std::vector<Thread> threads;
+  unsigned live = 0, at_barrier = 0, waiting = 0;
+  std::mutex mutex;  // of all of this, where threads of the system run
+
+  Thread& self() { return threads[turns.current()]; }
+
+  [[noreturn]] void fail(const Thread& thread, const std::string& message) {
+    std::fprintf(stderr, "cuda_host: %s, block (%u, %u, %u), thread %u, line %u: %s\n", kernel,
+                 thread.block.x, thread.block.y, thread.block.z, thread.rank,
+                 static_cast<unsigned>(thread.where.line()), message.c_str());
+    std::abort();
+  }
+
+  void release(Thread& thread) {
+    thread.state = State::kRunning;
+    --waiting;
+    turns.resume(thread.rank);
+  }
+
+  // Lets the barrier's threads go on if no other is left.
+  void open_barrier_if_full() {
+    if (at_barrier == 0 || at_barrier != live) return;
+    at_barrier = 0;
+    for (Thread& thread : threads) {
+      if (thread.state == State::kAtBarrier) release(thread);
+    }
+  }
+
+  void fail_if_stuck() {
+    if (live == 0 || waiting != live) return;
+    const auto with = [this](State state) {
+      return std::find_if(threads.begin(), threads.end(),
+                          [state](const Thread& t) { return t.state == state; });
+    };
+    const auto in_collective = with(State::kInCollective), left = with(State::kLeft);
+    const std::string others =
+        at_barrier              ? ", and " + std::to_string(at_barrier) + " of the block's " +
+                                      std::to_string(live) + " wait in __syncthreads"
+        : left != threads.end() ? ", and thread " + std::to_string(left->rank) + " has left"
+                                : "";
+    fail(*in_collective, std::string(in_collective->what) + " of mask " +
+                             std::to_string(in_collective->mask) +
+                             " waits for lanes that never come" + others);
+  }
+
+  void wait(Thread& thread, State state, std::unique_lock<std::mutex>& lock) {
+    thread.state = state;
+    ++waiting;
+    fail_if_stuck();
+    turns.suspend(thread.rank, lock);
+  }
+
+  void barrier(Where where) {
+    std::unique_lock lock(mutex);
+    Thread& mine = self();
+    mine.where = where;
+    ++at_barrier;
+    if (at_barrier < live) return wait(mine, State::kAtBarrier, lock);
+    open_barrier_if_full();
+  }
+
+  void collective(const char* what, unsigned mask, const void* data, size_t size, void* all,
+                  Where where) {
+    std::unique_lock lock(mutex);
+    Thread& mine = self();
+    mine.what = what, mine.mask = mask, mine.where = where;
+    mine.mine = data, mine.size = size, mine.all = static_cast<std::byte*>(all);
+    if (!(mask >> mine.lane() & 1)) fail(mine, std::string(what) + ": its mask leaves itself out");
+    Thread* const warp = &mine - mine.lane();
+    for (unsigned i = 0; i < kWarpLanes; ++i) {
+      if ((mask >> i & 1) && i != mine.lane() && warp[i].state != State::kInCollective) {
+        return wait(mine, State::kInCollective, lock);
+      }
+    }
+    complete(mine, warp);
+  }
+
+  // All lanes of the mask are there: each gets what every one handed in.
+  void complete(Thread& last, Thread* warp) {
+    const size_t size = last.size;
+    std::byte all[kWarpLanes * kMostBytesExchanged];
+    std::memset(all, kUninitialised, kWarpLanes * size);
+    for (unsigned i = 0; i < kWarpLanes; ++i) {
+      if (!(last.mask >> i & 1)) continue;
+      if (!same_collective(last, warp[i])) {
+        fail(last, std::string(last.what) + " of mask " + std::to_string(last.mask) + " meets " +
+                       warp[i].what + " of mask " + std::to_string(warp[i].mask) + " in line " +
+                       std::to_string(warp[i].where.line()) + " of thread " +
+                       std::to_string(warp[i].rank));
+      }
+      std::memcpy(all + i * size, warp[i].mine, size);
+    }
+    for (unsigned i = 0; i < kWarpLanes; ++i) {
+      if (!(last.mask >> i & 1)) continue;
+      std::memcpy(warp[i].all, all, kWarpLanes * size);
+      if (&warp[i] != &last) release(warp[i]);
+    }
+  }
+
+  static bool same_collective(const Thread& a, const Thread& b) {
+    return a.mask == b.mask && a.size == b.size && std::strcmp(a.what, b.what) == 0 &&
+           a.where.line() == b.where.line() &&
+           std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
+  }
+
+  void leave() {
+    std::unique_lock lock(mutex);
+    self().state = State::kLeft;
+    --live;
+    open_barrier_if_full();
+    fail_if_stuck();
+  }
+};
+
+Block* running = nullptr;
+
+}  // namespace
+
+void block_barrier(Where where) { running->barrier(where); }
+
+void exchange_bytes(const char* what, unsigned mask, const void* mine, size_t size, void* all,
+                    Where where) {
+  running->collective(what, mask, mine, size, all, where);
+}
+
+void run(const char* name, Dim grid, unsigned block_threads, size_t shared_bytes,
+         const std::function<void()>& kernel) {
+  static std::mutex one_grid_at_a_time;
+  const std::lock_guard lock(one_grid_at_a_time);
+  // Of exactly this size, so that AddressSanitizer sees an access behind it.
+  const auto free = [](std::byte* p) { ::operator delete(p, kSharedAlignment); };
+  const std::unique_ptr<std::byte, decltype(free)> shared(
+      static_cast<std::byte*>(::operator new(shared_bytes, kSharedAlignment)), free);
+
+  Block block(name, block_threads);
+  running = &block;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const auto prepare = [&](uint64_t index) {
+    std::memset(shared.get(), kUninitialised, shared_bytes);
+    const Dim where{static_cast<unsigned>(index % grid.x),
+                    static_cast<unsigned>(index / grid.x % grid.y),
+                    static_cast<unsigned>(index / grid.x / grid.y)};
+    for (unsigned i = 0; i < block_threads; ++i) {
+      Thread& thread = block.threads[i];
+      thread = {};
+      static_cast<Place&>(thread) = {{i, 0, 0}, where, {block_threads, 1, 1}, grid, shared.get()};
+      thread.rank = i;
+    }
+    block.live = block_threads;
+  };
+  block.turns.run(
+      blocks, prepare, [&](unsigned rank) { place = &block.threads[rank]; },
+      [&] {
+        kernel();
+        block.leave();
+      });
+  running = nullptr;
+}
+
+}  // namespace cuda_host
