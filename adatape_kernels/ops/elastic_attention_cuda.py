@@ -1,8 +1,8 @@
-"""Attention over short examples in CUDA C++ (csrc/cuda/elastic_attention.cu), and who takes the rest.
+"""Attention over short examples in CUDA C++, and who takes the rest.
 
-The kernels keep an example in shared memory: they serve heads of 64 in float16 and bfloat16, and
-examples that `max_rows` bounds by what fits. Whether they serve follows from these alone, never from
-the batch, so that an example's bits do not either.
+The kernels of csrc/cuda/elastic_attention.cu keep an example in shared memory: they serve heads of
+64 in float16 and bfloat16, and examples that `max_rows` bounds by what fits. Whether they serve
+follows from these alone, never from the batch, so that an example's bits do not either.
 """
 
 import functools
@@ -22,8 +22,8 @@ HEAD_DIM = 64
 def most_rows(device: torch.device) -> int:
     """Return the longest example that a block's shared memory holds, with room for the backward."""
     if device.type == "cuda":
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        return 512 if shared >= 160 * 1024 else 256
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        return 512 if shared >= 164 * 1024 else 256
     return 512
 
 

@@ -64,7 +64,8 @@ AttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 // A block for each example and head, or one, for unused rows only.
 Grid grid(const AttentionParams& p) {
-  return {p.rows == 0 ? 0 : std::max<int64_t>(1, int64_t{p.batch} * p.num_heads)};
+  const bool empty = p.rows == 0 || p.num_heads == 0;
+  return {empty ? 0 : std::max<int64_t>(1, int64_t{p.batch} * p.num_heads)};
 }
 
 // As many as have a tile, in blocks that share a multiprocessor or in one that has it to itself.

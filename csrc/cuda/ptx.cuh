@@ -48,6 +48,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 #endif
 
+// The thread's lane, read at each call: the compiler keeps nothing that follows from it in
+// registers from one turn of a loop to the next.
+__device__ __forceinline__ int lane_anew() {
+#ifdef ADATAPE_CUDA_HOST
+  return threadIdx.x % kWarpSize;
+#else
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#endif
+}
+
 // 2 ** x to about two units in the last place; results below the normal range are zero.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef ADATAPE_CUDA_HOST

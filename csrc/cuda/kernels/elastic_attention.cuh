@@ -39,31 +39,35 @@ __device__ __forceinline__ int64_t clamp(int64_t x, int64_t limit) {
   return x < 0 ? 0 : x < limit ? x : limit;
 }
 
-// The rows of an example: its inputs, then its tape. Corrupt offsets give wrong rows, never rows
-// outside the buffer or more than shared memory holds.
-struct Example {
-  int first_input, before_tape, num_inputs, num_rows;
+// Up to whole steps.
+__device__ __forceinline__ int round_up(int rows) { return (rows + kStep - 1) / kStep * kStep; }
 
-  __device__ __forceinline__ Example(const AttentionParams& p, int i) {
+// The block's example and head. Its rows are the inputs, then the tape. Corrupt offsets give wrong
+// rows, never rows outside the buffer or more than shared memory holds.
+struct Example {
+  int head, first_input, before_tape, num_inputs, num_rows;
+
+  __device__ __forceinline__ explicit Example(const AttentionParams& p) {
     const auto inside = [&p](int offset) { return static_cast<int>(clamp(offset, p.rows)); };
+    const int i = static_cast<int>(blockIdx.x) / p.num_heads;
     const int first_tape = inside(p.cu_tapes[i]);
+    head = static_cast<int>(blockIdx.x) % p.num_heads;
     first_input = inside(p.cu_inputs[i]);
     num_inputs = static_cast<int>(clamp(inside(p.cu_inputs[i + 1]) - first_input, p.capacity));
     const int tapes = static_cast<int>(clamp(inside(p.cu_tapes[i + 1]) - first_tape, p.capacity));
     num_rows = static_cast<int>(clamp(num_inputs + tapes, p.capacity));
     before_tape = first_tape - num_inputs;
   }
-  __device__ __forceinline__ int steps() const { return (num_rows + kStep - 1) / kStep; }
   // Where row r of the example lies in the buffer.
   __device__ __forceinline__ int64_t at(int r) const {
     return r + (r < num_inputs ? first_input : before_tape);
   }
+  // The head's elements in row r of the example.
+  template <class T>
+  __device__ __forceinline__ T* in(const HeadRows& x, int r) const {
+    return static_cast<T*>(x.data) + at(r) * x.row + head * x.head;
+  }
 };
-
-template <class T>
-__device__ __forceinline__ T* row_of(const HeadRows& x, int64_t row, int head) {
-  return static_cast<T*>(x.data) + row * x.row + head * x.head;
-}
 
 // Rows of kHeadDim elements in shared memory, from a byte on that is a multiple of eight rows.
 // Chunk c of row r lies at place c ^ (r % 8): so the eight rows that load_matrices takes at a time
@@ -94,11 +98,11 @@ struct SharedRows {
 // of which this is number `thread`. They arrive behind wait_for_copies and a barrier.
 template <class T>
 __device__ __forceinline__ void load_rows(SharedRows to, const HeadRows& x, const Example& e,
-                                          int head, int first, int count, int thread, int threads) {
+                                          int first, int count, int thread, int threads) {
   for (int i = thread; i < count * kChunks; i += threads) {
     const int r = i / kChunks, c = i % kChunks;
     const bool exists = first + r < e.num_rows;
-    const T* from = row_of<T>(x, exists ? e.at(first + r) : 0, head) + c * Pack<T>::kSize;
+    const T* from = e.in<T>(x, exists ? first + r : 0) + c * Pack<T>::kSize;
     copy_async(to.chunk(r, c), from, exists);
   }
 }
@@ -106,11 +110,11 @@ __device__ __forceinline__ void load_rows(SharedRows to, const HeadRows& x, cons
 // The first rows of `from` to rows `first` and on of the example, as many as it has.
 template <class T>
 __device__ __forceinline__ void store_rows(SharedRows from, const HeadRows& x, const Example& e,
-                                           int head, int first, int count) {
-  for (int i = threadIdx.x % kWarpSize; i < count * kChunks; i += kWarpSize) {
+                                           int first, int count) {
+  for (int i = lane_anew(); i < count * kChunks; i += kWarpSize) {
     const int r = i / kChunks, c = i % kChunks;
     if (first + r >= e.num_rows) break;
-    T* to = row_of<T>(x, e.at(first + r), head) + c * Pack<T>::kSize;
+    T* to = e.in<T>(x, first + r) + c * Pack<T>::kSize;
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from.chunk(r, c));
   }
 }
@@ -119,7 +123,7 @@ __device__ __forceinline__ void store_rows(SharedRows from, const HeadRows& x, c
 template <class T>
 __device__ __forceinline__ void put_sum(SharedRows to, int row, const float (&sum)[2 * kSteps][4],
                                         float low_factor, float high_factor) {
-  const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
+  const int lane = lane_anew(), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int c = 0; c < 2 * kSteps; ++c) {
     const auto place = [&](int r) {
@@ -161,7 +165,8 @@ __device__ __forceinline__ void multiply_transposed(float (&sum)[kCount][2][4],
 template <class T, int kCount>
 __device__ __forceinline__ void multiply_transposed(float (&sum)[kCount][2][4], SharedRows a,
                                                     SharedRows b, int row) {
-#pragma unroll
+// Of all steps at once the operands would be fetched together, and take all registers.
+#pragma unroll 2
   for (int step = 0; step < kSteps; ++step) {
     uint32_t quarters[4];
     b.quarters<false>(quarters, row, step);

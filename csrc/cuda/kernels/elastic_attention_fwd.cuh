@@ -101,7 +101,6 @@ __device__ __forceinline__ void attend(Queries<kCount>& s, SharedRows keys, Shar
 template <class T, int kCount>
 __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_rows, SharedRows keys,
                                            SharedRows values, SharedRows slot, int first) {
-  const int lane = threadIdx.x % kWarpSize;
   Queries<kCount> s = {};
   // The largest score is sought before the scale, which must not be negative for that.
   const uint32_t sign = p.scale < 0.0f ? 0x80008000u : 0u;
@@ -121,16 +120,16 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
   for (; key + 2 * kStep <= num_rows; key += 2 * kStep) {
     attend<T, 2, false>(s, keys, values, key, num_rows, scale_log2);
   }
-  if (key + kStep < num_rows) {
-    attend<T, 2, true>(s, keys, values, key, num_rows, scale_log2);
-  } else if (key < num_rows) {
-    attend<T, 1, true>(s, keys, values, key, num_rows, scale_log2);
+  if (key + kStep <= num_rows) {
+    attend<T, 1, false>(s, keys, values, key, num_rows, scale_log2);
+    key += kStep;
   }
+  if (key < num_rows) attend<T, 1, true>(s, keys, values, key, num_rows, scale_log2);
 
   __syncwarp();
   // Looked up once more, so that it takes no registers above.
-  const Example e(p, blockIdx.x / p.num_heads);
-  const int head = blockIdx.x % p.num_heads;
+  const Example e(p);
+  const int lane = lane_anew();
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
     float inverse[2];
@@ -142,13 +141,13 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
       inverse[half] = 1.0f / total;
       const int r = first + m * kStep + 8 * half + lane / 4;
       if (lane % 4 == 0 && r < e.num_rows) {
-        p.lse[head * p.rows + e.at(r)] = (s.largest[m][half] + log2f(total)) / kLog2E;
+        p.lse[e.head * p.rows + e.at(r)] = (s.largest[m][half] + log2f(total)) / kLog2E;
       }
     }
     put_sum<T>(slot, m * kStep, s.out[m], inverse[0], inverse[1]);
   }
   __syncwarp();
-  store_rows<T>(slot, p.out, e, head, first, kCount * kStep);
+  store_rows<T>(slot, p.out, e, first, kCount * kStep);
   __syncwarp();
 }
 
@@ -169,32 +168,30 @@ __global__ void __launch_bounds__(kForwardThreads)
     share(head * p.rows + first_unused(p), (head + 1) * p.rows,
           [&p](int64_t i) { p.lse[i] = 0.0f; });
   }
-  const int example = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
-  if (example >= p.batch) return;
-  const Example e(p, example);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (p.batch == 0) return;
+  const int warp = threadIdx.x / kWarpSize;
+  const int num_warps = blockDim.x / kWarpSize, num_rows = Example(p).num_rows;
   const SharedRows keys{0}, values = keys.from(p.capacity);
   const SharedRows slot = values.from(p.capacity + warp * kTileRows);
   const auto load_queries = [&](int first) {
-    load_rows<T>(slot, p.q, e, head, first, kTileRows, lane, kWarpSize);
+    load_rows<T>(slot, p.q, Example(p), first, kTileRows, lane_anew(), kWarpSize);
   };
 
-  load_rows<T>(keys, p.k, e, head, 0, e.steps() * kStep, threadIdx.x, blockDim.x);
-  load_rows<T>(values, p.v, e, head, 0, e.steps() * kStep, threadIdx.x, blockDim.x);
+  load_rows<T>(keys, p.k, Example(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
+  load_rows<T>(values, p.v, Example(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
   load_queries(warp * kTileRows);
   wait_for_copies();
   __syncthreads();
-  const int stride = blockDim.x / kWarpSize * kTileRows;
-  for (int first = warp * kTileRows; first < e.num_rows; first += stride) {
-    if (first >= stride) {
+  for (int first = warp * kTileRows; first < num_rows; first += num_warps * kTileRows) {
+    if (first >= num_warps * kTileRows) {
       load_queries(first);
       wait_for_copies();
       __syncwarp();
     }
-    if (first + kStep < e.num_rows) {
-      attend_all<T, 2>(p, e.num_rows, keys, values, slot, first);
+    if (first + kStep < num_rows) {
+      attend_all<T, 2>(p, num_rows, keys, values, slot, first);
     } else {
-      attend_all<T, 1>(p, e.num_rows, keys, values, slot, first);
+      attend_all<T, 1>(p, num_rows, keys, values, slot, first);
     }
   }
 }
