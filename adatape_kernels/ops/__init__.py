@@ -1,5 +1,6 @@
 """The ops, one a file: `torch.ops.adatape.*` with fakes, autograd and several backends."""
 
+from adatape_kernels.ops import cuda  # registers its implementations
 from adatape_kernels.ops.add_layer_norm import add_layer_norm
 from adatape_kernels.ops.dual_ffn import FFN_PRODUCTS, dual_ffn, ffn_products
 from adatape_kernels.ops.elastic_attention import elastic_attention
@@ -13,6 +14,7 @@ __all__ = [
     "FFN_PRODUCTS",
     "TapeSelection",
     "add_layer_norm",
+    "cuda",
     "dual_ffn",
     "elastic_attention",
     "ffn_products",

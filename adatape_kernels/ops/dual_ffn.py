@@ -417,11 +417,15 @@ def _triton_bwd(
 
 
 def _sliceable(x: Tensor, max_input_rows: int, max_tape_rows: int) -> bool:
-    """Return whether "cublas" is chosen, and the host knows where the tape rows start.
+    return _chosen.products == "cublas" and middle_on_host(x, max_input_rows, max_tape_rows)
+
+
+def middle_on_host(x: Tensor, max_input_rows: int, max_tape_rows: int) -> bool:
+    """Return whether the host knows where the tape rows start.
 
     Where it does not, all rows bound the input rows, and the two bounds sum to more.
     """
-    return _chosen.products == "cublas" and max_input_rows + max_tape_rows <= len(x)
+    return max_input_rows + max_tape_rows <= len(x)
 
 
 def _slices(

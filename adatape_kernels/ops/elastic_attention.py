@@ -17,11 +17,9 @@ from adatape_kernels.backend import (
     define_op,
     register,
     register_compiled,
-    register_cuda,
     register_triton,
 )
-from adatape_kernels.elastic import check_examples, check_offsets_tensor
-from adatape_kernels.ops.elastic_attention_cuda import cuda_attention, cuda_attention_bwd
+from adatape_kernels.elastic import check_offsets, check_offsets_tensor
 from adatape_kernels.ops.elastic_tiles import find_tile, load_tile, num_tiles, store_tile, tile_rows
 from adatape_kernels.reference import wide_dtype
 
@@ -323,7 +321,7 @@ def _triton_fwd(
     if head_dim > 256:
         return _eager(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
     if q.device.type == "cpu":  # where looking costs no copy
-        check_examples(cu_inputs, cu_tapes, len(q), max_rows)
+        check_examples(q, cu_inputs, cu_tapes, max_rows)
     (q, k, v), strides = _unit_stride(q, k, v)
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=torch.float32)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -402,6 +400,16 @@ _elastic_attention_bwd = define_op(
 )
 
 
+def check_examples(q: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, max_rows: int | None) -> None:
+    """Check the values of the offsets, and that no example passes max_rows. Raises ValueError."""
+    num_input_rows = int(cu_inputs[-1])
+    check_offsets("cu_inputs", cu_inputs, 0, len(q), exact=False)
+    check_offsets("cu_tapes", cu_tapes, num_input_rows, len(q), exact=False)
+    longest = max((cu_inputs.diff() + cu_tapes.diff()).tolist(), default=0)
+    if max_rows is not None and longest > max_rows:
+        raise ValueError(f"max_rows: expected at least {longest} (the longest), got {max_rows}")
+
+
 @register("elastic_attention", "eager")
 def _eager(
     q: Tensor,
@@ -412,7 +420,7 @@ def _eager(
     max_rows: int | None,
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    check_examples(cu_inputs, cu_tapes, len(q), max_rows)
+    check_examples(q, cu_inputs, cu_tapes, max_rows)
     return reference.elastic_attention(q, k, v, cu_inputs, cu_tapes, softmax_scale=softmax_scale)
 
 
@@ -438,8 +446,6 @@ register_compiled("elastic_attention")
 register_compiled("elastic_attention_bwd")
 register_triton("elastic_attention")(_triton_fwd)
 register_triton("elastic_attention_bwd")(_triton_bwd)
-register_cuda("elastic_attention")(cuda_attention)
-register_cuda("elastic_attention_bwd")(cuda_attention_bwd)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

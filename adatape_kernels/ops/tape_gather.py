@@ -16,7 +16,6 @@ from adatape_kernels.backend import (
     define_op,
     register,
     register_compiled,
-    register_cuda,
     register_triton,
 )
 from adatape_kernels.ops.scatter import scatter_rows
@@ -278,7 +277,7 @@ def _triton_fwd(
     else:
         num_rows, suspect = capacity, bank.device.type == "cpu"  # where looking costs no copy
     if suspect:
-        _check_values(bank, indices, counts, capacity)
+        check_values(bank, indices, counts, capacity)
     if indices.numel() == 0 or bank.numel() == 0:
         return bank.new_zeros(num_rows, dim), offsets
     tape = bank.new_empty(num_rows, dim)
@@ -377,7 +376,7 @@ _tape_gather_bwd = define_op(
 )
 
 
-def _check_values(bank: Tensor, indices: Tensor, counts: Tensor, capacity: int | None) -> None:
+def check_values(bank: Tensor, indices: Tensor, counts: Tensor, capacity: int | None) -> None:
     """Refuse corrupt counts and indices, and a capacity that is too small; copies to the host."""
     num_tape_tokens, bank_size = indices.shape[1], bank.shape[-2]
     if bool(((counts < 0) | (counts > num_tape_tokens)).any()):
@@ -398,7 +397,7 @@ def _check_values(bank: Tensor, indices: Tensor, counts: Tensor, capacity: int |
 def _eager(
     bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
-    _check_values(bank, indices, counts, capacity)
+    check_values(bank, indices, counts, capacity)
     return reference.tape_gather(bank, indices, weights, counts, capacity=capacity)
 
 
@@ -410,15 +409,6 @@ register_compiled("tape_gather_bwd")
 
 register_triton("tape_gather")(_triton_fwd)
 register_triton("tape_gather_bwd")(_triton_bwd)
-
-
-@register_cuda("tape_gather")
-def _cuda(
-    bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, capacity: int | None
-) -> tuple[Tensor, Tensor]:
-    if capacity is not None and bank.device.type == "cpu":  # where looking costs no copy
-        _check_values(bank, indices, counts, capacity)
-    return torch.ops.adatape_cuda.tape_gather(bank, indices, weights, counts, capacity)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -399,7 +399,8 @@ _tape_select_bwd = define_op(
 )
 
 
-def _check_bank_lens(bank_lens: Tensor | None, bank_size: int) -> None:
+def check_bank_lens(bank_lens: Tensor | None, bank_size: int) -> None:
+    """Refuse lengths outside the bank; copies to the host."""
     if bank_lens is not None and bool(((bank_lens < 0) | (bank_lens > bank_size)).any()):
         raise ValueError(
             f"bank_lens: expected 0 to {bank_size} (the bank's size), got {bank_lens.tolist()}"
@@ -418,7 +419,7 @@ def _eager(
     read_mask: Tensor | None,
     bank_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_bank_lens(bank_lens, keys.shape[-2])
+    check_bank_lens(bank_lens, keys.shape[-2])
     selection = reference.tape_select(
         query,
         keys,
@@ -451,7 +452,7 @@ def _triton_fwd(
     bank_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query.device.type == "cpu":  # elsewhere that needs a copy to the host; the kernel clamps
-        _check_bank_lens(bank_lens, keys.shape[-2])
+        check_bank_lens(bank_lens, keys.shape[-2])
     scale = query.shape[1] ** -0.5
     query, keys = in_vectors(query), in_vectors(keys)
     (batch, key_dim), bank_size = query.shape, keys.shape[-2]

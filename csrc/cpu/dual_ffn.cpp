@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../products.h"
 #include "tensors.h"
 
 namespace adatape {
@@ -28,39 +29,10 @@ FFN tape_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor&
   return {w1, b1, w2, b2, 2, kernels().bias_glu, kernels().glu_bwd};
 }
 
-// out = a b, written where `out` lies.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor product(const Tensor& a, const Tensor& b) {
   Tensor out = new_output(a, {a.size(0), b.size(1)}, a.scalar_type());
   multiply(a, b, out);
   return out;
-}
-
-// A view of the matrix x, made without a trip through the dispatcher.
-Tensor transposed(const Tensor& x) {
-  const int64_t sizes[] = {x.size(1), x.size(0)}, strides[] = {x.stride(1), x.stride(0)};
-  AtenTensorHandle view;
-  constexpr int64_t kOffsetIncrement = 0;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, kOffsetIncrement, &view));
-  return Tensor(view);
-}
-
-Tensor column_sums(const Tensor& x) {
-  const int64_t rows = 0;
-  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
-}
-
-Tensor rows_of(const Tensor& x, int64_t first, int64_t count) {
-  Tensor all = x;
-  return first == 0 && count == x.size(0) ? x : torch::stable::narrow(all, 0, first, count);
 }
 
 void run(const ActParams& p, int64_t rows, Kernel kernel) {

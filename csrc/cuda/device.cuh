@@ -14,6 +14,13 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kAccessBytes = 16;  // the widest load or store of a thread
 
+// Blocks that a multiprocessor holds at once: the second argument of __launch_bounds__, by which
+// the compiler keeps to that many registers a thread. `make audit` checks that it did, unspilled.
+constexpr int blocks_at_once(int threads, int registers) {
+  constexpr int kRegistersOfMultiprocessor = 65536;
+  return kRegistersOfMultiprocessor / (threads * registers);
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -34,10 +41,10 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 }
 
 // Neighbouring elements that one access moves.
-template <class T>
-struct alignas(kAccessBytes) Pack {
-  static constexpr int kSize = kAccessBytes / sizeof(T);
-  T x[kSize];
+template <class T, int N = kAccessBytes / static_cast<int>(sizeof(T))>
+struct alignas(sizeof(T) * N) Pack {
+  static constexpr int kSize = N;
+  T x[N];
 };
 
 // Elements d … of a row of `width`, zeros behind its end. Where rows are not Aligned to 16 bytes,
@@ -56,16 +63,16 @@ __device__ Pack<T> load_pack(const T* row, int64_t d, int64_t width) {
   }
 }
 
-template <bool Aligned, class T>
-__device__ void store_pack(T* row, int64_t d, int64_t width, const float* values) {
-  Pack<T> pack;
+template <bool Aligned, class T, int N>
+__device__ void store_pack(T* row, int64_t d, int64_t width, const float (&values)[N]) {
+  Pack<T, N> pack;
 #pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i) pack.x[i] = from_float<T>(values[i]);
+  for (int i = 0; i < N; ++i) pack.x[i] = from_float<T>(values[i]);
   if constexpr (Aligned) {
-    *reinterpret_cast<Pack<T>*>(row + d) = pack;
+    *reinterpret_cast<Pack<T, N>*>(row + d) = pack;
   } else {
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) {
+    for (int i = 0; i < N; ++i) {
       if (d + i < width) row[d + i] = pack.x[i];
     }
   }
@@ -76,6 +83,10 @@ __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int bits = kWarpSize / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
   return x;
+}
+
+__device__ inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
+  return x < lowest ? lowest : x > highest ? highest : x;
 }
 
 // The block's shared memory, as many bytes as its launch asks for.

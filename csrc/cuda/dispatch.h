@@ -23,6 +23,16 @@ void with_type_of(const Tensor& x, const Body& body) {
   }
 }
 
+// Calls body.template operator()<flags…>() with the flags as template arguments.
+template <bool... Known, class Body>
+void with_flags(const Body& body) {
+  body.template operator()<Known...>();
+}
+template <bool... Known, class Body, class... Flags>
+void with_flags(const Body& body, bool flag, Flags... flags) {
+  flag ? with_flags<Known..., true>(body, flags...) : with_flags<Known..., false>(body, flags...);
+}
+
 // Whether all rows of all tensors, which have dense rows, begin and end at multiples of 16 bytes.
 inline bool rows_aligned(std::initializer_list<Tensor> tensors) {
   for (const Tensor& x : tensors) {

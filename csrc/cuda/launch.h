@@ -43,8 +43,10 @@ void launch(void (*kernel)(Params), Grid grid, int block_threads, int64_t shared
             const Params& params, std::source_location where = std::source_location::current()) {
   if (grid.empty()) return;
   const auto dim = [](int64_t n) { return static_cast<unsigned>(n); };
-  cuda_host::run(where.function_name(), {dim(grid.x), dim(grid.y), dim(grid.z)}, block_threads,
-                 shared_bytes, [&] { kernel(params); });
+  const std::string file = where.file_name();
+  const std::string name = file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+  cuda_host::run(name.c_str(), {dim(grid.x), dim(grid.y), dim(grid.z)}, block_threads, shared_bytes,
+                 [&] { kernel(params); });
 }
 
 inline void copy_to_host(void* to, const void* from, size_t bytes, Stream) {

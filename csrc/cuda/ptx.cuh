@@ -11,6 +11,8 @@
 
 #ifdef ADATAPE_CUDA_HOST
 #include <array>
+#include <deque>
+#include <utility>
 #include <vector>
 #endif
 
@@ -72,18 +74,33 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 #ifdef ADATAPE_CUDA_HOST
-// What each thread of the block has started to copy, and not waited for.
-struct StartedCopy {
-  uint4* to;
-  const uint4* from;
+// What a thread has started to copy to shared memory, by groups. On the host copies arrive no
+// earlier than they must, so that a missing wait shows.
+struct StartedCopies {
+  struct Copy {
+    uint4* to;
+    const uint4* from;  // null for zeros
+  };
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+
+  static StartedCopies& mine() {
+    static thread_local std::array<StartedCopies, 1024> of_block;
+    return of_block[threadIdx.x];
+  }
+  void arrive(size_t all_but) {
+    for (; groups.size() > all_but; groups.pop_front()) {
+      for (const Copy& copy : groups.front()) *copy.to = copy.from ? *copy.from : uint4{};
+    }
+  }
 };
-inline thread_local std::array<std::vector<StartedCopy>, 1024> started_copies;
 #endif
 
 // Starts to copy 16 bytes to shared memory, zeros where they do not exist; `from` is then not read.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
+// Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists = true) {
 #ifdef ADATAPE_CUDA_HOST
-  started_copies[threadIdx.x].push_back(
+  StartedCopies::mine().open.push_back(
       {static_cast<uint4*>(to), exists ? static_cast<const uint4*>(from) : nullptr});
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -92,17 +109,31 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 #endif
 }
 
-// The copies that this thread started have arrived; other threads see that behind a barrier. On the
-// host they arrive no earlier, so that a missing wait shows.
-__device__ __forceinline__ void wait_for_copies() {
+// The copies that this thread started since the last call make a group.
+__device__ __forceinline__ void close_group() {
 #ifdef ADATAPE_CUDA_HOST
-  for (const StartedCopy& copy : started_copies[threadIdx.x]) {
-    *copy.to = copy.from ? *copy.from : uint4{};
-  }
-  started_copies[threadIdx.x].clear();
+  StartedCopies& mine = StartedCopies::mine();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
 #else
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
+}
+
+// The copies that this thread started have arrived, but for those of the last few groups. Other
+// threads see them behind a barrier.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_all_but() {
+#ifdef ADATAPE_CUDA_HOST
+  StartedCopies::mine().arrive(kGroups);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+  close_group();
+  wait_for_all_but<0>();
 }
 
 // Four (8, 8) matrices from shared memory. Lane i names the 16 bytes of row i % 8 of matrix i / 8;

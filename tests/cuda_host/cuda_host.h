@@ -149,6 +149,9 @@ inline int __all_sync(unsigned mask, int vote,
 inline float atomicAdd(float* to, float value) { return cuda_host::atomic_add(to, value); }
 inline int atomicAdd(int* to, int value) { return cuda_host::atomic_add(to, value); }
 inline int atomicMax(int* to, int value) { return cuda_host::atomic_max(to, value); }
+inline unsigned atomicAnd(unsigned* to, unsigned value) {
+  return std::atomic_ref<unsigned>(*to).fetch_and(value, std::memory_order_relaxed);
+}
 
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

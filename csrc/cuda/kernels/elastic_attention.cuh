@@ -35,10 +35,6 @@ struct AttentionParams {
   float scale;
 };
 
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t limit) {
-  return x < 0 ? 0 : x < limit ? x : limit;
-}
-
 // Up to whole steps.
 __device__ __forceinline__ int round_up(int rows) { return (rows + kStep - 1) / kStep * kStep; }
 
@@ -48,14 +44,15 @@ struct Example {
   int head, first_input, before_tape, num_inputs, num_rows;
 
   __device__ __forceinline__ explicit Example(const AttentionParams& p) {
-    const auto inside = [&p](int offset) { return static_cast<int>(clamp(offset, p.rows)); };
+    const auto inside = [&p](int offset) { return static_cast<int>(clamp(offset, 0, p.rows)); };
     const int i = static_cast<int>(blockIdx.x) / p.num_heads;
     const int first_tape = inside(p.cu_tapes[i]);
     head = static_cast<int>(blockIdx.x) % p.num_heads;
     first_input = inside(p.cu_inputs[i]);
-    num_inputs = static_cast<int>(clamp(inside(p.cu_inputs[i + 1]) - first_input, p.capacity));
-    const int tapes = static_cast<int>(clamp(inside(p.cu_tapes[i + 1]) - first_tape, p.capacity));
-    num_rows = static_cast<int>(clamp(num_inputs + tapes, p.capacity));
+    num_inputs = static_cast<int>(clamp(inside(p.cu_inputs[i + 1]) - first_input, 0, p.capacity));
+    const int tapes =
+        static_cast<int>(clamp(inside(p.cu_tapes[i + 1]) - first_tape, 0, p.capacity));
+    num_rows = static_cast<int>(clamp(num_inputs + tapes, 0, p.capacity));
     before_tape = first_tape - num_inputs;
   }
   // Where row r of the example lies in the buffer.
@@ -216,7 +213,7 @@ __device__ __forceinline__ void share(int64_t first, int64_t end, const F& f) {
 }
 
 __device__ __forceinline__ int64_t first_unused(const AttentionParams& p) {
-  return clamp(p.cu_tapes[p.batch], p.rows);
+  return clamp(p.cu_tapes[p.batch], 0, p.rows);
 }
 
 // Zeros in the rows that no example owns.

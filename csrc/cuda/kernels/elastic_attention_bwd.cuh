@@ -149,7 +149,9 @@ __device__ __forceinline__ void write_statistics(const AttentionParams& p, const
   }
 }
 
-constexpr int kBackwardThreads = 8 * kWarpSize;
+constexpr int kAttentionBwdThreads = 8 * kWarpSize;
+constexpr int kAttentionBwdRegisters = 248;  // a thread, at most
+constexpr int kAttentionBwdBlocks = blocks_at_once(kAttentionBwdThreads, kAttentionBwdRegisters);
 
 // Two tensors of the example, two tiles of each warp, two statistics of each query.
 constexpr int64_t backward_shared_bytes(int capacity, int num_warps) {
@@ -157,7 +159,7 @@ constexpr int64_t backward_shared_bytes(int capacity, int num_warps) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kAttentionBwdThreads, kAttentionBwdBlocks)
     elastic_attention_bwd_kernel(const AttentionParams p) {
   zero_unused(p, p.dq);
   zero_unused(p, p.dk);

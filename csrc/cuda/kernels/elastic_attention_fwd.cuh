@@ -151,9 +151,11 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
   __syncwarp();
 }
 
-// Leaves a thread the registers that it has when 12 warps share a multiprocessor: three blocks of
-// four, as a rule.
-constexpr int kForwardThreads = 12 * kWarpSize;
+// Twelve warps share a multiprocessor: three blocks of four, as a rule. That a block might have
+// twelve keeps the compiler to these registers; asked for them by a number of blocks it spills,
+// for 10.0.
+constexpr int kAttentionFwdThreads = 12 * kWarpSize;
+constexpr int kAttentionFwdRegisters = 168;  // a thread, at most
 
 // Keys and values of the example, a tile of queries for each warp.
 constexpr int64_t forward_shared_bytes(int capacity, int num_warps) {
@@ -161,7 +163,7 @@ constexpr int64_t forward_shared_bytes(int capacity, int num_warps) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kForwardThreads)
+__global__ void __launch_bounds__(kAttentionFwdThreads)
     elastic_attention_fwd_kernel(const AttentionParams p) {
   zero_unused(p, p.out);
   for (int head = 0; head < p.num_heads; ++head) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../device.cuh"
+#include "scatter.cuh"
 
 namespace adatape::cuda {
 
@@ -24,18 +25,22 @@ struct GatherParams {
   void* tape;                      // (rows, dim), in the backward its gradient
   int64_t tape_row;                // its stride
   int64_t batch, steps, topk, bank_size, dim, rows;
+  bool own_banks;
+
+  // Backward only.
+  float* dweights;   // (batch, steps, topk)
+  int32_t* entries;  // (batch, steps, topk): each read's entry, kNoEntry where there is none
+  int32_t* row_of;   // the same: the row of its token
+  void* dbank;       // as bank, contiguous; float32 where reads add to it atomically
 };
 
 constexpr int kGatherThreads = 256;
 constexpr int kGatherWarps = kGatherThreads / kWarpSize;
-constexpr int kGatherRegisters = 64;  // a thread; make audit checks it
+constexpr int kGatherRegisters = 80;  // a thread, at most
+constexpr int kGatherBlocks = blocks_at_once(kGatherThreads, kGatherRegisters);
 // An offset of a batch up to this is summed by every block that needs it, in one launch with the
 // copy; of a larger one by a launch of its own.
 constexpr int64_t kGatherFusedBatch = 2048;
-
-__device__ inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
-  return x < lowest ? lowest : x > highest ? highest : x;
-}
 
 __device__ inline int32_t count_of(const GatherParams& p, int64_t example) {
   return static_cast<int32_t>(clamp(p.counts[example], 0, p.steps));
@@ -82,7 +87,8 @@ __device__ inline void write_offsets(const GatherParams& p) {
 
 // Block 0 writes the offsets; the others, if any, look at a read each thread. A corrupt value is
 // counted in the status, which comes as zeros.
-__global__ void __launch_bounds__(kGatherThreads) tape_gather_offsets_kernel(GatherParams p) {
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+    tape_gather_offsets_kernel(GatherParams p) {
   if (blockIdx.x == 0) {
     write_offsets(p);
     int32_t rows = 0;
@@ -105,58 +111,112 @@ __global__ void __launch_bounds__(kGatherThreads) tape_gather_offsets_kernel(Gat
   }
 }
 
-template <class T>
-__device__ const T* bank_row(const GatherParams& p, int64_t example, int64_t read) {
-  const int64_t entry = clamp(p.indices[read], 0, p.bank_size - 1);
-  return static_cast<const T*>(p.bank) + example * p.bank_example + entry * p.bank_row;
-}
+// Where a token's row lies on the tape.
+struct TokenRow {
+  int64_t example, row;
+  bool exists;
+  int64_t rows_used;  // of the tape, by all examples
+};
 
-// Warp w merges token w of all that may exist, and clears row w if it is unused. Fused: the offsets
-// are not there yet; every block sums its own, and the first one writes all.
-template <class T, bool Aligned, bool Fused>
-__global__ void __launch_bounds__(kGatherThreads) tape_gather_kernel(GatherParams p) {
-  constexpr int kPack = Pack<T>::kSize;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t first = int64_t{blockIdx.x} * kGatherWarps;
-  const int64_t token = first + threadIdx.x / kWarpSize, example = token / p.steps;
-  int64_t used, row = 0;
+// The row of the warp's own token; called by all threads of the block. Fused: the offsets are not
+// there yet, and every block sums its own, of which the first one writes all.
+template <bool Fused>
+__device__ TokenRow locate(const GatherParams& p, int64_t token) {
+  TokenRow at{token / p.steps, token % p.steps, false, 0};
   if constexpr (Fused) {
+    const int64_t first =
+        int64_t{blockIdx.x} * kGatherWarps / p.steps;  // the block's first example
     int32_t before = 0, all = 0;
     for (int64_t i = threadIdx.x; i < p.batch; i += kGatherThreads) {
       const int32_t count = count_of(p, i);
       all += count;
-      if (i < first / p.steps) before += count;
+      if (i < first) before += count;
     }
-    row = block_sum(before);
-    used = block_sum(all);
-    for (int64_t i = first / p.steps; i < example && i < p.batch; ++i) row += count_of(p, i);
+    at.row += block_sum(before);
+    at.rows_used = block_sum(all);
+    for (int64_t i = first; i < at.example && i < p.batch; ++i) at.row += count_of(p, i);
     if (blockIdx.x == 0) write_offsets(p);
   } else {
-    used = p.offsets[p.batch];
-    if (example < p.batch) row = p.offsets[example];
+    at.rows_used = p.offsets[p.batch];
+    if (at.example < p.batch) at.row += p.offsets[at.example];
   }
+  at.exists = at.example < p.batch && token % p.steps < count_of(p, at.example) && at.row < p.rows;
+  return at;
+}
 
+__device__ inline int64_t entry_of(const GatherParams& p, int64_t read) {
+  return clamp(p.indices[read], 0, p.bank_size - 1);
+}
+
+template <class T>
+__device__ const T* bank_row(const GatherParams& p, int64_t example, int64_t entry) {
+  return static_cast<const T*>(p.bank) + example * p.bank_example + entry * p.bank_row;
+}
+
+// Warp w merges token w of all that may exist, and clears row w if it is unused.
+template <class T, bool Aligned, bool Fused>
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+    tape_gather_kernel(GatherParams p) {
+  constexpr int kPack = Pack<T>::kSize;
+  const int first = threadIdx.x % kWarpSize * kPack;  // of the lane's features
+  const int64_t token = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarpSize;
+  const TokenRow at = locate<Fused>(p, token);
   T* const tape = static_cast<T*>(p.tape);
-  if (token >= used && token < p.rows) {
+  if (token >= at.rows_used && token < p.rows) {
     const float zeros[kPack] = {};
-    for (int64_t d = lane * kPack; d < p.dim; d += kWarpSize * kPack) {
+    for (int64_t d = first; d < p.dim; d += kWarpSize * kPack) {
       store_pack<Aligned>(tape + token * p.tape_row, d, p.dim, zeros);
     }
   }
-  const int64_t step = token % p.steps;
-  row += step;
-  if (example >= p.batch || step >= count_of(p, example) || row >= p.rows) return;
-  for (int64_t d = lane * kPack; d < p.dim; d += kWarpSize * kPack) {
+  if (!at.exists) return;
+  for (int64_t d = first; d < p.dim; d += kWarpSize * kPack) {
     float merged[kPack] = {};
 #pragma unroll 4
-    for (int64_t j = 0; j < p.topk; ++j) {
-      const int64_t read = token * p.topk + j;
-      const Pack<T> value = load_pack<Aligned>(bank_row<T>(p, example, read), d, p.dim);
+    for (int64_t read = token * p.topk; read < (token + 1) * p.topk; ++read) {
+      const T* const row = bank_row<T>(p, at.example, entry_of(p, read));
+      const Pack<T> value = load_pack<Aligned>(row, d, p.dim);
       const float weight = p.weights[read];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) merged[i] += weight * to_float(value.x[i]);
     }
-    store_pack<Aligned>(tape + row * p.tape_row, d, p.dim, merged);
+    store_pack<Aligned>(tape + at.row * p.tape_row, d, p.dim, merged);
+  }
+}
+
+// Warp w: dweights[token, j] = dtape[row] · bank[entry of j] for token w. The bank's gradient gets
+// its share here if it is Atomic; else each read's entry and row are noted for scatter_kernel.
+template <class T, bool Aligned, bool Fused, bool Atomic>
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+    tape_gather_bwd_kernel(GatherParams p) {
+  constexpr int kPack = Pack<T>::kSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t token = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarpSize;
+  const TokenRow at = locate<Fused>(p, token);
+  if (at.example >= p.batch) return;
+  const T* const dtape = static_cast<const T*>(p.tape) + at.row * p.tape_row;
+  for (int64_t read = token * p.topk; read < (token + 1) * p.topk; ++read) {
+    const int64_t entry = at.exists ? entry_of(p, read) : kNoEntry;
+    const float weight = p.weights[read];
+    float dot = 0.0f;
+    for (int64_t d = lane * kPack; at.exists && d < p.dim; d += kWarpSize * kPack) {
+      const Pack<T> value = load_pack<Aligned>(bank_row<T>(p, at.example, entry), d, p.dim);
+      const Pack<T> dmerged = load_pack<Aligned>(dtape, d, p.dim);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        dot += to_float(value.x[i]) * to_float(dmerged.x[i]);
+        if constexpr (Atomic) {
+          float* const to = static_cast<float*>(p.dbank) + entry * p.dim + d + i;
+          if (Aligned || d + i < p.dim) atomicAdd(to, weight * to_float(dmerged.x[i]));
+        }
+      }
+    }
+    dot = warp_sum(dot);
+    if (lane != 0) continue;
+    p.dweights[read] = dot;
+    if constexpr (!Atomic) {
+      p.entries[read] = static_cast<int32_t>(entry);
+      p.row_of[read] = static_cast<int32_t>(at.row);
+    }
   }
 }
 

@@ -1,0 +1,298 @@
+// Adaptive tape reading: see adatape_kernels/reference.py for the formulas.
+//
+// A block takes all steps of one example, or of a few that share their bank. In each step the keys
+// pass through shared memory, tile by tile, copied asynchronously while the tile before is scored;
+// a bank that fits there stays. A thread scores one entry of a tile, in one chain of multiply-adds
+// over the key's features: equal rows get equal bits wherever they stand. Each warp keeps the best
+// entries of those that it scored in its registers, lane j the j-th.
+
+#pragma once
+
+#include "../device.cuh"
+#include "../ptx.cuh"
+#include "top_entries.cuh"
+
+namespace adatape::cuda {
+
+struct SelectParams {
+  const void* query;               // (batch, key_dim)
+  int64_t query_row;               // its stride in elements
+  const void* keys;                // (bank_size, key_dim), or (batch, bank_size, key_dim)
+  int64_t keys_example, keys_row;  // its strides in elements, the first 0 for a shared bank
+  const bool* read_mask;           // (batch, bank_size) or null
+  const int64_t* bank_lens;        // (batch,) or null
+  float* weights;                  // (batch, steps, topk)
+  float* ponder;                   // (batch,)
+  int32_t* indices;                // (batch, steps, topk)
+  int32_t* counts;                 // (batch,)
+  char* scratch;                   // a workspace for each block, or null: in shared memory
+  int64_t batch, bank_size, key_dim;
+  int32_t steps, topk;
+  float halt_threshold, scale;
+  bool average_query, entropy;
+  bool resident;  // the bank stays in shared memory from step to step
+};
+
+constexpr int kSelectThreads = 256;  // at most; of a small bank a warp
+constexpr int kSelectWarps = kSelectThreads / kWarpSize;
+constexpr int kSelectRegisters = 80;  // a thread, at most
+constexpr int kSelectBlocks = blocks_at_once(kSelectThreads, kSelectRegisters);
+// Examples of a block that share its bank: twice as many read the keys from shared memory half as
+// often, but leave half as many blocks.
+constexpr int kSelectExamples = 2;
+constexpr int kMaxTopk = kWarpSize;
+
+// Of a key, what a tile holds at a time.
+constexpr int kChunkBytes = 64;
+constexpr int kChunkAccesses = kChunkBytes / kAccessBytes;
+constexpr int kStages = 2;  // tiles under way
+
+// Sizes of what a block has in memory, the same on both sides of a launch.
+struct SelectSizes {
+  int64_t features;  // of a query, whole chunks
+  int64_t chunks;    // of a key
+  int64_t tiles;     // of `threads` entries
+  int64_t words;     // of a bit for each entry
+
+  __host__ __device__ SelectSizes(const SelectParams& p, int element_bytes, int threads)
+      : features(0),
+        chunks((p.key_dim * element_bytes + kChunkBytes - 1) / kChunkBytes),
+        tiles((p.bank_size + threads - 1) / threads),
+        words((p.bank_size + kWarpSize - 1) / kWarpSize) {
+    features = chunks * (kChunkBytes / element_bytes);
+  }
+  // The queries (examples, features) and the unread entries' bits (examples, words).
+  __host__ __device__ int64_t workspace_bytes(int examples) const {
+    const int64_t bytes =
+        examples * (features * int64_t{sizeof(float)} + words * int64_t{sizeof(unsigned)});
+    return (bytes + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
+  }
+  __host__ __device__ int64_t tile_bytes(int threads, bool resident, int64_t bank_size) const {
+    return resident ? bank_size * chunks * kChunkBytes : int64_t{kStages} * threads * kChunkBytes;
+  }
+};
+
+// Where the 16 bytes `access` of an entry's chunk lie in a tile: neighbouring threads, who read the
+// same access of neighbouring rows, find them in different banks of the memory.
+__device__ inline int64_t place_in_tile(int entry, int access) {
+  return (int64_t{entry} * kChunkAccesses + (access ^ (entry / 2 % kChunkAccesses))) * kAccessBytes;
+}
+
+// Starts to copy a chunk of `entries` keys; zeros behind a key's end.
+template <class T, bool Aligned>
+__device__ void copy_chunk(const SelectParams& p, const T* keys, int64_t first, int entries,
+                           int64_t feature, char* tile) {
+  constexpr int kPack = Pack<T>::kSize;
+  for (int i = threadIdx.x; i < entries * kChunkAccesses; i += blockDim.x) {
+    const int entry = i / kChunkAccesses, access = i % kChunkAccesses;
+    const int64_t d = feature + access * kPack;
+    const T* const key = keys + (first + entry) * p.keys_row;
+    char* const to = tile + place_in_tile(entry, access);
+    if (Aligned && d < p.key_dim) {
+      copy_async(to, key + d);
+    } else {
+      *reinterpret_cast<Pack<T>*>(to) = load_pack<false>(key, d, p.key_dim);
+    }
+  }
+  close_group();
+}
+
+// One step's pass over the bank: each warp's best entries of each example.
+template <class T, bool Aligned, int Examples>
+__device__ void find_best(const SelectParams& p, const SelectSizes& sizes, const T* keys,
+                          const float* queries, const unsigned* unread, char* tiles, bool copied,
+                          Ranked (&best)[Examples]) {
+  constexpr int kPack = Pack<T>::kSize;
+  const int threads = blockDim.x;
+  const int64_t items = sizes.tiles * sizes.chunks;
+  const auto entries_of = [&](int64_t tile) {
+    const int64_t left = p.bank_size - tile * threads;
+    return static_cast<int>(left < threads ? left : threads);
+  };
+  const auto tile_of = [&](int64_t item) {
+    const int64_t tile = item / sizes.chunks, chunk = item % sizes.chunks;
+    return tiles + (p.resident ? tile * threads * sizes.chunks + chunk * entries_of(tile)
+                               : item % kStages * threads) *
+                       kChunkBytes;
+  };
+  const auto copy = [&](int64_t item) {
+    const int64_t tile = item / sizes.chunks, chunk = item % sizes.chunks;
+    copy_chunk<T, Aligned>(p, keys, tile * threads, entries_of(tile),
+                           chunk * (kChunkBytes / int64_t{sizeof(T)}), tile_of(item));
+  };
+
+  float scores[Examples] = {};
+  if (!copied) copy(0);
+  for (int64_t item = 0; item < items; ++item) {
+    if (!copied) {
+      if (item + 1 < items) {
+        copy(item + 1);
+        wait_for_all_but<1>();
+      } else {
+        wait_for_all_but<0>();
+      }
+      __syncthreads();
+    }
+    const int64_t tile = item / sizes.chunks, chunk = item % sizes.chunks;
+    const int entries = entries_of(tile), mine = threadIdx.x;
+    if (mine < entries) {
+      const char* const from = tile_of(item);
+      const float* const q = queries + chunk * (kChunkBytes / int64_t{sizeof(T)});
+      for (int access = 0; access < kChunkAccesses; ++access) {
+        const auto key = *reinterpret_cast<const Pack<T>*>(from + place_in_tile(mine, access));
+#pragma unroll
+        for (int i = 0; i < kPack; i += Pack<float>::kSize) {
+#pragma unroll
+          for (int e = 0; e < Examples; ++e) {
+            const auto features =
+                load_pack<true>(q + e * sizes.features, access * kPack + i, sizes.features);
+#pragma unroll
+            for (int n = 0; n < Pack<float>::kSize; ++n) {
+              scores[e] = fmaf(features.x[n], to_float(key.x[i + n]), scores[e]);
+            }
+          }
+        }
+      }
+    }
+    if (chunk + 1 == sizes.chunks) {
+      const int64_t entry = tile * threads + mine;
+#pragma unroll
+      for (int e = 0; e < Examples; ++e) {
+        const bool readable =
+            mine < entries && unread[e * sizes.words + entry / kWarpSize] >> entry % kWarpSize & 1;
+        const int order = readable ? order_of(scores[e]) : kUnreadable;
+        keep_best(best[e], {order, static_cast<int>(entry)}, p.topk);
+        scores[e] = 0.0f;
+      }
+    }
+    if (!copied && !p.resident) __syncthreads();  // until all have read what a copy overwrites
+  }
+}
+
+// What an example has read, alike in all lanes of the warp that keeps it.
+struct Progress {
+  float halting = 0.0f, ponder = 0.0f;
+  int count = 0;
+  int64_t left = 0;  // entries that are unread
+
+  __device__ bool reads_on(const SelectParams& p) const {
+    return halting < p.halt_threshold && left >= p.topk && count < p.steps;
+  }
+};
+
+template <class T, bool Aligned, int Examples>
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
+    tape_select_kernel(SelectParams p) {
+  __shared__ Ranked lists[Examples][kSelectWarps][kWarpSize];
+  __shared__ int chosen[Examples][kMaxTopk];
+  __shared__ float chosen_weights[Examples][kMaxTopk];
+  __shared__ bool reading[Examples];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warps = blockDim.x / kWarpSize;
+  const SelectSizes sizes(p, sizeof(T), blockDim.x);
+  const int64_t workspace = sizes.workspace_bytes(Examples);
+  char* const space = p.scratch ? p.scratch + blockIdx.x * workspace : dynamic_shared();
+  char* const tiles = dynamic_shared() + (p.scratch ? 0 : workspace);
+  float* const queries = reinterpret_cast<float*>(space);  // (Examples, features)
+  unsigned* const unread =
+      reinterpret_cast<unsigned*>(queries + Examples * sizes.features);  // (Examples, words)
+  const int64_t first = int64_t{blockIdx.x} * Examples;
+  const int examples = p.batch - first < Examples ? static_cast<int>(p.batch - first) : Examples;
+  const T* const keys = static_cast<const T*>(p.keys) + first * p.keys_example;
+
+  for (int e = 0; e < Examples; ++e) {
+    const T* const query = static_cast<const T*>(p.query) + (first + e) * p.query_row;
+    for (int64_t d = threadIdx.x; d < sizes.features; d += blockDim.x) {
+      queries[e * sizes.features + d] = e < examples && d < p.key_dim ? to_float(query[d]) : 0.0f;
+    }
+  }
+  // Warp e keeps the progress of example e; a single warp, of one after another.
+  Progress progress[Examples];
+#pragma unroll
+  for (int e = 0; e < Examples; ++e) {
+    const int64_t i = first + e;
+    const int64_t valid = e >= examples ? 0
+                          : p.bank_lens ? clamp(p.bank_lens[i], 0, p.bank_size)
+                                        : p.bank_size;
+    for (int64_t word = 0; word < sizes.words; ++word) {
+      const int64_t entry = word * kWarpSize + lane;
+      const bool can_read = entry < valid && !(p.read_mask && p.read_mask[i * p.bank_size + entry]);
+      const unsigned bits = __ballot_sync(kFullMask, can_read);
+      if (lane == 0 && word % warps == warp) unread[e * sizes.words + word] = bits;
+      progress[e].left += __popc(bits);
+    }
+    if (threadIdx.x == 0) reading[e] = progress[e].reads_on(p);
+  }
+  __syncthreads();
+
+  bool copied = false;
+  const auto anyone_reads = [&] {
+    bool any = false;
+    for (int e = 0; e < Examples; ++e) any |= reading[e];
+    return any;
+  };
+  while (anyone_reads()) {
+    Ranked best[Examples];
+#pragma unroll
+    for (int e = 0; e < Examples; ++e) best[e] = kNoEntryYet;
+    find_best<T, Aligned>(p, sizes, keys, queries, unread, tiles, copied, best);
+    copied = p.resident;
+#pragma unroll
+    for (int e = 0; e < Examples; ++e) lists[e][warp][lane] = best[e];
+    __syncthreads();
+
+#pragma unroll
+    for (int e = 0; e < Examples; ++e) {
+      if (e % warps != warp || !reading[e]) continue;
+      for (int other = 0; other < warps; ++other) {
+        if (other != warp) keep_best(best[e], lists[e][other][lane], p.topk);
+      }
+      const float weight = softmax(score_of(best[e].order) * p.scale, p.topk);
+      const float most = __shfl_sync(kFullMask, weight, 0);
+      Progress& now = progress[e];
+      const int64_t out = ((first + e) * p.steps + now.count) * p.topk + lane;
+      if (lane < p.topk) {
+        p.indices[out] = chosen[e][lane] = best[e].entry;
+        p.weights[out] = chosen_weights[e][lane] = weight;
+        atomicAnd(&unread[e * sizes.words + best[e].entry / kWarpSize],
+                  ~(1u << best[e].entry % kWarpSize));
+      }
+      now.ponder += 1.0f - (p.entropy ? warp_sum(weight * weight) : most);
+      now.halting += most;
+      now.left -= p.topk;
+      ++now.count;
+    }
+    __syncthreads();
+
+    for (int e = 0; e < Examples; ++e) {
+      if (!reading[e]) continue;
+      for (int64_t d = threadIdx.x; d < p.key_dim; d += blockDim.x) {
+        float merged = 0.0f;
+        for (int j = 0; j < p.topk; ++j) {
+          merged += chosen_weights[e][j] * to_float(keys[chosen[e][j] * p.keys_row + d]);
+        }
+        float& q = queries[e * sizes.features + d];
+        q = p.average_query ? (q + merged) * 0.5f : merged;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < Examples; ++e) {
+      if (e % warps == warp && lane == 0) reading[e] = reading[e] && progress[e].reads_on(p);
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int e = 0; e < Examples; ++e) {
+    if (e % warps != warp || e >= examples) continue;
+    const int64_t i = first + e, out = i * p.steps * p.topk;
+    for (int64_t r = progress[e].count * p.topk + lane; r < p.steps * p.topk; r += kWarpSize) {
+      p.indices[out + r] = -1;
+      p.weights[out + r] = 0.0f;
+    }
+    if (lane == 0) p.ponder[i] = progress[e].ponder, p.counts[i] = progress[e].count;
+  }
+}
+
+}  // namespace adatape::cuda
