@@ -102,6 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
   const Tensor dout = in_accesses(dout_any), out = in_accesses(out_any), lse = dense(lse_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const Stream stream = stream_of(q);
+  if (lse.numel() != q.size(0) * q.size(1)) {
+    refuse("lse: expected (", q.size(1), ", ", q.size(0), "), got ", lse.numel(), " elements");
+  }
   AttentionParams p = params(q, k, v, out, lse, cu_inputs, cu_tapes, max_rows, scale);
   const auto gradient = [&] {
     return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});

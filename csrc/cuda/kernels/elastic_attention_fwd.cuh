@@ -141,7 +141,7 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
       inverse[half] = 1.0f / total;
       const int r = first + m * kStep + 8 * half + lane / 4;
       if (lane % 4 == 0 && r < e.num_rows) {
-        p.lse[e.head * p.rows + e.at(r)] = (s.largest[m][half] + log2f(total)) / kLog2E;
+        p.lse[e.head * p.rows + e.at(r)] = (s.largest[m][half] + log2f(total)) * kLn2;
       }
     }
     put_sum<T>(slot, m * kStep, s.out[m], inverse[0], inverse[1]);
