@@ -22,7 +22,7 @@ INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]
 
 @pytest.fixture(autouse=True)
 def handed_over(request):
-    """Skips what Triton runs in its interpreter for CUDA C++, too, which takes few of these shapes."""
+    """Skip what CUDA C++ hands to Triton, whose interpreter runs it anyway."""
     if "device" in request.fixturenames:
         device = request.getfixturevalue("device")
         if device == "cpu" and current_backend() == "cuda":
