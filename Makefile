@@ -18,6 +18,7 @@ cuda_host_files := $(wildcard tests/cuda_host/*)
 comma := ,
 site = build/$(2)/site
 kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py dual_ffn.py)
+small_tests := tests/cuda_host/small.py
 define sanitized
 	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/$(2) -G Ninja -DADATAPE_SANITIZE=$(1) \
 	  -DPython_EXECUTABLE=$(abspath $(bin))/python

@@ -36,7 +36,7 @@ def missing_tool() -> str | None:
     version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 25):
         return f"CMake 3.25 or newer is needed, and {cmake} is older"
-    if find_spec("pybind11") is None:
+    if find_spec("pybind11") is None and find_spec("torch") is None:
         return "pybind11 is not installed"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h was not found (Debian and Ubuntu: python3-dev)"

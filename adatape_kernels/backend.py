@@ -32,7 +32,7 @@ if "ADATAPE_CUDA_HOST" in os.environ:
 _ABSENT = {
     "cpp": _facts.get("why", "the compiled part has no such kernel"),
     "triton": "this version has no such kernel" if _triton.INSTALLED else "triton is not installed",
-    "cuda": _facts.get("why", f"the compiled part was built without CUDA: {_facts.get('cuda')}"),
+    "cuda": _facts.get("why", f"the compiled part's CUDA kernels: {_facts.get('cuda')}"),
 }
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,5 +1,5 @@
-// The Python module adatape_kernels._C. Importing it registers the ops of csrc/cpu; it tells how it
-// was built, and what the processor at hand can do.
+// The Python module adatape_kernels._C. Importing it registers the ops of csrc/cpu and, where they
+// were built, of csrc/cuda; it tells how it was built, and what the processor at hand can do.
 
 #include <pybind11/pybind11.h>
 
@@ -50,7 +50,7 @@ py::dict build_facts() {
   facts["compiler"] = ADATAPE_COMPILER;
   facts["standard"] = ADATAPE_STANDARD;
   facts["build_type"] = ADATAPE_BUILD_TYPE;
-  facts["cuda"] = "none";  // the toolkit that compiled csrc/cuda; CMakeLists.txt enables no CUDA
+  facts["cuda"] = ADATAPE_CUDA;  // the toolkit that compiled csrc/cuda, or "none: " and why
   facts["instruction_sets"] = instruction_sets();
   try {
     facts["cpu_kernels"] = adatape::kernels().name;

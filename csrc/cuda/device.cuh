@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace adatape::cuda {
 
@@ -51,16 +52,16 @@ struct alignas(sizeof(T) * N) Pack {
 // element after element.
 template <bool Aligned, class T>
 __device__ Pack<T> load_pack(const T* row, int64_t d, int64_t width) {
+  Pack<T> pack;
   if constexpr (Aligned) {
-    return *reinterpret_cast<const Pack<T>*>(row + d);
+    pack = *reinterpret_cast<const Pack<T>*>(row + d);
   } else {
-    Pack<T> pack;
 #pragma unroll
     for (int i = 0; i < Pack<T>::kSize; ++i) {
       pack.x[i] = d + i < width ? row[d + i] : from_float<T>(0.0f);
     }
-    return pack;
   }
+  return pack;
 }
 
 template <bool Aligned, class T, int N>
@@ -68,7 +69,11 @@ __device__ void store_pack(T* row, int64_t d, int64_t width, const float (&value
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.x[i] = from_float<T>(values[i]);
-  if constexpr (Aligned) {
+  if constexpr (Aligned && sizeof pack == kAccessBytes) {
+    uint4 whole;
+    memcpy(&whole, &pack, sizeof pack);
+    __stwb(reinterpret_cast<uint4*>(row + d), whole);  // an assignment may become four of 4 bytes
+  } else if constexpr (Aligned) {
     *reinterpret_cast<Pack<T, N>*>(row + d) = pack;
   } else {
 #pragma unroll

@@ -53,12 +53,12 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   const Tensor offsets = torch::stable::new_empty(counts, {indices.size(0) + 1});
   GatherParams p = params(bank, indices, weights, counts, offsets);
   const bool empty = indices.numel() == 0 || bank.numel() == 0;
-  const bool fused = capacity && !empty && p.batch <= kGatherFusedBatch;
+  p.fused = capacity && !empty && p.batch <= kGatherFusedBatch;
   if (!capacity) {
     p.rows = checked_rows(p, counts, stream);
   } else {
     p.rows = *capacity;
-    if (!fused) launch(tape_gather_offsets_kernel, {1}, kGatherThreads, 0, stream, p);
+    if (!p.fused) launch(tape_gather_offsets_kernel, {1}, kGatherThreads, 0, stream, p);
   }
   if (empty) return {torch::stable::new_zeros(bank, {p.rows, p.dim}), offsets};
 
@@ -67,10 +67,10 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   const Grid grid{ceil_div(std::max(p.batch * p.steps, p.rows), kGatherWarps)};
   with_type_of(bank, [&]<class T>() {
     with_flags(
-        [&]<bool Aligned, bool Fused>() {
-          launch(tape_gather_kernel<T, Aligned, Fused>, grid, kGatherThreads, 0, stream, p);
+        [&]<bool Aligned>() {
+          launch(tape_gather_kernel<T, Aligned>, grid, kGatherThreads, 0, stream, p);
         },
-        rows_aligned({bank, tape}), fused);
+        rows_aligned({bank, tape}));
   });
   return {tape, offsets};
 }
@@ -101,9 +101,9 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   p.entries = entries.mutable_data_ptr<int32_t>();
   p.row_of = row_of.mutable_data_ptr<int32_t>();
   p.dbank = dbank.data_ptr();
+  p.atomic = atomic, p.fused = p.batch <= kGatherFusedBatch;
 
-  const bool fused = p.batch <= kGatherFusedBatch;
-  if (!fused) launch(tape_gather_offsets_kernel, {1}, kGatherThreads, 0, stream, p);
+  if (!p.fused) launch(tape_gather_offsets_kernel, {1}, kGatherThreads, 0, stream, p);
   const Grid tokens{ceil_div(p.batch * p.steps, kGatherWarps)};
   const int64_t banks = p.own_banks ? p.batch : 1;
   const ScatterParams reads{p.entries,   p.row_of, p.weights, p.tape,
@@ -111,15 +111,14 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
                             p.bank_size, p.dim};
   with_type_of(bank, [&]<class T>() {
     with_flags(
-        [&]<bool Aligned, bool Fused, bool Atomic>() {
-          launch(tape_gather_bwd_kernel<T, Aligned, Fused, Atomic>, tokens, kGatherThreads, 0,
-                 stream, p);
-          if constexpr (!Atomic) {
+        [&]<bool Aligned>() {
+          launch(tape_gather_bwd_kernel<T, Aligned>, tokens, kGatherThreads, 0, stream, p);
+          if (!p.atomic) {
             launch(scatter_kernel<T, T, Aligned>, {scatter_blocks(reads)}, kScatterThreads, 0,
                    stream, reads);
           }
         },
-        rows_aligned({dtape, bank}), fused, atomic);
+        rows_aligned({dtape, bank}));
   });
   return {atomic ? torch::stable::to(dbank, bank.scalar_type()) : dbank, dweights};
 }

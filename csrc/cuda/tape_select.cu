@@ -117,6 +117,7 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
   p.steps = static_cast<int32_t>(steps), p.topk = static_cast<int32_t>(topk);
   p.scale = scale_of(query);
   p.average_query = average_query, p.entropy = loss_type == "entropy";
+  p.kind = kind;
 
   const ScatterParams reads{p.entries,        nullptr, nullptr,         p.dkeys,   key_dim,
                             dkeys.data_ptr(), 1,       indices.numel(), bank_size, key_dim};
@@ -124,16 +125,8 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
   with_type_of(query, [&]<class T>() {
     with_flags(
         [&]<bool Aligned>() {
-          const Grid grid{batch};
-          const auto run = [&]<KeyGradients Kind>() {
-            launch(tape_select_bwd_kernel<T, Aligned, Kind>, grid, kSelectBwdThreads, 0, stream, p);
-          };
-          if (kind == KeyGradients::kStored) {
-            run.template operator()<KeyGradients::kStored>();
-          } else if (kind == KeyGradients::kAdded) {
-            run.template operator()<KeyGradients::kAdded>();
-          } else {
-            run.template operator()<KeyGradients::kListed>();
+          launch(tape_select_bwd_kernel<T, Aligned>, {batch}, kSelectBwdThreads, 0, stream, p);
+          if (kind == KeyGradients::kListed) {
             launch(scatter_kernel<float, T, Aligned>, {scatter_blocks(reads)}, kScatterThreads, 0,
                    stream, reads);
           }

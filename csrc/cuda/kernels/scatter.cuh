@@ -20,7 +20,7 @@ struct ScatterParams {
 constexpr int32_t kNoEntry = -1;
 constexpr int kScatterThreads = 256;
 constexpr int kScatterWarps = kScatterThreads / kWarpSize;
-constexpr int kScatterRegisters = 80;  // a thread, at most
+constexpr int kScatterRegisters = 128;  // a thread, at most
 constexpr int kScatterBlocks = blocks_at_once(kScatterThreads, kScatterRegisters);
 
 inline int64_t scatter_blocks(const ScatterParams& p) {

@@ -26,12 +26,14 @@ struct GatherParams {
   int64_t tape_row;                // its stride
   int64_t batch, steps, topk, bank_size, dim, rows;
   bool own_banks;
+  bool fused;  // the offsets are summed by the kernel that needs them
 
   // Backward only.
   float* dweights;   // (batch, steps, topk)
   int32_t* entries;  // (batch, steps, topk): each read's entry, kNoEntry where there is none
   int32_t* row_of;   // the same: the row of its token
-  void* dbank;       // as bank, contiguous; float32 where reads add to it atomically
+  void* dbank;       // as bank, contiguous; float32 if atomic
+  bool atomic;       // reads add to dbank as they come
 };
 
 constexpr int kGatherThreads = 256;
@@ -118,12 +120,11 @@ struct TokenRow {
   int64_t rows_used;  // of the tape, by all examples
 };
 
-// The row of the warp's own token; called by all threads of the block. Fused: the offsets are not
-// there yet, and every block sums its own, of which the first one writes all.
-template <bool Fused>
-__device__ TokenRow locate(const GatherParams& p, int64_t token) {
+// The row of the warp's own token; called by all threads of the block. Where the offsets are not
+// there yet every block sums its own, and the first one writes all.
+__device__ inline TokenRow locate(const GatherParams& p, int64_t token) {
   TokenRow at{token / p.steps, token % p.steps, false, 0};
-  if constexpr (Fused) {
+  if (p.fused) {
     const int64_t first =
         int64_t{blockIdx.x} * kGatherWarps / p.steps;  // the block's first example
     int32_t before = 0, all = 0;
@@ -154,13 +155,13 @@ __device__ const T* bank_row(const GatherParams& p, int64_t example, int64_t ent
 }
 
 // Warp w merges token w of all that may exist, and clears row w if it is unused.
-template <class T, bool Aligned, bool Fused>
+template <class T, bool Aligned>
 __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     tape_gather_kernel(GatherParams p) {
   constexpr int kPack = Pack<T>::kSize;
   const int first = threadIdx.x % kWarpSize * kPack;  // of the lane's features
   const int64_t token = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarpSize;
-  const TokenRow at = locate<Fused>(p, token);
+  const TokenRow at = locate(p, token);
   T* const tape = static_cast<T*>(p.tape);
   if (token >= at.rows_used && token < p.rows) {
     const float zeros[kPack] = {};
@@ -184,14 +185,14 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 }
 
 // Warp w: dweights[token, j] = dtape[row] · bank[entry of j] for token w. The bank's gradient gets
-// its share here if it is Atomic; else each read's entry and row are noted for scatter_kernel.
-template <class T, bool Aligned, bool Fused, bool Atomic>
+// its share here if that is atomic; else each read's entry and row are noted for scatter_kernel.
+template <class T, bool Aligned>
 __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     tape_gather_bwd_kernel(GatherParams p) {
   constexpr int kPack = Pack<T>::kSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t token = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarpSize;
-  const TokenRow at = locate<Fused>(p, token);
+  const TokenRow at = locate(p, token);
   if (at.example >= p.batch) return;
   const T* const dtape = static_cast<const T*>(p.tape) + at.row * p.tape_row;
   for (int64_t read = token * p.topk; read < (token + 1) * p.topk; ++read) {
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         dot += to_float(value.x[i]) * to_float(dmerged.x[i]);
-        if constexpr (Atomic) {
+        if (p.atomic) {
           float* const to = static_cast<float*>(p.dbank) + entry * p.dim + d + i;
           if (Aligned || d + i < p.dim) atomicAdd(to, weight * to_float(dmerged.x[i]));
         }
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     dot = warp_sum(dot);
     if (lane != 0) continue;
     p.dweights[read] = dot;
-    if constexpr (!Atomic) {
+    if (!p.atomic) {
       p.entries[read] = static_cast<int32_t>(entry);
       p.row_of[read] = static_cast<int32_t>(at.row);
     }

@@ -35,7 +35,7 @@ struct SelectParams {
 
 constexpr int kSelectThreads = 256;  // at most; of a small bank a warp
 constexpr int kSelectWarps = kSelectThreads / kWarpSize;
-constexpr int kSelectRegisters = 80;  // a thread, at most
+constexpr int kSelectRegisters = 128;  // a thread, at most
 constexpr int kSelectBlocks = blocks_at_once(kSelectThreads, kSelectRegisters);
 // Examples of a block that share its bank: twice as many read the keys from shared memory half as
 // often, but leave half as many blocks.
@@ -138,6 +138,7 @@ __device__ void find_best(const SelectParams& p, const SelectSizes& sizes, const
     if (mine < entries) {
       const char* const from = tile_of(item);
       const float* const q = queries + chunk * (kChunkBytes / int64_t{sizeof(T)});
+#pragma unroll 1  // more at once would take more registers than there are
       for (int access = 0; access < kChunkAccesses; ++access) {
         const auto key = *reinterpret_cast<const Pack<T>*>(from + place_in_tile(mine, access));
 #pragma unroll

@@ -33,6 +33,7 @@ struct SelectBwdParams {
   int32_t steps, topk;
   float scale;
   bool average_query, entropy;
+  KeyGradients kind;
 };
 
 constexpr int kSelectBwdThreads = 128;
@@ -74,7 +75,7 @@ __device__ float dot(const T* key, const float* with, int64_t key_dim) {
   return warp_sum(sum);
 }
 
-template <class T, bool Aligned, KeyGradients Kind>
+template <class T, bool Aligned>
 __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
     tape_select_bwd_kernel(SelectBwdParams p) {
   __shared__ float scores[kWarpSize], dots[kWarpSize], weights[kWarpSize], dscores[kWarpSize];
@@ -148,10 +149,10 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
         const int64_t entry = at.entry(step, j);
         const float dkey = weights[j] * (take * following) + dscores[j] * before;
         dq = fmaf(dscores[j], to_float(at.key(entry)[d]), dq);
-        if constexpr (Kind == KeyGradients::kStored) {
+        if (p.kind == KeyGradients::kStored) {
           const int64_t row = at.example * p.bank_size + entry;
           static_cast<T*>(p.dkeys)[row * p.key_dim + d] = from_float<T>(dkey);
-        } else if constexpr (Kind == KeyGradients::kAdded) {
+        } else if (p.kind == KeyGradients::kAdded) {
           atomicAdd(static_cast<float*>(p.dkeys) + entry * p.key_dim + d, dkey);
         } else {
           static_cast<float*>(p.dkeys)[at.read(step, j) * p.key_dim + d] = dkey;
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
   for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
     dquery[d] = from_float<T>(at.state(0)[d]);
   }
-  if constexpr (Kind == KeyGradients::kListed) {
+  if (p.kind == KeyGradients::kListed) {
     for (int r = threadIdx.x; r < p.steps * p.topk; r += kSelectBwdThreads) {
       const int step = r / p.topk, j = r % p.topk;
       p.entries[at.read(step, j)] =
