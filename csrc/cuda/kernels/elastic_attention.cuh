@@ -16,7 +16,6 @@ constexpr int kTileRows = 32;  // of a warp
 constexpr int kSteps = kHeadDim / kStep;
 constexpr int kRowBytes = kChunks * kAccessBytes;
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Row r of head h starts at data + r * row + h * head (in elements).
 struct HeadRows {

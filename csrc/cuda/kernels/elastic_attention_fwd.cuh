@@ -141,7 +141,7 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
       inverse[half] = 1.0f / total;
       const int r = first + m * kStep + 8 * half + lane / 4;
       if (lane % 4 == 0 && r < e.num_rows) {
-        p.lse[e.head * p.rows + e.at(r)] = (s.largest[m][half] + log2f(total)) * kLn2;
+        p.lse[e.head * p.rows + e.at(r)] = (s.largest[m][half] + log2f(total)) / kLog2E;
       }
     }
     put_sum<T>(slot, m * kStep, s.out[m], inverse[0], inverse[1]);
@@ -151,11 +151,9 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
   __syncwarp();
 }
 
-// Twelve warps share a multiprocessor: three blocks of four, as a rule. That a block might have
-// twelve keeps the compiler to these registers; asked for them by a number of blocks it spills,
-// for 10.0.
+// Twelve warps share a multiprocessor: three blocks of four, as a rule. That a block might have all
+// keeps the compiler to 168 registers a thread; asked for three blocks instead it spills, for 10.0.
 constexpr int kAttentionFwdThreads = 12 * kWarpSize;
-constexpr int kAttentionFwdRegisters = 168;  // a thread, at most
 
 // Keys and values of the example, a tile of queries for each warp.
 constexpr int64_t forward_shared_bytes(int capacity, int num_warps) {
