@@ -77,12 +77,12 @@ lint: $(lint_ready)  ## check style and types
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run -Werror $(cpp_files) $(filter %.h %.cpp,$(cuda_host_files))
+	$(bin)/clang-format --dry-run -Werror $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
 
 format: $(lint_ready)  ## apply the style
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $(cpp_files) $(filter %.h %.cpp,$(cuda_host_files))
+	$(bin)/clang-format -i $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info adatape_kernels/*.so adatape_kernels/_build_note.txt $(ready)

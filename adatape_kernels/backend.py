@@ -187,10 +187,13 @@ def register_cuda(op: str) -> Callable[[Callable], Callable]:
     return lambda function: decorate(_with_value_errors(function))
 
 
-def beside_cuda(op: str) -> Callable[..., Any]:
+def beside_cuda(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """Return what serves the shapes that `op` in CUDA C++ does not: Triton, else the reference."""
     found = _implementations[op]
-    return (found.get("triton") or found["eager"]).function
+    triton = found.get("triton")
+    if triton is None or triton.refusal(tensor.device.type, tensor.dtype):
+        return found["eager"].function
+    return triton.function
 
 
 def registered_ops() -> tuple[str, ...]:

@@ -20,6 +20,15 @@ OP = "elastic_attention"
 INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]
 
 
+@pytest.fixture(autouse=True)
+def handed_over(request):
+    """Skip what CUDA C++ hands to Triton, whose interpreter runs it anyway."""
+    if "device" in request.fixturenames:
+        device = request.getfixturevalue("device")
+        if device == "cpu" and current_backend() == "cuda":
+            pytest.skip("Triton takes these shapes; test_elastic_attention_cuda.py has the others")
+
+
 def layout(device, input_lens=INPUT_LENS, tape_lens=TAPE_LENS, unused=0):
     """cu_inputs, cu_tapes, and the physical rows of each example."""
     cu_inputs = cumulative(torch.tensor(input_lens, dtype=torch.int32, device=device))

@@ -321,7 +321,7 @@ def _triton_fwd(
     if head_dim > 256:
         return _eager(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
     if q.device.type == "cpu":  # where looking costs no copy
-        _check_values(q, cu_inputs, cu_tapes, max_rows)
+        check_examples(q, cu_inputs, cu_tapes, max_rows)
     (q, k, v), strides = _unit_stride(q, k, v)
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=torch.float32)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -400,7 +400,8 @@ _elastic_attention_bwd = define_op(
 )
 
 
-def _check_values(q: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, max_rows: int | None) -> None:
+def check_examples(q: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, max_rows: int | None) -> None:
+    """Check the values of the offsets, and that no example passes max_rows. Raises ValueError."""
     num_input_rows = int(cu_inputs[-1])
     check_offsets("cu_inputs", cu_inputs, 0, len(q), exact=False)
     check_offsets("cu_tapes", cu_tapes, num_input_rows, len(q), exact=False)
@@ -419,7 +420,7 @@ def _eager(
     max_rows: int | None,
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_values(q, cu_inputs, cu_tapes, max_rows)
+    check_examples(q, cu_inputs, cu_tapes, max_rows)
     return reference.elastic_attention(q, k, v, cu_inputs, cu_tapes, softmax_scale=softmax_scale)
 
 

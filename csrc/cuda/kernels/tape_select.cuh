@@ -8,8 +8,8 @@
 
 #pragma once
 
-#include "../async_copy.cuh"
 #include "../device.cuh"
+#include "../ptx.cuh"
 #include "top_entries.cuh"
 
 namespace adatape::cuda {

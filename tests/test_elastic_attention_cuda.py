@@ -1,0 +1,341 @@
+"""Attention in CUDA C++ where it serves: heads of 64, max_rows up to 512."""
+
+import math
+import mmap
+
+import pytest
+import torch
+from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_elastic_attention import by_reference, gradients, layout, qkv
+
+from adatape_kernels import reference
+from adatape_kernels.backend import explain, use_backend
+from adatape_kernels.ops import elastic_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        explain("elastic_attention", DEVICE, torch.float16)["cuda"] != "serves",
+        reason=f"nothing runs the CUDA kernels on {DEVICE}",
+    ),
+    *([pytest.mark.cuda] if DEVICE == "cuda" else []),
+]
+DTYPES = [torch.float16, torch.bfloat16]
+HEAD_DIM = 64
+
+
+@pytest.fixture(autouse=True)
+def cuda_backend():
+    with use_backend("cuda"):
+        yield
+
+
+def unfused(q, k, v, scale):
+    """Attention as torch's products one by one round it; (num_heads, rows, head_dim)."""
+    return torch.softmax(q @ k.mT * scale, -1) @ v
+
+
+def by_example(rows, attention=unfused):
+    """The same over the rows of each example."""
+
+    def run(q, k, v, *offsets, softmax_scale=None):
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        out = torch.zeros_like(q)
+        for own in filter(None, rows):
+            one = attention(*(x[own].transpose(0, 1) for x in (q, k, v)), scale)
+            out = out.index_copy(0, torch.tensor(own, device=q.device), one.transpose(0, 1))
+        return out
+
+    return run
+
+
+def assert_right(given, offsets, rows, **options):
+    """Example by example no less exact than twice what plain torch is; zeros in unused rows."""
+    actual = gradients(elastic_attention, *given, *offsets, **options)
+    options.pop("max_rows")
+    exact = gradients(by_reference, *(x.double() for x in given), *offsets, **options)
+    plain = gradients(by_example(rows), *given, *offsets, **options)
+    used = sum(map(len, rows))
+    for a, e, p in zip(actual, exact, plain, strict=True):
+        assert a.dtype == given[0].dtype and a.is_contiguous()
+        assert not a[used:].any()
+        for own in filter(None, rows):
+            floor = torch.finfo(a.dtype).eps / 4 * e[own].abs().max() + 1e-5
+            assert_low_precision(a[own], p[own], e[own], floor)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_matrices_lie_in_registers_as_documented(transpose):
+    """PTX ISA, ldmatrix: a thread gets two neighbours in row lane / 4, by columns if transposed."""
+    matrices = torch.arange(4 * 8 * 8, dtype=torch.int16, device=DEVICE).view(4, 8, 8)
+    registers = torch.ops.adatape_ptx.load_matrices(matrices, transpose, True)
+    pairs = registers.view(torch.int16).view(32, 4, 2).tolist()
+    for lane in range(32):
+        for m in range(4):
+            row, columns = lane // 4, (lane % 4 * 2, lane % 4 * 2 + 1)
+            expected = [64 * m + (8 * c + row if transpose else 8 * row + c) for c in columns]
+            assert pairs[lane][m] == expected
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a copy may arrive early")
+def test_copies_arrive_no_earlier_than_they_are_waited_for():
+    matrices = torch.zeros(4, 8, 8, dtype=torch.int16)
+    assert torch.ops.adatape_ptx.load_matrices(matrices, False, False).ne(0).all()
+
+
+def fragment(matrix, places):
+    """The registers of all lanes, as int32: elements at `places(group, thread, i)`, two in each."""
+    elements = [
+        [matrix[places(lane // 4, lane % 4, i)] for i in range(places.count)] for lane in range(32)
+    ]
+    return torch.stack([torch.stack(row) for row in elements]).view(torch.int32)
+
+
+def place_in_a(group, thread, i):
+    """PTX ISA, mma.m16n8k16 of 16-bit floats: the row and column of element a_i."""
+    row = group if i < 2 or 4 <= i < 6 else group + 8
+    return row, thread * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def place_in_b(group, thread, i):
+    return thread * 2 + (i & 1) + (8 if i >= 2 else 0), group
+
+
+def place_in_sum(group, thread, i):
+    return group if i < 2 else group + 8, thread * 2 + (i & 1)
+
+
+place_in_a.count, place_in_b.count, place_in_sum.count = 8, 4, 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mma_is_a_product_of_matrices_in_fragments(dtype):
+    """Of small whole numbers, so to the bit."""
+    a, b, c = (torch.randint(-9, 9, shape).to(dtype) for shape in ((16, 16), (16, 8), (16, 8)))
+    registers = fragment(c.float(), place_in_sum).view(torch.float32).to(DEVICE)
+    operands = (fragment(a, place_in_a).to(DEVICE), fragment(b, place_in_b).to(DEVICE))
+    torch.ops.adatape_ptx.mma(registers, *operands, dtype == torch.bfloat16)
+    expected = fragment(a.float() @ b.float() + c.float(), place_in_sum).view(torch.float32)
+    assert_same_bits(registers.cpu(), expected)
+
+
+# On both sides of the bounds of tiles, with tapes that start inside one.
+INPUT_LENS = [1, 13, 16, 0, 0, 31, 30, 33, 60, 64, 50, 1]
+TAPE_LENS = [0, 2, 0, 17, 0, 0, 2, 0, 3, 0, 15, 0]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0, -1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tail_of_tiles(dtype, scale):
+    *offsets, rows = layout(DEVICE, INPUT_LENS, TAPE_LENS)
+    given = qkv(sum(map(len, rows)) + 3, 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    assert_right(given, offsets, rows, max_rows=65, softmax_scale=scale)
+
+
+@pytest.mark.parametrize(("dtype", "lens"), [(DTYPES[0], [512, 5]), (DTYPES[1], [207, 257])])
+def test_long_examples(dtype, lens):
+    """Several tiles a warp, and more warps for more rows."""
+    *offsets, rows = layout(DEVICE, [n - n // 30 for n in lens], [n // 30 for n in lens])
+    given = qkv(sum(lens), 1, HEAD_DIM, device=DEVICE, dtype=dtype)
+    assert_right(given, offsets, rows, max_rows=max(lens))
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_any_lengths(data):
+    batch, lens = data.draw(st.integers(0, 4)), st.integers(0, 40)
+    input_lens, tape_lens = (
+        data.draw(st.lists(lens, min_size=batch, max_size=batch)) for _ in range(2)
+    )
+    unused, num_heads = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 3))
+    *offsets, rows = layout(DEVICE, input_lens, tape_lens)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    given = qkv(sum(map(len, rows)) + unused, num_heads, HEAD_DIM, device=DEVICE, dtype=dtype)
+    longest = max(map(len, rows), default=0)
+    actual = gradients(elastic_attention, *given, *offsets, max_rows=longest)
+    if not any(map(len, rows)) or num_heads == 0:
+        for a in actual:
+            assert_same_bits(a, torch.zeros_like(a))
+        return
+    assert_right(given, offsets, rows, max_rows=longest)
+
+
+def test_scores_beyond_the_range_of_exp():
+    *offsets, _ = layout(DEVICE, [20, 3], [5, 0])
+    q, k, v, dout = qkv(28, 1, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    actual = gradients(elastic_attention, q * 1e4, k, v, dout, *offsets, max_rows=25)
+    expected = by_reference(q.double() * 1e4, k.double(), v.double(), *offsets)
+    assert_close(actual[0], expected, 1e-2)
+    assert all(x.isfinite().all() for x in actual)
+
+
+def test_scores_of_minus_infinity():
+    """A step of keys that no query wants, before others; and an example that has no other."""
+    *offsets, rows = layout(DEVICE, [50, 3], [2, 0])
+    q, k, v, _ = qkv(55, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    q[..., 0] = 1
+    k[rows[0][:40], :, 0] = k[rows[1], :, 0] = -math.inf
+    actual = elastic_attention(q, k, v, *offsets, max_rows=52)
+    expected = by_reference(q.double(), k.double(), v.double(), *offsets)
+    assert expected[rows[0]].isfinite().all() and expected[rows[1]].isnan().all()
+    assert_close(actual, expected, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_example_s_bits_depend_on_nothing_else(dtype):
+    """Not on its batch, nor its place in it, nor max_rows, nor NaN in unused rows."""
+    input_lens, tape_lens = [1, 17, 0, 70, 64, 50], [0, 10, 5, 7, 0, 1]
+    *offsets, rows = layout(DEVICE, input_lens, tape_lens)
+    given = qkv(sum(input_lens) + sum(tape_lens), 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    together = gradients(elastic_attention, *given, *offsets, max_rows=77)
+    for order in ([3, 0, 2, 5, 1, 4], [4, 3], *([i] for i in range(6))):
+        *offsets, own = layout(
+            DEVICE, [input_lens[i] for i in order], [tape_lens[i] for i in order]
+        )
+        there = [0] * sum(map(len, own))
+        for i, example in zip(order, own, strict=True):
+            for here, row in zip(example, rows[i], strict=True):
+                there[here] = row
+        chosen = [torch.cat([x[there], torch.full_like(x[:2], math.nan)]) for x in given]
+        for max_rows in (max(map(len, own)), 512):
+            actual = gradients(elastic_attention, *chosen, *offsets, max_rows=max_rows)
+            for a, e in zip(actual, together, strict=True):
+                assert_same_bits(a[: len(there)], e[there])
+                assert not a[len(there) :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_poison_stays_with_its_example(dtype):
+    """NaN in the rows of examples 0 and 2 and in unused rows, gradient included."""
+    *offsets, rows = layout(DEVICE, [4, 30, 17, 1], [2, 3, 0, 0])
+    given = qkv(60, 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    clean = gradients(elastic_attention, *given, *offsets, max_rows=33)
+    others = rows[1] + rows[3]
+    for x in given:
+        x[rows[0]] = x[rows[2]] = x[57:] = math.nan
+    dirty = gradients(elastic_attention, *given, *offsets, max_rows=33)
+    for a, e in zip(dirty, clean, strict=True):
+        assert_same_bits(a[others], e[others])
+        assert a[rows[0]].isnan().all() and a[rows[2]].isnan().all() and not a[57:].any()
+
+
+def test_lse_is_the_reference_s():
+    *offsets, _ = layout(DEVICE, [4, 30, 17, 0], [2, 3, 0, 0])
+    q, k, v, _ = qkv(60, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    _, lse = torch.ops.adatape.elastic_attention(q, k, v, *offsets, 33, None)
+    _, expected = reference.elastic_attention(q.double(), k.double(), v.double(), *offsets)
+    assert lse.dtype == torch.float32 and lse.shape == (2, 60)
+    assert_close(lse, expected, 1e-6)
+    assert not lse[:, 56:].any()
+
+
+def test_layouts():
+    """Of inputs and gradients; where no row starts at a multiple of 16 bytes too."""
+    *offsets, _ = layout(DEVICE, [20, 3], [5, 0])
+    given = qkv(29, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    given[3] = torch.tensor(1.5, dtype=torch.float16, device=DEVICE).expand(29, 2, HEAD_DIM)
+    expected = gradients(elastic_attention, *(x.contiguous() for x in given), *offsets, max_rows=25)
+    behind = torch.zeros(29 * 2 * HEAD_DIM + 1, dtype=torch.float16, device=DEVICE)[1:]
+    given[0] = behind.copy_(given[0].flatten()).view(29, 2, HEAD_DIM)
+    given[1] = given[1].transpose(0, 1).contiguous().transpose(0, 1)
+    given[2] = given[2].flip(-1).contiguous().flip(-1)
+    for a, e in zip(
+        gradients(elastic_attention, *given, *offsets, max_rows=25), expected, strict=True
+    ):
+        assert_same_bits(a, e)
+
+
+def test_rows_past_2_to_the_31st_element():
+    """Three rows so far apart; of the memory only what is touched is taken."""
+    row, rows, num_heads = 2**30, 3, 2
+    size = 3 * num_heads * HEAD_DIM
+    memory = mmap.mmap(-1, 2 * ((rows - 1) * row + size), flags=mmap.MAP_PRIVATE | 0x4000)
+    apart = torch.frombuffer(memory, dtype=torch.float16)
+    apart = apart.as_strided((rows, 3, num_heads, HEAD_DIM), (row, size // 3, HEAD_DIM, 1))
+    near = torch.randn(rows, 3, num_heads, HEAD_DIM).half()
+    apart.copy_(near)
+    *offsets, _ = layout("cpu", [1, 1], [0, 1])
+    dout = torch.ones(rows, num_heads, HEAD_DIM).half()
+    actual, expected = (
+        gradients(elastic_attention, *x.unbind(1), dout, *offsets, max_rows=2)
+        for x in (apart, near)
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "max_rows"),
+    [
+        (torch.float32, 64, 20),
+        (torch.float16, 32, 20),
+        (torch.bfloat16, 64, None),
+        (torch.float16, 64, 513),
+    ],
+)
+def test_others_take_the_rest(dtype, head_dim, max_rows):
+    *offsets, _ = layout(DEVICE, [14, 3], [5, 0])
+    given = qkv(22, 1, head_dim, device=DEVICE, dtype=dtype)
+    actual = gradients(elastic_attention, *given, *offsets, max_rows=max_rows)
+    serves = explain("elastic_attention", DEVICE, dtype)["triton"] == "serves"
+    with use_backend("triton" if serves else "eager"):
+        expected = gradients(elastic_attention, *given, *offsets, max_rows=max_rows)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize(
+    ("cu_inputs", "cu_tapes"),
+    [
+        ([0, 7, 3], [3, 40, 1000]),
+        ([5, -9, 60], [-70, 2**31 - 1, -(2**31)]),
+        ([-(2**31), 2**31 - 1, 50], [2**31 - 1, -(2**31), 50]),
+        ([10**9, 10**9, 10**9], [10**9, 10**9, 10**9]),
+    ],
+)
+def test_corrupt_offsets_stay_inside(cu_inputs, cu_tapes):
+    """Nobody can check offsets on a GPU without a copy; at worst the result is meaningless."""
+    q, k, v, dout = qkv(50, 1, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    offsets = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_inputs, cu_tapes)]
+    out, lse = torch.ops.adatape_cuda.elastic_attention(q, k, v, *offsets, 20, None)
+    torch.ops.adatape_cuda.elastic_attention_bwd(dout, q, k, v, out, lse, *offsets, 20, None)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU nobody looks at the offsets")
+@pytest.mark.parametrize(
+    ("argument", "value", "parts"),
+    [
+        ("cu_inputs", [1, 3, 4], ["first offset", "got 1"]),
+        ("cu_tapes", [4, 4, 7], ["at most 6", "got 7"]),
+        ("max_rows", 2, ["at least 3", "got 2"]),
+    ],
+)
+def test_bad_input_is_refused(argument, value, parts):
+    q = torch.zeros(6, 2, HEAD_DIM, dtype=torch.float16)
+    good = dict(cu_inputs=[0, 3, 4], cu_tapes=[4, 4, 6], max_rows=3)
+    good[argument] = value
+    offsets = {
+        name: torch.tensor(good.pop(name), dtype=torch.int32) for name in ("cu_inputs", "cu_tapes")
+    }
+    with refused(argument, *parts):
+        elastic_attention(q, q, q, **offsets, **good)
+
+
+@pytest.mark.parametrize(
+    ("argument", "head_dim", "dtype", "max_rows", "lse_rows"),
+    [
+        ("q", 32, torch.float16, 3, 6),
+        ("q", 64, torch.float32, 3, 6),
+        ("max_rows", 64, torch.float16, 513, 6),
+        ("max_rows", 64, torch.float16, None, 6),
+        ("lse", 64, torch.float16, 3, 5),
+    ],
+)
+def test_the_kernels_refuse_what_they_cannot_take(argument, head_dim, dtype, max_rows, lse_rows):
+    q = torch.zeros(6, 2, head_dim, dtype=dtype, device=DEVICE)
+    lse = torch.zeros(2, lse_rows, device=DEVICE)
+    *offsets, _ = layout(DEVICE, [3, 1], [0, 2])
+    with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got "):
+        torch.ops.adatape_cuda.elastic_attention_bwd(q, q, q, q, q, lse, *offsets, max_rows, None)
