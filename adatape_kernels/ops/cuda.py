@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.backend import beside_cuda, register_cuda
+from adatape_kernels.backend import beside_cuda, cuda_devices, register_cuda
 from adatape_kernels.ops.dual_ffn import middle_on_host
 from adatape_kernels.ops.tape_gather import check_values
 from adatape_kernels.ops.tape_select import check_bank_lens
@@ -57,3 +57,18 @@ def _dual_ffn_bwd(
     serves = middle_on_host(x, len(hidden), len(tape_hidden))
     function = _kernels.dual_ffn_bwd if serves else beside_cuda("dual_ffn_bwd")
     return function(dy, x, hidden, tape_hidden, *rest)
+
+
+# Without a kernel in C++, so that a model runs under use_backend("cuda"). The tests on the CPU have
+# no need of it.
+_gpu = tuple(device for device in cuda_devices("dual_ffn") if device == "cuda")
+
+
+@register_cuda("add_layer_norm", _gpu)
+def _add_layer_norm(*args: Any) -> tuple[Tensor, ...]:
+    return beside_cuda("add_layer_norm")(*args)
+
+
+@register_cuda("add_layer_norm_bwd", _gpu)
+def _add_layer_norm_bwd(*args: Any) -> tuple[Tensor, ...]:
+    return beside_cuda("add_layer_norm_bwd")(*args)
