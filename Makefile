@@ -13,23 +13,26 @@ cpp_files := $(shell find csrc -type f)
 cuda_host := build/cuda_host/adatape_cuda_host.so
 cuda_host_files := $(wildcard tests/cuda_host/*)
 
+# What emulated threads take too long for, and Triton's interpreter, to which some calls fall back.
+not_slow := and not batch and not threads and not scalars and not many_tiles
 # A copy of the package whose compiled part is built with a sanitizer, and the ops' tests on it.
 # torch itself is not instrumented: its leaks and its pool's synchronisation are not ours to report.
 comma := ,
 site = build/$(2)/site
-kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py dual_ffn.py)
-small_tests := tests/cuda_host/small.py
+kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py \
+  elastic_attention_cuda.py dual_ffn.py)
 define sanitized
 	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/$(2) -G Ninja -DADATAPE_SANITIZE=$(1) \
 	  -DPython_EXECUTABLE=$(abspath $(bin))/python
-	PATH="$(abspath $(bin)):$$PATH" cmake --build build/$(2)
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/$(2) --target all adatape_cuda_host
 	rm -rf $(site) && mkdir -p $(site) && cp -r adatape_kernels $(site) && rm -f $(site)/*/_C*
 	PATH="$(abspath $(bin)):$$PATH" cmake --install build/$(2) --prefix $(site)
 	LD_PRELOAD="$$($(CXX) -print-file-name=lib$(2).so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 \
 	  TSAN_OPTIONS="suppressions=tests/tsan.supp ignore_noninstrumented_modules=1" \
+	  ADATAPE_CUDA_HOST=build/$(2)/adatape_cuda_host.so \
 	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider $(kernel_tests) \
-	  -k "cpp and not compile and not opcheck $(3)" $(ARGS)
+	  -k "not compile and not opcheck and (cpp $(3) or cpu-cuda $(4))" $(ARGS)
 endef
 
 help:  ## show this list
@@ -41,13 +44,23 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto $(ARGS)
 
-asan: $(ready)  ## run the C++ kernels under AddressSanitizer and UBSan
-	$(call sanitized,address$(comma)undefined,asan,)
+asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
+	$(call sanitized,address$(comma)undefined,asan,,$(not_slow))
 
-tsan: $(ready)  ## run the C++ kernels under ThreadSanitizer
-	$(call sanitized,thread,tsan,and threads)
+tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
+	$(call sanitized,thread,tsan,and threads,and matches_the_literal)
 
-audit: $(ready)  ## compile the Triton kernels for GPUs that are not here, and check what comes out
+nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
+	$(bin)/python benchmarks/audit_cuda.py
+
+# Not part of CI, which has no GPU.
+memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	    $(bin)/pytest -q -n 0 $(kernel_tests) -k "cuda-cuda and matches_the_literal" || exit 1; \
+	done
+
+audit: $(ready)  ## compile all kernels for GPUs that are not here, and check what comes out
 	$(bin)/python benchmarks/audit.py $(ARGS)
 
 lint: $(lint_ready)  ## check style and types
@@ -88,4 +101,4 @@ $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
 
-.PHONY: help demo test asan tsan audit lint format clean
+.PHONY: help demo test asan tsan nvcc memcheck audit lint format clean

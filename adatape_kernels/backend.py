@@ -32,8 +32,11 @@ if "ADATAPE_CUDA_HOST" in os.environ:
 _ABSENT = {
     "cpp": _facts.get("why", "the compiled part has no such kernel"),
     "triton": "this version has no such kernel" if _triton.INSTALLED else "triton is not installed",
-    "cuda": _facts.get("why", f"the compiled part's CUDA kernels: {_facts.get('cuda')}"),
+    "cuda": _facts.get("why", _facts.get("cuda", "").removeprefix("none: ")),
 }
+
+if not _facts.get("cuda", "none").startswith("none"):
+    _ABSENT["cuda"] = "the compiled part has no such kernel"
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,18 +168,19 @@ def register_triton(op: str) -> Callable[[Callable], Callable]:
     return register(op, "triton", devices=_triton.DEVICES, dtypes=_triton.DTYPES)
 
 
-def register_cuda(op: str) -> Callable[[Callable], Callable]:
-    """Make the decorated function, which calls `torch.ops.adatape_cuda.<op>`, serve `op`.
+def cuda_devices(op: str) -> tuple[str, ...]:
+    """Return for which devices csrc/cuda has `op`: "cuda" where it is linked, "cpu" in tests."""
+    keys = {"cuda": "CUDA", "cpu": "CPU"}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    exists = hasattr(torch.ops.adatape_cuda, op)
+    return tuple(d for d in keys if exists and has_kernel(f"adatape_cuda::{op}", keys[d]))
 
-    On CUDA where csrc/cuda is linked, on the CPU where tests have loaded it for the host.
-    """
-    kernels = {"cuda": "CUDA", "cpu": "CPU"}
-    devices = tuple(
-        device
-        for device, key in kernels.items()
-        if hasattr(torch.ops.adatape_cuda, op)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(f"adatape_cuda::{op}", key)
-    )
+
+def register_cuda(
+    op: str, devices: tuple[str, ...] | None = None
+) -> Callable[[Callable], Callable]:
+    """Make the decorated function serve `op` on the devices, None for those of its C++ kernels."""
+    devices = cuda_devices(op) if devices is None else devices
     if not devices:
         return lambda function: function
     half_or_float = (torch.float32, torch.float16, torch.bfloat16)

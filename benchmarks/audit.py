@@ -10,6 +10,7 @@ import argparse
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 # The interpreter's functions cannot be compiled; triton chooses when it is imported.
 os.environ["TRITON_INTERPRET"] = "0"
 
+import audit_cuda
 import torch
 import triton
 from audit_cases import CASES, Case
@@ -187,6 +189,11 @@ def main() -> int:
                 print(f"{row.kernel:34}{row.case:34}{cells}", flush=True)
                 for fault in row.faults(CASES[number], before.get(row.key)):
                     faults.append(f"{row.kernel}, {row.case}, sm_{row.arch}: {fault}")
+    if not options.sample and not options.match and shutil.which("nvcc"):
+        for columns, found in audit_cuda.rows():
+            cells = "".join(f"{columns[name]:>11}" for name in names[2:])
+            print(f"{columns['kernel']:34}{columns['case']:34}{cells}", flush=True)
+            faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in found]
     if options.record:
         with RESULTS.open("w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)])

@@ -47,5 +47,5 @@ def refused(argument, *parts, error=ValueError):
 
 
 def interpreted(device):
-    """Whether Triton's interpreter serves: one thread, and milliseconds a program."""
-    return device == "cpu" and current_backend() == "triton"
+    """Whether Triton's interpreter or CUDA's threads on the host serve, one and slow."""
+    return device == "cpu" and current_backend() in ("triton", "cuda")
