@@ -48,7 +48,7 @@ asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
 	$(call sanitized,address$(comma)undefined,asan,,$(not_slow))
 
 tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
-	$(call sanitized,thread,tsan,and threads,and matches_the_literal)
+	$(call sanitized,thread,tsan,and threads,and matches_the_literal_loop and not any)
 
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
 	$(bin)/python benchmarks/audit_cuda.py
