@@ -20,7 +20,8 @@ not_slow := and not batch and not threads and not scalars and not many_tiles
 # torch itself is not instrumented: its leaks and its pool's synchronisation are not ours to report.
 comma := ,
 site = build/$(2)/site
-kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py dual_ffn.py)
+kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py \
+  elastic_attention_cuda.py dual_ffn.py)
 define sanitized
 	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/$(2) -G Ninja -DADATAPE_SANITIZE=$(1) \
 	  -DPython_EXECUTABLE=$(abspath $(bin))/python
@@ -48,7 +49,7 @@ asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
 	$(call sanitized,address$(comma)undefined,asan,,$(not_slow))
 
 tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
-	$(call sanitized,thread,tsan,and threads,and matches_the_literal)
+	$(call sanitized,thread,tsan,and threads,and matches_the_literal_loop and not any)
 
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
 	$(bin)/python benchmarks/audit_cuda.py

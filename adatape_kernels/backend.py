@@ -168,18 +168,19 @@ def register_triton(op: str) -> Callable[[Callable], Callable]:
     return register(op, "triton", devices=_triton.DEVICES, dtypes=_triton.DTYPES)
 
 
-def register_cuda(op: str) -> Callable[[Callable], Callable]:
-    """Make the decorated function, which calls `torch.ops.adatape_cuda.<op>`, serve `op`.
+def cuda_devices(op: str) -> tuple[str, ...]:
+    """Return for which devices csrc/cuda has `op`: "cuda" where it is linked, "cpu" in tests."""
+    keys = {"cuda": "CUDA", "cpu": "CPU"}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    exists = hasattr(torch.ops.adatape_cuda, op)
+    return tuple(d for d in keys if exists and has_kernel(f"adatape_cuda::{op}", keys[d]))
 
-    On CUDA where csrc/cuda is linked, on the CPU where tests have loaded it for the host.
-    """
-    kernels = {"cuda": "CUDA", "cpu": "CPU"}
-    devices = tuple(
-        device
-        for device, key in kernels.items()
-        if hasattr(torch.ops.adatape_cuda, op)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(f"adatape_cuda::{op}", key)
-    )
+
+def register_cuda(
+    op: str, devices: tuple[str, ...] | None = None
+) -> Callable[[Callable], Callable]:
+    """Make the decorated function serve `op` on the devices, None for those of its C++ kernels."""
+    devices = cuda_devices(op) if devices is None else devices
     if not devices:
         return lambda function: function
     half_or_float = (torch.float32, torch.float16, torch.bfloat16)

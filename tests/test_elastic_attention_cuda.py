@@ -3,6 +3,7 @@
 import math
 import mmap
 
+import literal
 import pytest
 import torch
 from checks import assert_close, assert_low_precision, assert_same_bits, refused
@@ -26,7 +27,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 HEAD_DIM = 64
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, params=[f"{DEVICE}-cuda"])
 def cuda_backend():
     with use_backend("cuda"):
         yield
@@ -121,6 +122,18 @@ def test_mma_is_a_product_of_matrices_in_fragments(dtype):
     assert_same_bits(registers.cpu(), expected)
 
 
+def test_matches_the_literal_loop():
+    """A row more than a warp's tile, in two ranges; and a short example."""
+    *offsets, _ = layout(DEVICE, [30, 2], [3, 0])
+    given = qkv(36, 1, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    expected = literal.elastic_attention(*(x.tolist() for x in (*given[:3], *offsets)), 0.125)
+    actual = gradients(elastic_attention, *given, *offsets, max_rows=33)
+    assert_close(actual[0], torch.tensor(expected).view(given[0].shape), 1e-3)
+    wide = gradients(by_reference, *(x.double() for x in given), *offsets)
+    for a, e in zip(actual, wide, strict=True):
+        assert_close(a, e, 1e-3)
+
+
 # On both sides of the bounds of tiles, with tapes that start inside one.
 INPUT_LENS = [1, 13, 16, 0, 0, 31, 30, 33, 60, 64, 50, 1]
 TAPE_LENS = [0, 2, 0, 17, 0, 0, 2, 0, 3, 0, 15, 0]
@@ -135,7 +148,7 @@ def test_every_tail_of_tiles(dtype, scale):
 
 
 @pytest.mark.parametrize(("dtype", "lens"), [(DTYPES[0], [512, 5]), (DTYPES[1], [207, 257])])
-def test_long_examples(dtype, lens):
+def test_examples_of_many_tiles(dtype, lens):
     """Several tiles a warp, and more warps for more rows."""
     *offsets, rows = layout(DEVICE, [n - n // 30 for n in lens], [n // 30 for n in lens])
     given = qkv(sum(lens), 1, HEAD_DIM, device=DEVICE, dtype=dtype)
@@ -184,8 +197,8 @@ def test_scores_of_minus_infinity():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_example_s_bits_depend_on_nothing_else(dtype):
-    """Not on its batch, nor its place in it, nor max_rows, nor NaN in unused rows."""
+def test_an_example_s_bits_do_not_depend_on_its_batch(dtype):
+    """Nor on its place in it, nor on max_rows, nor on NaN in unused rows."""
     input_lens, tape_lens = [1, 17, 0, 70, 64, 50], [0, 10, 5, 7, 0, 1]
     *offsets, rows = layout(DEVICE, input_lens, tape_lens)
     given = qkv(sum(input_lens) + sum(tape_lens), 2, HEAD_DIM, device=DEVICE, dtype=dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.backend import beside_cuda, register_cuda
+from adatape_kernels.backend import beside_cuda, cuda_devices, register_cuda
 from adatape_kernels.ops.dual_ffn import middle_on_host
 from adatape_kernels.ops.elastic_attention import check_examples
 from adatape_kernels.ops.tape_gather import check_values
@@ -99,3 +99,18 @@ def _elastic_attention_bwd(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor,
     serves = _attention_serves(q, rest[-2])
     function = _kernels.elastic_attention_bwd if serves else beside_cuda("elastic_attention_bwd", q)
     return function(dout, q, *rest)
+
+
+# Without a kernel in C++, so that a model runs under use_backend("cuda"). The tests on the CPU have
+# no need of it.
+_gpu = tuple(device for device in cuda_devices("dual_ffn") if device == "cuda")
+
+
+@register_cuda("add_layer_norm", _gpu)
+def _add_layer_norm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return beside_cuda("add_layer_norm", x)(x, *rest)
+
+
+@register_cuda("add_layer_norm_bwd", _gpu)
+def _add_layer_norm_bwd(dtotal: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return beside_cuda("add_layer_norm_bwd", dtotal)(dtotal, *rest)

@@ -343,7 +343,7 @@ def _triton(
     bounds: Tensor | None,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _sliceable(x, max_input_rows, max_tape_rows):
+    if _chosen.products == "grouped" or not middle_on_host(x, max_input_rows, max_tape_rows):
         return dual_ffn_grouped.forward(x, max_input_rows, max_tape_rows, bounds, *parameters)
     y = x.new_empty(x.shape)
     hiddens = []
@@ -381,7 +381,7 @@ def _triton_bwd(
     bounds: Tensor | None,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    if not _sliceable(x, len(hidden), len(tape_hidden)):
+    if _chosen.products == "grouped" or not middle_on_host(x, len(hidden), len(tape_hidden)):
         return dual_ffn_grouped.backward(dy, x, hidden, tape_hidden, bounds, *parameters)
     dx = x.new_empty(x.shape)
     grads: list[Tensor] = []
@@ -414,10 +414,6 @@ def _triton_bwd(
         grads += dhidden.mT @ x_rows, db1.sum(0).to(x.dtype), dy_rows.mT @ act, dy_rows.sum(0)
     dx[len(hidden) + len(tape_hidden) :] = 0
     return dx, *grads, *(x.new_empty(0) for _ in range(8 - len(grads)))
-
-
-def _sliceable(x: Tensor, max_input_rows: int, max_tape_rows: int) -> bool:
-    return _chosen.products == "cublas" and middle_on_host(x, max_input_rows, max_tape_rows)
 
 
 def middle_on_host(x: Tensor, max_input_rows: int, max_tape_rows: int) -> bool:

@@ -3,7 +3,7 @@
 //
 // The blocks of a grid run one after another. The threads of a block are fibers, which change over
 // at barriers and warp collectives, or, under ThreadSanitizer, threads of the system, so that a
-// missing barrier is a race that it reports. What CUDA leaves undefined ends the process with one
+// missing barrier is a race that it reports, if only within a block. What CUDA leaves undefined ends the process with one
 // line: a collective whose mask does not fit the lanes that arrive, or a barrier that some threads
 // of the block never reach.
 
