@@ -1,11 +1,11 @@
 // CUDA on the host, as much as csrc/cuda uses: test-only, included before every .cu file that g++
 // compiles as C++, so that the kernels run on the CPU, under its sanitizers.
 //
-// The blocks of a grid run one after another. The threads of a block are fibers, which change over
-// at barriers and warp collectives, or, under ThreadSanitizer, threads of the system, so that a
-// missing barrier is a race that it reports, if only within a block. What CUDA leaves undefined ends the process with one
-// line: a collective whose mask does not fit the lanes that arrive, or a barrier that some threads
-// of the block never reach.
+// The blocks of a grid run one after another: races between blocks do not show. The threads of a
+// block are fibers, which change over at barriers and warp collectives, or, under ThreadSanitizer,
+// threads of the system, so that a missing barrier is a race that it reports. What CUDA leaves
+// undefined ends the process with one line: a collective whose mask does not fit the lanes that
+// arrive, or a barrier that some threads of the block never reach.
 
 #pragma once
 
