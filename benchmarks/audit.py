@@ -3,7 +3,7 @@
 Every launch of the cases below is recorded on tensors without data, compiled for compute
 capability 8.0, 9.0 and 10.0, and measured: registers, stack (spills), shared memory, and the
 instructions that make it fast. Exit code 1 when a kernel spills, passes a chip's limits, lacks an
-instruction that it must have, or needs more than the row that is recorded in results/audit.csv.
+instruction that it must have, or needs more than the row that is recorded in audit.csv.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 from adatape_kernels import _triton
 
-RESULTS = Path(__file__).parent / "results" / "audit.csv"
+RECORDED = Path(__file__).with_name("audit.csv")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 ARCHS = (80, 90, 100)
@@ -151,10 +151,10 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def recorded() -> dict[tuple[str, str, int], Row]:
     """Read the committed rows."""
-    if not RESULTS.exists():
+    if not RECORDED.exists():
         return {}
     numbers = [field.name for field in fields(Row) if field.type is int]
-    with RESULTS.open(newline="") as file:
+    with RECORDED.open(newline="") as file:
         rows = [Row(**{**row, **{n: int(row[n]) for n in numbers}}) for row in csv.DictReader(file)]
     return {row.key: row for row in rows}
 
@@ -164,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sample", action="store_true", help="a few cases, for sm_90 only")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--record", action="store_true", help="write the rows to results/audit.csv")
+    parser.add_argument("--record", action="store_true", help="write the rows to audit.csv")
     options = parser.parse_args()
     if options.record and (options.sample or options.match):
         parser.error("--record: expected the whole table")
@@ -195,7 +195,7 @@ def main() -> int:
             print(f"{columns['kernel']:34}{columns['case']:34}{cells}", flush=True)
             faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in found]
     if options.record:
-        with RESULTS.open("w", newline="") as file:
+        with RECORDED.open("w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)])
             writer.writeheader()
             writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))

@@ -78,7 +78,8 @@ def test_feed_forwards_and_norm():
     one, two, weight = ffn(16, 16), ffn(24, 12), torch.randn(8)
 
     def layer(x):
-        total, normed = ops.add_layer_norm(x, x, weight, weight)
+        # On a CPU the public function is no op of ours.
+        total, normed, *_ = torch.ops.adatape.add_layer_norm(x, x, weight, weight, 1e-6)
         return total, ops.dual_ffn(normed, 2, one, two)
 
     inputs = [(torch.randn(rows, 8),) for rows in (7, 4, 12)]
