@@ -64,7 +64,9 @@ std::array<Tensor, 4> backward(const Tensor& dy, const Tensor& x, const FFN& ffn
                                const Tensor& hidden_any, const Tensor& dx) {
   const Tensor hidden = dense(hidden_any);
   const Tensor dact = product(dy, ffn.w2);
-  const Tensor dhidden = new_output(x, {x.size(0), hidden.size(1)}, x.scalar_type());
+  // In place where each element follows from its own.
+  const Tensor dhidden =
+      ffn.gates == 1 ? dact : new_output(x, {x.size(0), hidden.size(1)}, x.scalar_type());
   const Tensor act = new_output(x, {x.size(0), ffn.w2.size(1)}, x.scalar_type());
   ActParams p{};
   p.hidden = hidden.data_ptr(), p.act = act.data_ptr();

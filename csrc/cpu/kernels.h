@@ -73,7 +73,7 @@ struct ActParams {
   const void* bias;  // forward only
   void* act;         // (rows, width)
   const void* dact;  // backward only, as act
-  void* dhidden;     // backward only, as hidden
+  void* dhidden;     // backward only, as hidden; of a GELU it may be dact
   int64_t width;
   DType dtype;
 };
