@@ -11,6 +11,8 @@ from adatape_kernels.ops import add_layer_norm
 
 OP = "add_layer_norm"
 
+pytestmark = pytest.mark.usefixtures("not_handed_over")
+
 # On the CPU the function has no op in it.
 both_ways = pytest.mark.parametrize(
     "call", [add_layer_norm, torch.ops.adatape.add_layer_norm], ids=["function", "op"]

@@ -20,13 +20,7 @@ OP = "elastic_attention"
 INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]
 
 
-@pytest.fixture(autouse=True)
-def handed_over(request):
-    """Skip what CUDA C++ hands to Triton, whose interpreter runs it anyway."""
-    if "device" in request.fixturenames:
-        device = request.getfixturevalue("device")
-        if device == "cpu" and current_backend() == "cuda":
-            pytest.skip("Triton takes these shapes; test_elastic_attention_cuda.py has the others")
+pytestmark = pytest.mark.usefixtures("not_handed_over")
 
 
 def layout(device, input_lens=INPUT_LENS, tape_lens=TAPE_LENS, unused=0):
