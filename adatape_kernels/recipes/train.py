@@ -156,7 +156,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192, "epochs": 10,
     },
     "fashion-mnist": {
-        "patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192, "epochs": 36,
+        "patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192, "epochs": 32,
     },
     "cifar10": {
         "patch": 4, "bank_patch": 4, "dim": 128, "depth": 6, "heads": 4, "ffn": 256, "epochs": 30,

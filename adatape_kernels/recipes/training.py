@@ -68,7 +68,9 @@ class Plan:
 
     def optimizer(self, model: nn.Module) -> AdamW:
         """Return a new optimizer of the model's parameters."""
-        return AdamW(model.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return AdamW(
+            model.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
 
 
 @dataclass(frozen=True)
