@@ -60,6 +60,14 @@ class Implementation:
 
 _library = torch.library.Library("adatape", "DEF")
 _implementations: dict[str, dict[str, Implementation]] = {}
+# Each op's function below autograd.
+_runs: dict[str, Callable[..., Any]] = {}
+# Of calls in which nothing but one device's kernel is left to be dispatched to: no mode that wants
+# to see the op, no subclass, no transform.
+_PLAIN = {
+    torch._C.DispatchKeySet(key).raw_repr()
+    for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+}
 # What `choose` found: by op, forced backend, device type and dtype.
 _chosen: dict[tuple[str, str | None, str, torch.dtype], Callable[..., Any]] = {}
 
@@ -81,9 +89,11 @@ def define_op(schema: str, fake: Callable[..., Any]) -> Any:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
-        key = (name, _forced.backend, args[0].device.type, args[0].dtype)
-        return (_chosen.get(key) or choose(name, args[0]))(*args)
+        tensor = args[0]
+        key = (name, _forced.backend, tensor.device.type, tensor.dtype)
+        return (_chosen.get(key) or choose(name, tensor))(*args)
 
+    _runs[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adatape::{name}", fake, lib=_library)
     return getattr(torch.ops.adatape, name).default
@@ -96,6 +106,7 @@ def define_composed(schema: str, function: Callable[..., Any]) -> Any:
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _runs[name] = function
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adatape::{name}", function, lib=_library)
     return getattr(torch.ops.adatape, name).default
@@ -106,19 +117,41 @@ def define_autograd(name: str, backward: Callable, setup_context: Callable) -> N
 
     Where nothing is forced around the backward, as on the threads that autograd has for a GPU, it
     runs on the backend that was forced around the forward.
-    """
 
-    def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    `torch.library.register_autograd` would do, but goes through the dispatcher a second time; here
+    a call on plain tensors ends at once in what serves it (benchmarks/bench_dispatch.py).
+    """
+    op, run = getattr(torch.ops.adatape, name).default, _runs[name]
+
+    def below_autograd(keys: Any, args: tuple) -> Any:
+        keys = keys & torch._C._after_autograd_keyset
+        if keys.raw_repr() in _PLAIN:
+            return run(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys, *args)
+
+    def forward(ctx: Any, keys: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = below_autograd(keys, args)
         ctx.forced_backend = _forced.backend
-        setup_context(ctx, inputs, output)
+        setup_context(ctx, args, output)
+        return output
 
     def derivative(ctx: Any, *grads: Any) -> Any:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         with use_backend(_forced.backend or ctx.forced_backend):
-            return backward(ctx, *grads)
+            return None, *backward(ctx, *grads)
 
-    torch.library.register_autograd(
-        f"adatape::{name}", derivative, setup_context=setup, lib=_library
-    )
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    differentiable: Any = type(f"adatape_{name}", (torch.autograd.Function,), functions)
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable.apply(keys, *args)
+        return below_autograd(keys, args)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def register(

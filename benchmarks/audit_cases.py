@@ -121,7 +121,7 @@ def _cases() -> Iterator[Case]:
             "_tape_gather_fwd_kernel": ("load128", "store128"),
             "_tape_gather_bwd_kernel": ("load128",),
             "_scatter_own_kernel": ("load128", "store128"),
-            "_scatter_rows_kernel": ("load128", "store128"),
+            "_scatter_runs_kernel": ("load128", "store128"),
         }
         for bank, shape, batch in (
             ("input 784 × 384", (256, 784, 384), 256),

@@ -100,15 +100,11 @@ _NONE = (None, None, None, None)
 def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
     dim, hidden, dtype, device = x.shape[1], ffn[0].shape[0] // gates, x.dtype, x.device
     shapes = ((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))
-    for index, parameter in enumerate(ffn):
-        if (
-            parameter.shape != shapes[index]
-            or parameter.dtype != dtype
-            or parameter.device != device
-        ):
+    for field, shape, given in zip(FFN._fields, shapes, ffn, strict=True):
+        if given.shape != shape or given.dtype != dtype or given.device != device:
             raise ValueError(
-                f"{name}.{FFN._fields[index]}: expected {dtype} {shapes[index]} on {device} to "
-                f"fit x, got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
+                f"{name}.{field}: expected {dtype} {shape} on {device} to "
+                f"fit x, got {given.dtype} {tuple(given.shape)} on {given.device}"
             )
 
 
@@ -450,6 +446,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, _, bounds, *parameters = inputs
     _, hidden, tape_hidden = output
     ctx.save_for_backward(x, hidden, tape_hidden, bounds, *parameters)
+    ctx.set_materialize_grads(False)  # the pre-activations have none, and are large
     ctx.products = _chosen.products
 
 

@@ -57,15 +57,16 @@ def elastic_attention(
 
     Source: SPEC 6.
     """
-    if q.dim() != 3 or not q.is_floating_point() or q.shape[2] == 0:
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 3 or not dtype.is_floating_point or shape[2] == 0:
         raise ValueError(
             "q: expected floating-point (rows, num_heads, head_dim), head_dim at least 1, "
-            f"got {q.dtype} {tuple(q.shape)}"
+            f"got {dtype} {tuple(shape)}"
         )
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape or tensor.dtype != q.dtype or tensor.device != q.device:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
-                f"{name}: expected {q.dtype} {tuple(q.shape)} on {q.device} like q, "
+                f"{name}: expected {dtype} {tuple(shape)} on {device} like q, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
     check_offsets_tensor("cu_inputs", cu_inputs, q)
@@ -452,6 +453,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, cu_inputs, cu_tapes, ctx.max_rows, ctx.softmax_scale = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_inputs, cu_tapes)
+    ctx.set_materialize_grads(False)  # lse has none
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple:

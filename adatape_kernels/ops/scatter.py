@@ -34,7 +34,7 @@ def scatter_rows(
             among the entries, flattened.
         weights: as many float32 factors; None for 1.
         ordered: sum in a fixed order, so that equal input gives equal bits; else, in a shared bank,
-            by atomics in whatever order they come.
+            in whatever order its contributions come, which spares sorting them.
 
     Returns:
         ([batch,] bank_size, width), zero for entries without a contribution.
@@ -42,26 +42,68 @@ def scatter_rows(
     width = rows.shape[1]
     blocks_d = triton.cdiv(width, _BLOCK_D)
     options = {"VECTOR": vector(rows), "BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D, "num_warps": 4}
-    if entries.dim() == 1 and ordered:
+    if entries.dim() == 1:
         out = rows.new_empty(bank_size, width, dtype=dtype)
-        # Stable, so that the contributions of an entry keep their order.
-        in_order, order = torch.sort(entries, stable=True)
-        limits = torch.arange(bank_size + 1, dtype=torch.int32, device=entries.device)
-        runs = torch.searchsorted(in_order, limits, out_int32=True)
+        order, runs = (_in_order if ordered else _in_any_order)(entries, bank_size)
         tensors = (rows, order, runs, row_of, weights, out)
         grid = (bank_size, blocks_d)
         launch(_scatter_runs_kernel, grid, *tensors, rows.stride(0), width, **options)
         return out
-    if entries.dim() == 1:
-        kernel, batch = _scatter_atomic_kernel, 1
-        out = rows.new_zeros(bank_size, width, dtype=torch.float32)
-    else:
-        kernel, batch = _scatter_own_kernel, len(entries)
-        out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
-    sizes = (rows.stride(0), entries.shape[-1], bank_size, width)
-    grid = (batch * triton.cdiv(entries.shape[-1], _BLOCK_N), blocks_d)
-    launch(kernel, grid, rows, entries, row_of, weights, out, *sizes, **options)
-    return out.to(dtype)
+    batch, num_contributions = entries.shape
+    out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
+    sizes = (rows.stride(0), num_contributions, bank_size, width)
+    grid = (batch * triton.cdiv(num_contributions, _BLOCK_N), blocks_d)
+    launch(_scatter_own_kernel, grid, rows, entries, row_of, weights, out, *sizes, **options)
+    return out
+
+
+def _in_order(entries: Tensor, bank_size: int) -> tuple[Tensor, Tensor]:
+    """Return the contributions by entry and, in it, by place; and where each entry's run begins."""
+    in_order, order = torch.sort(entries, stable=True)
+    limits = torch.arange(bank_size + 1, dtype=torch.int32, device=entries.device)
+    return order, torch.searchsorted(in_order, limits, out_int32=True)
+
+
+def _in_any_order(entries: Tensor, bank_size: int) -> tuple[Tensor, Tensor]:
+    """As `_in_order`, but a run's contributions stand in the order in which they were counted."""
+    counts = entries.new_zeros(bank_size + 1)
+    ranks, order = entries.new_empty(2, len(entries))
+    grid = (triton.cdiv(len(entries), _BLOCK_COUNTS),)
+    options = {"BLOCK": _BLOCK_COUNTS, "num_warps": 4}
+    launch(_count_kernel, grid, entries, counts, ranks, len(entries), bank_size, **options)
+    runs = counts.cumsum(0, dtype=torch.int32)
+    launch(_place_kernel, grid, entries, runs, ranks, order, len(entries), bank_size, **options)
+    return order, runs
+
+
+_BLOCK_COUNTS = 256
+
+
+@triton.jit
+def _count_kernel(
+    entries_ptr, counts_ptr, ranks_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
+):
+    """Count the contributions of entry m in counts[m + 1]; note how many each one found there."""
+    offs, entry, mask = _entries(entries_ptr, num_contributions, bank_size, BLOCK)
+    rank = tl.atomic_add(counts_ptr + entry + 1, 1, mask, sem="relaxed")
+    tl.store(ranks_ptr + offs, rank, mask)
+
+
+@triton.jit
+def _place_kernel(
+    entries_ptr, runs_ptr, ranks_ptr, order_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
+):
+    """Put every contribution into its entry's run."""
+    offs, entry, mask = _entries(entries_ptr, num_contributions, bank_size, BLOCK)
+    place = tl.load(runs_ptr + entry, mask, other=0) + tl.load(ranks_ptr + offs, mask, other=0)
+    tl.store(order_ptr + place, offs, mask)
+
+
+@triton.jit
+def _entries(entries_ptr, num_contributions, bank_size, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.load(entries_ptr + offs, offs < num_contributions, other=bank_size)
+    return offs, entry, (entry >= 0) & (entry < bank_size)
 
 
 @triton.jit
@@ -93,35 +135,6 @@ def _scatter_runs_kernel(
         )
     out_ptrs = out_ptr + tl.multiple_of(entry.to(tl.int64) * width, VECTOR) + offs_d
     tl.store(out_ptrs, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask_d)
-
-
-@triton.jit
-def _scatter_atomic_kernel(
-    rows_ptr,
-    entries_ptr,
-    row_of_ptr,
-    weights_ptr,
-    out_ptr,
-    stride_r,
-    num_contributions,
-    bank_size,
-    width,
-    VECTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Add a block of contributions, each to its entry."""
-    taken = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = tl.max_constancy(offs_d < width, VECTOR)
-    entry = tl.load(entries_ptr + taken, taken < num_contributions, other=bank_size)
-    mask_n = (entry >= 0) & (entry < bank_size)
-    part = _contributions(
-        rows_ptr, row_of_ptr, weights_ptr, taken, mask_n, offs_d, mask_d, stride_r, VECTOR
-    )
-    start = tl.multiple_of(entry.to(tl.int64) * width, VECTOR)
-    mask = mask_n[:, None] & mask_d
-    tl.atomic_add(out_ptr + start[:, None] + offs_d, part, mask, sem="relaxed")
 
 
 @triton.jit

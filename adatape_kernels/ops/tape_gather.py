@@ -58,34 +58,34 @@ def tape_gather(
 
     Source: SPEC 4; scenic adatape/layers.py, ACTFunction.act_step.
     """
-    if bank.dim() not in (2, 3) or not bank.is_floating_point():
+    bank_shape, shape, dtype = bank.shape, indices.shape, bank.dtype
+    if len(bank_shape) not in (2, 3) or not dtype.is_floating_point:
         raise ValueError(
             "bank: expected floating-point ([batch,] bank_size, dim), "
-            f"got {bank.dtype} {tuple(bank.shape)}"
+            f"got {dtype} {tuple(bank_shape)}"
         )
-    if indices.dim() != 3 or indices.dtype != torch.int32:
+    if len(shape) != 3 or indices.dtype != torch.int32:
         raise ValueError(
             "indices: expected int32 (batch, num_tape_tokens, topk), "
-            f"got {indices.dtype} {tuple(indices.shape)}"
+            f"got {indices.dtype} {tuple(shape)}"
         )
-    if bank.dim() == 3 and bank.shape[0] != indices.shape[0]:
+    batch = shape[0]
+    if len(bank_shape) == 3 and bank_shape[0] != batch:
+        raise ValueError(f"bank: expected batch {batch} like indices, got {tuple(bank_shape)}")
+    if weights.shape != shape or weights.dtype != wide_dtype(dtype):
         raise ValueError(
-            f"bank: expected batch {indices.shape[0]} like indices, got {tuple(bank.shape)}"
-        )
-    if weights.shape != indices.shape or weights.dtype != wide_dtype(bank.dtype):
-        raise ValueError(
-            f"weights: expected {wide_dtype(bank.dtype)} {tuple(indices.shape)} like indices, "
+            f"weights: expected {wide_dtype(dtype)} {tuple(shape)} like indices, "
             f"got {weights.dtype} {tuple(weights.shape)}"
         )
-    if counts.shape != indices.shape[:1] or counts.dtype != torch.int32:
+    if counts.shape != (batch,) or counts.dtype != torch.int32:
         raise ValueError(
-            f"counts: expected int32 ({indices.shape[0]},), "
-            f"got {counts.dtype} {tuple(counts.shape)}"
+            f"counts: expected int32 ({batch},), got {counts.dtype} {tuple(counts.shape)}"
         )
     check_capacity(capacity)
+    device = bank.device
     for name, tensor in (("indices", indices), ("weights", weights), ("counts", counts)):
-        if tensor.device != bank.device:
-            raise ValueError(f"{name}: expected a tensor on {bank.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
     return _tape_gather(bank, indices, weights, counts, capacity)
 
 

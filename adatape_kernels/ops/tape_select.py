@@ -82,24 +82,26 @@ def check_arguments(
     name: str = "keys",
 ) -> None:
     """Raise ValueError, as `tape_select` says, where `keys` has the name of what they come from."""
-    if query.dim() != 2 or not query.is_floating_point() or query.shape[1] == 0:
+    shape, keys_shape, dtype = query.shape, keys.shape, query.dtype
+    if len(shape) != 2 or not dtype.is_floating_point or shape[1] == 0:
         raise ValueError(
             "query: expected floating-point (batch, key_dim), key_dim at least 1, "
-            f"got {query.dtype} {_shape(query)}"
+            f"got {dtype} {tuple(shape)}"
         )
-    batch, key_dim = query.shape
-    if keys.dim() not in (2, 3) or keys.shape[-1] != key_dim:
-        raise ValueError(f"{name}: expected ([batch,] bank_size, {key_dim}), got {_shape(keys)}")
-    if keys.dim() == 3 and keys.shape[0] != batch:
-        raise ValueError(f"{name}: expected batch {batch} like query, got {_shape(keys)}")
-    if keys.dtype != query.dtype:
-        raise ValueError(f"{name}: expected {query.dtype} like query, got {keys.dtype}")
+    batch, key_dim = shape
+    if len(keys_shape) not in (2, 3) or keys_shape[-1] != key_dim:
+        raise ValueError(
+            f"{name}: expected ([batch,] bank_size, {key_dim}), got {tuple(keys_shape)}"
+        )
+    if len(keys_shape) == 3 and keys_shape[0] != batch:
+        raise ValueError(f"{name}: expected batch {batch} like query, got {tuple(keys_shape)}")
+    if keys.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype} like query, got {keys.dtype}")
     if not 1 <= topk <= MAX_TOPK:
         raise ValueError(f"topk: expected 1 to {MAX_TOPK}, got {topk}")
-    if keys.shape[-2] < topk:
-        raise ValueError(
-            f"{name}: expected at least topk = {topk} bank entries, got {keys.shape[-2]}"
-        )
+    bank_size = keys_shape[-2]
+    if bank_size < topk:
+        raise ValueError(f"{name}: expected at least topk = {topk} bank entries, got {bank_size}")
     if num_tape_tokens < 0:
         raise ValueError(f"num_tape_tokens: expected 0 or more, got {num_tape_tokens}")
     if halt_threshold != halt_threshold:
@@ -107,28 +109,23 @@ def check_arguments(
     if loss_type not in ("entropy", "max"):
         raise ValueError(f"loss_type: expected 'entropy' or 'max', got {loss_type!r}")
     if read_mask is not None and (
-        read_mask.dtype != torch.bool or read_mask.shape != (batch, keys.shape[-2])
+        read_mask.dtype != torch.bool or read_mask.shape != (batch, bank_size)
     ):
         raise ValueError(
-            f"read_mask: expected bool ({batch}, {keys.shape[-2]}), "
-            f"got {read_mask.dtype} {_shape(read_mask)}"
+            f"read_mask: expected bool ({batch}, {bank_size}), "
+            f"got {read_mask.dtype} {tuple(read_mask.shape)}"
         )
     if bank_lens is not None and (
         bank_lens.dtype not in (torch.int32, torch.int64) or bank_lens.shape != (batch,)
     ):
         raise ValueError(
             f"bank_lens: expected int32 or int64 ({batch},), "
-            f"got {bank_lens.dtype} {_shape(bank_lens)}"
+            f"got {bank_lens.dtype} {tuple(bank_lens.shape)}"
         )
+    device = query.device
     for argument, tensor in ((name, keys), ("read_mask", read_mask), ("bank_lens", bank_lens)):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(
-                f"{argument}: expected a tensor on {query.device}, got {tensor.device}"
-            )
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{argument}: expected a tensor on {device}, got {tensor.device}")
 
 
 @triton.jit

@@ -59,24 +59,28 @@ void forward(const Tensor& x, const FFN& ffn, const Tensor& hidden, const Tensor
   run(p, rows, kernels().bias);
 }
 
-// Writes dx of a run of rows; returns the gradients of w1, b1, w2 and b2.
+// Writes dx of a run of rows; returns the gradients of w1, b1, w2 and b2. Beside the saved
+// pre-activations one matrix of their size is held at a time: the activation, until w2 has its
+// gradient, then what flows back through it.
 std::array<Tensor, 4> backward(const Tensor& dy, const Tensor& x, const FFN& ffn,
                                const Tensor& hidden_any, const Tensor& dx) {
   const Tensor hidden = dense(hidden_any);
-  const Tensor dact = product(dy, ffn.w2);
-  // In place where each element follows from its own.
-  const Tensor dhidden =
-      ffn.gates == 1 ? dact : new_output(x, {x.size(0), hidden.size(1)}, x.scalar_type());
   const Tensor act = new_output(x, {x.size(0), ffn.w2.size(1)}, x.scalar_type());
   ActParams p{};
   p.hidden = hidden.data_ptr(), p.act = act.data_ptr();
-  p.dact = dact.data_ptr(), p.dhidden = dhidden.data_ptr();
   p.width = act.size(1);
   p.dtype = dtype_of(x);
+  run(p, x.size(0), ffn.forward);
+  const Tensor dw2 = product(transposed(dy), act);
+  const Tensor& dact = act;
+  multiply(dy, ffn.w2, dact);
+  // In place where each element follows from its own.
+  const Tensor dhidden =
+      ffn.gates == 1 ? dact : new_output(x, {x.size(0), hidden.size(1)}, x.scalar_type());
+  p.dact = dact.data_ptr(), p.dhidden = dhidden.data_ptr();
   run(p, x.size(0), ffn.backward);
   multiply(dhidden, ffn.w1, dx);
-  return {product(transposed(dhidden), x), column_sums(dhidden), product(transposed(dy), act),
-          column_sums(dy)};
+  return {product(transposed(dhidden), x), column_sums(dhidden), dw2, column_sums(dy)};
 }
 
 // How many input and tape rows there are: the bounds, unless a tensor holds the numbers.

@@ -70,8 +70,8 @@ struct GatherParams {
 // Contiguous matrices; an activation kernel takes rows first … first + count of them.
 struct ActParams {
   void* hidden;
-  const void* bias;  // forward only
-  void* act;         // (rows, width)
+  const void* bias;  // forward only; null where hidden has it already
+  void* act;         // (rows, width), forward only
   const void* dact;  // backward only, as act
   void* dhidden;     // backward only, as hidden; of a GELU it may be dact
   int64_t width;
@@ -120,7 +120,7 @@ struct Kernels {
   void (*bias)(const ActParams&, int64_t first, int64_t count);
   // hidden (rows, width) += bias (width,); act = gelu(hidden).
   void (*bias_gelu)(const ActParams&, int64_t first, int64_t count);
-  // dhidden and act from dact and hidden.
+  // dhidden from dact and hidden.
   void (*gelu_bwd)(const ActParams&, int64_t first, int64_t count);
   // hidden (rows, 2 · width) = [a, g] += bias (2 · width,); act (rows, width) = a · sigmoid(g).
   void (*bias_glu)(const ActParams&, int64_t first, int64_t count);

@@ -66,7 +66,9 @@ void gelu_forward(const ActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const Rows<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
-      write(row.hidden + c, read(row.hidden + c, lanes) + read(row.bias + c, lanes), lanes);
+      if (p.bias) {
+        write(row.hidden + c, read(row.hidden + c, lanes) + read(row.bias + c, lanes), lanes);
+      }
       // What is saved is what is used, so that the backward recomputes the same activation.
       write(row.act + c, gelu(read(row.hidden + c, lanes)), lanes);
     });
@@ -78,9 +80,8 @@ void gelu_backward(const ActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const Rows<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
-      const Vec x = read(row.hidden + c, lanes);
-      write(row.act + c, gelu(x), lanes);
-      write(row.dhidden + c, read(row.dact + c, lanes) * gelu_slope(x), lanes);
+      const Vec slope = gelu_slope(read(row.hidden + c, lanes));
+      write(row.dhidden + c, read(row.dact + c, lanes) * slope, lanes);
     });
   }
 }
@@ -89,7 +90,7 @@ template <class T>
 void glu_forward(const ActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const Rows<T> row(p, r, 2 * p.width);
-    for_columns(2 * p.width, [&](int64_t c, int lanes) {
+    for_columns(p.bias ? 2 * p.width : 0, [&](int64_t c, int lanes) {
       write(row.hidden + c, read(row.hidden + c, lanes) + read(row.bias + c, lanes), lanes);
     });
     for_columns(p.width, [&](int64_t c, int lanes) {
@@ -106,7 +107,6 @@ void glu_backward(const ActParams& p, int64_t first, int64_t count) {
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), s = sigmoid(read(row.hidden + p.width + c, lanes));
       const Vec dact = read(row.dact + c, lanes);
-      write(row.act + c, a * s, lanes);
       write(row.dhidden + c, dact * s, lanes);
       write(row.dhidden + p.width + c, dact * a * s * (1.0f - s), lanes);
     });
