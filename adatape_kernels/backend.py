@@ -175,20 +175,21 @@ def register_compiled(op: str) -> None:
     """Serve `op` on the CPU by the compiled part's op of the same name, if it is there."""
     if _facts["compiled"] != "yes":
         return
-    function = _with_value_errors(getattr(torch.ops.adatape_cpu, op).default)
+    function = _with_value_errors(op, getattr(torch.ops.adatape_cpu, op).default)
     register(op, "cpp", devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))(function)
 
 
-def _with_value_errors(function: Callable) -> Callable:
-    """C++ has no ValueError to throw through torch; its message has the form of ours."""
+def _with_value_errors(op: str, function: Callable) -> Callable:
+    """C++ has no ValueError to throw through torch, nor the op's name at hand for the message."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         try:
             return function(*args)
         except RuntimeError as error:
-            if ": expected " in str(error):
-                raise ValueError(str(error).partition("\n")[0]) from None
+            message = str(error).partition("\n")[0]
+            if ": expected " in message:
+                raise ValueError(f"{op}: {message}") from None
             raise
 
     return run
@@ -218,7 +219,7 @@ def register_cuda(
         return lambda function: function
     half_or_float = (torch.float32, torch.float16, torch.bfloat16)
     decorate = register(op, "cuda", devices=devices, dtypes=half_or_float)
-    return lambda function: decorate(_with_value_errors(function))
+    return lambda function: decorate(_with_value_errors(op, function))
 
 
 def beside_cuda(op: str, tensor: torch.Tensor) -> Callable[..., Any]:

@@ -164,10 +164,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sample", action="store_true", help="a few cases, for sm_90 only")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--record", action="store_true", help="write the rows to audit.csv")
+    parser.add_argument("--record", action="store_true", help="put the rows into audit.csv")
     options = parser.parse_args()
-    if options.record and (options.sample or options.match):
-        parser.error("--record: expected the whole table")
+    if options.record and options.sample:
+        parser.error("--record: expected every architecture, got --sample")
 
     chosen = [
         (number, arch)
@@ -176,6 +176,7 @@ def main() -> int:
         if options.match in case.name and (case.sample or not options.sample)
     ]
     before = {} if options.record else recorded()
+    kept = [row for row in recorded().values() if options.match not in row.case]
     names = [field.name for field in fields(Row) if field.name != "triton"]
     print(f"{'kernel':34}{'case':34}" + "".join(f"{name:>11}" for name in names[2:]))
     rows, faults = [], []
@@ -194,13 +195,15 @@ def main() -> int:
             cells = "".join(f"{columns[name]:>11}" for name in names[2:])
             print(f"{columns['kernel']:34}{columns['case']:34}{cells}", flush=True)
             faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in found]
+    compiled = len(rows)
     if options.record:
         with RECORDED.open("w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)])
             writer.writeheader()
+            rows += kept
             writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
-    print("\n".join(["", *faults, f"{len(rows)} kernels compiled, {len(faults)} faults"]))
-    return 1 if faults or not rows else 0
+    print("\n".join(["", *faults, f"{compiled} kernels compiled, {len(faults)} faults"]))
+    return 1 if faults or not compiled else 0
 
 
 if __name__ == "__main__":

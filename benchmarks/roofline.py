@@ -247,7 +247,7 @@ def reading(
     written = steps * batch * row
     yield Line("tape_gather", shape, Work(touched * row + written + 8 * read), gather, limited=True)
     needed = Work((touched + entries) * row + written + 12 * read)
-    yield Line("tape_gather_bwd", shape, needed, gather_bwd, limited=not shared)
+    yield Line("tape_gather_bwd", shape, needed, gather_bwd, limited=True)
 
 
 def feed_forwards(

@@ -1,6 +1,7 @@
 """Comparisons that several test files share."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -35,11 +36,11 @@ def assert_low_precision(actual, plain, exact, floor):
 
 @contextlib.contextmanager
 def refused(argument, *parts, error=ValueError):
-    """One line that names the argument, what was expected and what came."""
+    """One line that names the argument, what was expected and what came; from C++, the op too."""
     with pytest.raises(error) as info:
         yield
     message = str(info.value)
-    assert message.startswith(f"{argument}: expected "), message
+    assert re.match(rf"(\w+: )?{re.escape(argument)}: expected ", message), message
     assert ", got " in message, message
     assert "\n" not in message, message
     for part in parts:

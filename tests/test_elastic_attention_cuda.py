@@ -336,6 +336,52 @@ def test_bad_input_is_refused(argument, value, parts):
         elastic_attention(q, q, q, **offsets, **good)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_example_longer_than_max_rows_turns_nan(dtype):
+    """Where nobody looks at the offsets, as on a GPU: what lies behind the bound, up to a step, and
+    all gradients. Its neighbours are as ever."""
+    *offsets, rows = layout(DEVICE, [4, 30, 17, 0], [2, 7, 0, 0])
+    q, k, v, dout = qkv(62, 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    kernels, backward = torch.ops.adatape_cuda, torch.ops.adatape_cuda.elastic_attention_bwd
+    whole = kernels.elastic_attention(q, k, v, *offsets, 37, None)
+    cut = kernels.elastic_attention(q, k, v, *offsets, 20, None)
+    expected = whole[0], *backward(dout, q, k, v, *whole, *offsets, 37, None)
+    actual = cut[0], *backward(dout, q, k, v, *whole, *offsets, 20, None)
+    others = rows[0] + rows[2]
+    for n, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert e.isfinite().all()
+        assert_same_bits(a[others], e[others])
+        assert a[rows[1][0 if n else 32 :]].isnan().all() and not a[60:].any()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
+def test_opcheck(requires_grad):
+    *offsets, _ = layout(DEVICE, [4, 30, 0], [2, 3, 0])
+    q, k, v, dout = qkv(40, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    given = [x.clone().requires_grad_(requires_grad) for x in (q, k, v)]
+    args = (*given, *offsets, 33, None)
+    torch.library.opcheck(torch.ops.adatape.elastic_attention.default, args)
+    out, lse = torch.ops.adatape.elastic_attention(q, k, v, *offsets, 33, None)
+    args = (dout, q, k, v, out, lse, *offsets, 33, 0.5)
+    torch.library.opcheck(torch.ops.adatape.elastic_attention_bwd.default, args)
+
+
+def test_compiles_once_for_all_sizes(fresh_compiler):
+    @torch.compile(fullgraph=True, dynamic=True)
+    def compiled(*args, max_rows):
+        return elastic_attention(*args, max_rows=max_rows)
+
+    for n, (input_lens, tape_lens) in enumerate([([4, 3], [2, 30]), ([5, 1, 9], [2, 0, 4])]):
+        *offsets, rows = layout(DEVICE, input_lens, tape_lens)
+        given = qkv(sum(map(len, rows)) + n, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+        longest = max(map(len, rows))
+        with torch.compiler.set_stance("fail_on_recompile" if n else "default"):
+            actual = gradients(compiled, *given, *offsets, max_rows=longest)
+        expected = gradients(elastic_attention, *given, *offsets, max_rows=longest)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+
+
 @pytest.mark.parametrize(
     ("argument", "head_dim", "dtype", "max_rows", "lse_rows"),
     [

@@ -51,7 +51,8 @@ def elastic_attention(
     Raises:
         ValueError: a shape, dtype or device differs from the above, the offsets do not ascend,
             do not join or pass the number of rows, or an example has more than max_rows. On a GPU
-            Triton's kernels leave these values unseen: wrong offsets attend to wrong rows.
+            these values stay unseen: wrong offsets attend to wrong rows, and an example of more
+            than max_rows gets what it should or, from CUDA C++, NaN.
 
     Differentiable in q, k and v.
 

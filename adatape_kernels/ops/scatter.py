@@ -8,8 +8,10 @@ from torch import Tensor
 
 from adatape_kernels._triton import launch, tl, triton, vector
 
-# Contributions that a program has under way at once, and the features of its block.
+# Contributions that a program has under way at once, and the features of its block. Runs of one
+# entry are short, and have a warp each, whose lanes then move 16 bytes at a time.
 _BLOCK_N, _BLOCK_D = 8, 256
+_BLOCK_RUN = 4
 
 
 def scatter_rows(
@@ -41,19 +43,22 @@ def scatter_rows(
     """
     width = rows.shape[1]
     blocks_d = triton.cdiv(width, _BLOCK_D)
-    options = {"VECTOR": vector(rows), "BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D, "num_warps": 4}
+    options = {"VECTOR": vector(rows), "BLOCK_D": _BLOCK_D}
     if entries.dim() == 1:
         out = rows.new_empty(bank_size, width, dtype=dtype)
         order, runs = (_in_order if ordered else _in_any_order)(entries, bank_size)
         tensors = (rows, order, runs, row_of, weights, out)
         grid = (bank_size, blocks_d)
+        options |= {"BLOCK_N": _BLOCK_RUN, "num_warps": 1}
         launch(_scatter_runs_kernel, grid, *tensors, rows.stride(0), width, **options)
         return out
     batch, num_contributions = entries.shape
     out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
     sizes = (rows.stride(0), num_contributions, bank_size, width)
     grid = (batch * triton.cdiv(num_contributions, _BLOCK_N), blocks_d)
-    launch(_scatter_own_kernel, grid, rows, entries, row_of, weights, out, *sizes, **options)
+    tensors = (rows, entries, row_of, weights, out)
+    options |= {"BLOCK_N": _BLOCK_N, "num_warps": 4}
+    launch(_scatter_own_kernel, grid, *tensors, *sizes, **options)
     return out
 
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "../ptx.cuh"
 
@@ -214,6 +215,28 @@ __device__ __forceinline__ void share(int64_t first, int64_t end, const F& f) {
 
 __device__ __forceinline__ int64_t first_unused(const AttentionParams& p) {
   return clamp(p.cu_tapes[p.batch], 0, p.rows);
+}
+
+// Whether the block's example is longer than max_rows said. Then its rows become NaN: nobody can
+// refuse it without a copy to the host, and its first rows alone do not give its attention.
+__device__ __forceinline__ bool spoiled(const AttentionParams& p,
+                                        std::initializer_list<HeadRows> results) {
+  constexpr uint32_t kNaNs = 0x7fff7fff;  // two of them, float16 or bfloat16
+  const int i = static_cast<int>(blockIdx.x) / p.num_heads;
+  const int head = static_cast<int>(blockIdx.x) % p.num_heads;
+  const int64_t inputs = int64_t{p.cu_inputs[i + 1]} - p.cu_inputs[i];
+  const int64_t tapes = int64_t{p.cu_tapes[i + 1]} - p.cu_tapes[i];
+  if (inputs + tapes <= p.capacity) return false;
+  for (const int32_t* offsets : {p.cu_inputs, p.cu_tapes}) {
+    const int64_t first = clamp(offsets[i], 0, p.rows), end = clamp(offsets[i + 1], 0, p.rows);
+    for (int64_t at = first * kChunks + threadIdx.x; at < end * kChunks; at += blockDim.x) {
+      const int64_t chunk = (at / kChunks * p.num_heads + head) * kChunks + at % kChunks;
+      for (const HeadRows& x : results) {
+        static_cast<uint4*>(x.data)[chunk] = make_uint4(kNaNs, kNaNs, kNaNs, kNaNs);
+      }
+    }
+  }
+  return true;
 }
 
 // Zeros in the rows that no example owns.

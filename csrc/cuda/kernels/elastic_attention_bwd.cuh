@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kAttentionBwdThreads, kAttentionBwdBlocks)
   zero_unused(p, p.dq);
   zero_unused(p, p.dk);
   zero_unused(p, p.dv);
-  if (p.batch == 0) return;
+  if (p.batch == 0 || spoiled(p, {p.dq, p.dk, p.dv})) return;
   const int num_rows = Example(p).num_rows;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;

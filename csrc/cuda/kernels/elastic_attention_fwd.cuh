@@ -169,6 +169,8 @@ __global__ void __launch_bounds__(kAttentionFwdThreads)
           [&p](int64_t i) { p.lse[i] = 0.0f; });
   }
   if (p.batch == 0) return;
+  // Of a spoiled example the rows that fit are overwritten: to return here would cost a spill.
+  spoiled(p, {p.out});
   const int warp = threadIdx.x / kWarpSize;
   const int num_warps = blockDim.x / kWarpSize, num_rows = Example(p).num_rows;
   const SharedRows keys{0}, values = keys.from(p.capacity);
