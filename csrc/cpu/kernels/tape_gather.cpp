@@ -11,24 +11,36 @@ const T* bank_row(const Bank& bank, int64_t example, int64_t entry) {
   return static_cast<const T*>(bank.data) + example * bank.example + entry * bank.row;
 }
 
+// to[0 …] = Σ_j weights[j] · row j[d …] for `vecs` vectors. No processor foresees scattered rows:
+// those of the next step are fetched meanwhile.
+template <int vecs, class T>
+void merge(const GatherParams& p, int64_t example, const int32_t* entries, const int32_t* next,
+           const float* weights, int64_t d, T* to) {
+  constexpr int kLine = 64 / sizeof(T);
+  Vec sums[vecs] = {};
+  for (int64_t j = 0; j < p.topk; ++j) {
+    const T* const row = bank_row<T>(p.bank, example, entries[j]) + d;
+    const T* const later = bank_row<T>(p.bank, example, next[j]) + d;
+    for (int c = 0; c < vecs * kLanes; c += kLine) __builtin_prefetch(later + c);
+    for (int v = 0; v < vecs; ++v) sums[v] += weights[j] * load(row + v * kLanes);
+  }
+  for (int v = 0; v < vecs; ++v) store(to + v * kLanes, sums[v]);
+}
+
 template <class T>
 void forward(const GatherParams& p, int64_t i) {
+  constexpr int kVecs = 8;  // that one lookup of a row serves
   const int64_t count = p.offsets[i + 1] - p.offsets[i], width = p.bank.width;
   for (int64_t s = 0; s < count; ++s) {
     const int32_t* const entries = p.indices + (i * p.steps + s) * p.topk;
-    const float* const weights = p.weights + (i * p.steps + s) * p.topk;
-    // No processor foresees scattered rows: those of the next step are fetched meanwhile.
     const int32_t* const next = s + 1 < count ? entries + p.topk : entries;
+    const float* const weights = p.weights + (i * p.steps + s) * p.topk;
     T* const to = static_cast<T*>(p.tape) + (p.offsets[i] + s) * p.tape_row;
     int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) {
-      Vec sum = {};
-      for (int64_t j = 0; j < p.topk; ++j) {
-        __builtin_prefetch(bank_row<T>(p.bank, i, next[j]) + d);
-        sum += weights[j] * load(bank_row<T>(p.bank, i, entries[j]) + d);
-      }
-      store(to + d, sum);
+    for (; d + kVecs * kLanes <= width; d += kVecs * kLanes) {
+      merge<kVecs>(p, i, entries, next, weights, d, to + d);
     }
+    for (; d + kLanes <= width; d += kLanes) merge<1>(p, i, entries, next, weights, d, to + d);
     for (; d < width; ++d) {
       float sum = 0.0f;
       for (int64_t j = 0; j < p.topk; ++j) {
