@@ -73,6 +73,7 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
         providers=[Provider(OURS, elastic, graph=False)],
         flops=0,
         bytes=0,
+        sets=1,
     )
 
 
