@@ -371,10 +371,9 @@ def _check_layout(
 
 def check_offsets_tensor(name: str, offsets: Tensor, data: Tensor) -> None:
     """Check that offsets are int32 (batch + 1,) on the device of `data`. Raises ValueError."""
-    if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] == 0:
-        raise ValueError(
-            f"{name}: expected int32 (batch + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
-        )
+    shape = offsets.shape
+    if offsets.dtype != torch.int32 or len(shape) != 1 or shape[0] == 0:
+        raise ValueError(f"{name}: expected int32 (batch + 1,), got {offsets.dtype} {tuple(shape)}")
     _check_device(name, offsets, data)
 
 

@@ -45,20 +45,19 @@ def scatter_rows(
     blocks_d = triton.cdiv(width, _BLOCK_D)
     options = {"VECTOR": vector(rows), "BLOCK_D": _BLOCK_D}
     if entries.dim() == 1:
-        out = rows.new_empty(bank_size, width, dtype=dtype)
         order, runs = (_in_order if ordered else _in_any_order)(entries, bank_size)
-        tensors = (rows, order, runs, row_of, weights, out)
-        grid = (bank_size, blocks_d)
+        out = rows.new_empty(bank_size, width, dtype=dtype)
         options |= {"BLOCK_N": _BLOCK_RUN, "num_warps": 1}
+        tensors = rows, order, runs, row_of, weights, out
+        grid = bank_size, blocks_d
         launch(_scatter_runs_kernel, grid, *tensors, rows.stride(0), width, **options)
         return out
-    batch, num_contributions = entries.shape
+    batch, number = entries.shape
     out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
-    sizes = (rows.stride(0), num_contributions, bank_size, width)
-    grid = (batch * triton.cdiv(num_contributions, _BLOCK_N), blocks_d)
-    tensors = (rows, entries, row_of, weights, out)
     options |= {"BLOCK_N": _BLOCK_N, "num_warps": 4}
-    launch(_scatter_own_kernel, grid, *tensors, *sizes, **options)
+    sizes = rows.stride(0), number, bank_size, width
+    grid = batch * triton.cdiv(number, _BLOCK_N), blocks_d
+    launch(_scatter_own_kernel, grid, rows, entries, row_of, weights, out, *sizes, **options)
     return out
 
 

@@ -81,8 +81,10 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
   const int64_t num_heads = q.size(1);
   const Tensor out = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
   const Tensor lse = new_output(q, {num_heads, q.size(0)}, ScalarType::Float);
-  zero_rows_from(out, layout.used());  // the kernels write all rows that examples own
-  zero_rows_from(torch::stable::transpose(lse, 0, 1), layout.used());
+  if (layout.used() < layout.rows) {  // the kernels write all rows that examples own
+    zero_rows_from(out, layout.used());
+    zero_rows_from(torch::stable::transpose(lse, 0, 1), layout.used());
+  }
 
   struct Task {
     int64_t example, head, first;
