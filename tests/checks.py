@@ -40,7 +40,7 @@ def refused(argument, *parts, error=ValueError):
     with pytest.raises(error) as info:
         yield
     message = str(info.value)
-    assert re.match(rf"(\w+: )?{re.escape(argument)}: expected ", message), message
+    assert re.match(rf"(\w+: )?{re.escape(str(argument))}: expected ", message), message
     assert ", got " in message, message
     assert "\n" not in message, message
     for part in parts:

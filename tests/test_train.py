@@ -133,7 +133,12 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(
 
     original = augment.crop
     monkeypatch.setattr(augment, "crop", crop)
-    assert main(arguments(mnist, tmp_path / "run", *EPOCHS)) == 130
+    # A shell starts what runs in the background deaf to SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(arguments(mnist, tmp_path / "run", *EPOCHS)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     one_line(capsys, "interrupted", "epoch 1 of 3", "--resume")
     assert main(arguments(mnist, tmp_path / "run", *EPOCHS, "--resume")) == 0
     assert metrics(tmp_path / "run") == metrics(unbroken)
