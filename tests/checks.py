@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from adatape_kernels.backend import current_backend
+from adatape_kernels.backend import current_backend, registered_ops
 
 
 def assert_same_bits(actual, expected):
@@ -40,7 +40,8 @@ def refused(argument, *parts, error=ValueError):
     with pytest.raises(error) as info:
         yield
     message = str(info.value)
-    assert re.match(rf"(\w+: )?{re.escape(str(argument))}: expected ", message), message
+    op = "|".join(registered_ops())
+    assert re.match(rf"(({op}): )?{re.escape(str(argument))}: expected ", message), message
     assert ", got " in message, message
     assert "\n" not in message, message
     for part in parts:
