@@ -4,6 +4,7 @@ import contextlib
 import re
 
 import pytest
+import selection
 import torch
 
 from adatape_kernels.ops.op import current_backend, registered_ops
@@ -48,6 +49,16 @@ def refused(argument, *parts, error=ValueError):
         assert part in message, message
 
 
-def interpreted(device):
+def interpreted(device, backend=None):
     """Whether Triton's interpreter or CUDA's threads on the host serve, one and slow."""
-    return device == "cpu" and current_backend() in ("triton", "cuda")
+    return selection.interpreted(device, backend or current_backend())
+
+
+def has_one_thread(device, backend, **parameters):
+    """For `absent_if`: what runs on a GPU, or is interpreted, has none of torch's threads."""
+    return None if backend in ("eager", "cpp") else f"{backend} does not use torch's threads"
+
+
+def cannot_raise(device, backend, **parameters):
+    """For `absent_if`: a kernel on a GPU leaves bad values unseen; only eager copies them."""
+    return "a GPU cannot raise" if device == "cuda" and backend != "eager" else None

@@ -1,4 +1,3 @@
-import contextlib
 import os
 from importlib.util import find_spec
 
@@ -15,9 +14,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import emulation
+import selection
 
 from adatape_kernels.ops import triton_runtime
-from adatape_kernels.ops.op import BACKENDS, current_backend, explain, use_backend
+from adatape_kernels.ops.op import BACKENDS, record, use_backend, why_absent
 
 if triton_runtime.INTERPRETED:
     emulation.sum_products_in_one_order()
@@ -26,17 +26,20 @@ if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
 
 # What a GPU machine may lack, and the files that are of no use without it.
 _NEEDS = {
-    "safetensors": ("test_checkpoint.py", "test_demo.py", "test_train.py"),
-    "matplotlib": ("test_demo.py",),
-    "PIL": ("test_data.py", "test_train.py"),
+    "safetensors": ("recipes/test_checkpoint.py", "recipes/test_demo.py", "recipes/test_train.py"),
+    "matplotlib": ("recipes/test_demo.py",),
+    "PIL": ("data/test_*.py", "recipes/test_train.py"),
 }
 _missing = [name for name in _NEEDS if find_spec(name) is None]
-collect_ignore = sorted({file for name in _missing for file in _NEEDS[name]})
+collect_ignore_glob = sorted({file for name in _missing for file in _NEEDS[name]})
 
 
 def pytest_terminal_summary(terminalreporter):
     for name in _missing:
         terminalreporter.line(f"left out: {', '.join(_NEEDS[name])} ({name} is not installed)")
+    for backend in BACKENDS:
+        if reason := why_absent(backend):
+            terminalreporter.line(f"left out: every case of the backend {backend} ({reason})")
 
 
 # Without it cuBLAS refuses to run under deterministic algorithms.
@@ -74,43 +77,42 @@ def seed():
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `device` runs for each device, and each backend that serves its OP there.
-
-    A module opts in by naming its op in OP; None stands for code that no backend serves.
-    """
+    """Generate a test that takes `device` for each device, and each backend that serves there."""
     if "device" not in metafunc.fixturenames or not hasattr(metafunc.module, "OP"):
         return
-    op, cases = metafunc.module.OP, []
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        reasons = explain(op, device, torch.float32) if op else {}
+    cases = []
+    for device, backend in selection.devices_and_backends(metafunc.module):
         marks = [pytest.mark.cuda] if device == "cuda" else []
-        for backend in [b for b in BACKENDS if reasons[b] == "serves"] if op else [None]:
-            name = f"{device}-{backend}" if backend else device
-            cases.append(pytest.param((device, backend), id=name, marks=marks))
+        name = f"{device}-{backend}" if backend else device
+        cases.append(pytest.param((device, backend), id=name, marks=marks))
     metafunc.parametrize("device", cases, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items[:] = selection.existing(items)
+    for item in items:
+        selection.mark_for_other_runs(item)
 
 
 @pytest.fixture
 def device(request):
-    """The device; its backend serves every op of the test, skipped where it lacks the `dtype`."""
+    """The device. Its backend serves the test, and every call of the module's op went to it.
+
+    The dispatcher's record says so after the test, of forward and backward: an id that names
+    another backend than the one that ran is a failure. `runs_no_op` marks a test without a call.
+    """
     device, backend = request.param
-    with contextlib.ExitStack() as stack:
-        if backend is not None:
-            dtype = request.node.callspec.params.get("dtype", torch.float32)
-            reason = explain(request.module.OP, device, dtype)[backend]
-            if reason != "serves":
-                pytest.skip(f"{backend} does not take {dtype}: {reason}")
-            stack.enter_context(use_backend(backend))
+    if backend is None:
         yield device
-
-
-@pytest.fixture
-def not_handed_over(request):
-    """Skip what CUDA C++ on the host hands to Triton, whose interpreter runs it anyway."""
-    if "device" in request.fixturenames:
-        device = request.getfixturevalue("device")
-        if device == "cpu" and current_backend() == "cuda":
-            pytest.skip("Triton takes what this test asks for; other tests have the C++ kernels")
+        return
+    with use_backend(backend), record() as ran:
+        yield device
+    if request.node.get_closest_marker("runs_no_op"):
+        return
+    ops = selection.with_backwards(selection.ops_of(request.module))
+    backends = {each.backend for each in ran if each.op in ops}
+    assert backends == {backend}, f"{', '.join(ops)}: expected {backend} to run, got {backends}"
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])

@@ -2,7 +2,13 @@ import math
 
 import pytest
 import torch
-from checks import assert_close, assert_low_precision, assert_same_bits, interpreted
+from checks import (
+    assert_close,
+    assert_low_precision,
+    assert_same_bits,
+    has_one_thread,
+    interpreted,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tape_select import assert_matches_literal
@@ -90,11 +96,11 @@ def test_backward_without_a_fixed_order(nondeterministic, device, dtype):
     assert_close(dkeys, exact_dkeys, tolerance)
 
 
+@pytest.mark.backends("triton")  # the others take only what tape_select returned
+@pytest.mark.runs_no_op
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
 def test_corrupt_indices_and_counts_stay_inside(device, shared):
     """A GPU's cannot be checked without a copy to the host: the kernel may read no further."""
-    if current_backend() != "triton":
-        pytest.skip("eager and C++ take only what tape_select returned")
     query, keys = torch.randn(3, 6, device=device), torch.randn(3, 9, 6, device=device)
     keys = keys[0] if shared else keys
     dweights, dponder = cotangents(3, 4, 2, device=device)
@@ -103,7 +109,7 @@ def test_corrupt_indices_and_counts_stay_inside(device, shared):
     counts = torch.tensor([-5, 4, 2**31 - 1], dtype=torch.int32, device=device)
     dquery, dkeys = (
         operation("tape_select_bwd")
-        .implementations["triton"]
+        .implementations[current_backend()]
         .function(query, keys, dweights, dponder, indices, counts, True, "entropy")
     )
     assert dquery.shape == query.shape and dkeys.shape == keys.shape
@@ -139,10 +145,8 @@ def test_strided_inputs_and_gradients(device):
     query, keys = query.requires_grad_(), keys.requires_grad_()
     sel = tape_select(query, keys, **OPTIONS)
     (sel.weights.sum() + sel.ponder.sum()).backward()
-    *_, dquery, dkeys = gradients(
-        tape_select, query, keys, torch.ones_like(sel.weights), torch.ones_like(sel.ponder),
-        **OPTIONS,
-    )  # fmt: skip
+    ones = torch.ones_like(sel.weights), torch.ones_like(sel.ponder)
+    *_, dquery, dkeys = gradients(tape_select, query, keys, *ones, **OPTIONS)
     assert_same_bits(query.grad, dquery)
     assert_same_bits(keys.grad, dkeys)
     assert dquery.is_contiguous() and dkeys.is_contiguous()
@@ -189,6 +193,13 @@ SIZES = [  # batch, bank_size, key_dim, topk
 ]
 
 
+def copied(device, backend, strides, **parameters):
+    if strides == "transposed" and interpreted(device, backend):
+        return "the launcher copies such tensors; the other cases have the copy"
+
+
+@pytest.mark.many_emulated_threads
+@pytest.mark.absent_if(reason=copied)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "cut"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
@@ -196,10 +207,6 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, str
     """Alone, in the batch and in the permuted batch: outputs, and gradients that are its own."""
     batch, bank_size, key_dim, topk = size
     if interpreted(device):
-        if threads > 1:
-            pytest.skip("the interpreter has one thread")
-        if strides == "transposed":
-            pytest.skip("the launcher copies such tensors; the other cases have the copy")
         batch, bank_size = min(batch, 17 if shared else 4), min(bank_size, 1_100)
     width = key_dim + 2 if strides == "cut" else key_dim
     query = torch.randn(width, batch, device=device).mT
@@ -223,9 +230,9 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, str
             assert_same_bits(a, e[subset])
 
 
+@pytest.mark.several_threads
+@pytest.mark.absent_if(reason=has_one_thread)
 def test_bits_do_not_depend_on_the_number_of_threads(device):
-    if interpreted(device):
-        pytest.skip("the interpreter has one thread")
     query, keys = torch.randn(6, 64, device=device), torch.randn(6, 20_000, 64, device=device)
     given = [query, keys, *cotangents(6, 4, 3, device=device)]
     results = []
@@ -237,6 +244,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(device):
             assert_same_bits(a, e)
 
 
+@pytest.mark.many_emulated_threads
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 def test_near_ties_fall_alike_in_any_batch(device, transposed):
     """Nine rows that differ by rounding: the order of a sum's additions decides, so it is fixed."""
@@ -310,6 +318,7 @@ def test_gradients_of_unused_rows_are_not_read(device):
         assert_same_bits(a, e)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("batch", [0, 1, 4])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("limited", [False, True], ids=["whole", "limited"])
@@ -323,6 +332,7 @@ def test_opcheck(device, num_tape_tokens, limited, requires_grad, batch):
     torch.library.opcheck(torch.ops.adatape.tape_select.default, args)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("num_tape_tokens", [0, 3])
 def test_opcheck_of_the_backward(device, num_tape_tokens):
     query, keys = torch.randn(6, 4, device=device).mT, torch.randn(6, 9, device=device).mT
@@ -331,6 +341,7 @@ def test_opcheck_of_the_backward(device, num_tape_tokens):
     torch.library.opcheck(torch.ops.adatape.tape_select_bwd.default, args)
 
 
+@pytest.mark.compiles
 def test_compiles_once_for_all_sizes(fresh_compiler, device):
     def eager(query, keys, num_tape_tokens, mask):
         return tape_select(
@@ -374,6 +385,7 @@ def reads(draw):
     )
 
 
+@pytest.mark.few_emulated_threads
 @given(case=reads())
 def test_one_step_with_any_ties_matches_the_literal_loop(device, case):
     """One step: after it, a merged query may tie in exact arithmetic and differ by rounding."""
