@@ -80,8 +80,8 @@ def pytest_generate_tests(metafunc):
     """Generate a test that takes `device` for each device, and each backend that serves there."""
     if "device" not in metafunc.fixturenames or not hasattr(metafunc.module, "OP"):
         return
-    cases = []
-    for device, backend in selection.devices_and_backends(metafunc.module):
+    cases, plain = [], metafunc.definition.get_closest_marker("no_backend") is not None
+    for device, backend in selection.devices_and_backends(metafunc.module, plain):
         marks = [pytest.mark.cuda] if device == "cuda" else []
         name = f"{device}-{backend}" if backend else device
         cases.append(pytest.param((device, backend), id=name, marks=marks))

@@ -6,6 +6,7 @@ which runs once a device. A case whose parameters make a call that its backend d
 kept. What a case needs to say beyond its `dtype`, markers say:
 
     backends("triton")      the test is about these backends only
+    no_backend              the test is about the reference, and calls no op
     absent_if(reason=f)     f(device, backend, **parameters) returns why there is no such
                             case, or None where there is
     needs_sanitizer         the test asserts nothing by itself: it is kept where a sanitizer watches
@@ -34,10 +35,10 @@ def with_backwards(ops):
     return [f"{op}{direction}" for op in ops for direction in ("", "_bwd")]
 
 
-def devices_and_backends(module):
-    """The (device, backend) pairs for which a module's tests are generated."""
+def devices_and_backends(module, plain=False):
+    """The (device, backend) pairs for which a module's tests are generated; plain: no backend."""
     ops = ops_of(module)
-    if not ops:
+    if plain or not ops:
         return [(device, None) for device in DEVICES]
     return [
         (device, backend)
@@ -84,9 +85,10 @@ def existing(items):
 
 def _why_there_is_no_such_case(item):
     parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-    device, backend = parameters.pop("device", (DEVICES[-1], None))
-    if not isinstance(device, str):
+    given = parameters.pop("device", (DEVICES[-1], None))
+    if not isinstance(given, tuple):  # a parameter of the test's own
         return None
+    device, backend = given
     sanitized = "ADATAPE_SANITIZER" in os.environ or device == "cuda"
     if item.get_closest_marker("needs_sanitizer") and not sanitized:
         return "it asserts nothing where no sanitizer watches"
@@ -115,7 +117,7 @@ def mark_for_other_runs(item):
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     given = parameters.get("device")
-    device, backend = given if isinstance(given, tuple) else (None, None)
+    _, backend = given if isinstance(given, tuple) else (None, None)
     if backend not in ("cpp", "cuda") or item.get_closest_marker("compiles"):
         return
     several = parameters.get("threads") == 2 or item.get_closest_marker("several_threads")

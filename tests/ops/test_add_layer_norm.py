@@ -7,16 +7,20 @@ from checks import assert_close, assert_low_precision, assert_same_bits, refused
 
 from adatape_kernels import reference
 from adatape_kernels.ops import add_layer_norm, triton_runtime
-from adatape_kernels.ops.op import operation
+from adatape_kernels.ops.op import NotServed, current_backend, meta, operation, record, use_backend
 
 OP = "add_layer_norm"
 
-pytestmark = pytest.mark.usefixtures("not_handed_over")
 
-# On the CPU the function has no op in it.
-both_ways = pytest.mark.parametrize(
-    "call", [add_layer_norm, torch.ops.adatape.add_layer_norm], ids=["function", "op"]
-)
+def not_served(device, backend, dim=12, dtype=torch.float32, **parameters):
+    """For `absent_if`: why a backend does not serve the calls that a test's parameters make."""
+    if backend is None:
+        return None
+    x, weight = meta(7, dim, dtype=dtype), meta(dim, dtype=dtype)
+    return operation(OP).refusal(backend, (x, x, weight, weight, 1e-6), device)
+
+
+pytestmark = pytest.mark.absent_if(reason=not_served)
 
 
 def stream(device, rows=7, dim=12, dtype=torch.float32):
@@ -42,6 +46,7 @@ def double(tensors):
     return [t.double() for t in tensors]
 
 
+@pytest.mark.few_emulated_threads
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 @pytest.mark.parametrize("dim", [1, 3, 12, 130])
 def test_matches_the_literal_loop(device, dim, eps):
@@ -63,8 +68,7 @@ def test_matches_the_literal_loop(device, dim, eps):
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("dim", [5, 33, 384, 2100])
-@both_ways
-def test_backward_is_that_of_torch(device, call, rows, dim):
+def test_backward_is_that_of_torch(device, rows, dim):
     """By torch's own LayerNorm in float64; rows fill one program or several."""
     given = stream(device, rows if dim < 1000 else min(rows, 5), dim)
 
@@ -73,7 +77,7 @@ def test_backward_is_that_of_torch(device, call, rows, dim):
 
     grads = cotangents(given[0])
     expected = gradients(plain, double(given), *double(grads))
-    for a, e in zip(gradients(call, given, *grads), expected, strict=True):
+    for a, e in zip(gradients(add_layer_norm, given, *grads), expected, strict=True):
         assert_close(a, e, 2e-5)
 
 
@@ -96,10 +100,9 @@ def test_each_gradient_alone(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
-@both_ways
-def test_gradcheck(device, call, dtype):
+def test_gradcheck(device, dtype):
     given = [t.requires_grad_() for t in stream(device, rows=3, dim=4, dtype=dtype)]
-    assert torch.autograd.gradcheck(lambda *tensors: call(*tensors, 1e-6)[:2], given)
+    assert torch.autograd.gradcheck(lambda *tensors: add_layer_norm(*tensors, 1e-6), given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -182,9 +185,10 @@ def test_no_rows(device, dim):
     assert dweight.tolist() == dbias.tolist() == [0.0] * dim
 
 
-def test_very_wide_rows(device):
-    """Wider than one program holds."""
-    given = stream(device, rows=2, dim=5000)
+@pytest.mark.parametrize("dim", [4096, 5000])
+def test_very_wide_rows(device, dim):
+    """As wide as one of Triton's programs holds, and wider."""
+    given = stream(device, rows=2, dim=dim)
     grads = cotangents(given[0])
     actual = gradients(add_layer_norm, given, *grads)
     expected = gradients(reference.add_layer_norm, double(given), *double(grads))
@@ -211,6 +215,7 @@ def test_a_row_s_bits_do_not_depend_on_the_others(device):
             assert_same_bits(a, e[rows])
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("rows", [0, 7])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 def test_opcheck(device, requires_grad, rows):
@@ -220,6 +225,7 @@ def test_opcheck(device, requires_grad, rows):
     torch.library.opcheck(torch.ops.adatape.add_layer_norm.default, args)
 
 
+@pytest.mark.compiles
 def test_opcheck_of_the_backward(device):
     x, branch, weight, bias = stream(device)
     total, _, mean, rstd = torch.ops.adatape.add_layer_norm(x, branch, weight, bias, 1e-6)
@@ -227,6 +233,7 @@ def test_opcheck_of_the_backward(device):
     torch.library.opcheck(torch.ops.adatape.add_layer_norm_bwd.default, args)
 
 
+@pytest.mark.compiles
 def test_compiles_once_for_all_sizes(fresh_compiler, device):
     compiled = torch.compile(add_layer_norm, fullgraph=True, dynamic=True)
     for n, (rows, dim) in enumerate([(7, 12), (5, 9), (30, 4)]):
@@ -273,3 +280,15 @@ GOOD = dict(zip(("x", "branch", "weight", "bias"), stream("cpu"), strict=True))
 def test_bad_input_is_refused(argument, value, parts):
     with refused(argument, *parts):
         add_layer_norm(**{**GOOD, argument: value})
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.runs_no_op
+def test_rows_wider_than_a_program_are_not_served(device):
+    """The forced backend says why; where a fallback is named, that one serves, both ways."""
+    x, branch, weight, bias = (t.requires_grad_() for t in stream(device, rows=2, dim=4097))
+    with pytest.raises(NotServed, match=r"triton: it takes rows of up to 4096 features, not 4097"):
+        add_layer_norm(x, branch, weight, bias)
+    with use_backend(current_backend(), fallback="eager"), record() as ran:
+        add_layer_norm(x, branch, weight, bias)[1].sum().backward()
+    assert [*map(tuple, ran)] == [(OP, "eager"), (f"{OP}_bwd", "eager")]

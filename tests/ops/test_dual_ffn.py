@@ -1,63 +1,20 @@
+"""What `dual_ffn` computes."""
+
 import math
-import threading
 
 import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from checks import assert_close, assert_low_precision, assert_same_bits
+from ffn_cases import by_reference, double, gradients, inputs, not_served
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels import reference
-from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn, ffn_products, triton_runtime
-from adatape_kernels.ops.op import current_backend, use_backend
+from adatape_kernels.ops import FFN, dual_ffn
 
 OP = "dual_ffn"
-
-
-@pytest.fixture(params=FFN_PRODUCTS, autouse=True)
-def products(request):
-    """Every test of the Triton backend runs in both forms; the other backends have one."""
-    _, backend = request.node.callspec.params.get("device", (None, None))
-    if request.param != FFN_PRODUCTS[0] and backend != "triton":
-        pytest.skip("a choice of the Triton backend")
-    with ffn_products(request.param):
-        yield request.param
-
-
-def ffn(dim, hidden, gates, *, device, dtype=torch.float32):
-    shapes = (gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,)
-    return FFN(*(torch.randn(s, device=device).to(dtype) / s[-1] ** 0.5 for s in shapes))
-
-
-def inputs(rows, *, device, dim=6, hidden=8, tape_hidden=5, dtype=torch.float32):
-    """x, both parameter sets, and a gradient of the output."""
-    like = dict(device=device, dtype=dtype)
-    x, dy = (torch.randn(rows, dim, device=device).to(dtype) for _ in range(2))
-    return x, ffn(dim, hidden, 1, **like), ffn(dim, tape_hidden, 2, **like), dy
-
-
-def gradients(run, x, num_input_rows, input_ffn, tape_ffn, dy, num_rows=None):
-    """y, dx, and the gradients of every parameter."""
-    x = x.detach().requires_grad_()
-    input_ffn = FFN(*(p.detach().requires_grad_() for p in input_ffn))
-    tape_ffn = tape_ffn and FFN(*(p.detach().requires_grad_() for p in tape_ffn))
-    y = run(x, num_input_rows, input_ffn, tape_ffn, num_rows=num_rows)
-    grads = torch.autograd.grad(y, [x, *input_ffn, *(tape_ffn or ())], dy)
-    return [y.detach(), *grads]
-
-
-def by_reference(*args, **options):
-    return reference.dual_ffn(*args, **options)[0]
-
-
-def double(*values):
-    return [
-        x and FFN(*(p.double() for p in x)) if isinstance(x, FFN | None) else x.double()
-        for x in values
-    ]
+pytestmark = [pytest.mark.usefixtures("products"), pytest.mark.absent_if(reason=not_served)]
 
 
 def assert_matches_literal(x, num_input_rows, input_ffn, tape_ffn, num_rows=None):
@@ -73,6 +30,7 @@ def assert_matches_literal(x, num_input_rows, input_ffn, tape_ffn, num_rows=None
     assert_close(y, torch.tensor(expected, dtype=torch.float64).view(x.shape), 1e-5)
 
 
+@pytest.mark.few_emulated_threads
 @pytest.mark.parametrize("counts", ["ints", "scalars", "int32 scalars"])
 @pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
 @pytest.mark.parametrize("rows", [(5, 9), (5, None), (0, 9), (9, 9), (0, 0), (11, 11)])
@@ -87,10 +45,13 @@ def test_matches_the_literal_loop(device, rows, two, counts):
     assert_matches_literal(x, middle, input_ffn, tape_ffn if two else None, end)
 
 
-def test_one_count_on_the_device(device):
+@pytest.mark.few_emulated_threads
+@pytest.mark.parametrize("on_device", [False, True], ids=["the last", "the first"])
+def test_one_count_on_the_device(device, on_device):
     x, input_ffn, tape_ffn, _ = inputs(11, device=device)
-    assert_matches_literal(x, 5, input_ffn, tape_ffn, torch.tensor(9, device=device))
-    assert_matches_literal(x, torch.tensor(5, device=device), input_ffn, tape_ffn, 9)
+    counts = [5, 9]
+    counts[not on_device] = torch.tensor(counts[not on_device], device=device)
+    assert_matches_literal(x, counts[0], input_ffn, tape_ffn, counts[1])
 
 
 @given(rows=st.lists(st.integers(0, 6), min_size=3, max_size=3), two=st.booleans())
@@ -136,6 +97,7 @@ def test_backward_is_the_reference_s(device, dtype, two):
         assert_close(a, e, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.many_emulated_threads
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("on_device", [False, True], ids=["ints", "scalars"])
 @pytest.mark.parametrize(
@@ -143,8 +105,6 @@ def test_backward_is_the_reference_s(device, dtype, two):
 )
 def test_many_tiles(device, sizes, on_device, dtype):
     """Several tiles each way; the gradients of narrow weights are summed in several parts."""
-    if on_device and device == "cpu" and current_backend() == "cuda":
-        pytest.skip("Triton serves it, in a test of its own")
     dim, hidden, tape_hidden = sizes
     x, input_ffn, tape_ffn, dy = inputs(
         300, device=device, dtype=dtype, dim=dim, hidden=hidden, tape_hidden=tape_hidden
@@ -162,8 +122,10 @@ def test_many_tiles(device, sizes, on_device, dtype):
 def test_strided_inputs_and_gradients(device):
     x, input_ffn, tape_ffn, _ = inputs(9, device=device)
     x = torch.randn(6, 9, device=device).mT
-    transposed = [FFN(*(p.mT.contiguous().mT if p.dim() == 2 else p for p in f))
-                  for f in (input_ffn, tape_ffn)]  # fmt: skip
+    transposed = [
+        FFN(*(p.mT.contiguous().mT if p.dim() == 2 else p for p in parameters))
+        for parameters in (input_ffn, tape_ffn)
+    ]
     dy = torch.randn(9, 1, device=device).expand(9, 6)
     actual = gradients(dual_ffn, x, 5, *transposed, dy, 8)
     expected = gradients(dual_ffn, x.contiguous(), 5, input_ffn, tape_ffn, dy.contiguous(), 8)
@@ -235,181 +197,3 @@ def test_no_rows(device, rows, two):
     for end in (0, torch.tensor(0, device=device)):
         for g in gradients(dual_ffn, x, 0, input_ffn, tape_ffn if two else None, dy, end):
             assert not g.any()
-
-
-def op_args(x, max_input_rows, max_tape_rows, bounds, *ffns):
-    return (x, max_input_rows, max_tape_rows, bounds, *(p for f in ffns for p in f))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
-@pytest.mark.parametrize("rows", [0, 9])
-def test_opcheck(device, rows, two, requires_grad):
-    x, input_ffn, tape_ffn, _ = inputs(rows, device=device)
-    ffns = input_ffn, tape_ffn if two else [None] * 4
-    for p in (x, *input_ffn, *(tape_ffn if two else ())):
-        p.requires_grad_(requires_grad)
-    middle = min(rows, 5) if two else rows
-    op = torch.ops.adatape.dual_ffn.default
-    torch.library.opcheck(op, op_args(x, middle, rows - middle, None, *ffns))
-    bounds = torch.tensor([min(middle, 4), min(rows, 7 if two else 4)], device=device)
-    torch.library.opcheck(op, op_args(x, rows, rows if two else 0, bounds, *ffns))
-
-
-@pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
-def test_opcheck_of_the_backward(device, two):
-    x, input_ffn, tape_ffn, dy = inputs(9, device=device)
-    ffns = input_ffn, tape_ffn if two else [None] * 4
-    args = op_args(x, 5 if two else 9, 4 if two else 0, None, *ffns)
-    _, hidden, tape_hidden = torch.ops.adatape.dual_ffn.default(*args)
-    back = (dy, x, hidden, tape_hidden, *args[3:])
-    torch.library.opcheck(torch.ops.adatape.dual_ffn_bwd.default, back)
-
-
-@pytest.mark.parametrize("on_device", [False, True], ids=["ints", "scalars"])
-def test_compiles_once_for_all_sizes(fresh_compiler, device, on_device):
-    compiled = torch.compile(dual_ffn, fullgraph=True, dynamic=True)
-    sizes = [(11, 7, 9, 4, 5), (20, 3, 17, 6, 8), (5, 2, 4, 3, 9)]
-    for n, (rows, middle, end, dim, hidden) in enumerate(sizes):
-        x, *ffns, dy = inputs(rows, device=device, dim=dim, hidden=hidden, tape_hidden=hidden + 5)
-        if on_device:
-            middle, end = (torch.tensor(c, device=device) for c in (middle, end))
-        with torch.compiler.set_stance("fail_on_recompile" if n else "default"):
-            actual = gradients(compiled, x, middle, *ffns, dy, end)
-        for a, e in zip(actual, gradients(dual_ffn, x, middle, *ffns, dy, end), strict=True):
-            assert_same_bits(a, e)
-
-
-def kernels(launches):
-    return [each.kernel.__name__ for each in launches]
-
-
-@pytest.fixture
-def triton_only(device):
-    if current_backend() != "triton":
-        pytest.skip("about the Triton backend")
-
-
-def test_each_form_has_its_launches(triton_only, device, products):
-    """Grouped: one a product, whatever the host knows. Rows to slice need a number on the host."""
-    x, *ffns, dy = inputs(9, device=device)
-    for middle in (5, torch.tensor(5, device=device)):
-        slices = products == "cublas" and isinstance(middle, int)
-        x.requires_grad_()
-        with triton_runtime.recording() as launches:
-            y = dual_ffn(x, middle, *ffns)
-        assert kernels(launches) == (
-            ["_dual_ffn_act_fwd_kernel"] * 2
-            if slices
-            else ["_dual_ffn_up_kernel", "_dual_ffn_down_kernel"]
-        )
-        with triton_runtime.recording() as launches:
-            y.backward(dy)
-        assert kernels(launches) == (
-            ["_dual_ffn_act_bwd_kernel"] * 2
-            if slices
-            else [
-                "_dual_ffn_up_kernel",
-                "_dual_ffn_down_kernel",
-                *["_dual_ffn_weight_kernel"] * 2,
-                "_dual_ffn_row_sums_kernel",
-            ]
-        )
-
-
-def test_the_backward_takes_its_forward_s_form(triton_only, device, products):
-    x, *ffns, dy = inputs(9, device=device)
-    y = dual_ffn(x.requires_grad_(), 5, *ffns)
-    other = next(name for name in FFN_PRODUCTS if name != products)
-    with ffn_products(other), triton_runtime.recording() as launches:
-        y.backward(dy)
-    assert ("_dual_ffn_up_kernel" in kernels(launches)) == (products == "grouped")
-
-
-@pytest.mark.parametrize("bounds", [(-7, 99), (99, -7), (9, 3), (1 << 40, -(1 << 40))])
-@pytest.mark.parametrize("on_device", ["both counts", "the last"])
-def test_corrupt_counts_lead_out_of_no_tensor(triton_only, device, on_device, bounds):
-    """On a GPU nobody can check them in time."""
-    x, *ffns, dy = inputs(9, device=device)
-    sizes = (9, 9) if on_device == "both counts" else (5, 4)
-    rest = torch.tensor(bounds, device=device), *ffns[0], *ffns[1]
-    y, hidden, tape_hidden = torch.ops.adatape.dual_ffn(x, *sizes, *rest)
-    grads = torch.ops.adatape.dual_ffn_bwd(dy, x, hidden, tape_hidden, *rest)
-    assert all(result.isfinite().all() for result in (y, hidden, tape_hidden, *grads))
-
-
-def test_the_form_is_a_choice_of_the_thread(triton_only, device):
-    seen = []
-    with ffn_products("grouped"):
-        x, *ffns, _ = inputs(9, device=device)
-
-        def other():
-            with use_backend("triton"), triton_runtime.recording() as launches:
-                dual_ffn(x, 5, *ffns)
-            seen.extend(kernels(launches))
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert set(seen) == {"_dual_ffn_act_fwd_kernel"}
-
-
-def test_an_unknown_form_is_refused():
-    with refused("ffn_products", "cublas, grouped", "'cutlass'"), ffn_products("cutlass"):
-        raise AssertionError("entered an unknown form")
-
-
-@pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
-def test_counted_flops_are_those_of_the_rows_that_exist(device, two):
-    """Two products a row of 2 · dim · hidden; a GLU's first is twice as wide; backward, twice."""
-    x, input_ffn, tape_ffn, dy = inputs(12, device=device, dim=6, hidden=8, tape_hidden=5)
-    given = x, 7, input_ffn, tape_ffn if two else None
-    forward = 7 * 2 * 2 * 6 * 8 + 3 * 2 * 3 * 6 * 5 if two else 10 * 2 * 2 * 6 * 8
-    with FlopCounterMode(display=False) as counter:
-        dual_ffn(*given, num_rows=10)
-    assert counter.get_total_flops() == forward
-    with FlopCounterMode(display=False) as counter:
-        gradients(dual_ffn, *given, dy, 10)
-    assert counter.get_total_flops() == 3 * forward
-
-
-ONE = FFN(torch.zeros(8, 6), torch.zeros(8), torch.zeros(6, 8), torch.zeros(6))
-TWO = FFN(torch.zeros(10, 6), torch.zeros(10), torch.zeros(6, 5), torch.zeros(6))
-GOOD = dict(x=torch.zeros(9, 6), num_input_rows=5, input_ffn=ONE, tape_ffn=TWO)
-
-
-@pytest.mark.parametrize(
-    ("where", "changes", "parts"),
-    [
-        ("x", dict(x=torch.zeros(1, 9, 6)), ["(rows, dim)", "(1, 9, 6)"]),
-        ("x", dict(x=torch.zeros(9, 6, dtype=torch.int32)), ["floating-point", "int32"]),
-        ("input_ffn.w1", dict(x=torch.zeros(9, 7)), ["(8, 7)", "(8, 6)"]),
-        ("input_ffn.w1", dict(x=torch.zeros(9, 6).double()), ["float64", "float32"]),
-        ("input_ffn.w1", dict(x=torch.zeros(9, 6, device="meta")), ["meta", "cpu"]),
-        ("input_ffn.b1", dict(input_ffn=ONE._replace(b1=torch.zeros(7))), ["(8,)", "(7,)"]),
-        ("input_ffn.w2", dict(input_ffn=ONE._replace(w2=torch.zeros(8, 6))), ["(6, 8)", "(8, 6)"]),
-        ("input_ffn.b2", dict(input_ffn=ONE._replace(b2=torch.zeros(6).half())), ["float16"]),
-        ("tape_ffn.w2", dict(tape_ffn=ONE), ["(6, 4)", "(6, 8)"]),
-        ("tape_ffn.b1", dict(tape_ffn=TWO._replace(b1=torch.zeros(5))), ["(10,)", "(5,)"]),
-        (
-            "tape_ffn.b2",
-            dict(tape_ffn=TWO._replace(b2=torch.zeros(6, device="meta"))),
-            ["cpu", "meta"],
-        ),
-        ("num_input_rows", dict(num_input_rows=-1), ["0 to 9", "got -1"]),
-        ("num_input_rows", dict(num_input_rows=10), ["0 to 9", "got 10"]),
-        ("num_input_rows", dict(num_input_rows=8, num_rows=7), ["num_rows = 7", "got 8"]),
-        ("num_input_rows", dict(num_input_rows=torch.tensor([5])), ["integer scalar", "(1,)"]),
-        ("num_input_rows", dict(num_input_rows=torch.tensor(5.0)), ["integer", "float32"]),
-        ("num_input_rows", dict(num_input_rows=torch.tensor(5, device="meta")), ["cpu", "meta"]),
-        ("num_input_rows", dict(num_input_rows=torch.tensor(-1)), ["0 <=", "got -1"]),
-        ("num_input_rows", dict(num_input_rows=torch.tensor(10)), ["<= 9", "got 10"]),
-        ("num_input_rows", dict(num_rows=torch.tensor(4)), ["<= num_rows", "got 5 and 4"]),
-        ("num_input_rows", dict(num_rows=torch.tensor(10)), ["<= 9", "got 5 and 10"]),
-        ("num_rows", dict(num_rows=-1), ["0 to 9", "got -1"]),
-        ("num_rows", dict(num_rows=10), ["0 to 9", "got 10"]),
-    ],
-)
-def test_bad_input_is_refused(where, changes, parts):
-    with refused(where, *parts):
-        dual_ffn(**{**GOOD, **changes})

@@ -6,31 +6,19 @@ import mmap
 import literal
 import pytest
 import torch
-from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from attention_cases import by_reference, gradients, layout, qkv
+from checks import assert_close, assert_low_precision, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_elastic_attention import by_reference, gradients, layout, qkv
 
 from adatape_kernels import reference
 from adatape_kernels.ops import elastic_attention
-from adatape_kernels.ops.op import explain, use_backend
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        explain("elastic_attention", DEVICE, torch.float16)["cuda"] != "serves",
-        reason=f"nothing runs the CUDA kernels on {DEVICE}",
-    ),
-    *([pytest.mark.cuda] if DEVICE == "cuda" else []),
-]
+OP, DTYPE = "elastic_attention", torch.float16
+pytestmark = pytest.mark.backends("cuda")
+
 DTYPES = [torch.float16, torch.bfloat16]
 HEAD_DIM = 64
-
-
-@pytest.fixture(autouse=True, params=[f"{DEVICE}-cuda"])
-def cuda_backend():
-    with use_backend("cuda"):
-        yield
 
 
 def unfused(q, k, v, scale):
@@ -67,65 +55,11 @@ def assert_right(given, offsets, rows, **options):
             assert_low_precision(a[own], p[own], e[own], floor)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-def test_matrices_lie_in_registers_as_documented(transpose):
-    """PTX ISA, ldmatrix: a thread gets two neighbours in row lane / 4, by columns if transposed."""
-    matrices = torch.arange(4 * 8 * 8, dtype=torch.int16, device=DEVICE).view(4, 8, 8)
-    registers = torch.ops.adatape_ptx.load_matrices(matrices, transpose, True)
-    pairs = registers.view(torch.int16).view(32, 4, 2).tolist()
-    for lane in range(32):
-        for m in range(4):
-            row, columns = lane // 4, (lane % 4 * 2, lane % 4 * 2 + 1)
-            expected = [64 * m + (8 * c + row if transpose else 8 * row + c) for c in columns]
-            assert pairs[lane][m] == expected
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a copy may arrive early")
-def test_copies_arrive_no_earlier_than_they_are_waited_for():
-    matrices = torch.zeros(4, 8, 8, dtype=torch.int16)
-    assert torch.ops.adatape_ptx.load_matrices(matrices, False, False).ne(0).all()
-
-
-def fragment(matrix, places):
-    """The registers of all lanes, as int32: elements at `places(group, thread, i)`, two in each."""
-    elements = [
-        [matrix[places(lane // 4, lane % 4, i)] for i in range(places.count)] for lane in range(32)
-    ]
-    return torch.stack([torch.stack(row) for row in elements]).view(torch.int32)
-
-
-def place_in_a(group, thread, i):
-    """PTX ISA, mma.m16n8k16 of 16-bit floats: the row and column of element a_i."""
-    row = group if i < 2 or 4 <= i < 6 else group + 8
-    return row, thread * 2 + (i & 1) + (8 if i >= 4 else 0)
-
-
-def place_in_b(group, thread, i):
-    return thread * 2 + (i & 1) + (8 if i >= 2 else 0), group
-
-
-def place_in_sum(group, thread, i):
-    return group if i < 2 else group + 8, thread * 2 + (i & 1)
-
-
-place_in_a.count, place_in_b.count, place_in_sum.count = 8, 4, 4
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mma_is_a_product_of_matrices_in_fragments(dtype):
-    """Of small whole numbers, so to the bit."""
-    a, b, c = (torch.randint(-9, 9, shape).to(dtype) for shape in ((16, 16), (16, 8), (16, 8)))
-    registers = fragment(c.float(), place_in_sum).view(torch.float32).to(DEVICE)
-    operands = (fragment(a, place_in_a).to(DEVICE), fragment(b, place_in_b).to(DEVICE))
-    torch.ops.adatape_ptx.mma(registers, *operands, dtype == torch.bfloat16)
-    expected = fragment(a.float() @ b.float() + c.float(), place_in_sum).view(torch.float32)
-    assert_same_bits(registers.cpu(), expected)
-
-
-def test_matches_the_literal_loop():
+@pytest.mark.few_emulated_threads
+def test_matches_the_literal_loop(device):
     """A row more than a warp's tile, in two ranges; and a short example."""
-    *offsets, _ = layout(DEVICE, [30, 2], [3, 0])
-    given = qkv(36, 1, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    *offsets, _ = layout(device, [30, 2], [3, 0])
+    given = qkv(36, 1, HEAD_DIM, device=device, dtype=torch.float16)
     expected = literal.elastic_attention(*(x.tolist() for x in (*given[:3], *offsets)), 0.125)
     actual = gradients(elastic_attention, *given, *offsets, max_rows=33)
     assert_close(actual[0], torch.tensor(expected).view(given[0].shape), 1e-3)
@@ -141,31 +75,32 @@ TAPE_LENS = [0, 2, 0, 17, 0, 0, 2, 0, 3, 0, 15, 0]
 
 @pytest.mark.parametrize("scale", [None, 0.3, 0.0, -1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_tail_of_tiles(dtype, scale):
-    *offsets, rows = layout(DEVICE, INPUT_LENS, TAPE_LENS)
-    given = qkv(sum(map(len, rows)) + 3, 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+def test_every_tail_of_tiles(device, dtype, scale):
+    *offsets, rows = layout(device, INPUT_LENS, TAPE_LENS)
+    given = qkv(sum(map(len, rows)) + 3, 2, HEAD_DIM, device=device, dtype=dtype)
     assert_right(given, offsets, rows, max_rows=65, softmax_scale=scale)
 
 
+@pytest.mark.many_emulated_threads
 @pytest.mark.parametrize(("dtype", "lens"), [(DTYPES[0], [512, 5]), (DTYPES[1], [207, 257])])
-def test_examples_of_many_tiles(dtype, lens):
+def test_examples_of_many_tiles(device, dtype, lens):
     """Several tiles a warp, and more warps for more rows."""
-    *offsets, rows = layout(DEVICE, [n - n // 30 for n in lens], [n // 30 for n in lens])
-    given = qkv(sum(lens), 1, HEAD_DIM, device=DEVICE, dtype=dtype)
+    *offsets, rows = layout(device, [n - n // 30 for n in lens], [n // 30 for n in lens])
+    given = qkv(sum(lens), 1, HEAD_DIM, device=device, dtype=dtype)
     assert_right(given, offsets, rows, max_rows=max(lens))
 
 
 @given(data=st.data())
 @settings(max_examples=15)
-def test_any_lengths(data):
+def test_any_lengths(device, data):
     batch, lens = data.draw(st.integers(0, 4)), st.integers(0, 40)
     input_lens, tape_lens = (
         data.draw(st.lists(lens, min_size=batch, max_size=batch)) for _ in range(2)
     )
     unused, num_heads = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 3))
-    *offsets, rows = layout(DEVICE, input_lens, tape_lens)
+    *offsets, rows = layout(device, input_lens, tape_lens)
     dtype = data.draw(st.sampled_from(DTYPES))
-    given = qkv(sum(map(len, rows)) + unused, num_heads, HEAD_DIM, device=DEVICE, dtype=dtype)
+    given = qkv(sum(map(len, rows)) + unused, num_heads, HEAD_DIM, device=device, dtype=dtype)
     longest = max(map(len, rows), default=0)
     actual = gradients(elastic_attention, *given, *offsets, max_rows=longest)
     if not any(map(len, rows)) or num_heads == 0:
@@ -175,19 +110,19 @@ def test_any_lengths(data):
     assert_right(given, offsets, rows, max_rows=longest)
 
 
-def test_scores_beyond_the_range_of_exp():
-    *offsets, _ = layout(DEVICE, [20, 3], [5, 0])
-    q, k, v, dout = qkv(28, 1, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+def test_scores_beyond_the_range_of_exp(device):
+    *offsets, _ = layout(device, [20, 3], [5, 0])
+    q, k, v, dout = qkv(28, 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
     actual = gradients(elastic_attention, q * 1e4, k, v, dout, *offsets, max_rows=25)
     expected = by_reference(q.double() * 1e4, k.double(), v.double(), *offsets)
     assert_close(actual[0], expected, 1e-2)
     assert all(x.isfinite().all() for x in actual)
 
 
-def test_scores_of_minus_infinity():
+def test_scores_of_minus_infinity(device):
     """A step of keys that no query wants, before others; and an example that has no other."""
-    *offsets, rows = layout(DEVICE, [50, 3], [2, 0])
-    q, k, v, _ = qkv(55, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+    *offsets, rows = layout(device, [50, 3], [2, 0])
+    q, k, v, _ = qkv(55, 2, HEAD_DIM, device=device, dtype=torch.float16)
     q[..., 0] = 1
     k[rows[0][:40], :, 0] = k[rows[1], :, 0] = -math.inf
     actual = elastic_attention(q, k, v, *offsets, max_rows=52)
@@ -196,16 +131,17 @@ def test_scores_of_minus_infinity():
     assert_close(actual, expected, 1e-3)
 
 
+@pytest.mark.many_emulated_threads
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_example_s_bits_do_not_depend_on_its_batch(dtype):
+def test_an_example_s_bits_do_not_depend_on_its_batch(device, dtype):
     """Nor on its place in it, nor on max_rows, nor on NaN in unused rows."""
     input_lens, tape_lens = [1, 17, 0, 70, 64, 50], [0, 10, 5, 7, 0, 1]
-    *offsets, rows = layout(DEVICE, input_lens, tape_lens)
-    given = qkv(sum(input_lens) + sum(tape_lens), 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    *offsets, rows = layout(device, input_lens, tape_lens)
+    given = qkv(sum(input_lens) + sum(tape_lens), 2, HEAD_DIM, device=device, dtype=dtype)
     together = gradients(elastic_attention, *given, *offsets, max_rows=77)
     for order in ([3, 0, 2, 5, 1, 4], [4, 3], *([i] for i in range(6))):
         *offsets, own = layout(
-            DEVICE, [input_lens[i] for i in order], [tape_lens[i] for i in order]
+            device, [input_lens[i] for i in order], [tape_lens[i] for i in order]
         )
         there = [0] * sum(map(len, own))
         for i, example in zip(order, own, strict=True):
@@ -220,10 +156,10 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_poison_stays_with_its_example(dtype):
+def test_poison_stays_with_its_example(device, dtype):
     """NaN in the rows of examples 0 and 2 and in unused rows, gradient included."""
-    *offsets, rows = layout(DEVICE, [4, 30, 17, 1], [2, 3, 0, 0])
-    given = qkv(60, 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    *offsets, rows = layout(device, [4, 30, 17, 1], [2, 3, 0, 0])
+    given = qkv(60, 2, HEAD_DIM, device=device, dtype=dtype)
     clean = gradients(elastic_attention, *given, *offsets, max_rows=33)
     others = rows[1] + rows[3]
     for x in given:
@@ -234,9 +170,9 @@ def test_poison_stays_with_its_example(dtype):
         assert a[rows[0]].isnan().all() and a[rows[2]].isnan().all() and not a[57:].any()
 
 
-def test_lse_is_the_reference_s():
-    *offsets, _ = layout(DEVICE, [4, 30, 17, 0], [2, 3, 0, 0])
-    q, k, v, _ = qkv(60, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+def test_lse_is_the_reference_s(device):
+    *offsets, _ = layout(device, [4, 30, 17, 0], [2, 3, 0, 0])
+    q, k, v, _ = qkv(60, 2, HEAD_DIM, device=device, dtype=torch.float16)
     _, lse = torch.ops.adatape.elastic_attention(q, k, v, *offsets, 33, None)
     _, expected = reference.elastic_attention(q.double(), k.double(), v.double(), *offsets)
     assert lse.dtype == torch.float32 and lse.shape == (2, 60)
@@ -244,13 +180,13 @@ def test_lse_is_the_reference_s():
     assert not lse[:, 56:].any()
 
 
-def test_layouts():
+def test_layouts(device):
     """Of inputs and gradients; where no row starts at a multiple of 16 bytes too."""
-    *offsets, _ = layout(DEVICE, [20, 3], [5, 0])
-    given = qkv(29, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
-    given[3] = torch.tensor(1.5, dtype=torch.float16, device=DEVICE).expand(29, 2, HEAD_DIM)
+    *offsets, _ = layout(device, [20, 3], [5, 0])
+    given = qkv(29, 2, HEAD_DIM, device=device, dtype=torch.float16)
+    given[3] = torch.tensor(1.5, dtype=torch.float16, device=device).expand(29, 2, HEAD_DIM)
     expected = gradients(elastic_attention, *(x.contiguous() for x in given), *offsets, max_rows=25)
-    behind = torch.zeros(29 * 2 * HEAD_DIM + 1, dtype=torch.float16, device=DEVICE)[1:]
+    behind = torch.zeros(29 * 2 * HEAD_DIM + 1, dtype=torch.float16, device=device)[1:]
     given[0] = behind.copy_(given[0].flatten()).view(29, 2, HEAD_DIM)
     given[1] = given[1].transpose(0, 1).contiguous().transpose(0, 1)
     given[2] = given[2].flip(-1).contiguous().flip(-1)
@@ -260,7 +196,7 @@ def test_layouts():
         assert_same_bits(a, e)
 
 
-def test_rows_past_2_to_the_31st_element():
+def test_rows_past_2_to_the_31st_element(device):
     """Three rows so far apart; of the memory only what is touched is taken."""
     row, rows, num_heads = 2**30, 3, 2
     size = 3 * num_heads * HEAD_DIM
@@ -279,26 +215,8 @@ def test_rows_past_2_to_the_31st_element():
         assert_same_bits(a, e)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "max_rows"),
-    [
-        (torch.float32, 64, 20),
-        (torch.float16, 32, 20),
-        (torch.bfloat16, 64, None),
-        (torch.float16, 64, 513),
-    ],
-)
-def test_others_take_the_rest(dtype, head_dim, max_rows):
-    *offsets, _ = layout(DEVICE, [14, 3], [5, 0])
-    given = qkv(22, 1, head_dim, device=DEVICE, dtype=dtype)
-    actual = gradients(elastic_attention, *given, *offsets, max_rows=max_rows)
-    serves = explain("elastic_attention", DEVICE, dtype)["triton"] == "serves"
-    with use_backend("triton" if serves else "eager"):
-        expected = gradients(elastic_attention, *given, *offsets, max_rows=max_rows)
-    for a, e in zip(actual, expected, strict=True):
-        assert_same_bits(a, e)
-
-
+@pytest.mark.needs_sanitizer
+@pytest.mark.runs_no_op
 @pytest.mark.parametrize(
     ("cu_inputs", "cu_tapes"),
     [
@@ -308,40 +226,21 @@ def test_others_take_the_rest(dtype, head_dim, max_rows):
         ([10**9, 10**9, 10**9], [10**9, 10**9, 10**9]),
     ],
 )
-def test_corrupt_offsets_stay_inside(cu_inputs, cu_tapes):
+def test_corrupt_offsets_stay_inside(device, cu_inputs, cu_tapes):
     """Nobody can check offsets on a GPU without a copy; at worst the result is meaningless."""
-    q, k, v, dout = qkv(50, 1, HEAD_DIM, device=DEVICE, dtype=torch.float16)
-    offsets = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cu_inputs, cu_tapes)]
+    q, k, v, dout = qkv(50, 1, HEAD_DIM, device=device, dtype=torch.float16)
+    offsets = [torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_inputs, cu_tapes)]
     out, lse = torch.ops.adatape_cuda.elastic_attention(q, k, v, *offsets, 20, None)
     torch.ops.adatape_cuda.elastic_attention_bwd(dout, q, k, v, out, lse, *offsets, 20, None)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU nobody looks at the offsets")
-@pytest.mark.parametrize(
-    ("argument", "value", "parts"),
-    [
-        ("cu_inputs", [1, 3, 4], ["first offset", "got 1"]),
-        ("cu_tapes", [4, 4, 7], ["at most 6", "got 7"]),
-        ("max_rows", 2, ["at least 3", "got 2"]),
-    ],
-)
-def test_bad_input_is_refused(argument, value, parts):
-    q = torch.zeros(6, 2, HEAD_DIM, dtype=torch.float16)
-    good = dict(cu_inputs=[0, 3, 4], cu_tapes=[4, 4, 6], max_rows=3)
-    good[argument] = value
-    offsets = {
-        name: torch.tensor(good.pop(name), dtype=torch.int32) for name in ("cu_inputs", "cu_tapes")
-    }
-    with refused(argument, *parts):
-        elastic_attention(q, q, q, **offsets, **good)
-
-
+@pytest.mark.runs_no_op
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_example_longer_than_max_rows_turns_nan(dtype):
+def test_an_example_longer_than_max_rows_turns_nan(device, dtype):
     """Where nobody looks at the offsets, as on a GPU: what lies behind the bound, up to a step, and
     all gradients. Its neighbours are as ever."""
-    *offsets, rows = layout(DEVICE, [4, 30, 17, 0], [2, 7, 0, 0])
-    q, k, v, dout = qkv(62, 2, HEAD_DIM, device=DEVICE, dtype=dtype)
+    *offsets, rows = layout(device, [4, 30, 17, 0], [2, 7, 0, 0])
+    q, k, v, dout = qkv(62, 2, HEAD_DIM, device=device, dtype=dtype)
     kernels, backward = torch.ops.adatape_cuda, torch.ops.adatape_cuda.elastic_attention_bwd
     whole = kernels.elastic_attention(q, k, v, *offsets, 37, None)
     cut = kernels.elastic_attention(q, k, v, *offsets, 20, None)
@@ -354,10 +253,11 @@ def test_an_example_longer_than_max_rows_turns_nan(dtype):
         assert a[rows[1][0 if n else 32 :]].isnan().all() and not a[60:].any()
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
-def test_opcheck(requires_grad):
-    *offsets, _ = layout(DEVICE, [4, 30, 0], [2, 3, 0])
-    q, k, v, dout = qkv(40, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+def test_opcheck(device, requires_grad):
+    *offsets, _ = layout(device, [4, 30, 0], [2, 3, 0])
+    q, k, v, dout = qkv(40, 2, HEAD_DIM, device=device, dtype=torch.float16)
     given = [x.clone().requires_grad_(requires_grad) for x in (q, k, v)]
     args = (*given, *offsets, 33, None)
     torch.library.opcheck(torch.ops.adatape.elastic_attention.default, args)
@@ -366,14 +266,15 @@ def test_opcheck(requires_grad):
     torch.library.opcheck(torch.ops.adatape.elastic_attention_bwd.default, args)
 
 
-def test_compiles_once_for_all_sizes(fresh_compiler):
+@pytest.mark.compiles
+def test_compiles_once_for_all_sizes(device, fresh_compiler):
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(*args, max_rows):
         return elastic_attention(*args, max_rows=max_rows)
 
     for n, (input_lens, tape_lens) in enumerate([([4, 3], [2, 30]), ([5, 1, 9], [2, 0, 4])]):
-        *offsets, rows = layout(DEVICE, input_lens, tape_lens)
-        given = qkv(sum(map(len, rows)) + n, 2, HEAD_DIM, device=DEVICE, dtype=torch.float16)
+        *offsets, rows = layout(device, input_lens, tape_lens)
+        given = qkv(sum(map(len, rows)) + n, 2, HEAD_DIM, device=device, dtype=torch.float16)
         longest = max(map(len, rows))
         with torch.compiler.set_stance("fail_on_recompile" if n else "default"):
             actual = gradients(compiled, *given, *offsets, max_rows=longest)
@@ -382,19 +283,23 @@ def test_compiles_once_for_all_sizes(fresh_compiler):
             assert_same_bits(a, e)
 
 
+@pytest.mark.runs_no_op
 @pytest.mark.parametrize(
-    ("argument", "head_dim", "dtype", "max_rows", "lse_rows"),
+    ("argument", "head_dim", "q_dtype", "max_rows", "lse_rows"),
     [
         ("q", 32, torch.float16, 3, 6),
         ("q", 64, torch.float32, 3, 6),
         ("max_rows", 64, torch.float16, 513, 6),
         ("max_rows", 64, torch.float16, None, 6),
+        ("max_rows", 64, torch.float16, -1, 6),
         ("lse", 64, torch.float16, 3, 5),
     ],
 )
-def test_the_kernels_refuse_what_they_cannot_take(argument, head_dim, dtype, max_rows, lse_rows):
-    q = torch.zeros(6, 2, head_dim, dtype=dtype, device=DEVICE)
-    lse = torch.zeros(2, lse_rows, device=DEVICE)
-    *offsets, _ = layout(DEVICE, [3, 1], [0, 2])
+def test_the_kernels_refuse_what_they_cannot_take(
+    device, argument, head_dim, q_dtype, max_rows, lse_rows
+):
+    q = torch.zeros(6, 2, head_dim, dtype=q_dtype, device=device)
+    lse = torch.zeros(2, lse_rows, device=device)
+    *offsets, _ = layout(device, [3, 1], [0, 2])
     with pytest.raises(RuntimeError, match=f"{argument}: expected .*, got "):
         torch.ops.adatape_cuda.elastic_attention_bwd(q, q, q, q, q, lse, *offsets, max_rows, None)

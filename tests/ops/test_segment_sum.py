@@ -4,11 +4,11 @@ import pytest
 import torch
 from checks import assert_close, assert_same_bits
 
-from adatape_kernels.ops.op import current_backend
 from adatape_kernels.ops.triton_segment_sum import segment_sum
 
-# The op that it serves decides where it runs.
+# A part of the Triton launchers of two ops, of which one decides where it runs.
 OP = "tape_gather"
+pytestmark = [pytest.mark.backends("triton"), pytest.mark.runs_no_op]
 
 BANK_SIZE = 6
 
@@ -16,8 +16,6 @@ BANK_SIZE = 6
 @pytest.fixture
 def given(device):
     """Rows with what adds them up: entry 3 takes many, entry 4 none, and poison takes none."""
-    if current_backend() != "triton":
-        pytest.skip("a part of the Triton launchers")
     entries = torch.tensor([0, 3, 6, 3, 5, 3, 6, 3, 1, 3, 3, 3, 2, 3, 3, 5, 3, 3], device=device)
     row_of = torch.randint(0, 5, (18,), device=device)
     rows, weights = torch.randn(18, 300, device=device), torch.randn(18, device=device)

@@ -6,7 +6,7 @@ from checks import assert_close, assert_same_bits, refused
 
 from adatape_kernels.ops import tape_gather, tape_read, tape_select
 
-OP = "tape_select"
+OP = ("tape_select", "tape_gather")
 BATCH, BANK, DIM, KEY = 4, 9, 6, 3
 OPTIONS = dict(num_tape_tokens=3, topk=2, halt_threshold=1.4)
 
@@ -62,6 +62,7 @@ def test_gradcheck(device, dtype, shared):
     assert torch.autograd.gradcheck(read, (query, bank))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("batch", [0, BATCH])
 @pytest.mark.parametrize("capacity", [None, 20])
@@ -71,6 +72,7 @@ def test_opcheck(device, batch, requires_grad, capacity):
     torch.library.opcheck(torch.ops.adatape.tape_read.default, args)
 
 
+@pytest.mark.compiles
 def test_compiles_once_for_all_sizes(fresh_compiler, device):
     compiled = torch.compile(tape_read, fullgraph=True, dynamic=True)
     for n, (batch, size) in enumerate([(4, 9), (3, 12), (6, 8)]):

@@ -1,54 +1,19 @@
+"""What `tape_select` reads: the SPEC's loop, ties, tiles, poison, and the ends of reading."""
+
 import math
 
-import literal
 import pytest
 import torch
-from checks import assert_close, assert_same_bits, cannot_raise, refused
+from checks import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from select_cases import INF, NAN, assert_matches_literal, read
 
 from adatape_kernels import reference
 from adatape_kernels.ops import tape_select, triton_runtime
-from adatape_kernels.ops.op import current_backend, operation
 from adatape_kernels.ops.tape_select import triton_forward
 
 OP = "tape_select"
-INF, NAN = math.inf, math.nan
-
-
-def assert_matches_literal(query, keys, *, read_mask=None, bank_lens=None, **options):
-    """The op equals the loop of the SPEC for every example; returns the selection."""
-    sel = tape_select(query, keys, read_mask=read_mask, bank_lens=bank_lens, **options)
-    batch, steps, topk = len(query), options["num_tape_tokens"], options["topk"]
-    assert sel.indices.dtype == sel.counts.dtype == torch.int32
-    assert sel.weights.dtype == sel.ponder.dtype == reference.wide_dtype(query.dtype)
-    for i in range(batch):
-        indices, weights, count, ponder = literal.tape_select(
-            query[i].tolist(),
-            (keys if keys.dim() == 2 else keys[i]).tolist(),
-            read_mask=None if read_mask is None else read_mask[i].tolist(),
-            bank_len=None if bank_lens is None else int(bank_lens[i]),
-            **options,
-        )
-        unused = steps - count
-        assert sel.counts[i] == count
-        assert sel.indices[i].tolist() == indices + [[-1] * topk] * unused
-        assert_close(sel.weights[i], _rows(weights + [[0.0] * topk] * unused, topk), 1e-5)
-        assert_close(sel.ponder[i], ponder, 1e-5)
-    return sel
-
-
-def _rows(rows, width):
-    return torch.tensor(rows, dtype=torch.float64).view(-1, width)
-
-
-def read(query, keys, *, num_tape_tokens=4, topk=2, halt_threshold=INF, **options):
-    return assert_matches_literal(
-        query,
-        keys,
-        num_tape_tokens=num_tape_tokens,
-        topk=topk,
-        halt_threshold=halt_threshold,
-        **options,
-    )
 
 
 @pytest.mark.few_emulated_threads
@@ -264,73 +229,32 @@ def test_a_bank_of_one_entry(device):
     assert sel.counts.tolist() == [1, 1, 1]
 
 
-GOOD = dict(
-    query=torch.zeros(3, 4),
-    keys=torch.zeros(3, 6, 4),
-    num_tape_tokens=2,
-    topk=2,
-    halt_threshold=1.0,
-)
+@st.composite
+def reads(draw):
+    """Small integers in query and keys, so that the first scores tie often and exactly."""
+    batch, topk = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    bank_size, key_dim = draw(st.integers(topk, 9)), draw(st.integers(1, 3))
+    number = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 3.0, math.inf, math.nan])
+
+    def tensor(*shape):
+        size = math.prod(shape)
+        return torch.tensor(draw(st.lists(number, min_size=size, max_size=size))).view(shape)
+
+    mask = draw(st.lists(st.booleans(), min_size=batch * bank_size, max_size=batch * bank_size))
+    lens = draw(st.lists(st.integers(0, bank_size), min_size=batch, max_size=batch))
+    return dict(
+        query=tensor(batch, key_dim),
+        keys=tensor(batch, bank_size, key_dim),
+        read_mask=torch.tensor(mask, dtype=torch.bool).view(batch, bank_size),
+        bank_lens=torch.tensor(lens, dtype=torch.int32),
+        topk=topk,
+        halt_threshold=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf])),
+    )
 
 
-@pytest.mark.parametrize(
-    ("argument", "value", "parts"),
-    [
-        ("query", torch.zeros(4), ["(batch, key_dim)", "(4,)"]),
-        ("query", torch.zeros(3, 0), ["key_dim at least 1", "(3, 0)"]),
-        ("query", torch.zeros(3, 4, dtype=torch.int64), ["floating-point", "int64"]),
-        ("keys", torch.zeros(4), ["bank_size, 4", "(4,)"]),
-        ("keys", torch.zeros(3, 6, 5), ["bank_size, 4", "(3, 6, 5)"]),
-        ("keys", torch.zeros(2, 6, 4), ["batch 3", "(2, 6, 4)"]),
-        ("keys", torch.zeros(3, 6, 4, dtype=torch.float64), ["float32", "float64"]),
-        ("keys", torch.zeros(3, 1, 4), ["topk = 2", "got 1"]),
-        ("keys", torch.zeros(0, 4), ["topk = 2", "got 0"]),
-        ("keys", torch.zeros(3, 6, 4, device="meta"), ["cpu", "meta"]),
-        ("topk", 0, ["1 to 32", "got 0"]),
-        ("topk", -1, ["1 to 32", "got -1"]),
-        ("topk", 33, ["1 to 32", "got 33"]),
-        ("num_tape_tokens", -1, ["0 or more", "got -1"]),
-        ("halt_threshold", NAN, ["a number", "nan"]),
-        ("loss_type", "kl", ["'entropy' or 'max'", "'kl'"]),
-        ("read_mask", torch.zeros(3, 6), ["bool (3, 6)", "float32"]),
-        ("read_mask", torch.zeros(3, 5, dtype=torch.bool), ["bool (3, 6)", "(3, 5)"]),
-        ("read_mask", torch.zeros(3, 6, dtype=torch.bool, device="meta"), ["cpu", "meta"]),
-        ("bank_lens", torch.zeros(3), ["int32 or int64 (3,)", "float32"]),
-        ("bank_lens", torch.zeros(2, dtype=torch.int32), ["(3,)", "(2,)"]),
-        ("bank_lens", torch.zeros(3, dtype=torch.int32, device="meta"), ["cpu", "meta"]),
-    ],
-)
-def test_bad_input_is_refused(argument, value, parts):
-    with refused(argument, *parts):
-        tape_select(**{**GOOD, argument: value})
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-@pytest.mark.parametrize("lens_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("lens", [[1, 7, 2], [1, 2, -1], [2**31 - 1, 0, 0], [-(2**31), 0, 0]])
-@pytest.mark.absent_if(reason=cannot_raise)
-def test_lengths_outside_the_bank_are_refused(device, lens, lens_dtype, shared):
-    keys = GOOD["keys"][0] if shared else GOOD["keys"]
-    given = {**GOOD, "keys": keys, "bank_lens": torch.tensor(lens, dtype=lens_dtype)}
-    given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
-    with refused("bank_lens", "0 to 6", str(lens)):
-        tape_select(**given)
-    given["bank_lens"] = given["bank_lens"].clamp(0, 6)
-    assert tape_select(**given).counts.shape == (3,)
-
-
-@pytest.mark.backends("triton", "cuda")
-@pytest.mark.runs_no_op
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-@pytest.mark.parametrize("lens_dtype", [torch.int32, torch.int64])
-def test_kernels_keep_lengths_outside_the_bank_within_it(device, lens_dtype, shared):
-    """Below the dispatcher nobody has looked at them, as on a GPU, where a kernel cannot raise."""
-    query, keys = torch.randn(5, 4, device=device), torch.randn(5, 9, 4, device=device)
-    keys = keys[0] if shared else keys
-    lens = torch.tensor([9, -1, 10, 2**31 - 1, -(2**31)], dtype=lens_dtype, device=device)
-    select = operation(OP).implementations[current_backend()].function
-    options = (4, 2, INF, True, "entropy", None)
-    actual = select(query, keys, *options, lens)
-    for a, e in zip(actual, select(query, keys, *options, lens.clamp(0, 9)), strict=True):
-        assert_same_bits(a, e)
-    assert actual[3].tolist() == [4, 0, 4, 4, 0]
+@pytest.mark.few_emulated_threads
+@given(case=reads())
+def test_one_step_with_any_ties_matches_the_literal_loop(device, case):
+    """One step: after it, a merged query may tie in exact arithmetic and differ by rounding."""
+    case = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in case.items()}
+    assert_matches_literal(**case, num_tape_tokens=1)

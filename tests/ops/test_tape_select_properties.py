@@ -1,186 +1,16 @@
+"""What `tape_select` promises beyond its values: bits, poison, and torch's own checks."""
+
 import math
 
 import pytest
 import torch
-from checks import (
-    assert_close,
-    assert_low_precision,
-    assert_same_bits,
-    has_one_thread,
-    interpreted,
-)
-from hypothesis import given
-from hypothesis import strategies as st
-from test_tape_select import assert_matches_literal
+from checks import assert_same_bits, has_one_thread, interpreted
+from select_cases import OPTIONS, cotangents, gradients
 
 from adatape_kernels import reference
 from adatape_kernels.ops import tape_select
-from adatape_kernels.ops.op import current_backend, operation
 
 OP = "tape_select"
-OPTIONS = dict(num_tape_tokens=4, topk=3, halt_threshold=1.2)
-
-
-def gradients(select, query, keys, dweights, dponder, **options):
-    """The selection and the gradients of query and keys of Σ weights · dweights + ponder · dponder.
-
-    The selection's outputs come with them: indices, weights, counts, ponder, dquery, dkeys.
-    """
-    query, keys = query.detach().requires_grad_(), keys.detach().requires_grad_()
-    sel = select(query, keys, **options)
-    grads = torch.autograd.grad([sel.weights, sel.ponder], [query, keys], [dweights, dponder])
-    return [*(x.detach() for x in sel), *grads]
-
-
-def cotangents(batch, num_tape_tokens, topk, **like):
-    return torch.randn(batch, num_tape_tokens, topk, **like), torch.randn(batch, **like)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-@pytest.mark.parametrize("loss_type", ["entropy", "max"])
-@pytest.mark.parametrize("average_query", [True, False], ids=["average", "replace"])
-def test_gradcheck(device, dtype, average_query, loss_type, shared):
-    """Gaps between the scores are far wider than gradcheck's steps of 1e-6."""
-    query = torch.randn(3, 5, dtype=dtype, device=device, requires_grad=True)
-    shape = (9, 5) if shared else (3, 9, 5)
-    keys = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-
-    def outputs(query, keys):
-        sel = tape_select(query, keys, average_query=average_query, loss_type=loss_type, **OPTIONS)
-        return sel.weights, sel.ponder
-
-    assert torch.autograd.gradcheck(outputs, (query, keys))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-@pytest.mark.parametrize("loss_type", ["entropy", "max"])
-@pytest.mark.parametrize("average_query", [True, False], ids=["average", "replace"])
-@pytest.mark.parametrize("topk", [1, 4, 32])
-def test_backward_is_the_reference_s(device, dtype, topk, average_query, loss_type, shared):
-    """The closed form against autograd of the float64 reference; equal rows tie in "max"."""
-    query = torch.randn(6, 16, device=device, dtype=dtype)
-    rows = torch.randn(*([] if shared else [6]), 60, 16, device=device, dtype=dtype)
-    keys = torch.cat([rows, rows[..., :20, :]], -2)
-    given = [query, keys, *cotangents(6, 5, topk, device=device, dtype=dtype)]
-    options = dict(num_tape_tokens=5, topk=topk, halt_threshold=1.7)
-    options |= dict(average_query=average_query, loss_type=loss_type)
-    actual = gradients(tape_select, *given, **options)
-    expected = gradients(reference.tape_select, *(x.double() for x in given), **options)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, tolerance)
-
-
-@pytest.fixture
-def nondeterministic():
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.use_deterministic_algorithms(True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_backward_without_a_fixed_order(nondeterministic, device, dtype):
-    """Outside deterministic mode a shared bank's gradient may be summed in any order."""
-    query = torch.randn(6, 16, device=device).to(dtype)
-    keys = torch.randn(20, 16, device=device).to(dtype)
-    given = [query, keys, *cotangents(6, 5, 3, device=device)]
-    options = dict(OPTIONS, num_tape_tokens=5)
-    *_, dquery, dkeys = gradients(tape_select, *given, **options)
-    *_, exact_dquery, exact_dkeys = gradients(
-        reference.tape_select, *(x.double() for x in given), **options
-    )
-    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    assert_close(dquery, exact_dquery, tolerance)
-    assert_close(dkeys, exact_dkeys, tolerance)
-
-
-@pytest.mark.backends("triton")  # the others take only what tape_select returned
-@pytest.mark.runs_no_op
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-def test_corrupt_indices_and_counts_stay_inside(device, shared):
-    """A GPU's cannot be checked without a copy to the host: the kernel may read no further."""
-    query, keys = torch.randn(3, 6, device=device), torch.randn(3, 9, 6, device=device)
-    keys = keys[0] if shared else keys
-    dweights, dponder = cotangents(3, 4, 2, device=device)
-    indices = torch.tensor([-(2**31), -1, 9, 2**31 - 1], dtype=torch.int32, device=device)
-    indices = indices.view(1, 4, 1).expand(3, 4, 2)
-    counts = torch.tensor([-5, 4, 2**31 - 1], dtype=torch.int32, device=device)
-    dquery, dkeys = (
-        operation("tape_select_bwd")
-        .implementations[current_backend()]
-        .function(query, keys, dweights, dponder, indices, counts, True, "entropy")
-    )
-    assert dquery.shape == query.shape and dkeys.shape == keys.shape
-    assert not dquery[0].any()
-
-
-@pytest.mark.parametrize("output", ["weights", "ponder"])
-def test_gradient_of_one_output_alone(device, output):
-    query, keys = torch.randn(3, 5, device=device), torch.randn(9, 5, device=device)
-    dweights, dponder = cotangents(3, 4, 3, device=device)
-    (dponder if output == "weights" else dweights).zero_()
-    *_, dquery, dkeys = gradients(tape_select, query, keys, dweights, dponder, **OPTIONS)
-    query.requires_grad_()
-    keys.requires_grad_()
-    sel = tape_select(query, keys, **OPTIONS)
-    getattr(sel, output).backward(dweights if output == "weights" else dponder)
-    assert_same_bits(query.grad, dquery)
-    assert_same_bits(keys.grad, dkeys)
-
-
-def test_strided_inputs_and_gradients(device):
-    """Views and expanded gradients, as sum().backward() makes, give what contiguous ones give."""
-    query, keys = torch.randn(5, 7, device=device).mT, torch.randn(7, 8, 12, device=device).mT
-    keys = keys[..., :5]
-    views = [
-        torch.randn(3, 4, 7, device=device).permute(2, 1, 0),
-        torch.tensor(2.0, device=device).expand(7),
-    ]
-    strided = gradients(tape_select, query, keys, *views, **OPTIONS)
-    copies = [x.contiguous() for x in (query, keys, *views)]
-    for a, e in zip(strided, gradients(tape_select, *copies, **OPTIONS), strict=True):
-        assert_same_bits(a, e)
-    query, keys = query.requires_grad_(), keys.requires_grad_()
-    sel = tape_select(query, keys, **OPTIONS)
-    (sel.weights.sum() + sel.ponder.sum()).backward()
-    ones = torch.ones_like(sel.weights), torch.ones_like(sel.ponder)
-    *_, dquery, dkeys = gradients(tape_select, query, keys, *ones, **OPTIONS)
-    assert_same_bits(query.grad, dquery)
-    assert_same_bits(keys.grad, dkeys)
-    assert dquery.is_contiguous() and dkeys.is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(device, dtype):
-    """The entries are chosen from exact products; plain torch, in `dtype`, is told them."""
-    query = torch.randn(8, 32, device=device).to(dtype)
-    keys = torch.randn(8, 50, 32, device=device).to(dtype)
-    dweights, dponder = cotangents(8, 4, 3, device=device)
-    given = (query, keys, dweights, dponder)
-    actual = gradients(tape_select, *given, **OPTIONS)
-    exact = gradients(reference.tape_select, *(x.double() for x in given), **OPTIONS)
-    assert torch.equal(actual[0], exact[0])
-
-    def plain(query, keys, **options):
-        weights, ponder = torch.zeros_like(dweights, dtype=dtype), torch.zeros_like(query[:, 0])
-        for s in range(4):
-            used = actual[0][:, s, :1] >= 0
-            index = actual[0][:, s, :, None].long().clamp(min=0).expand(-1, -1, 32)
-            rows = keys.gather(1, index)
-            w = torch.softmax((rows @ query[..., None]).squeeze(-1) / math.sqrt(32), -1)
-            merged = (w[:, None] @ rows).squeeze(1)
-            query = torch.where(used, (query + merged) / 2, query)
-            weights[:, s] = w.where(used, 0)
-            ponder = ponder + (1 - w.square().sum(-1)).where(used[:, 0], 0)
-        return reference.TapeSelection(actual[0], weights, actual[2], ponder)
-
-    rounded = gradients(plain, query, keys, dweights.to(dtype), dponder.to(dtype))
-    assert actual[-1].dtype == actual[-2].dtype == dtype
-    for n in (1, 3, 4, 5):  # weights, ponder, dquery, dkeys
-        assert_low_precision(actual[n], rounded[n], exact[n], floor=1e-6)
-
 
 SIZES = [  # batch, bank_size, key_dim, topk
     (1, 1, 1, 1),
@@ -258,10 +88,20 @@ def test_near_ties_fall_alike_in_any_batch(device, transposed):
         assert_same_bits(tape_select(query[i : i + 1], keys, **options).indices[0], together[i])
 
 
-@pytest.mark.parametrize("select", [tape_select, reference.tape_select], ids=["op", "reference"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-def test_another_example_s_poison_stays_with_it(device, select, shared, poison):
+def test_another_example_s_poison_stays_with_it(device, shared, poison):
+    assert_poison_stays_with_its_example(tape_select, device, shared, poison)
+
+
+@pytest.mark.no_backend
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+def test_poison_stays_with_its_example_in_the_reference_too(device, shared, poison):
+    assert_poison_stays_with_its_example(reference.tape_select, device, shared, poison)
+
+
+def assert_poison_stays_with_its_example(select, device, shared, poison):
     query = torch.randn(4, 6, device=device)
     keys = torch.randn(*([] if shared else [4]), 20, 6, device=device)
     given = [query, keys, *cotangents(4, 4, 3, device=device)]
@@ -284,9 +124,19 @@ def test_another_example_s_poison_stays_with_it(device, select, shared, poison):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
-@pytest.mark.parametrize("select", [tape_select, reference.tape_select], ids=["op", "reference"])
 @pytest.mark.parametrize("poison", [math.nan, -math.inf, math.inf])
-def test_entries_that_are_not_read_leak_nothing(device, select, poison, shared):
+def test_entries_that_are_not_read_leak_nothing(device, poison, shared):
+    assert_unread_entries_leak_nothing(tape_select, device, poison, shared)
+
+
+@pytest.mark.no_backend
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+@pytest.mark.parametrize("poison", [math.nan, -math.inf, math.inf])
+def test_entries_that_are_not_read_leak_nothing_in_the_reference(device, poison, shared):
+    assert_unread_entries_leak_nothing(reference.tape_select, device, poison, shared)
+
+
+def assert_unread_entries_leak_nothing(select, device, poison, shared):
     """Masked and missing entries may hold anything; unread valid ones NaN, which ranks last."""
     query = torch.randn(3, 6, device=device)
     keys = torch.randn(*([] if shared else [3]), 30, 6, device=device)
@@ -302,19 +152,6 @@ def test_entries_that_are_not_read_leak_nothing(device, select, poison, shared):
         read.scatter_(1, clean[0].flatten(1).long() % 31, True)
         poisoned[~read[:, :30].any(0) if shared else ~read[:, :30]] = poison
     for a, e in zip(gradients(select, query, poisoned, *given[2:], **options), clean, strict=True):
-        assert_same_bits(a, e)
-
-
-def test_gradients_of_unused_rows_are_not_read(device):
-    query, keys = torch.randn(3, 6, device=device), torch.randn(3, 9, 6, device=device)
-    dweights, dponder = cotangents(3, 4, 3, device=device)
-    clean = gradients(tape_select, query, keys, dweights, dponder, **OPTIONS)
-    unused = torch.arange(4, device=device) >= clean[2][:, None]
-    assert unused.any()
-    dweights[unused] = math.nan
-    for a, e in zip(
-        gradients(tape_select, query, keys, dweights, dponder, **OPTIONS), clean, strict=True
-    ):
         assert_same_bits(a, e)
 
 
@@ -360,34 +197,3 @@ def test_compiles_once_for_all_sizes(fresh_compiler, device):
             actual = gradients(compiled, *given, **options)
         for a, e in zip(actual, gradients(eager, *given, **options), strict=True):
             assert_same_bits(a, e)
-
-
-@st.composite
-def reads(draw):
-    """Small integers in query and keys, so that the first scores tie often and exactly."""
-    batch, topk = draw(st.integers(0, 3)), draw(st.integers(1, 4))
-    bank_size, key_dim = draw(st.integers(topk, 9)), draw(st.integers(1, 3))
-    number = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 3.0, math.inf, math.nan])
-
-    def tensor(*shape):
-        size = math.prod(shape)
-        return torch.tensor(draw(st.lists(number, min_size=size, max_size=size))).view(shape)
-
-    mask = draw(st.lists(st.booleans(), min_size=batch * bank_size, max_size=batch * bank_size))
-    lens = draw(st.lists(st.integers(0, bank_size), min_size=batch, max_size=batch))
-    return dict(
-        query=tensor(batch, key_dim),
-        keys=tensor(batch, bank_size, key_dim),
-        read_mask=torch.tensor(mask, dtype=torch.bool).view(batch, bank_size),
-        bank_lens=torch.tensor(lens, dtype=torch.int32),
-        topk=topk,
-        halt_threshold=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf])),
-    )
-
-
-@pytest.mark.few_emulated_threads
-@given(case=reads())
-def test_one_step_with_any_ties_matches_the_literal_loop(device, case):
-    """One step: after it, a merged query may tie in exact arithmetic and differ by rounding."""
-    case = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in case.items()}
-    assert_matches_literal(**case, num_tape_tokens=1)

@@ -1,0 +1,172 @@
+"""Derivatives in the fast way and in the public one: adatape_kernels/ops/fast_autograd.py."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adatape_kernels.ops import fast_autograd
+
+# One module of ours sees a torch without these names. Torch itself, which uses them too, has them: one
+# that lacked them would do without.
+SCRIPT = """
+import hashlib, importlib.util, pathlib, sys, torch
+
+class Without:
+    def __init__(self, module, names, **changed):
+        self.__dict__.update(changed, module=module, names=names)
+
+    def __getattr__(self, name):
+        if name in self.names:
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+hidden = sys.argv[1:]
+package = pathlib.Path(importlib.util.find_spec("adatape_kernels").origin).parent
+spec = importlib.util.spec_from_file_location(
+    "adatape_kernels.ops.fast_autograd", package / "ops/fast_autograd.py"
+)
+fast_autograd = importlib.util.module_from_spec(spec)
+sys.modules["torch"] = Without(torch, (), _C=Without(torch._C, hidden))
+spec.loader.exec_module(fast_autograd)
+sys.modules.update({"torch": torch, spec.name: fast_autograd})
+import adatape_kernels as ak
+assert ak.ops.op.fast_autograd is fast_autograd
+assert set(fast_autograd.missing_names()) == set(hidden)
+
+torch.manual_seed(0)
+offsets = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([4, 4, 6], dtype=torch.int32)
+x, w, b = torch.randn(6, 8), torch.randn(8, 8), torch.randn(8)
+
+def read(x, w, b):
+    tape, _, selection = ak.ops.tape_read(
+        x, torch.stack([w] * 6), num_tape_tokens=2, topk=2, halt_threshold=1.0, capacity=12
+    )
+    return tape.sum() + selection.ponder.sum()
+
+def encode(x, w, b):
+    total, normed = ak.ops.add_layer_norm(x, x * 2, b, b)
+    heads = normed.view(6, 2, 4)
+    out = ak.ops.elastic_attention(heads, heads, heads, *offsets).reshape(6, 8)
+    return (total + ak.ops.dual_ffn(out, 4, ak.ops.FFN(w, b, w, b))).square().sum()
+
+found = hashlib.sha256()
+with ak.use_backend("eager"):
+    for function in (read, encode):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for run in (function, compiled):
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            grads = torch.autograd.grad(run(*leaves), leaves, allow_unused=True)
+            if run is function:
+                expected = grads
+            for grad, same in zip(grads, expected, strict=True):
+                if grad is not None:
+                    torch.testing.assert_close(grad, same, rtol=1e-6, atol=1e-6)
+        for grad in expected:
+            found.update(b"none" if grad is None else grad.numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+def gradients_without(*names):
+    """A digest of every op's gradients where torch lacks these names."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT, *names]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def fast_gradients():
+    assert not fast_autograd.missing_names()
+    return gradients_without()
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    "missing",
+    [*((name,) for name in fast_autograd.PRIVATE_NAMES), fast_autograd.PRIVATE_NAMES],
+    ids=lambda names: names[0] if len(names) == 1 else "all",
+)
+def test_where_torch_lacks_a_private_name_gradients_are_the_same(fast_gradients, missing):
+    assert gradients_without(*missing) == fast_gradients
+
+
+@pytest.fixture(params=[True, False], ids=["public", "fast"])
+def cube(request):
+    """An op `cube` with its derivative, which counts its calls, attached in one of the ways."""
+    library = torch.library.Library("adatape_cube", "DEF")
+    library.define("cube(Tensor x, float scale) -> (Tensor y, Tensor square)")
+    backwards = []
+
+    def run(x, scale):
+        return scale * x**3, x**2
+
+    def backward(ctx, dy, dsquare):
+        (x,) = ctx.saved_tensors
+        backwards.append(x)
+        grad = 3 * ctx.scale * x**2 * dy
+        return grad if dsquare is None else grad + 2 * x * dsquare, None
+
+    def setup_context(ctx, inputs, output):
+        x, ctx.scale = inputs
+        ctx.save_for_backward(x)
+
+    library.impl("cube", run, "CompositeExplicitAutograd")
+    fake = lambda x, scale: (torch.empty_like(x), torch.empty_like(x))  # noqa: E731
+    torch.library.register_fake("adatape_cube::cube", fake, lib=library)
+    fast_autograd.attach(library, "cube", run, backward, setup_context, public=request.param)
+    yield torch.ops.adatape_cube.cube.default, backwards
+    library._destroy()
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_op_passes_torch_s_check_in_both_ways(cube, requires_grad):
+    op, _ = cube
+    torch.library.opcheck(op, (torch.randn(3, requires_grad=requires_grad), 2.0))
+
+
+def test_a_derivative_is_used_where_one_is_asked_for(cube):
+    op, backwards = cube
+    x = torch.randn(3, dtype=torch.float64)
+    y, square = op(x, 2.0)
+    assert not y.requires_grad and torch.equal(y, 2 * x**3) and torch.equal(square, x**2)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert not op(leaf, 2.0)[0].requires_grad
+    y, square = op(leaf, 2.0)
+    assert backwards == []
+    (grad,) = torch.autograd.grad(y.sum() + square.sum(), leaf)
+    torch.testing.assert_close(grad, 6 * x**2 + 2 * x)
+    assert len(backwards) == 1
+    assert torch.autograd.gradcheck(lambda x: op(x, 2.0), leaf)
+
+
+@pytest.mark.compiles
+def test_a_derivative_compiles_in_both_ways(cube, fresh_compiler):
+    op, _ = cube
+    leaf = torch.randn(3, requires_grad=True)
+    compiled = torch.compile(lambda x: op(x, 2.0)[0].sum(), fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(leaf), leaf)
+    torch.testing.assert_close(grad, 6 * leaf.detach() ** 2)
+
+
+def test_vmap_and_modes_see_the_op(cube):
+    """What torch puts around a call sees it whichever way the derivative came."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, called, types, args=(), kwargs=None):
+            seen.append(called)
+            return called(*args, **(kwargs or {}))
+
+    op, _ = cube
+    with Watching():
+        op(torch.randn(3, requires_grad=True), 2.0)
+    assert op in seen
