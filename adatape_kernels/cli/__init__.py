@@ -105,7 +105,9 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 def chosen_backend(text: str | None) -> contextlib.AbstractContextManager[None]:
     """Return `use_backend` for the names, of which the first is forced and the others fall back."""
-    name, *fallback = [None] if text is None else text.split(",")
+    if text is None:
+        return use_backend(None)
+    name, *fallback = text.split(",")
     return use_backend(name, fallback)
 
 
