@@ -1,4 +1,4 @@
-"""What a reader needs to place figures: the machine, the versions and the commit."""
+"""The machine, the versions, the commit and the backend that figures were measured with."""
 
 import platform
 import subprocess
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from adatape_kernels.backend import current_backend, serving
+
 
 def environment() -> dict[str, Any]:
-    """Return machine, versions and commit."""
+    """Return machine, versions and commit, the last None outside a clone of the repository."""
     from adatape_kernels import __version__
 
     repository = Path(__file__).parents[2]
@@ -26,10 +28,15 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name."""
+    """Return the processor's name, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
+
+
+def serving_backend() -> str:
+    """Return the name of the backend that serves attention on this CPU in float32."""
+    return current_backend() or serving("elastic_attention", "cpu", torch.float32) or "eager"
