@@ -31,6 +31,7 @@ METRICS = (
     "images_per_second",
     "learning_rate",
 )
+"""Columns of metrics.csv, and the entries of each epoch's history in a checkpoint, in order."""
 
 
 def run(
@@ -57,7 +58,7 @@ def run(
         ValueError: an option, the image set, or the checkpoint is not what was expected.
         RuntimeError: a package is missing, or the loss is not finite.
         OSError: a file cannot be read or written.
-        KeyboardInterrupt: interrupted; says what `out` holds.
+        KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
     pictures.require("train")
     out = Path(out)
@@ -101,21 +102,15 @@ def run(
 
     def after_epoch(result: EpochResult) -> str:
         output = predict(model, data.test_images, normalise)
-        row = dict(
-            zip(
-                METRICS,
-                (
-                    result.epoch,
-                    result.loss,
-                    result.accuracy,
-                    accuracy(output, data.test_labels),
-                    output.tape_lens.double().mean().item(),
-                    result.images_per_second,
-                    result.learning_rate,
-                ),
-                strict=True,
-            )
-        )
+        row = {
+            "epoch": result.epoch,
+            "train_loss": result.loss,
+            "train_accuracy": result.accuracy,
+            "test_accuracy": accuracy(output, data.test_labels),
+            "mean_tape_length": output.tape_lens.double().mean().item(),
+            "images_per_second": result.images_per_second,
+            "learning_rate": result.learning_rate,
+        }
         save([*history, row])
         history.append(row)
         return _line(row, plan.epochs)

@@ -126,7 +126,7 @@ def train(
         after_epoch: called with each epoch's result; returns a line to print.
 
     Raises:
-        RuntimeError: the loss is not finite; names epoch and step.
+        RuntimeError: the loss is not finite; the error names epoch and step.
     """
     from tqdm import tqdm
 
@@ -161,6 +161,7 @@ def _train_epoch(
     epoch: int,
     bar: Any,
 ) -> EpochResult:
+    """Train for one epoch, whose number `epoch` counts from 0, and move the progress bar `bar`."""
     images = len(data.train_labels)
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
