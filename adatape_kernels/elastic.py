@@ -73,6 +73,28 @@ def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool 
         )
 
 
+def check_examples(
+    cu_inputs: Tensor, cu_tapes: Tensor, num_rows: int, max_rows: int | None
+) -> None:
+    """Check the values of a layout's offsets; copies them to the host.
+
+    Args:
+        cu_inputs: (batch + 1,) int32, the bounds of each example's input rows.
+        cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows.
+        num_rows: number of rows of the buffer; those behind the last offset may be unused.
+        max_rows: a bound on the rows of an example, or None.
+
+    Raises:
+        ValueError: the offsets do not ascend, do not join or exceed the buffer, or an example has
+            more than max_rows rows.
+    """
+    check_offsets("cu_inputs", cu_inputs, 0, num_rows, exact=False)
+    check_offsets("cu_tapes", cu_tapes, int(cu_inputs[-1]), num_rows, exact=False)
+    longest = max((cu_inputs.diff() + cu_tapes.diff()).tolist(), default=0)
+    if max_rows is not None and longest > max_rows:
+        raise ValueError(f"max_rows: expected at least {longest} (the longest), got {max_rows}")
+
+
 def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
     """Return where the rows of a layout lie, in the order of the examples.
 

@@ -10,7 +10,9 @@ from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser, digits
 from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.ops.op import BACKENDS, use_backend
 from adatape_kernels.recipes import demo, measure
+from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.train_loop import TrainPlan, train
 
 PAIRS = ("forward_seconds", "train_step_seconds", "rows", "flops", "peak_bytes")
@@ -38,6 +40,7 @@ def test_the_report_has_its_keys_and_is_plausible(short_demo):
     for name in ("rows", "flops", "peak_bytes"):
         assert report[name]["elastic"] < report[name]["padded"]
     assert report["torch"] == torch.__version__
+    assert report["attention_backend"] in BACKENDS
 
 
 def test_the_pictures_show_something(short_demo):
@@ -118,6 +121,13 @@ def test_flops_of_both_models_agree_with_a_count_by_hand():
         merged * padded,
         (scores + 2 * topk * key_dim) * padded,
     )
+
+
+def test_the_backend_is_the_one_that_ran():
+    model, images = AdaTapeViT(demo.CONFIG), torch.zeros(1, 1, 8, 8)
+    with use_backend("eager"):
+        assert attention_backend(lambda: model(images)) == "eager"
+    assert attention_backend(lambda: model.padded()(images)) == "none"
 
 
 def test_peak_bytes_is_what_a_run_holds_at_once():

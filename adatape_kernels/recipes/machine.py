@@ -2,12 +2,13 @@
 
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adatape_kernels.backend import current_backend, serving
+from adatape_kernels.ops.op import record
 
 
 def environment() -> dict[str, Any]:
@@ -37,6 +38,8 @@ def cpu_name() -> str:
     return platform.processor() or "unknown processor"
 
 
-def serving_backend() -> str:
-    """Return the name of the backend that serves attention on this CPU in float32."""
-    return current_backend() or serving("elastic_attention", "cpu", torch.float32) or "eager"
+def attention_backend(run: Callable[[], object]) -> str:
+    """Call a function that runs a model; return the backend that served the model's attention."""
+    with record() as ran:
+        run()
+    return next((call.backend for call in ran if call.op == "elastic_attention"), "none")

@@ -8,6 +8,7 @@ import torch
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
 from adatape_kernels.recipes import measure
+from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.train_loop import accuracy, predict
 
 COMPARED_IMAGES = 360
@@ -46,6 +47,8 @@ class ModelComparison:
     """Floating-point operations of the products of a forward pass."""
     peak_bytes: dict[str, int]
     """Most memory that a training step holds at a time."""
+    attention_backend: str
+    """Name of the backend that served the elastic model's attention."""
     images_by_tape_length: list[int]
     """Entry n is the number of images of the whole test set that read n tape tokens."""
 
@@ -110,6 +113,7 @@ def compare(
 
     padded.eval()
     elastic, other = (forward(kind) for kind in models)
+    backend = attention_backend(lambda: forward("elastic"))
     same = torch.stack(
         [
             (a.indices == b.indices).flatten(1).all(1)
@@ -137,6 +141,7 @@ def compare(
         rows={"elastic": inputs + int(elastic.tape_lens.sum()), "padded": inputs + possible},
         flops=flops,
         peak_bytes=peak_bytes,
+        attention_backend=backend,
         images_by_tape_length=lengths.tolist(),
     )
     return comparison, every

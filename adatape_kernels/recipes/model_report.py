@@ -11,7 +11,7 @@ from adatape_kernels.data.image_set import ImageSet, Normaliser
 from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.checkpoint import write_file
-from adatape_kernels.recipes.machine import environment, serving_backend
+from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import ModelComparison, compare
 
 
@@ -63,7 +63,7 @@ def table(comparison: ModelComparison) -> str:
     for cost in comparison.costs():
         shown = f"{cost.elastic / cost.unit:10,.1f} {cost.padded / cost.unit:10,.1f}"
         lines.append(f"{cost.label:30} {shown} {cost.padded / cost.elastic:14.2f}x")
-    if serving_backend() == "eager":
+    if comparison.attention_backend == "eager":
         lines += [
             "",
             "The ops ran on the eager reference, an exact loop over the examples: times show its",

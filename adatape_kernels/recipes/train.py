@@ -12,9 +12,10 @@ import torch
 
 from adatape_kernels import __version__
 from adatape_kernels.data import ImageSet, Normaliser, load
+from adatape_kernels.data.image_set import Subset
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
-from adatape_kernels.recipes.machine import serving_backend
+from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.train_config import TrainConfig, option_name, with_present_names
@@ -77,7 +78,9 @@ def run(
     torch.manual_seed(config.seed)
     model = config.model(data.num_classes, len(normalise.mean))
     optimizer = plan.optimizer(model)
-    facts, environment = _facts(data, normalise), _environment(data_dir)
+    first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
+    backend = attention_backend(lambda: predict(model, first, normalise))
+    facts, environment = _facts(data, normalise), _environment(data_dir, backend)
     steps = plan.steps_per_epoch(len(data.train_labels))
 
     def save(rows: list[dict[str, Any]]) -> None:
@@ -194,13 +197,13 @@ def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any]) -> None
             )
 
 
-def _environment(data_dir: str | Path | None) -> dict[str, Any]:
+def _environment(data_dir: str | Path | None, backend: str) -> dict[str, Any]:
     """Return what the last bits of the curve depend on, and where the images are."""
     return {
         "adatape_kernels": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "backend": serving_backend(),
+        "backend": backend,
         "data_dir": None if data_dir is None else str(Path(data_dir).resolve()),
     }
 
