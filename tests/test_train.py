@@ -28,7 +28,7 @@ EPOCHS = ["--epochs", "3"]
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """What comes after the training takes seconds, and one test looks at it."""
+    """Leaves out the report, which takes seconds and which other tests look at."""
     monkeypatch.setattr(recipe, "write_report", lambda *arguments, **options: None)
 
 
@@ -44,7 +44,7 @@ def arguments(mnist, out, *more):
 
 
 def metrics(out):
-    """The rows, without what a clock decides."""
+    """The rows of metrics.csv without the speed, which differs from run to run."""
     with open(out / "metrics.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     for row in rows:
@@ -89,7 +89,7 @@ def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
 
 
 def command(*arguments):
-    """The command in a process of its own, whose arithmetic no earlier test has touched."""
+    """Start the command in a process of its own, where no earlier test has changed a setting."""
     return subprocess.Popen(
         [sys.executable, "-m", "adatape_kernels.cli", *arguments],
         stdout=subprocess.DEVNULL,
