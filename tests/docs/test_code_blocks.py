@@ -1,8 +1,9 @@
-"""The Python blocks of README.md and of the pages in docs/ run, in the order of their page.
+"""The code blocks of README.md and of the pages in docs/ run, in the order of their page.
 
-A block whose first line is a comment with a path of the package, like `# adatape_kernels/ops/x.py`,
-is that file: it is written into a copy of the package, or behind what the file has there already.
-Nothing else stands in for anything, so each page brings what its blocks use.
+A Python block whose first line is a comment with a path, as `# adatape_kernels/ops/new.py`, is that
+file: it is written into a copy of the package, behind what the file has there already. A diff block
+edits a file of that copy. Every other Python block is a part of one program, which runs at the end.
+Nothing stands in for anything else: a page brings all that its blocks use.
 """
 
 import os
@@ -18,36 +19,55 @@ import adatape_kernels
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(adatape_kernels.__file__).parent
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
-FILE = re.compile(r"# (adatape_kernels/\S+\.py)\n")
+BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```", re.M | re.S)
+FILE = re.compile(r"# (adatape_kernels/\S+\.py)\n+")
 
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+# The page that another one begins where it ends.
+CONTINUED = {"adding-a-backend.md": ROOT / "docs/adding-an-op.md"}
 
 
 def blocks(page):
-    return BLOCK.findall(page.read_text(encoding="utf-8"))
+    """(kind, text) of each block, those of the page that this one continues first."""
+    before = blocks(CONTINUED[page.name]) if page.name in CONTINUED else []
+    return before + BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def write(folder, name, text):
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def edit(folder, diff):
+    """Apply a diff block, whose first two lines name the file; it must fit in one place."""
+    named, _, *lines = diff.splitlines()
+    target = folder / named.removeprefix("--- ")
+    text = target.read_text(encoding="utf-8")
+    old = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "+")
+    new = "".join(f"{line[1:]}\n" for line in lines if line[:1] != "-")
+    assert text.count(old) == 1, f"{named}: expected the diff to fit in one place:\n{old}"
+    target.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def run_blocks(page, folder):
-    """Run a page's blocks as one program in a process of its own; return it when it is done."""
-    path, code = (
-        PACKAGE.parent,
-        ["import torch", "torch.manual_seed(0)", "torch.set_num_threads(1)"],
-    )
-    for block in blocks(page):
-        file = FILE.match(block)
-        if file is None:
-            code.append(block)
+    """Run a page's blocks in a process of its own; return it when it is done."""
+    path = PACKAGE.parent
+    code = ["import torch", "torch.manual_seed(0)", "torch.set_num_threads(1)"]
+    for kind, text in blocks(page):
+        file = FILE.match(text)
+        if kind == "python" and file is None:
+            code.append(text)
             continue
         if path != folder:
             path = folder
-            shutil.copytree(
-                PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        target = path / file[1]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8") as stream:
-            stream.write(block)
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=ignored)
+        if kind == "diff":
+            edit(path, text)
+        else:
+            write(path, file[1], text[file.end() :])
     program = folder / "blocks.py"
     program.write_text("\n".join(code), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(path)}
@@ -72,3 +92,11 @@ def test_a_block_that_fails_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2, 'x is one'\n```\n")
     assert "x is one" in run_blocks(page, tmp_path).stderr
+
+
+def test_a_diff_that_does_not_fit_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    name = "adatape_kernels/elastic.py"
+    page.write_text(f"```diff\n--- {name}\n+++ {name}\n-no such line\n+another\n```\n")
+    with pytest.raises(AssertionError, match="fit in one place"):
+        run_blocks(page, tmp_path)
