@@ -22,8 +22,7 @@ PACKAGE = Path(adatape_kernels.__file__).parent
 BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```", re.M | re.S)
 FILE = re.compile(r"# (adatape_kernels/\S+\.py)\n+")
 
-PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
-# The page that another one begins where it ends.
+# A page that goes on where another ends, whose blocks then run with its own.
 CONTINUED = {"adding-a-backend.md": ROOT / "docs/adding-an-op.md"}
 
 
@@ -31,6 +30,13 @@ def blocks(page):
     """(kind, text) of each block, those of the page that this one continues first."""
     before = blocks(CONTINUED[page.name]) if page.name in CONTINUED else []
     return before + BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if page not in CONTINUED.values() and blocks(page)
+]
 
 
 def write(folder, name, text):
@@ -76,16 +82,15 @@ def run_blocks(page, folder):
     )
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p)], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(page, tmp_path):
     done = run_blocks(page, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_pages_with_blocks_are_found():
-    assert ROOT / "README.md" in [page for page in PAGES if blocks(page)]
+    found = {page.name for page in PAGES}
+    assert {"README.md", "index.md", "using.md", "adding-a-backend.md"} <= found
 
 
 def test_a_block_that_fails_is_seen(tmp_path):
