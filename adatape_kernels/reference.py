@@ -1,5 +1,7 @@
 """The eager definition of every op (SPEC sections 3, 4 and 6), in plain torch.
 
+It has more than 400 lines because whoever asks what an op computes should find all of it here.
+
 Each forward is differentiable by autograd and is the oracle that kernels are tested against. Each
 `…_bwd` states the derivative in closed form. The eager backend of the ops, which serves wherever no
 kernel does, runs both. Sums are float32, or float64 for float64 input.

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from adatape_kernels.ops.device_facts import EMULATED, DeviceFacts, facts_of
-from adatape_kernels.ops.op import BACKENDS, FLOAT_DTYPES, operation, registered_ops, short
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
+from adatape_kernels.ops.op import BACKENDS, operation, registered_ops
 
 DEVICES = ("cpu", "cuda")
 
