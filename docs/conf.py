@@ -15,7 +15,7 @@ myst_heading_anchors = 3  # named as GitHub names them, so that one link works i
 
 # In a docstring `name` is code, as it is in Markdown.
 default_role = "code"
-smartquotes = False  # a quoted word is mostly a value to be typed
+smartquotes_action = "D"  # dashes only: a quoted word is mostly a value to be typed
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
