@@ -10,6 +10,7 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 constraints := $(VENV)/adatape-constraints.txt
 ready := $(VENV)/.adatape-ready
 lint_ready := $(VENV)/.adatape-lint-ready
+docs_ready := $(VENV)/.adatape-docs-ready
 cpp_files := $(shell find csrc -type f)
 cuda_host := build/cuda_host/adatape_cuda_host.so
 cuda_host_files := $(wildcard tests/cuda_host/*)
@@ -85,6 +86,9 @@ format: $(lint_ready)  ## apply the style
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
 
+docs: $(docs_ready)  ## build the pages and the reference as a site, into build/site
+	$(bin)/python -m sphinx -W --keep-going -q docs build/site
+
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info adatape_kernels/*.so adatape_kernels/_build_note.txt $(ready)
 
@@ -112,4 +116,8 @@ $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
 
-.PHONY: help demo test asan tsan nvcc memcheck audit bench gpu report lint format clean
+$(docs_ready): $(ready)
+	$(pip) install -c $(constraints) furo myst-parser sphinx
+	touch $@
+
+.PHONY: help demo test asan tsan nvcc memcheck audit bench gpu report lint format docs clean
