@@ -15,7 +15,8 @@ from adatape_kernels.ops import (
     tape_gather,
     tape_select,
 )
-from adatape_kernels.ops.op import BACKENDS, Implementation, choose, current_backend, explain
+from adatape_kernels.ops.implementation import Implementation
+from adatape_kernels.ops.op import BACKENDS, choose, current_backend, explain
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
 

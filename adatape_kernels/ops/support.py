@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from adatape_kernels.ops.device_facts import EMULATED, DeviceFacts, facts_of
-from adatape_kernels.ops.op import BACKENDS, FLOAT_DTYPES, operation, registered_ops, short
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
+from adatape_kernels.ops.op import BACKENDS, operation, registered_ops
 
 DEVICES = ("cpu", "cuda")
 
@@ -38,8 +39,8 @@ def supported(device_type: str) -> Iterator[Support]:
 
     Example:
         >>> from adatape_kernels.ops.support import supported
-        >>> next(supported("cuda"))._replace(reason=None, default=False).op
-        'tape_select'
+        >>> {e.backend for e in supported("cpu") if e.dtype == "float64" and e.default}
+        {'eager'}
     """
     facts = facts_for(device_type)
     for name in registered_ops():

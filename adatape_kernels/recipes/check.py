@@ -17,15 +17,14 @@ from torch import Tensor
 
 from adatape_kernels import ops
 from adatape_kernels.models import AdaTapeViT, adatape_vit
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import (
     BACKENDS,
-    FLOAT_DTYPES,
     NotServed,
     Ran,
     operation,
     record,
     registered_ops,
-    short,
     use_backend,
     why_absent,
 )
