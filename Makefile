@@ -80,7 +80,7 @@ newest:  ## build for the newest torch with CUDA, in an environment of its own; 
 	$(newest)/python -m pip install -c $(newest_constraints) --upgrade \
 	  torch setuptools pybind11 cmake ninja
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
-	$(newest)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/newest')"
+	$(newest)/python setup.py --quiet sdist --dist-dir build/newest
 	ADATAPE_BUILD=require $(newest)/python -m pip install -c $(newest_constraints) \
 	  --no-build-isolation --no-cache-dir "$$(echo build/newest/*.tar.gz)[test]"
 	$(newest)/adatape-kernels info
