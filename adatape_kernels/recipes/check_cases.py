@@ -47,6 +47,7 @@ def check_cases() -> Iterator[CheckCase]:
         ("input-driven", 3, 60, 50, 40),
         ("learnable", 20, 2500, 384, 130),
         ("learnable", 9, 30, 8, None),
+        ("learnable", 2100, 30, 8, 6500),  # more offsets than a block of CUDA C++ sums by itself
     ):
         case = _gather_case(bank, batch, size, dim, capacity)
         yield case
