@@ -10,9 +10,9 @@ import ceilings
 import records
 import timing
 import torch
+from adatape_kernels.backend import BACKENDS, explain, serving, use_backend
 from torch import Tensor
 
-from adatape_kernels.backend import BACKENDS, explain, serving, use_backend
 from adatape_kernels.recipes.measure import Run
 
 OURS = "ours"

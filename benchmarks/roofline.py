@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from adatape_kernels.backend import implementation
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from triton.runtime import interpreter
 
-from adatape_kernels.backend import implementation
 from adatape_kernels.ops import ffn_products
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.8e12, 989e12

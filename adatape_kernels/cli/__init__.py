@@ -196,7 +196,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `train`; those that decide the curve have no default here."""
+    """Declare the options of `train`, whose defaults depend on the image set and stand with it."""
     add = parser.add_argument
     add("--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10 or imagefolder")
     add(
@@ -211,31 +211,31 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
     for name, kind, text in (
         ("image-size", int, "imagefolder: side that images are brought to, in pixels"),
-        ("patch", int, "side of an input patch"),
-        ("bank-patch", int, "side of a bank patch"),
+        ("patch", int, "side of an input patch, in pixels"),
+        ("bank-patch", int, "side of a bank patch, in pixels"),
         ("dim", int, "width of a token"),
-        ("depth", int, "layers"),
-        ("heads", int, "attention heads"),
-        ("ffn", int, "hidden width of the feed-forward"),
-        ("tape", int, "most tape tokens of an image"),
-        ("topk", int, "bank tokens merged into a tape token"),
-        ("threshold", float, "an image reads on while its halting score is below this"),
+        ("depth", int, "number of encoder layers"),
+        ("heads", int, "number of attention heads"),
+        ("ffn", int, "hidden width of the feed-forward for input rows"),
+        ("num-tape-tokens", int, "most tape tokens that an image reads"),
+        ("topk", int, "number of bank tokens that are merged into a tape token"),
+        ("halt-threshold", float, "an image reads on while its halting score is below this"),
     ):
         model.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     training = parser.add_argument_group("training", "by default what suits the set")
     for name, kind, text in (
-        ("epochs", int, "passes over the training images"),
-        ("batch", int, "images of a step"),
+        ("epochs", int, "number of passes over the training images"),
+        ("batch", int, "number of images in a step of the optimizer"),
         ("lr", float, "the highest learning rate"),
-        ("weight-decay", float, "AdamW's"),
-        ("seed", int, "of the parameters, the order and the augmentation"),
-        ("limit", int, "use only so many training images"),
+        ("weight-decay", float, "AdamW's weight decay"),
+        ("seed", int, "decides the split, the parameters, the order and the augmentation"),
+        ("limit", int, "number of training images that are used; default: all"),
     ):
         training.add_argument(f"--{name}", type=kind, metavar="N", help=text)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train."""
+    """Train, or go on with a run."""
     from adatape_kernels.recipes import train
 
     options = {**vars(arguments)}

@@ -1,7 +1,8 @@
 """The training loop that the demo and `train` share, and predictions over a whole set.
 
-An epoch's order and augmentation come from (seed, epoch) alone, and everything else that is random
-from torch's own generator, so a run that goes on from an epoch's end repeats an unbroken one.
+The order and the augmentation of an epoch depend on its number and the seed alone; everything else
+that is random comes from torch's own generator, whose state a checkpoint holds. A run that goes on
+from the end of an epoch therefore repeats the curve of an unbroken one.
 """
 
 import contextlib
@@ -22,31 +23,37 @@ from adatape_kernels.models import AdaTape, AdaTapeOutput
 from adatape_kernels.reference import TapeSelection
 
 Augment = Callable[[Tensor, Generator], Tensor]
+"""Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""
 
 PREDICT_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to train: AdamW, linear warm-up to `learning_rate`, then cosine decay to 0.
+class TrainPlan:
+    """How to train: with AdamW, whose learning rate rises linearly and falls as a cosine to 0.
 
     Raises:
         ValueError: a value is out of range.
     """
 
     epochs: int
+    """Number of passes over the training images."""
     batch: int
+    """Number of images in a step of the optimizer."""
     learning_rate: float
+    """The highest learning rate."""
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
+    """Share of the target that is spread over all classes."""
     warmup_share: float = 0.02
-    """The part of all steps in which the learning rate rises."""
+    """Share of all steps in which the learning rate rises."""
     max_grad_norm: float = math.inf
+    """Norm that the gradient of all parameters is scaled down to where it is larger."""
     seed: int = 0
-    """Together with the epoch's number: of the images' order and augmentation."""
+    """Decides, with the number of the epoch, the order and the augmentation of the images."""
 
     def __post_init__(self) -> None:
-        """Check what the loop would otherwise trip over late."""
+        """Check the numbers before any training."""
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
@@ -58,11 +65,14 @@ class Plan:
             raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
 
     def steps_per_epoch(self, images: int) -> int:
-        """Return the whole batches of an epoch; a set smaller than a batch is one."""
+        """Return the number of steps that an epoch over so many images takes.
+
+        Images that do not fill a last batch are left out, save where they are all there are.
+        """
         return max(1, images // self.batch)
 
     def learning_rate_at(self, step: int, steps: int) -> float:
-        """Return the learning rate of one of `steps` steps."""
+        """Return the learning rate of step `step`, counted from 0, of a run of `steps` steps."""
         warm_up = min(1.0, (step + 1) / max(1.0, self.warmup_share * steps))
         return self.learning_rate * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -75,21 +85,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch of training gave: means over its images, before each step's update."""
+    """Results of one epoch of training.
+
+    Loss and accuracy are means over the images, each measured in training mode and before the step
+    that the image takes part in.
+    """
 
     epoch: int
-    """From 1 on."""
+    """Number of the epoch, from 1 on."""
     loss: float
     accuracy: float
     images_per_second: float
     learning_rate: float
-    """Of the last step."""
+    """Learning rate of the epoch's last step."""
 
 
 def train(
     model: AdaTape,
     data: ImageSet,
-    plan: Plan,
+    plan: TrainPlan,
     normalise: Normaliser,
     augment: Augment,
     *,
@@ -101,17 +115,18 @@ def train(
     """Train the model in place, with a progress bar on stderr.
 
     Args:
-        model: its parameters, and torch's generator, as the last epoch left them.
+        model: the model, new or as the last epoch left it.
         data: its training half is used.
-        plan: what decides the curve.
-        normalise, augment: what an image passes on its way from `data` to the model, in reverse.
-        optimizer: as the last epoch left it; None for a new one.
-        epochs_done: epochs behind us; with an optimizer, training goes on from there.
-        title: beside the progress bar.
+        plan: how to train.
+        normalise: applied to the images after `augment`.
+        augment: applied to the images first.
+        optimizer: the optimizer as the last epoch left it; None for a new one.
+        epochs_done: number of epochs that model and optimizer have behind them.
+        title: a few words that stand beside the progress bar.
         after_epoch: called with each epoch's result; returns a line to print.
 
     Raises:
-        RuntimeError: the loss is not finite; names epoch and step.
+        RuntimeError: the loss is not finite; the error names epoch and step.
     """
     from tqdm import tqdm
 
@@ -139,18 +154,19 @@ def train(
 def _train_epoch(
     model: AdaTape,
     data: ImageSet,
-    plan: Plan,
+    plan: TrainPlan,
     normalise: Normaliser,
     augment: Augment,
     optimizer: Optimizer,
     epoch: int,
     bar: Any,
 ) -> EpochResult:
+    """Train for one epoch, whose number `epoch` counts from 0, and move the progress bar `bar`."""
     images = len(data.train_labels)
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
-    start, seen, loss_sum, right, tape = time.perf_counter(), 0, 0.0, 0, 0
+    start, seen, loss_sum, right, tape_tokens = time.perf_counter(), 0, 0.0, 0, 0
     for step in range(per_epoch):
         batch = order[step * plan.batch :][: plan.batch]
         labels = data.train_labels[batch]
@@ -171,12 +187,12 @@ def _train_epoch(
         seen += len(batch)
         loss_sum += loss.item() * len(batch)
         right += int((output.logits.argmax(1) == labels).sum())
-        tape += int(output.tape_lens.sum())
+        tape_tokens += int(output.tape_lens.sum())
         bar.set_postfix(
             epoch=f"{epoch + 1}/{plan.epochs}",
             loss=f"{loss_sum / seen:.2f}",
             accuracy=f"{right / seen:.1%}",
-            tape=f"{tape / seen:.1f}",
+            tape_tokens=f"{tape_tokens / seen:.1f}",
             refresh=False,
         )
         bar.update(len(batch))
@@ -185,7 +201,13 @@ def _train_epoch(
 
 
 def predict(model: AdaTape, images: Images, normalise: Normaliser) -> AdaTapeOutput:
-    """Return the model's output in evaluation mode for all images, computed in batches."""
+    """Return a model's output for all images, computed in evaluation mode and in batches.
+
+    Args:
+        model: the model, which is left in the mode that it was in.
+        images: uint8 or float32.
+        normalise: what the model was trained with.
+    """
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -206,12 +228,12 @@ def predict(model: AdaTape, images: Images, normalise: Normaliser) -> AdaTapeOut
 
 
 def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
-    """Return the share of images whose largest logit is that of their label."""
+    """Return the share of examples, 0 to 1, whose largest logit is that of their label."""
     return (output.logits.argmax(1) == labels).double().mean().item()
 
 
 def epoch_generator(seed: int, epoch: int) -> Generator:
-    """Return the generator of an epoch, independent of every other seed's and epoch's."""
+    """Return a generator that is independent of those of other seeds and other epochs."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return Generator().manual_seed(int(state[0]))
 
@@ -220,15 +242,15 @@ def epoch_generator(seed: int, epoch: int) -> Generator:
 def repeatable() -> Iterator[None]:
     """Run with torch's deterministic algorithms.
 
-    Without them a sum into shared rows, such as a bank's gradient, may add in another order on
-    every run of two threads, and two equal runs part in the last bit.
+    Without them a sum whose addends two threads compute, such as the gradient of a bank, may be
+    added in another order on each run, and two equal runs differ in the last bit.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # whose one property its module does not declare
+    memory: Any = torch.utils.deterministic  # mypy does not know the property of this module
     fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # Filling new memory with NaN finds bugs, in tests; here it would only take time.
+    # Deterministic mode would also fill new memory with NaN, to show bugs, which takes time.
     memory.fill_uninitialized_memory = before and fill
     try:
         yield
