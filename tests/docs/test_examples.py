@@ -10,26 +10,14 @@ import torch
 
 import adatape_kernels as ak
 
-# Of a module without `__all__`: what of it the reference shows.
-SHOWN = {
-    "layers": lambda name, member: inspect.isclass(member) and issubclass(member, torch.nn.Module),
-    "scenic": lambda name, member: name in ("load", "load_file"),
-}
+# Of a module without `__all__`, what the reference shows.
+SHOWN = {"adatape_kernels.scenic": ("load", "load_file")}
 
 
 def members(module):
-    """The public members of a module by their names, those that it only imports left out."""
-    short = module.__name__.removeprefix("adatape_kernels.")
-    if hasattr(module, "__all__"):
-        return {name: getattr(module, name) for name in module.__all__}
-    shown = SHOWN.get(short, lambda name, member: True)
-    return {
-        name: member
-        for name, member in vars(module).items()
-        if not name.startswith("_")
-        and getattr(member, "__module__", None) == module.__name__
-        and shown(name, member)
-    }
+    """The public members of a module by their names."""
+    names = getattr(module, "__all__", None) or SHOWN[module.__name__]
+    return {name: getattr(module, name) for name in names}
 
 
 def public_objects():
