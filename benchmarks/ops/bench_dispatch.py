@@ -5,17 +5,15 @@
 On a GPU calls follow each other without waiting, so that the host's time a call is what shows.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from bench import main
-from cases import OURS, Case, Prepared, Provider
-from suites import Selection, Suite, for_reading, label
 from torch import Tensor
 
 from adatape_kernels import ElasticBatch, ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import OURS, BenchmarkCase, Prepared, Provider
+from adatape_kernels.benchmarks.harness.suites import Selection, Suite, for_reading, shape_text
 from adatape_kernels.ops import FFN
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
@@ -54,7 +52,7 @@ def tiny(op: str, device_type: str, dtype: torch.dtype) -> Callable[[], Any]:
     }[op]
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> BenchmarkCase:
     def elastic(call: Callable[[], Tensor]) -> Prepared:
         return Prepared(call, lambda found: [found])
 
@@ -62,11 +60,11 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
         with use_backend("eager"):
             return [call()]
 
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: tiny(shape.op, device_type, dtype),
         reference=reference,
@@ -91,6 +89,3 @@ SUITE = Suite(
     dtypes=for_reading,
     case=case,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""What `audit.py` compiles: each op forward and backward, at sizes that pick all its kernels."""
+"""What the audit compiles: each op, forward and backward, at sizes that pick all its kernels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ DTYPES = (*HALF, torch.float32)
 
 
 @dataclass(frozen=True)
-class Case:
+class AuditCase:
     """A call of one op's launchers on tensors without data."""
 
     name: str
     run: Callable[[], None]
     instructions: dict[str, tuple[str, ...]]
-    """By kernel, the instructions that its code must hold; "tensor" is the chip's matrix unit."""
+    """The instructions that each kernel's code must hold; "tensor" is the chip's matrix unit."""
     sample: bool = False
-    """Whether it is compiled in the tests, not only in the whole table."""
+    """The tests compile the cases of the sample only."""
 
     def required(self, kernel: str, arch: int) -> tuple[str, ...]:
         """Return the instructions that a kernel must hold on a chip."""
@@ -60,7 +60,7 @@ def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -
 
 
 def _gather(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> None:
-    """Both ways of scattering: with atomics, and the one that repeats its bits."""
+    """Launch both ways of the segmented sum: with atomics, and the one that repeats its bits."""
     bank = torch.empty(shape, dtype=dtype)
     indices = torch.empty(batch, 10, 5, dtype=torch.int32)
     weights, counts = torch.empty(batch, 10, 5), torch.empty(batch, dtype=torch.int32)
@@ -100,7 +100,7 @@ def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
     implementation("add_layer_norm_bwd", "triton")(total, normed, total, weight, *saved)
 
 
-def _cases() -> Iterator[Case]:
+def _cases() -> Iterator[AuditCase]:
     for dtype in DTYPES:
         name = _short(dtype)
         for bank, shape, batch, topk in (
@@ -111,7 +111,7 @@ def _cases() -> Iterator[Case]:
             ("learn 100000 × 64", (100_000, 64), 256, 5),
             ("learn 500 × 24", (500, 24), 64, 1),
         ):
-            yield Case(
+            yield AuditCase(
                 f"{bank}, k={topk}, {name}",
                 lambda a=(shape, batch, topk, dtype): _select(*a),
                 {},
@@ -130,7 +130,7 @@ def _cases() -> Iterator[Case]:
             ("learn 500 × 50", (500, 50), 64),
         ):
             aligned = shape[-1] * dtype.itemsize % 16 == 0
-            yield Case(
+            yield AuditCase(
                 f"{bank}, {name}",
                 lambda a=(shape, batch, dtype): _gather(*a),
                 wide if aligned else {},
@@ -145,7 +145,7 @@ def _cases() -> Iterator[Case]:
             }
         )
         for head_dim in (8, 24, 32, 64, 80, 96, 128):
-            yield Case(
+            yield AuditCase(
                 f"{head_dim} a head, {name}",
                 lambda a=(head_dim, dtype): _attention(*a),
                 tensor,
@@ -154,14 +154,14 @@ def _cases() -> Iterator[Case]:
         products_of = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
         for products in ("grouped", "cublas"):
             for sizes in ((384, 1536, 768), (100, 200, 60)):
-                yield Case(
+                yield AuditCase(
                     f"{sizes[0]} × {sizes[1]}, {sizes[2]}, {products}, {name}",
                     lambda a=(*sizes, products, dtype): _ffn(*a),
                     dict.fromkeys(products_of, ("tensor",)) if tensor and sizes[0] == 384 else {},
                     sample=dtype == torch.bfloat16 and sizes[0] == 384,
                 )
         for dim in (192, 384, 768, 1000):
-            yield Case(
+            yield AuditCase(
                 f"dim {dim}, {name}",
                 lambda a=(dim, dtype): _add_layer_norm(*a),
                 {},
