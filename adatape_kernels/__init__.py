@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from adatape_kernels import layers, models, ops, scenic
-from adatape_kernels.backend import use_backend
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.ops.op import use_backend
 
 __all__ = ["ElasticBatch", "layers", "models", "ops", "scenic", "use_backend"]

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 import torch
 
-from adatape_kernels import __version__, _triton
+from adatape_kernels import __version__
 from adatape_kernels._build import build_facts
-from adatape_kernels.backend import BACKENDS, explain, registered_ops, serving, use_backend
-from adatape_kernels.ops import FFN_PRODUCTS
+from adatape_kernels.ops import FFN_PRODUCTS, triton_runtime
+from adatape_kernels.ops.op import BACKENDS, explain, registered_ops, serving, use_backend
 
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def info() -> int:
     """Print versions, build facts, and which backend serves each op and why the others do not."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    triton = f"triton {_triton.triton.__version__}" if _triton.INSTALLED else "no triton"
+    triton = (
+        f"triton {triton_runtime.triton.__version__}" if triton_runtime.INSTALLED else "no triton"
+    )
     print(f"adatape-kernels {__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}, {cuda}, {triton}")
     print("\ncompiled part")
@@ -124,7 +126,12 @@ def verify_files(files: Sequence[str], backend: str | None, device: str | None) 
         on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
         device = "cuda" if on_gpu else "cpu"
     check_device(device)
-    if backend == "triton" and device == "cpu" and _triton.INSTALLED and not _triton.INTERPRETED:
+    if (
+        backend == "triton"
+        and device == "cpu"
+        and triton_runtime.INSTALLED
+        and not triton_runtime.INTERPRETED
+    ):
         print("triton on the CPU: its interpreter runs the kernels", flush=True)
         return in_interpreter("verify", *files, "--backend", "triton", "--device", "cpu")
     code = 0

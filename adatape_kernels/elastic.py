@@ -42,6 +42,20 @@ def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool 
         )
 
 
+def check_examples(
+    cu_inputs: Tensor, cu_tapes: Tensor, num_rows: int, max_rows: int | None
+) -> None:
+    """Check the values of a layout's offsets, and that no example has more than `max_rows`.
+
+    Rows behind the last offset may be unused. Copies to the host. Raises ValueError.
+    """
+    check_offsets("cu_inputs", cu_inputs, 0, num_rows, exact=False)
+    check_offsets("cu_tapes", cu_tapes, int(cu_inputs[-1]), num_rows, exact=False)
+    longest = max((cu_inputs.diff() + cu_tapes.diff()).tolist(), default=0)
+    if max_rows is not None and longest > max_rows:
+        raise ValueError(f"max_rows: expected at least {longest} (the longest), got {max_rows}")
+
+
 def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
     """Return the physical row of every row in example-after-example order, (total,) int64.
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from adatape_kernels.backend import current_backend, registered_ops
+from adatape_kernels.ops.op import current_backend, registered_ops
 
 
 def assert_same_bits(actual, expected):

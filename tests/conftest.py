@@ -1,7 +1,6 @@
 import contextlib
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,16 @@ except ImportError:  # on a GPU machine perhaps, where nothing is to be installe
 # Without a GPU the Triton kernels run in triton's interpreter, which is chosen when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # The CUDA kernels run as C++ on the host, where `make test` has built them so.
-    cuda_host = Path(__file__).parents[1] / "build/cuda_host/adatape_cuda_host.so"
-    if cuda_host.exists():
-        os.environ.setdefault("ADATAPE_CUDA_HOST", str(cuda_host))
 
-from adatape_kernels.backend import BACKENDS, current_backend, explain, use_backend
+import emulation
+
+from adatape_kernels.ops import triton_runtime
+from adatape_kernels.ops.op import BACKENDS, current_backend, explain, use_backend
+
+if triton_runtime.INTERPRETED:
+    emulation.sum_products_in_one_order()
+if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
+    emulation.load_cuda_host(library)
 
 # What a GPU machine may lack, and the files that are of no use without it.
 _NEEDS = {

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from checks import assert_close, assert_low_precision, assert_same_bits, refused
 
-from adatape_kernels import _triton, reference
-from adatape_kernels.backend import implementation
-from adatape_kernels.ops import add_layer_norm
+from adatape_kernels import reference
+from adatape_kernels.ops import add_layer_norm, triton_runtime
+from adatape_kernels.ops.op import operation
 
 OP = "add_layer_norm"
 
@@ -240,9 +240,11 @@ def test_compiles_once_for_all_sizes(fresh_compiler, device):
 
 def test_any_width_is_one_launch_each_way():
     for dim in (1, 384, 4096):
-        with _triton.recording() as launches, torch.device("meta"):
+        with triton_runtime.recording() as launches, torch.device("meta"):
             given = stream("meta", rows=50, dim=dim)
-            forward, backward = (implementation(op, "triton") for op in (OP, f"{OP}_bwd"))
+            forward, backward = (
+                operation(op).implementations["triton"].function for op in (OP, f"{OP}_bwd")
+            )
             total, normed, mean, rstd = forward(*given, 1e-6)
             backward(total, normed, total, given[2], mean, rstd)
         assert len(launches) == 2

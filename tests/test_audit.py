@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from adatape_kernels import _triton
+from adatape_kernels.ops import triton_runtime
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-pytestmark = pytest.mark.skipif(not _triton.INSTALLED, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not triton_runtime.INSTALLED, reason="triton is not installed")
 
 
 def run(script, *arguments):

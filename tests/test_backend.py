@@ -7,7 +7,6 @@ from checks import refused
 
 import adatape_kernels
 from adatape_kernels import backend, use_backend
-from adatape_kernels.backend import BACKENDS, Implementation, choose, current_backend, explain
 from adatape_kernels.ops import (
     FFN,
     add_layer_norm,
@@ -16,6 +15,7 @@ from adatape_kernels.ops import (
     tape_gather,
     tape_select,
 )
+from adatape_kernels.ops.op import BACKENDS, Implementation, choose, current_backend, explain
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adatape_kernels import _triton
-from adatape_kernels.backend import implementation, registered_ops
 from adatape_kernels.models import adatape_vit
+from adatape_kernels.ops import triton_runtime
+from adatape_kernels.ops.op import operation, registered_ops
 
-pytestmark = pytest.mark.skipif(not _triton.INSTALLED, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not triton_runtime.INSTALLED, reason="triton is not installed")
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "add_layer_norm")
 
@@ -27,7 +27,7 @@ class TritonLaunchers(TorchDispatchMode):
         if namespace != "adatape":
             return op(*args, **(kwargs or {}))
         if name in registered_ops():
-            return implementation(name, "triton")(*args)
+            return operation(name).implementations["triton"].function(*args)
         with self:
             return sys.modules[f"adatape_kernels.ops.{name}"]._compose(*args)
 
@@ -55,16 +55,16 @@ def test_no_value_reaches_the_host(dtype, bank):
         ).to(dtype)
         images, labels = torch.empty(4, 3, 32, 32, dtype=dtype), torch.empty(4, dtype=torch.int64)
         with TritonLaunchers():
-            with _triton.recording() as forward:
+            with triton_runtime.recording() as forward:
                 loss = model.loss(model(images, capacity=9), labels)
-            with _triton.recording() as backward:
+            with triton_runtime.recording() as backward:
                 loss.backward()
     assert launched(forward, "fwd_kernel") and launched(backward, "bwd_kernel")
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_without_a_capacity_the_number_of_rows_does():
-    with torch.device("meta"), _triton.recording(), TritonLaunchers():
+    with torch.device("meta"), triton_runtime.recording(), TritonLaunchers():
         model = adatape_vit("Ti/16", image_size=32, depth=1, num_tape_tokens=3, topk=2)
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             model(torch.empty(4, 3, 32, 32))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from adatape_kernels import backend
-from adatape_kernels.backend import Implementation, explain
 from adatape_kernels.cli import main
+from adatape_kernels.ops.op import Implementation, explain
 from adatape_kernels.recipes import check
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adatape_kernels import __version__
-from adatape_kernels.backend import registered_ops
 from adatape_kernels.cli import main
+from adatape_kernels.ops.op import registered_ops
 
 
 def test_info_names_versions_and_what_serves_each_op(capsys):

@@ -138,7 +138,7 @@ asks = torch._C._dispatch_has_kernel_for_dispatch_key
 torch._C._dispatch_has_kernel_for_dispatch_key = lambda name, key: (
     key == "CUDA" if name.startswith("adatape_cuda::") else asks(name, key)
 )
-from adatape_kernels.backend import explain, registered_ops
+from adatape_kernels.ops.op import explain, registered_ops
 for op in registered_ops():
     print(op, explain(op, "cuda", torch.bfloat16)["cuda"])
 """

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels import _triton, reference
-from adatape_kernels.backend import current_backend, use_backend
-from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn, ffn_products
+from adatape_kernels import reference
+from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn, ffn_products, triton_runtime
+from adatape_kernels.ops.op import current_backend, use_backend
 
 OP = "dual_ffn"
 
@@ -296,14 +296,14 @@ def test_each_form_has_its_launches(triton_only, device, products):
     for middle in (5, torch.tensor(5, device=device)):
         slices = products == "cublas" and isinstance(middle, int)
         x.requires_grad_()
-        with _triton.recording() as launches:
+        with triton_runtime.recording() as launches:
             y = dual_ffn(x, middle, *ffns)
         assert kernels(launches) == (
             ["_dual_ffn_act_fwd_kernel"] * 2
             if slices
             else ["_dual_ffn_up_kernel", "_dual_ffn_down_kernel"]
         )
-        with _triton.recording() as launches:
+        with triton_runtime.recording() as launches:
             y.backward(dy)
         assert kernels(launches) == (
             ["_dual_ffn_act_bwd_kernel"] * 2
@@ -321,7 +321,7 @@ def test_the_backward_takes_its_forward_s_form(triton_only, device, products):
     x, *ffns, dy = inputs(9, device=device)
     y = dual_ffn(x.requires_grad_(), 5, *ffns)
     other = next(name for name in FFN_PRODUCTS if name != products)
-    with ffn_products(other), _triton.recording() as launches:
+    with ffn_products(other), triton_runtime.recording() as launches:
         y.backward(dy)
     assert ("_dual_ffn_up_kernel" in kernels(launches)) == (products == "grouped")
 
@@ -344,7 +344,7 @@ def test_the_form_is_a_choice_of_the_thread(triton_only, device):
         x, *ffns, _ = inputs(9, device=device)
 
         def other():
-            with use_backend("triton"), _triton.recording() as launches:
+            with use_backend("triton"), triton_runtime.recording() as launches:
                 dual_ffn(x, 5, *ffns)
             seen.extend(kernels(launches))
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels import _triton, reference
-from adatape_kernels._triton import tl, triton
-from adatape_kernels.backend import current_backend
+from adatape_kernels import reference
 from adatape_kernels.elastic import cumulative
-from adatape_kernels.ops import elastic_attention
-from adatape_kernels.ops.elastic_tiles import find_tile, num_tiles, tile_rows
+from adatape_kernels.ops import elastic_attention, triton_runtime
+from adatape_kernels.ops.elastic_attention.triton_primitives import find_tile, num_tiles, tile_rows
+from adatape_kernels.ops.op import current_backend
+from adatape_kernels.ops.triton_runtime import tl, triton
 
 OP = "elastic_attention"
 INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]
@@ -355,12 +355,13 @@ def find_tiles(cu_inputs, cu_tapes, rows, block, width):
     batch = len(cu_inputs) - 1
     out = cu_inputs.new_zeros(num_tiles(rows, batch, block), block + 1)
     given = (cu_inputs, cu_tapes, out, rows, batch, block, width)
-    _triton.launch(_find_tiles_kernel, (len(out),), *given)
+    triton_runtime.launch(_find_tiles_kernel, (len(out),), *given)
     return out.cpu()
 
 
 needs_triton = pytest.mark.skipif(
-    not (_triton.INTERPRETED or torch.cuda.is_available()), reason="nothing runs triton's kernels"
+    not (triton_runtime.INTERPRETED or torch.cuda.is_available()),
+    reason="nothing runs triton's kernels",
 )
 
 

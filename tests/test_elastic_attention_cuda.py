@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_elastic_attention import by_reference, gradients, layout, qkv
 
 from adatape_kernels import reference
-from adatape_kernels.backend import explain, use_backend
 from adatape_kernels.ops import elastic_attention
+from adatape_kernels.ops.op import explain, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from checks import assert_close, assert_same_bits
 
-from adatape_kernels.backend import current_backend
-from adatape_kernels.ops.scatter import scatter_rows
+from adatape_kernels.ops.op import current_backend
+from adatape_kernels.ops.triton_segment_sum import segment_sum
 
 # The op that it serves decides where it runs.
 OP = "tape_gather"
@@ -42,7 +42,7 @@ def test_sums_the_rows_of_each_entry(given, ordered, weighted, width):
     rows, entries, row_of, weights = given
     rows = rows[:, :width]
     options = dict(row_of=row_of, weights=weights) if weighted else {}
-    actual = scatter_rows(rows, entries, BANK_SIZE, rows.dtype, ordered=ordered, **options)
+    actual = segment_sum(rows, entries, BANK_SIZE, rows.dtype, ordered=ordered, **options)
     assert actual.is_contiguous() and not actual[4].any()
     assert_close(actual, summed(rows, entries, **options), 1e-6)
 
@@ -50,7 +50,7 @@ def test_sums_the_rows_of_each_entry(given, ordered, weighted, width):
 def test_banks_of_the_examples_own(given):
     rows, entries, _, weights = given
     batched = entries.view(2, 9)
-    actual = scatter_rows(rows, batched, BANK_SIZE, rows.dtype, weights=weights)
+    actual = segment_sum(rows, batched, BANK_SIZE, rows.dtype, weights=weights)
     for i, part in enumerate((slice(0, 9), slice(9, 18))):
         assert_close(actual[i], summed(rows[part], entries[part], weights=weights[part]), 1e-6)
 
@@ -58,9 +58,9 @@ def test_banks_of_the_examples_own(given):
 @pytest.mark.parametrize("shape", [(18,), (2, 9)], ids=["shared", "per-example"])
 def test_is_ordered_and_rounds_once(given, shape):
     rows, entries = given[0].half(), given[1].view(shape)
-    first, again = (scatter_rows(rows, entries, BANK_SIZE, torch.float16) for _ in range(2))
+    first, again = (segment_sum(rows, entries, BANK_SIZE, torch.float16) for _ in range(2))
     assert_same_bits(first, again)
-    assert_same_bits(first, scatter_rows(rows, entries, BANK_SIZE, torch.float32).half())
+    assert_same_bits(first, segment_sum(rows, entries, BANK_SIZE, torch.float32).half())
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -68,6 +68,6 @@ def test_is_ordered_and_rounds_once(given, shape):
 def test_nothing_to_sum(given, shape, ordered):
     rows, entries = given[0], given[1].new_empty(shape)
     banks = shape[:-1]
-    actual = scatter_rows(rows, entries, BANK_SIZE, rows.dtype, ordered=ordered)
+    actual = segment_sum(rows, entries, BANK_SIZE, rows.dtype, ordered=ordered)
     assert actual.shape == (*banks, BANK_SIZE, 300) and not actual.any()
-    assert scatter_rows(rows, entries, 0, rows.dtype, ordered=ordered).shape == (*banks, 0, 300)
+    assert segment_sum(rows, entries, 0, rows.dtype, ordered=ordered).shape == (*banks, 0, 300)

@@ -9,8 +9,8 @@ import torch
 from checks import refused
 
 from adatape_kernels import scenic
-from adatape_kernels.backend import BACKENDS, explain
 from adatape_kernels.cli import main
+from adatape_kernels.ops.op import BACKENDS, explain
 from adatape_kernels.recipes.verify import verify_file
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))

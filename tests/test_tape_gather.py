@@ -9,9 +9,9 @@ from checks import assert_close, assert_low_precision, assert_same_bits, interpr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adatape_kernels import _triton, reference
-from adatape_kernels.backend import current_backend, implementation
-from adatape_kernels.ops import cuda, tape_gather
+from adatape_kernels import reference
+from adatape_kernels.ops import cuda, tape_gather, triton_runtime
+from adatape_kernels.ops.op import current_backend, operation
 from adatape_kernels.reference import wide_dtype
 
 OP = "tape_gather"
@@ -310,10 +310,12 @@ def test_corrupt_values_do_no_harm_without_a_copy_to_the_host(device, shared, mo
 
 def test_capacity_copies_nothing_to_the_host():
     """Tensors without data have nothing to copy."""
-    with _triton.recording() as launches, torch.device("meta"):
+    with triton_runtime.recording() as launches, torch.device("meta"):
         bank, counts = torch.empty(30, 16), torch.empty(4, dtype=torch.int32)
         indices, weights = torch.empty(4, 6, 3, dtype=torch.int32), torch.empty(4, 6, 3)
-        forward, backward = (implementation(op, "triton") for op in (OP, "tape_gather_bwd"))
+        forward, backward = (
+            operation(op).implementations["triton"].function for op in (OP, "tape_gather_bwd")
+        )
         tape, _ = forward(bank, indices, weights, counts, 24)
         backward(tape, bank, indices, weights, counts)
     assert len(launches) == 5

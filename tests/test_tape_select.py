@@ -6,8 +6,8 @@ import pytest
 import torch
 from checks import assert_close, refused
 
-from adatape_kernels import _triton, reference
-from adatape_kernels.ops import tape_select
+from adatape_kernels import reference
+from adatape_kernels.ops import tape_select, triton_runtime
 
 OP = "tape_select"
 # The package offers the function under the name of its module.
@@ -179,7 +179,9 @@ def test_ties_across_tiles(small_tiles, device, shared):
     read(torch.randn(2, 6, device=device), keys.fill_(1.0), num_tape_tokens=15, topk=6)
 
 
-@pytest.mark.skipif(not _triton.INTERPRETED, reason="float32 keys take it in the interpreter only")
+@pytest.mark.skipif(
+    not triton_runtime.INTERPRETED, reason="float32 keys take it in the interpreter only"
+)
 def test_a_query_in_bfloat16_parts(monkeypatch, device):
     """Bfloat16 keys meet the query in three parts, which must lose none of its bits."""
     config = KERNELS._fwd_config

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from test_tape_select import assert_matches_literal
 
 from adatape_kernels import reference
-from adatape_kernels.backend import current_backend, implementation
 from adatape_kernels.ops import tape_select
+from adatape_kernels.ops.op import current_backend, operation
 
 OP = "tape_select"
 OPTIONS = dict(num_tape_tokens=4, topk=3, halt_threshold=1.2)
@@ -101,8 +101,10 @@ def test_corrupt_indices_and_counts_stay_inside(device, shared):
     indices = torch.tensor([-(2**31), -1, 9, 2**31 - 1], dtype=torch.int32, device=device)
     indices = indices.view(1, 4, 1).expand(3, 4, 2)
     counts = torch.tensor([-5, 4, 2**31 - 1], dtype=torch.int32, device=device)
-    dquery, dkeys = implementation("tape_select_bwd", "triton")(
-        query, keys, dweights, dponder, indices, counts, True, "entropy"
+    dquery, dkeys = (
+        operation("tape_select_bwd")
+        .implementations["triton"]
+        .function(query, keys, dweights, dponder, indices, counts, True, "entropy")
     )
     assert dquery.shape == query.shape and dkeys.shape == keys.shape
     assert not dquery[0].any()

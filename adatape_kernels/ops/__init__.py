@@ -1,22 +1,19 @@
-"""The ops, one a file: `torch.ops.adatape.*` with fakes, autograd and several backends."""
+"""The ops, a room each: `torch.ops.adatape.*` with fakes, autograd and several backends."""
 
 from adatape_kernels.ops.add_layer_norm import add_layer_norm
-from adatape_kernels.ops.dual_ffn import FFN_PRODUCTS, dual_ffn, ffn_products
+from adatape_kernels.ops.dual_ffn import dual_ffn
+from adatape_kernels.ops.dual_ffn.products import FFN_PRODUCTS, ffn_products
 from adatape_kernels.ops.elastic_attention import elastic_attention
 from adatape_kernels.ops.tape_gather import tape_gather
 from adatape_kernels.ops.tape_read import tape_read
 from adatape_kernels.ops.tape_select import tape_select
 from adatape_kernels.reference import FFN, TapeSelection
 
-# isort: split
-from adatape_kernels.ops import cuda  # registers implementations of the ops above
-
 __all__ = [
     "FFN",
     "FFN_PRODUCTS",
     "TapeSelection",
     "add_layer_norm",
-    "cuda",
     "dual_ffn",
     "elastic_attention",
     "ffn_products",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import ops
-from adatape_kernels.backend import BACKENDS, FLOAT_DTYPES, explain, use_backend
 from adatape_kernels.elastic import cumulative
 from adatape_kernels.models import AdaTapeViT, adatape_vit
 from adatape_kernels.ops import FFN
+from adatape_kernels.ops.op import BACKENDS, FLOAT_DTYPES, explain, use_backend
 
 FLOOR = 2e-6
 """Error that is allowed beside twice that of plain torch, relative to the largest magnitude."""

@@ -9,9 +9,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from adatape_kernels.backend import current_backend, serving
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput, AdaTapeViT
+from adatape_kernels.ops.op import current_backend, serving
 from adatape_kernels.recipes import measure, pictures
 from adatape_kernels.recipes.checkpoint import write_file
 from adatape_kernels.recipes.machine import environment

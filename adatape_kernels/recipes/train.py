@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from adatape_kernels import __version__
-from adatape_kernels.backend import current_backend, serving
 from adatape_kernels.data import NAMES, ImageSet, Normaliser, augment, load
 from adatape_kernels.models import AdaTapeViT, adatape_vit
+from adatape_kernels.ops.op import current_backend, serving
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.report import Results, write_report

@@ -6,18 +6,17 @@
 import torch
 from torch import Tensor
 
-from adatape_kernels._triton import launch, tl, triton, vector
-from adatape_kernels.ops.scatter import scatter_rows
-
-
-@triton.jit
-def softmax(scores, mask):
-    """Softmax over the last axis; NaN everywhere if a score is NaN, or the best one infinite."""
-    scores = tl.where(mask, scores, float("-inf"))
-    exponentials = tl.exp(scores - tl.max(scores, -1, keep_dims=True))
-    exponentials = tl.where(mask, exponentials, 0.0)
-    # Rounded division: equal scores weigh exactly 1 / topk, so that halting at τ is exact.
-    return tl.div_rn(exponentials, tl.sum(exponentials, -1, keep_dims=True))
+from adatape_kernels.ops.tape_select.triton_primitives import softmax
+from adatape_kernels.ops.triton_runtime import (
+    bank_strides,
+    elements_per_access,
+    kernel,
+    launch,
+    tl,
+    triton,
+    with_dense_rows,
+)
+from adatape_kernels.ops.triton_segment_sum import segment_sum
 
 
 @triton.jit
@@ -37,12 +36,30 @@ def _columns(key_rows, state_row, mask_j, offs_c, key_dim):
 
 @triton.jit
 def _tape_select_bwd_kernel(
-    query_ptr, keys_ptr, dweights_ptr, dponder_ptr, indices_ptr, counts_ptr,
-    states_ptr, dquery_ptr, drows_ptr,
-    bank_size, key_dim, num_tape_tokens, topk, scale, stride_qb, stride_kb, stride_km,
-    AVERAGE_QUERY: tl.constexpr, ENTROPY: tl.constexpr, DROWS: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    keys_ptr,
+    dweights_ptr,
+    dponder_ptr,
+    indices_ptr,
+    counts_ptr,
+    states_ptr,
+    dquery_ptr,
+    drows_ptr,
+    bank_size,
+    key_dim,
+    num_tape_tokens,
+    topk,
+    scale,
+    stride_qb,
+    stride_kb,
+    stride_km,
+    AVERAGE_QUERY: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    DROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """One example: its queries again, then their gradients and those of the rows, backwards.
 
     Row s of the example's scratch `states_ptr` (batch, num_tape_tokens + 1, key_dim) holds the
@@ -138,11 +155,11 @@ def _tape_select_bwd_kernel(
         tl.store(dquery_ptr + example * key_dim + offs_c, dq, mask=offs_c < key_dim)
 
 
-def _bwd_config(keys: Tensor, topk: int) -> dict:
+def _config(keys: Tensor, topk: int) -> dict:
     block_j = triton.next_power_of_2(topk)
     block_c = min(triton.next_power_of_2(keys.shape[-1]), 2048 // block_j)
     return dict(
-        VECTOR=vector(keys),
+        VECTOR=elements_per_access(keys),
         BLOCK_J=block_j,
         BLOCK_C=block_c,
         num_warps=max(block_j * block_c // 512, 1),
@@ -150,7 +167,8 @@ def _bwd_config(keys: Tensor, topk: int) -> dict:
     )
 
 
-def triton_tape_select_bwd(
+@kernel()
+def tape_select_bwd(
     query: Tensor,
     keys: Tensor,
     dweights: Tensor,
@@ -160,12 +178,12 @@ def triton_tape_select_bwd(
     average_query: bool,
     loss_type: str,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.tape_select_bwd`. Examples that share a bank add to its gradient atomically.
+    """Launch the kernel; examples that share a bank add to its gradient atomically.
 
     Under `torch.use_deterministic_algorithms` they list what they add, which is then summed in
     order.
     """
-    query, keys = _with_dense_rows(query), _with_dense_rows(keys)
+    query, keys = with_dense_rows(query), with_dense_rows(keys)
     batch, num_tape_tokens, topk = indices.shape
     bank_size, key_dim = keys.shape[-2:]
     if keys.dim() == 3:
@@ -175,27 +193,35 @@ def triton_tape_select_bwd(
     else:
         drows, mode = query.new_zeros(bank_size, key_dim, dtype=torch.float32), "add"
     dquery = query.new_empty(query.shape)
-    config = _bwd_config(keys, topk)
-    states = query.new_empty(batch, num_tape_tokens + 1, key_dim, dtype=torch.float32)
-    dense = (x.contiguous() for x in (dweights, dponder, indices, counts))
+    config = _config(keys, topk)
+    strides = bank_strides(keys, config["VECTOR"])
     launch(
-        _tape_select_bwd_kernel, (batch,), query, keys, *dense, states, dquery, drows,
-        bank_size, key_dim // config["VECTOR"], num_tape_tokens, topk, key_dim**-0.5,
-        query.stride(0), *bank_strides(keys, config["VECTOR"]),
-        AVERAGE_QUERY=average_query, ENTROPY=loss_type == "entropy", DROWS=mode, **config,
-    )  # fmt: skip
+        _tape_select_bwd_kernel,
+        (batch,),
+        query_ptr=query,
+        keys_ptr=keys,
+        dweights_ptr=dweights.contiguous(),
+        dponder_ptr=dponder.contiguous(),
+        indices_ptr=indices.contiguous(),
+        counts_ptr=counts.contiguous(),
+        states_ptr=query.new_empty(batch, num_tape_tokens + 1, key_dim, dtype=torch.float32),
+        dquery_ptr=dquery,
+        drows_ptr=drows,
+        bank_size=bank_size,
+        key_dim=key_dim // config["VECTOR"],
+        num_tape_tokens=num_tape_tokens,
+        topk=topk,
+        scale=key_dim**-0.5,
+        stride_qb=query.stride(0),
+        stride_kb=strides.example,
+        stride_km=strides.entry,
+        AVERAGE_QUERY=average_query,
+        ENTROPY=loss_type == "entropy",
+        DROWS=mode,
+        **config,
+    )
     if mode == "list":
         used = torch.arange(num_tape_tokens, device=counts.device) < counts.unsqueeze(1)
         entries = indices.where(used.unsqueeze(-1), bank_size).flatten()
-        return dquery, scatter_rows(drows, entries, bank_size, keys.dtype)
+        return dquery, segment_sum(drows, entries, bank_size, keys.dtype)
     return dquery, drows.to(keys.dtype)
-
-
-def _with_dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy whose features stand side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def bank_strides(keys: Tensor, elements: int) -> tuple[int, int]:
-    """From example to example, 0 in a shared bank, and from entry to entry, in `elements` each."""
-    return (keys.stride(0) // elements if keys.dim() == 3 else 0), keys.stride(-2) // elements

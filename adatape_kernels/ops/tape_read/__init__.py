@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from adatape_kernels.backend import define_autograd, define_composed
-from adatape_kernels.ops.tape_gather import check_capacity
-from adatape_kernels.ops.tape_select import check_arguments
+from adatape_kernels.ops.op import Composition
+from adatape_kernels.ops.reading_checks import check_capacity, check_selection
 from adatape_kernels.reference import LossType, TapeSelection
 
 
@@ -61,7 +60,7 @@ def tape_read(
             f"got {tuple(bank.shape)}"
         )
     options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
-    check_arguments(
+    check_selection(
         query,
         bank[..., :key_dim],
         num_tape_tokens,
@@ -73,7 +72,7 @@ def tape_read(
         name="bank",
     )
     check_capacity(capacity)
-    tape, weights, ponder, offsets, indices, counts = _tape_read(
+    tape, weights, ponder, offsets, indices, counts = _READ.overload(
         query, bank, *options, read_mask, bank_lens, capacity
     )
     return tape, offsets, TapeSelection(indices, weights, counts, ponder)
@@ -88,7 +87,7 @@ def _compose(query: Tensor, bank: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return tape, weights, ponder, offsets, indices, counts
 
 
-_tape_read = define_composed(
+_READ = Composition(
     "tape_read(Tensor query, Tensor bank, SymInt num_tape_tokens, SymInt topk, "
     "float halt_threshold, bool average_query, str loss_type, Tensor? read_mask, "
     "Tensor? bank_lens, SymInt? capacity) -> (Tensor tape, Tensor weights, Tensor ponder, "
@@ -121,7 +120,7 @@ def _backward(ctx: Any, dtape: Tensor, dweights: Tensor, dponder: Tensor, *rest:
     return dquery, dbank, *[None] * 8
 
 
-define_autograd("tape_read", _backward, _setup_context)
+_READ.differentiable(_backward, _setup_context)
 
 
 @register_flop_formula(torch.ops.adatape.tape_read, get_raw=True)

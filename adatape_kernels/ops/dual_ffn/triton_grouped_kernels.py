@@ -1,43 +1,12 @@
-"""The form "grouped" of `dual_ffn`: both kinds of rows in one persistent launch a product.
-
-hidden = x · w1ᵀ + b1,  act = act(hidden)        y = act · w2ᵀ + b2
-dhidden = act'(hidden) ⊙ (dy · w2)               dx = dhidden · w1
-dw1 = dhiddenᵀ · x,  dw2 = dyᵀ · act
+"""The kernels of the form "grouped" of `dual_ffn`: persistent products over both kinds of rows.
 
 Rows of x, y and their gradients are the buffer's: inputs up to `middle`, tape from there up to
 `end`, which may stand on the device. All else comes in pairs, the input rows' and the tape rows',
 where each kind's rows count from 0.
 """
 
-import torch
-from torch import Tensor
-
-from adatape_kernels._triton import launch, tl, triton
-
-CHUNK = 128
-"""Rows whose sum, or whose part of a weight's gradient, one program may keep to itself."""
-
-
-@triton.jit
-def gelu(h):
-    """Return h / 2 · (1 + tanh(u)) as h · sigmoid(2u), without an exponential that overflows."""
-    return h * tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * h * h))
-
-
-@triton.jit
-def gelu_bwd(h, dact):
-    """Return the gradient of h, and the activation once more."""
-    square = h * h
-    s = tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * square))
-    slope = s + h * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
-    return dact * slope, h * s
-
-
-@triton.jit
-def glu_bwd(a, g, dact):
-    """Return the gradients of a and g, and the activation once more."""
-    s = tl.sigmoid(g)
-    return dact * s, dact * a * s * (1 - s), a * s
+from adatape_kernels.ops.dual_ffn.triton_primitives import gelu, gelu_bwd, glu_bwd
+from adatape_kernels.ops.triton_runtime import tl, triton
 
 
 @triton.jit
@@ -367,121 +336,3 @@ def _dual_ffn_row_sums_kernel(
     sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * dim + offs_n
     tl.store(sums_ptrs, tl.sum(input_acc, 0), mask_n)
     tl.store(sums_ptrs + tl.num_programs(0).to(tl.int64) * dim, tl.sum(tape_acc, 0), mask_n)
-
-
-def _tiles(x: Tensor, w2: tuple[Tensor, Tensor]) -> dict[str, int]:
-    """Return the shape of the products' tiles, by dtype and by whether 16 divides all widths.
-
-    Otherwise each element of a row is read by itself, and wide tiles would spill registers.
-    """
-    divided = all(size % 16 == 0 for w in w2 for size in w.shape)
-    if x.dtype == torch.float32:
-        num_warps = 4 if divided else 8
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=num_warps, num_stages=3)
-    if divided:
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
-
-
-def _num_programs(device: torch.device) -> int:
-    """Return how many programs walk the tiles: one a multiprocessor, which their tiles fill."""
-    if device.type != "cuda":
-        return 4  # the interpreter: each then walks several tiles, as on a GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def forward(
-    x: Tensor,
-    max_input_rows: int,
-    max_tape_rows: int,
-    bounds: Tensor | None,
-    *parameters: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the two products; returns y and both pre-activations."""
-    x, (w1, b1, w2, b2) = x.contiguous(), _pairs(parameters)
-    y, max_rows = x.new_empty(x.shape), (max_input_rows, max_tape_rows)
-    hidden = x.new_empty(max_input_rows, len(w1[0]))
-    tape_hidden = x.new_empty(max_tape_rows, len(w1[1]))
-    hiddens = (hidden, tape_hidden)
-    act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
-    widths = tuple(a.shape[1] for a in act)
-    sizes = bounds, len(x), max_rows, x.shape[1]
-    options: dict = dict(**_tiles(x, w2), BACKWARD=False)
-    grid = (_num_programs(x.device),)
-    launch(_dual_ffn_up_kernel, grid, x, w1, b1, hiddens, None, act, *sizes, widths, **options)
-    launch(_dual_ffn_down_kernel, grid, y, act, w2, b2, *sizes, widths, **options)
-    return y, hidden, tape_hidden
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    tape_hidden: Tensor,
-    bounds: Tensor | None,
-    *parameters: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Launch the four products; returns the gradients of x and of the parameters."""
-    dy, x, (w1, _, w2, _) = dy.contiguous(), x.contiguous(), _pairs(parameters)
-    hiddens, max_rows = (hidden, tape_hidden), (len(hidden), len(tape_hidden))
-    act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
-    dx, dhidden = x.new_empty(x.shape), tuple(h.new_empty(h.shape) for h in hiddens)
-    tiles = _tiles(x, w2)
-    options: dict = dict(**tiles, BACKWARD=True)
-    db1 = tuple(  # one row for each row of tiles
-        h.new_empty(triton.cdiv(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
-        for h in hiddens
-    )
-    columns, widths = (tuple(t.shape[1] for t in pair) for pair in (hiddens, act))
-    sizes = bounds, len(x), max_rows, x.shape[1]
-    grid = (_num_programs(x.device),)
-    launch(_dual_ffn_up_kernel, grid, dy, w2, db1, hiddens, dhidden, act, *sizes, widths, **options)
-    launch(_dual_ffn_down_kernel, grid, dx, dhidden, w1, None, *sizes, columns, **options)
-    dw1 = _weight_gradients(x, dhidden, sizes, tiles, SECOND=False)
-    dw2 = _weight_gradients(dy, act, sizes, tiles, SECOND=True)
-    db2 = _row_sums(dy, sizes)
-    dinput, dtape = zip(dw1, (db.sum(0).to(x.dtype) for db in db1), dw2, db2, strict=True)
-    absent = (x.new_empty(0) for _ in dtape)
-    return dx, *dinput, *(absent if parameters[4] is None else dtape)
-
-
-def _weight_gradients(
-    rows: Tensor, own: tuple[Tensor, ...], sizes: tuple, tiles: dict[str, int], SECOND: bool
-) -> list[Tensor]:
-    """Return both kinds' sum of outer products of `rows`, x or dy, with what is their `own`."""
-    programs = _num_programs(rows.device)
-    columns = tuple(t.shape[1] for t in own)
-    shapes = [(rows.shape[1], c) if SECOND else (c, rows.shape[1]) for c in columns]
-    num_tiles = [
-        triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) for m, n in shapes
-    ]
-    chunk = _rows_of_a_split([len(t) for t in own], num_tiles, programs)
-    splits = tuple(max(1, triton.cdiv(len(t), chunk)) for t in own)
-    dtype = rows.dtype if splits == (1, 1) else torch.float32
-    out = tuple(rows.new_empty(n, *s, dtype=dtype) for n, s in zip(splits, shapes, strict=True))
-    args = rows, own, out, *sizes, columns, splits, chunk
-    launch(_dual_ffn_weight_kernel, (programs,), *args, SECOND=SECOND, **tiles)
-    return [t[0] if splits == (1, 1) else t.sum(0).to(rows.dtype) for t in out]
-
-
-def _rows_of_a_split(rows: list[int], num_tiles: list[int], programs: int) -> int:
-    """Return so many that each program has at most one tile of one split, if that can be."""
-    (longest, most), (other, few) = sorted(zip(rows, num_tiles, strict=True), reverse=True)
-    splits = (programs - few) * longest // max(1, most * longest + few * other)
-    return max(1, triton.cdiv(triton.cdiv(longest, max(1, splits)), CHUNK)) * CHUNK
-
-
-def _row_sums(dy: Tensor, sizes: tuple) -> list[Tensor]:
-    """Return the sums of dy over the rows of each kind."""
-    rows, dim = dy.shape
-    sums = dy.new_empty(2, triton.cdiv(rows, CHUNK), dim, dtype=torch.float32)
-    grid = (sums.shape[1], triton.cdiv(dim, 64))
-    tile = dict(CHUNK=CHUNK, BLOCK_M=32, BLOCK_N=64, num_warps=4)
-    launch(_dual_ffn_row_sums_kernel, grid, dy, sums, *sizes, **tile)
-    return [s.sum(0).to(dy.dtype) for s in sums]
-
-
-def _pairs(parameters: tuple[Tensor | None, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Return w1, b1, w2 and b2 of both kinds; of no width where there is no tape feed-forward."""
-    w1, b1, w2, b2, *tape_ffn = (p.contiguous() for p in parameters if p is not None)
-    return list(zip((w1, b1, w2, b2), tape_ffn or (w1[:0], b1[:0], w2[:, :0], b2), strict=True))

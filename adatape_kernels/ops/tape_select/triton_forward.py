@@ -1,131 +1,19 @@
-"""Adaptive tape reading: which bank tokens an example reads, and when it stops (SPEC 3).
-
-while h < τ:   w = softmax(topk(q · keyᵀ) / √K)   h += w_0   p += 1 - Σ w²   q ← (q + Σ w key) / 2
-"""
-
-from typing import Any
+"""`tape_select` in Triton: all steps of an example in one launch, its queries in a scratch."""
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from adatape_kernels import reference
-from adatape_kernels._triton import in_vectors, launch, tl, triton
-from adatape_kernels.backend import (
-    define_autograd,
-    define_op,
-    register,
-    register_compiled,
-    register_triton,
+from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
+from adatape_kernels.ops.tape_select.triton_primitives import softmax
+from adatape_kernels.ops.triton_runtime import (
+    bank_strides,
+    in_whole_accesses,
+    kernel,
+    launch,
+    tl,
+    triton,
 )
-from adatape_kernels.ops.tape_select_bwd import bank_strides, softmax, triton_tape_select_bwd
-from adatape_kernels.reference import LossType, TapeSelection, wide_dtype
-
-MAX_TOPK = 32
-
-
-def tape_select(
-    query: Tensor,
-    keys: Tensor,
-    *,
-    num_tape_tokens: int,
-    topk: int,
-    halt_threshold: float,
-    average_query: bool = True,
-    loss_type: LossType = "entropy",
-    read_mask: Tensor | None = None,
-    bank_lens: Tensor | None = None,
-) -> TapeSelection:
-    """Read bank entries for each example until its halting score reaches the threshold.
-
-    Args:
-        query: (batch, key_dim); float32, float16, bfloat16 or float64; already normalised.
-        keys: (bank_size, key_dim), shared, or (batch, bank_size, key_dim); dtype of query.
-        num_tape_tokens: most tape tokens an example may read.
-        topk: bank entries merged into one tape token, 1 to 32.
-        halt_threshold: an example reads on while its halting score is below this.
-        average_query: the next query is the mean of the query and the merged key, not the latter.
-        loss_type: what a step adds to the ponder loss: "entropy" 1 - Σ w², "max" 1 - max w.
-        read_mask: (batch, bank_size) bool, True where an entry counts as read from the start.
-        bank_lens: (batch,) integers; entries of an example's bank from there on do not exist.
-
-    Returns:
-        TapeSelection(indices, weights, counts, ponder): (batch, num_tape_tokens, topk) int32, -1
-        where unread; the same shape in float32, 0 where unread; (batch,) int32; (batch,) float32.
-        Float64 input gives float64 weights and ponder. Equal scores go to the lower index; NaN
-        ranks below every number; an index is always inside the example's bank.
-
-    Raises:
-        ValueError: a shape, dtype, device or value differs from the above, or bank_size < topk.
-
-    Differentiable in query and keys, through weights and ponder.
-
-    Source: SPEC 3; scenic adatape/layers.py, ACTFunction.act_step.
-    """
-    check_arguments(
-        query, keys, num_tape_tokens, topk, halt_threshold, loss_type, read_mask, bank_lens
-    )
-    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
-    weights, ponder, indices, counts = _tape_select(query, keys, *options, read_mask, bank_lens)
-    return TapeSelection(indices, weights, counts, ponder)
-
-
-def check_arguments(
-    query: Tensor,
-    keys: Tensor,
-    num_tape_tokens: int,
-    topk: int,
-    halt_threshold: float,
-    loss_type: str,
-    read_mask: Tensor | None,
-    bank_lens: Tensor | None,
-    name: str = "keys",
-) -> None:
-    """Raise ValueError, as `tape_select` says, where `keys` has the name of what they come from."""
-    shape, keys_shape, dtype = query.shape, keys.shape, query.dtype
-    if len(shape) != 2 or not dtype.is_floating_point or shape[1] == 0:
-        raise ValueError(
-            "query: expected floating-point (batch, key_dim), key_dim at least 1, "
-            f"got {dtype} {tuple(shape)}"
-        )
-    batch, key_dim = shape
-    if len(keys_shape) not in (2, 3) or keys_shape[-1] != key_dim:
-        raise ValueError(
-            f"{name}: expected ([batch,] bank_size, {key_dim}), got {tuple(keys_shape)}"
-        )
-    if len(keys_shape) == 3 and keys_shape[0] != batch:
-        raise ValueError(f"{name}: expected batch {batch} like query, got {tuple(keys_shape)}")
-    if keys.dtype != dtype:
-        raise ValueError(f"{name}: expected {dtype} like query, got {keys.dtype}")
-    if not 1 <= topk <= MAX_TOPK:
-        raise ValueError(f"topk: expected 1 to {MAX_TOPK}, got {topk}")
-    bank_size = keys_shape[-2]
-    if bank_size < topk:
-        raise ValueError(f"{name}: expected at least topk = {topk} bank entries, got {bank_size}")
-    if num_tape_tokens < 0:
-        raise ValueError(f"num_tape_tokens: expected 0 or more, got {num_tape_tokens}")
-    if halt_threshold != halt_threshold:
-        raise ValueError(f"halt_threshold: expected a number, got {halt_threshold}")
-    if loss_type not in ("entropy", "max"):
-        raise ValueError(f"loss_type: expected 'entropy' or 'max', got {loss_type!r}")
-    if read_mask is not None and (
-        read_mask.dtype != torch.bool or read_mask.shape != (batch, bank_size)
-    ):
-        raise ValueError(
-            f"read_mask: expected bool ({batch}, {bank_size}), "
-            f"got {read_mask.dtype} {tuple(read_mask.shape)}"
-        )
-    if bank_lens is not None and (
-        bank_lens.dtype not in (torch.int32, torch.int64) or bank_lens.shape != (batch,)
-    ):
-        raise ValueError(
-            f"bank_lens: expected int32 or int64 ({batch},), "
-            f"got {bank_lens.dtype} {tuple(bank_lens.shape)}"
-        )
-    device = query.device
-    for argument, tensor in ((name, keys), ("read_mask", read_mask), ("bank_lens", bank_lens)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{argument}: expected a tensor on {device}, got {tensor.device}")
+from adatape_kernels.reference import LossType
 
 
 @triton.jit
@@ -165,9 +53,19 @@ def _bf16_parts(x):
 
 @triton.jit
 def _scores(
-    q, q_rows, key_rows, mask_b, mask_m, key_dim, SHARED: tl.constexpr, SPLIT: tl.constexpr,
-    WHOLE_KEY: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_rows,
+    key_rows,
+    mask_b,
+    mask_m,
+    key_dim,
+    SHARED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WHOLE_KEY: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """q · key in float32, (BLOCK_B, BLOCK_M); equal rows get equal bits wherever they stand.
 
     `q` is the query if a block holds the WHOLE_KEY; a longer one is loaded from `q_rows`.
@@ -199,14 +97,39 @@ def _scores(
 
 @triton.jit
 def _tape_select_fwd_kernel(
-    query_ptr, keys_ptr, read_mask_ptr, bank_lens_ptr, q_ptr, order_ptr,
-    weights_ptr, ponder_ptr, indices_ptr, counts_ptr,
-    batch, bank_size, key_dim, num_tape_tokens, topk, halt_threshold, scale,
-    stride_qb, stride_kb, stride_km,
-    AVERAGE_QUERY: tl.constexpr, ENTROPY: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr,
-    WHOLE_KEY: tl.constexpr, NUM_TILES: tl.constexpr, VECTOR: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    keys_ptr,
+    read_mask_ptr,
+    bank_lens_ptr,
+    q_ptr,
+    order_ptr,
+    weights_ptr,
+    ponder_ptr,
+    indices_ptr,
+    counts_ptr,
+    batch,
+    bank_size,
+    key_dim,
+    num_tape_tokens,
+    topk,
+    halt_threshold,
+    scale,
+    stride_qb,
+    stride_kb,
+    stride_km,
+    AVERAGE_QUERY: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SHARED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WHOLE_KEY: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """All steps of BLOCK_B examples: one that has its own bank, or several that share theirs.
 
     A bank of one tile keeps its entries' orders in registers. A larger one keeps them in the
@@ -271,9 +194,19 @@ def _tape_select_fwd_kernel(
             if not SHARED:
                 key_rows += rows_b * stride_kb * VECTOR
             scores = _scores(
-                q, q_rows, key_rows, mask_b, mask_m, key_dim,
-                SHARED, SPLIT, WHOLE_KEY, BLOCK_B, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
+                q,
+                q_rows,
+                key_rows,
+                mask_b,
+                mask_m,
+                key_dim,
+                SHARED,
+                SPLIT,
+                WHOLE_KEY,
+                BLOCK_B,
+                BLOCK_M,
+                BLOCK_K,
+            )
             if NUM_TILES > 1:
                 order = tl.load(order_rows + entries, mask=mask_b[:, None], other=-0x80000000)
             order = _ordered(scores, order != -0x80000000)  # what was read stays unreadable
@@ -334,7 +267,7 @@ def _tape_select_fwd_kernel(
     tl.store(counts_ptr + offs_b, counts, mask=mask_b)
 
 
-def _fwd_config(keys: Tensor, topk: int) -> dict:
+def _config(keys: Tensor, topk: int) -> dict:
     """Tile sizes, pipeline, warps and registers of the forward kernel.
 
     An own bank's BLOCK_K, by which a score is summed, depends on neither the batch nor the bank's
@@ -358,54 +291,21 @@ def _fwd_config(keys: Tensor, topk: int) -> dict:
         block_b, block_m, block_k, block_c = 16, 256, 16, 8
         launch_options = dict(num_warps=8, num_stages=3 if split else 1, maxnreg=255)
     return dict(
-        SPLIT=split, WHOLE_KEY=block_k >= key_dim, VECTOR=16 // keys.itemsize,
+        SPLIT=split,
+        WHOLE_KEY=block_k >= key_dim,
+        VECTOR=16 // keys.itemsize,
         NUM_TILES=triton.next_power_of_2(triton.cdiv(bank_size, block_m)),
-        BLOCK_B=block_b, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_J=block_j,
-        BLOCK_C=min(width, block_c), **launch_options,
-    )  # fmt: skip
-
-
-def _fake(
-    query: Tensor, keys: Tensor, num_tape_tokens: int, topk: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, wide = query.shape[0], wide_dtype(query.dtype)
-    return (
-        query.new_empty(batch, num_tape_tokens, topk, dtype=wide),
-        query.new_empty(batch, dtype=wide),
-        query.new_empty(batch, num_tape_tokens, topk, dtype=torch.int32),
-        query.new_empty(batch, dtype=torch.int32),
+        BLOCK_B=block_b,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_J=block_j,
+        BLOCK_C=min(width, block_c),
+        **launch_options,
     )
 
 
-def _fake_bwd(
-    query: Tensor, keys: Tensor, dweights: Tensor, dponder: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), keys.new_empty(keys.shape)
-
-
-_tape_select = define_op(
-    "tape_select(Tensor query, Tensor keys, SymInt num_tape_tokens, SymInt topk, "
-    "float halt_threshold, bool average_query, str loss_type, Tensor? read_mask, "
-    "Tensor? bank_lens) -> (Tensor weights, Tensor ponder, Tensor indices, Tensor counts)",
-    _fake,
-)
-_tape_select_bwd = define_op(
-    "tape_select_bwd(Tensor query, Tensor keys, Tensor dweights, Tensor dponder, Tensor indices, "
-    "Tensor counts, bool average_query, str loss_type) -> (Tensor dquery, Tensor dkeys)",
-    _fake_bwd,
-)
-
-
-def check_bank_lens(bank_lens: Tensor | None, bank_size: int) -> None:
-    """Refuse lengths outside the bank; copies to the host."""
-    if bank_lens is not None and bool(((bank_lens < 0) | (bank_lens > bank_size)).any()):
-        raise ValueError(
-            f"bank_lens: expected 0 to {bank_size} (the bank's size), got {bank_lens.tolist()}"
-        )
-
-
-@register("tape_select", "eager")
-def _eager(
+@kernel()
+def tape_select(
     query: Tensor,
     keys: Tensor,
     num_tape_tokens: int,
@@ -415,83 +315,41 @@ def _eager(
     loss_type: LossType,
     read_mask: Tensor | None,
     bank_lens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_bank_lens(bank_lens, keys.shape[-2])
-    selection = reference.tape_select(
-        query,
-        keys,
+) -> SelectOutputs:
+    """Launch the kernel, which keeps lengths outside the bank within it."""
+    scale = query.shape[1] ** -0.5
+    query, keys = in_whole_accesses(query), in_whole_accesses(keys)
+    (batch, key_dim), bank_size = query.shape, keys.shape[-2]
+    config = _config(keys, topk)
+    outputs = empty_outputs(query, num_tape_tokens, topk)
+    tiles = config["NUM_TILES"] if config["NUM_TILES"] > 1 else 0
+    strides = bank_strides(keys, config["VECTOR"])
+    launch(
+        _tape_select_fwd_kernel,
+        (triton.cdiv(batch, config["BLOCK_B"]),),
+        query_ptr=query,
+        keys_ptr=keys,
+        read_mask_ptr=None if read_mask is None else read_mask.contiguous(),
+        bank_lens_ptr=None if bank_lens is None else bank_lens.contiguous(),
+        q_ptr=query.new_empty(batch, key_dim, dtype=torch.float32),
+        order_ptr=query.new_empty(batch, tiles * config["BLOCK_M"], dtype=torch.int32),
+        weights_ptr=outputs.weights,
+        ponder_ptr=outputs.ponder,
+        indices_ptr=outputs.indices,
+        counts_ptr=outputs.counts,
+        batch=batch,
+        bank_size=bank_size,
+        key_dim=key_dim // config["VECTOR"],
         num_tape_tokens=num_tape_tokens,
         topk=topk,
         halt_threshold=halt_threshold,
-        average_query=average_query,
-        loss_type=loss_type,
-        read_mask=read_mask,
-        bank_lens=bank_lens,
-    )
-    return selection.weights, selection.ponder, selection.indices, selection.counts
-
-
-register("tape_select_bwd", "eager")(reference.tape_select_bwd)
-register_compiled("tape_select")
-register_compiled("tape_select_bwd")
-
-
-@register_triton("tape_select")
-def _triton_fwd(
-    query: Tensor,
-    keys: Tensor,
-    num_tape_tokens: int,
-    topk: int,
-    halt_threshold: float,
-    average_query: bool,
-    loss_type: LossType,
-    read_mask: Tensor | None,
-    bank_lens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if query.device.type == "cpu":  # elsewhere that needs a copy to the host; the kernel clamps
-        check_bank_lens(bank_lens, keys.shape[-2])
-    scale = query.shape[1] ** -0.5
-    query, keys = in_vectors(query), in_vectors(keys)
-    (batch, key_dim), bank_size = query.shape, keys.shape[-2]
-    config = _fwd_config(keys, topk)
-    outputs = weights, ponder, indices, counts = _fake(query, keys, num_tape_tokens, topk)
-    masks = (x if x is None else x.contiguous() for x in (read_mask, bank_lens))
-    q = query.new_empty(batch, key_dim, dtype=torch.float32)
-    tiles = config["NUM_TILES"] if config["NUM_TILES"] > 1 else 0
-    order = query.new_empty(batch, tiles * config["BLOCK_M"], dtype=torch.int32)
-    launch(
-        _tape_select_fwd_kernel, (triton.cdiv(batch, config["BLOCK_B"]),),
-        query, keys, *masks, q, order, weights, ponder, indices, counts,
-        batch, bank_size, key_dim // config["VECTOR"], num_tape_tokens, topk, halt_threshold, scale,
-        query.stride(0), *bank_strides(keys, config["VECTOR"]),
-        AVERAGE_QUERY=average_query, ENTROPY=loss_type == "entropy", SHARED=keys.dim() == 2,
+        scale=scale,
+        stride_qb=query.stride(0),
+        stride_kb=strides.example,
+        stride_km=strides.entry,
+        AVERAGE_QUERY=average_query,
+        ENTROPY=loss_type == "entropy",
+        SHARED=keys.dim() == 2,
         **config,
-    )  # fmt: skip
-    return outputs
-
-
-register_triton("tape_select_bwd")(triton_tape_select_bwd)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, keys, _, _, _, ctx.average_query, ctx.loss_type, _, _ = inputs
-    _, _, indices, counts = output
-    ctx.save_for_backward(query, keys, indices, counts)
-
-
-def _backward(ctx: Any, dweights: Tensor, dponder: Tensor, dindices: Any, dcounts: Any) -> tuple:
-    query, keys, indices, counts = ctx.saved_tensors
-    dquery, dkeys = _tape_select_bwd(
-        query, keys, dweights, dponder, indices, counts, ctx.average_query, ctx.loss_type
     )
-    return dquery, dkeys, None, None, None, None, None, None, None
-
-
-define_autograd("tape_select", _backward, _setup_context)
-
-
-@register_flop_formula(torch.ops.adatape.tape_select, get_raw=True)
-def _flops(query: Tensor, keys: Tensor, *options: Any, out_val: tuple, **names: Any) -> int:
-    """One product of the query with every key of the bank, for each step that an example takes."""
-    steps = int(out_val[3].sum())
-    return 2 * steps * keys.shape[-2] * keys.shape[-1]
+    return outputs

@@ -1,20 +1,37 @@
-"""Sum rows into the bank entries that they belong to: a gather's gradient.
+"""Sum weighted rows into the bank entries that they belong to: a gather's gradient.
 
 out[m] = Σ_p weights[p] · rows[row_of[p]]   over the contributions p with entries[p] = m
+
+The contributions to one bank entry are its segment. The backwards of `tape_select` and of
+`tape_gather` end in this sum, which is no op of its own.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adatape_kernels._triton import launch, tl, triton, vector
+from adatape_kernels.ops.triton_runtime import elements_per_access, launch, tl, triton
 
-# Contributions that a program has under way at once, and the features of its block. Runs of one
-# entry are short, and have a warp each, whose lanes then move 16 bytes at a time.
-_BLOCK_N, _BLOCK_D = 8, 256
-_BLOCK_RUN = 4
+# In a bank of an example's own, the contributions that a program looks at together; in a segment of
+# a shared bank, those that it adds up together. Segments are short, and have a warp each.
+_BLOCK_N, _BLOCK_SEGMENT = 8, 4
+# Features of a program's block: a warp's lanes then move 16 bytes at a time.
+_BLOCK_D = 256
+# Contributions that a program counts.
+_BLOCK_COUNTS = 256
 
 
-def scatter_rows(
+class _Segments(NamedTuple):
+    """The contributions to a shared bank, entry by entry."""
+
+    order: Tensor
+    """(n,), the contributions, those of one entry next to each other."""
+    starts: Tensor
+    """(bank_size + 1,) int32, where each entry's begin in `order`; those of none stand behind."""
+
+
+def segment_sum(
     rows: Tensor,
     entries: Tensor,
     bank_size: int,
@@ -35,56 +52,95 @@ def scatter_rows(
         row_of: int32, shaped as entries, the row of each contribution; None for its own place
             among the entries, flattened.
         weights: as many float32 factors; None for 1.
-        ordered: sum in a fixed order, so that equal input gives equal bits; else, in a shared bank,
-            in whatever order its contributions come, which spares sorting them.
+        ordered: sum in a fixed order, so that equal input gives equal bits; False, for a shared
+            bank, sums a segment in whatever order it was counted in, which spares sorting.
 
     Returns:
         ([batch,] bank_size, width), zero for entries without a contribution.
     """
     width = rows.shape[1]
-    blocks_d = triton.cdiv(width, _BLOCK_D)
-    options = {"VECTOR": vector(rows), "BLOCK_D": _BLOCK_D}
     if entries.dim() == 1:
-        order, runs = (_in_order if ordered else _in_any_order)(entries, bank_size)
+        make = _segments_in_order if ordered else _segments_in_any_order
+        segments = make(entries, bank_size)
         out = rows.new_empty(bank_size, width, dtype=dtype)
-        options |= {"BLOCK_N": _BLOCK_RUN, "num_warps": 1}
-        tensors = rows, order, runs, row_of, weights, out
-        grid = bank_size, blocks_d
-        launch(_scatter_runs_kernel, grid, *tensors, rows.stride(0), width, **options)
+        launch(
+            _segment_sum_shared_kernel,
+            (bank_size, triton.cdiv(width, _BLOCK_D)),
+            rows_ptr=rows,
+            order_ptr=segments.order,
+            starts_ptr=segments.starts,
+            row_of_ptr=row_of,
+            weights_ptr=weights,
+            out_ptr=out,
+            stride_r=rows.stride(0),
+            width=width,
+            VECTOR=elements_per_access(rows),
+            BLOCK_N=_BLOCK_SEGMENT,
+            BLOCK_D=_BLOCK_D,
+            num_warps=1,
+        )
         return out
     batch, number = entries.shape
     out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
-    options |= {"BLOCK_N": _BLOCK_N, "num_warps": 4}
-    sizes = rows.stride(0), number, bank_size, width
-    grid = batch * triton.cdiv(number, _BLOCK_N), blocks_d
-    launch(_scatter_own_kernel, grid, rows, entries, row_of, weights, out, *sizes, **options)
+    launch(
+        _segment_sum_own_kernel,
+        (batch * triton.cdiv(number, _BLOCK_N), triton.cdiv(width, _BLOCK_D)),
+        rows_ptr=rows,
+        entries_ptr=entries,
+        row_of_ptr=row_of,
+        weights_ptr=weights,
+        out_ptr=out,
+        stride_r=rows.stride(0),
+        num_contributions=number,
+        bank_size=bank_size,
+        width=width,
+        VECTOR=elements_per_access(rows),
+        BLOCK_N=_BLOCK_N,
+        BLOCK_D=_BLOCK_D,
+        num_warps=4,
+    )
     return out
 
 
-def _in_order(entries: Tensor, bank_size: int) -> tuple[Tensor, Tensor]:
-    """Return the contributions by entry and, in it, by place; and where each entry's run begins."""
+def _segments_in_order(entries: Tensor, bank_size: int) -> _Segments:
+    """Sort the contributions by entry and, within a segment, by their place among all of them."""
     in_order, order = torch.sort(entries, stable=True)
     limits = torch.arange(bank_size + 1, dtype=torch.int32, device=entries.device)
-    return order, torch.searchsorted(in_order, limits, out_int32=True)
+    return _Segments(order, torch.searchsorted(in_order, limits, out_int32=True))
 
 
-def _in_any_order(entries: Tensor, bank_size: int) -> tuple[Tensor, Tensor]:
-    """As `_in_order`, but a run's contributions stand in the order in which they were counted."""
+def _segments_in_any_order(entries: Tensor, bank_size: int) -> _Segments:
+    """Count each entry's contributions; within a segment they stand as they were counted."""
     counts = entries.new_zeros(bank_size + 1)
     ranks, order = entries.new_empty(2, len(entries))
     grid = (triton.cdiv(len(entries), _BLOCK_COUNTS),)
-    options = {"BLOCK": _BLOCK_COUNTS, "num_warps": 4}
-    launch(_count_kernel, grid, entries, counts, ranks, len(entries), bank_size, **options)
-    runs = counts.cumsum(0, dtype=torch.int32)
-    launch(_place_kernel, grid, entries, runs, ranks, order, len(entries), bank_size, **options)
-    return order, runs
-
-
-_BLOCK_COUNTS = 256
+    sizes = dict(num_contributions=len(entries), bank_size=bank_size)
+    options = dict(BLOCK=_BLOCK_COUNTS, num_warps=4)
+    launch(
+        _count_contributions_kernel,
+        grid,
+        entries_ptr=entries,
+        counts_ptr=counts,
+        ranks_ptr=ranks,
+        **sizes,
+        **options,
+    )
+    starts = counts.cumsum(0, dtype=torch.int32)
+    launch(
+        _place_contributions_kernel,
+        grid,
+        entries_ptr=entries,
+        starts_ptr=starts,
+        ranks_ptr=ranks,
+        order_ptr=order,
+        **sizes,
+        **options,
+    )
+    return _Segments(order, starts)
 
 
 @triton.jit
-def _count_kernel(
+def _count_contributions_kernel(
     entries_ptr, counts_ptr, ranks_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
 ):
     """Count the contributions of entry m in counts[m + 1]; note how many each one found there."""
@@ -94,12 +150,12 @@ def _count_kernel(
 
 
 @triton.jit
-def _place_kernel(
-    entries_ptr, runs_ptr, ranks_ptr, order_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
+def _place_contributions_kernel(
+    entries_ptr, starts_ptr, ranks_ptr, order_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
 ):
-    """Put every contribution into its entry's run."""
+    """Put every contribution into the segment of its entry."""
     offs, entry, mask = _entries(entries_ptr, num_contributions, bank_size, BLOCK)
-    place = tl.load(runs_ptr + entry, mask, other=0) + tl.load(ranks_ptr + offs, mask, other=0)
+    place = tl.load(starts_ptr + entry, mask, other=0) + tl.load(ranks_ptr + offs, mask, other=0)
     tl.store(order_ptr + place, offs, mask)
 
 
@@ -111,10 +167,10 @@ def _entries(entries_ptr, num_contributions, bank_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scatter_runs_kernel(
+def _segment_sum_shared_kernel(
     rows_ptr,
     order_ptr,
-    runs_ptr,
+    starts_ptr,
     row_of_ptr,
     weights_ptr,
     out_ptr,
@@ -124,13 +180,13 @@ def _scatter_runs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum the run of contributions, sorted by entry, that belongs to one entry."""
+    """Sum the segment of one entry of a bank that examples share."""
     entry = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = tl.max_constancy(offs_d < width, VECTOR)
-    end = tl.load(runs_ptr + entry + 1)
+    end = tl.load(starts_ptr + entry + 1)
     total = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
-    for start in range(tl.load(runs_ptr + entry), end, BLOCK_N):
+    for start in range(tl.load(starts_ptr + entry), end, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
         taken = tl.load(order_ptr + offs_n, mask_n, other=0)
@@ -142,7 +198,7 @@ def _scatter_runs_kernel(
 
 
 @triton.jit
-def _scatter_own_kernel(
+def _segment_sum_own_kernel(
     rows_ptr,
     entries_ptr,
     row_of_ptr,

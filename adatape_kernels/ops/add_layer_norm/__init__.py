@@ -1,0 +1,132 @@
+"""Residual addition and the LayerNorm that follows it, in one pass over the stream (SPEC 6).
+
+total = x + branch        normed = weight · (total - mean) · rstd + bias
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops.add_layer_norm import compiled, eager, triton_backward, triton_forward
+from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.reference import wide_dtype
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream, and normalise the sum for the next branch.
+
+    Args:
+        x: (rows, dim), dim at least 1; float32, float16, bfloat16 or float64.
+        branch: the same shape, of any floating-point dtype.
+        weight, bias: (dim,), dtype of x or float32: of the LayerNorm.
+        eps: added to a row's variance.
+
+    Returns:
+        The sum and its LayerNorm, both (rows, dim) in the dtype of x. Statistics are float32
+        (float64 for float64 x), of the sum as it is stored.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above.
+
+    Differentiable in x, branch, weight and bias.
+
+    Source: SPEC 6.
+    """
+    if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            "x: expected floating-point (rows, dim), dim at least 1, "
+            f"got {x.dtype} {tuple(x.shape)}"
+        )
+    if branch.shape != x.shape or not branch.is_floating_point():
+        raise ValueError(
+            f"branch: expected floating-point {tuple(x.shape)} like x, "
+            f"got {branch.dtype} {tuple(branch.shape)}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[1:] or parameter.dtype not in (x.dtype, torch.float32):
+            raise ValueError(
+                f"{name}: expected {x.dtype} or float32 ({x.shape[1]},) to fit x, "
+                f"got {parameter.dtype} {tuple(parameter.shape)}"
+            )
+    for name, tensor in (("branch", branch), ("weight", weight), ("bias", bias)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, got {tensor.device}")
+    total, normed, _, _ = _FORWARD.overload(x, branch, weight, bias, float(eps))
+    return total, normed
+
+
+def _fake(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistic = x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _fake_bwd(
+    dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        total.new_empty(total.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape),
+    )
+
+
+def _typical(dim: int) -> Any:
+    return lambda dtype: (
+        meta(50, dim, dtype=dtype),
+        meta(50, dim, dtype=dtype),
+        meta(dim, dtype=dtype),
+        meta(dim, dtype=dtype),
+        1e-6,
+    )
+
+
+def _typical_bwd(dim: int) -> Any:
+    return lambda dtype: (
+        *(meta(50, dim, dtype=dtype) for _ in range(3)),
+        meta(dim, dtype=dtype),
+        *(meta(50, dtype=wide_dtype(dtype)) for _ in range(2)),
+    )
+
+
+_FORWARD = Operation(
+    "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)",
+    _fake,
+    {
+        "eager": eager.forward,
+        "cpp": compiled.cpp_forward,
+        "triton": triton_forward.add_layer_norm,
+    },
+    typical={"up to 4,096 features": _typical(384), "more features": _typical(8192)},
+)
+_BACKWARD = Operation(
+    "add_layer_norm_bwd(Tensor dtotal, Tensor dnormed, Tensor total, Tensor weight, Tensor mean, "
+    "Tensor rstd) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _fake_bwd,
+    {
+        "eager": eager.backward,
+        "cpp": compiled.cpp_backward,
+        "triton": triton_backward.add_layer_norm_bwd,
+    },
+    typical={"up to 4,096 features": _typical_bwd(384), "more features": _typical_bwd(8192)},
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, branch, weight, bias, _ = inputs
+    total, _, mean, rstd = output
+    ctx.branch_dtype, ctx.bias_dtype = branch.dtype, bias.dtype
+    ctx.save_for_backward(total, weight, mean, rstd)
+
+
+def _backward(ctx: Any, dtotal: Tensor, dnormed: Tensor, dmean: Any, drstd: Any) -> tuple:
+    dx, dweight, dbias = _BACKWARD.overload(dtotal, dnormed, *ctx.saved_tensors)
+    return dx, dx.to(ctx.branch_dtype), dweight, dbias.to(ctx.bias_dtype), None
+
+
+_FORWARD.differentiable(_backward, _setup_context)

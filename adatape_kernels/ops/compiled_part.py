@@ -1,0 +1,41 @@
+"""The compiled part as the rooms use it: which kernels csrc has, or why they are not here.
+
+Importing `adatape_kernels._C` registers the kernels for the ops that `op.CompiledKernel` declares.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from adatape_kernels._build import build_facts
+from adatape_kernels.ops.op import HALF_AND_FLOAT, CompiledKernel, Statement
+
+FACTS = build_facts()
+
+
+def cpp_kernel() -> CompiledKernel:
+    """Return the implementation of csrc/cpu for an op: on the CPU, with every check of its own."""
+    absent = None if FACTS["compiled"] == "yes" else FACTS["why"]
+    dtypes = (torch.float32, torch.bfloat16)
+    return CompiledKernel("adatape_cpu", ("cpu",), dtypes, absent, checks_values=True)
+
+
+def cuda_kernel(
+    limits: Statement | None = None,
+    dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT,
+    flags: Mapping[str, Callable[[], bool]] | None = None,
+) -> CompiledKernel:
+    """Return the implementation of csrc/cuda for an op; the arguments as in `CompiledKernel`."""
+    return CompiledKernel("adatape_cuda", ("cuda",), dtypes, _why_no_cuda(), limits, flags=flags)
+
+
+def _why_no_cuda() -> str | None:
+    if FACTS["compiled"] != "yes":
+        return FACTS["why"]
+    cuda = FACTS["cuda"]
+    return cuda.removeprefix("none: ") if cuda.startswith("none") else None
+
+
+DETERMINISTIC = {"deterministic": torch.are_deterministic_algorithms_enabled}
+"""For backwards whose sums csrc/cuda can add up in a fixed order, so that equal input gives equal
+bits, or faster in any."""

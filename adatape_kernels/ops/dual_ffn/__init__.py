@@ -1,0 +1,262 @@
+"""Two feed-forwards over one buffer: input rows through one, tape rows through the other (SPEC 6).
+
+input rows: W2 · gelu_tanh(W1 x + b1) + b2
+tape rows:  V2 · (a ⊙ sigmoid(g)) + c2,  [a, g] = V1 x + c1
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
+from adatape_kernels.ops.dual_ffn.products import chosen_products, ffn_products
+from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.reference import FFN
+
+
+def dual_ffn(
+    x: Tensor,
+    num_input_rows: int | Tensor,
+    input_ffn: FFN,
+    tape_ffn: FFN | None = None,
+    *,
+    num_rows: int | Tensor | None = None,
+) -> Tensor:
+    """Send the first rows through one feed-forward and the rest through the other.
+
+    Args:
+        x: (rows, dim); float32, float16, bfloat16 or float64; under autocast, cast like a linear
+            layer's input.
+        num_input_rows: rows of the input segment, an int or an integer scalar on x's device.
+        input_ffn: (w1, b1, w2, b2) of shapes (hidden, dim), (hidden,), (dim, hidden), (dim,).
+        tape_ffn: the same for a GLU, w1 (2 · hidden, dim) and b1 (2 · hidden,); None sends every
+            row through input_ffn.
+        num_rows: rows that examples own, an int or an integer scalar on x's device; the rows
+            behind are never read. None when that is all of them.
+
+    Returns:
+        (rows, dim), dtype of x; zero from row num_rows on.
+
+    Raises:
+        ValueError: a shape, dtype, device or row count differs from the above.
+
+    Differentiable in x and all parameters; saves the pre-activations and recomputes the
+    activations.
+
+    Source: SPEC 6; scenic adatape/layers.py, MlpBlock.
+    """
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating-point (rows, dim), got {x.dtype} {tuple(x.shape)}")
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, input_ffn = x.to(dtype), FFN(*(p.to(dtype) for p in input_ffn))
+        tape_ffn = tape_ffn and FFN(*(p.to(dtype) for p in tape_ffn))
+    _check_ffn("input_ffn", input_ffn, x, gates=1)
+    if tape_ffn is not None:
+        _check_ffn("tape_ffn", tape_ffn, x, gates=2)
+    rows = x.shape[0]
+    end = rows if num_rows is None else num_rows
+    middle = end if tape_ffn is None else num_input_rows
+    _check_rows("num_input_rows", num_input_rows, x)
+    _check_rows("num_rows", end, x)
+    if isinstance(middle, int) and isinstance(end, int) and middle > end:
+        raise ValueError(f"num_input_rows: expected at most num_rows = {end}, got {middle}")
+    max_tape_rows = 0 if tape_ffn is None else _bound(end, rows) - _bound(middle, 0)
+    on_device = isinstance(middle, Tensor)
+    split = None if on_device and tape_ffn is not None else _bound(middle, rows)
+    bounds = None
+    if on_device or isinstance(end, Tensor):
+        bounds = torch.stack([_scalar(middle, x), _scalar(end, x)])
+    y, _, _ = _FORWARD.overload(x, split, max_tape_rows, bounds, *input_ffn, *(tape_ffn or _NO_FFN))
+    return y
+
+
+_NO_FFN = (None, None, None, None)
+
+
+def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
+    dim, hidden, dtype, device = x.shape[1], ffn[0].shape[0] // gates, x.dtype, x.device
+    shapes = ((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))
+    for field, shape, given in zip(FFN._fields, shapes, ffn, strict=True):
+        if given.shape != shape or given.dtype != dtype or given.device != device:
+            raise ValueError(
+                f"{name}.{field}: expected {dtype} {shape} on {device} to "
+                f"fit x, got {given.dtype} {tuple(given.shape)} on {given.device}"
+            )
+
+
+def _check_rows(name: str, count: int | Tensor, x: Tensor) -> None:
+    if isinstance(count, Tensor):
+        if count.dim() != 0 or count.is_floating_point() or count.device != x.device:
+            raise ValueError(
+                f"{name}: expected an int or an integer scalar on {x.device}, "
+                f"got {count.dtype} {tuple(count.shape)} on {count.device}"
+            )
+    elif not 0 <= count <= x.shape[0]:
+        raise ValueError(f"{name}: expected 0 to {x.shape[0]} (the rows of x), got {count}")
+
+
+def _bound(count: int | Tensor, otherwise: int) -> int:
+    return otherwise if isinstance(count, Tensor) else count
+
+
+def _scalar(count: int | Tensor, x: Tensor) -> Tensor:
+    # An int by a fill: a CUDA graph cannot capture a copy from the host.
+    return count.long() if isinstance(count, Tensor) else x.new_full((), count, dtype=torch.int64)
+
+
+def _fake(
+    x: Tensor,
+    num_input_rows: int | None,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    tape_w1: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    max_input_rows = x.shape[0] if num_input_rows is None else num_input_rows
+    tape_width = 0 if tape_w1 is None else tape_w1.shape[0]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(max_input_rows, w1.shape[0]),
+        x.new_empty(max_tape_rows, tape_width),
+    )
+
+
+def _fake_bwd(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    num_input_rows: int | None,
+    bounds: Tensor | None,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, ...]:
+    return (
+        x.new_empty(x.shape),
+        *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters),
+    )
+
+
+def _typical(*, on_host: bool) -> Any:
+    """Return what makes a call over 60 rows, the last 10 of which are tape."""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        shapes = (256, 64), (256,), (64, 256), (64,), (256, 64), (256,), (64, 128), (64,)
+        rows = (50, 10, None) if on_host else (None, 60, meta(2, dtype=torch.int64))
+        return meta(60, 64, dtype=dtype), *rows, *(meta(*shape, dtype=dtype) for shape in shapes)
+
+    return make
+
+
+def _typical_bwd(*, on_host: bool) -> Any:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, num_input_rows, max_tape_rows, bounds, *parameters = _typical(on_host=on_host)(dtype)
+        hidden = meta(num_input_rows or 60, 256, dtype=dtype)
+        tape_hidden = meta(max_tape_rows, 256, dtype=dtype)
+        return x, x, hidden, tape_hidden, num_input_rows, bounds, *parameters
+
+    return make
+
+
+def _typical_calls(make: Any) -> dict[str, Any]:
+    return {
+        "row counts on the host": make(on_host=True),
+        "row counts on the device": make(on_host=False),
+    }
+
+
+_PARAMETERS = (
+    "Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
+    "Tensor? tape_w1, Tensor? tape_b1, Tensor? tape_w2, Tensor? tape_b2"
+)
+# num_input_rows says where tape rows start, None where only the device knows; bounds (2,) holds the
+# numbers of input rows and of all used rows where one of them is on the device.
+_FORWARD = Operation(
+    "dual_ffn(Tensor x, SymInt? num_input_rows, SymInt max_tape_rows, Tensor? bounds, "
+    f"{_PARAMETERS}) -> (Tensor y, Tensor hidden, Tensor tape_hidden)",
+    _fake,
+    {
+        "eager": eager.forward,
+        "cpp": compiled.cpp_forward,
+        "triton": triton_forms.forward,
+        "cuda": compiled.cuda_forward,
+    },
+    typical=_typical_calls(_typical),
+    check_values=eager.check_row_counts,
+)
+_BACKWARD = Operation(
+    "dual_ffn_bwd(Tensor dy, Tensor x, Tensor hidden, Tensor tape_hidden, SymInt? num_input_rows, "
+    f"Tensor? bounds, {_PARAMETERS}) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, "
+    "Tensor db2, Tensor dtape_w1, Tensor dtape_b1, Tensor dtape_w2, Tensor dtape_b2)",
+    _fake_bwd,
+    {
+        "eager": eager.backward,
+        "cpp": compiled.cpp_backward,
+        "triton": triton_forms.backward,
+        "cuda": compiled.cuda_backward,
+    },
+    typical=_typical_calls(_typical_bwd),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, ctx.num_input_rows, _, bounds, *parameters = inputs
+    _, hidden, tape_hidden = output
+    ctx.save_for_backward(x, hidden, tape_hidden, bounds, *parameters)
+    ctx.set_materialize_grads(False)  # the pre-activations have none, and are large
+    ctx.products = chosen_products()
+
+
+def _backward(ctx: Any, dy: Tensor, dhidden: Any, dtape_hidden: Any) -> tuple:
+    x, hidden, tape_hidden, bounds, *parameters = ctx.saved_tensors
+    with ffn_products(ctx.products):
+        dx, *grads = _BACKWARD.overload(
+            dy, x, hidden, tape_hidden, ctx.num_input_rows, bounds, *parameters
+        )
+    given = zip(parameters, grads, strict=True)
+    return dx, None, None, None, *(None if p is None else grad for p, grad in given)
+
+
+_FORWARD.differentiable(_backward, _setup_context)
+
+
+@register_flop_formula(torch.ops.adatape.dual_ffn)
+def _flops(
+    x_shape: Any,
+    num_input_rows: int | None,
+    max_tape_rows: int,
+    bounds_shape: Any,
+    *shapes: Any,
+    **kw: Any,
+) -> int:
+    """One multiply-add a weight and row; rows by their bound where the device holds the number."""
+    w1, _, w2, _, tape_w1, _, tape_w2, _ = shapes
+    max_input_rows = x_shape[0] if num_input_rows is None else num_input_rows
+    flops = 2 * max_input_rows * (math.prod(w1) + math.prod(w2))
+    if tape_w1 is not None:
+        flops += 2 * max_tape_rows * (math.prod(tape_w1) + math.prod(tape_w2))
+    return flops
+
+
+@register_flop_formula(torch.ops.adatape.dual_ffn_bwd)
+def _flops_bwd(
+    dy_shape: Any,
+    x_shape: Any,
+    hidden_shape: Any,
+    tape_hidden_shape: Any,
+    num_input_rows: int | None,
+    bounds_shape: Any,
+    *shapes: Any,
+    **kw: Any,
+) -> int:
+    """Each product has two gradients of its own size."""
+    return 2 * _flops(x_shape, hidden_shape[0], tape_hidden_shape[0], bounds_shape, *shapes)

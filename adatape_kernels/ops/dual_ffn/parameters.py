@@ -1,0 +1,15 @@
+"""The eight parameters of `dual_ffn` as its schema has them: one after another, tape ones last."""
+
+from typing import cast
+
+from torch import Tensor
+
+from adatape_kernels.reference import FFN
+
+Parameters = tuple[Tensor | None, ...]
+
+
+def as_ffns(parameters: Parameters) -> tuple[FFN, FFN | None]:
+    """Return those for input rows and, if there are any, those for tape rows."""
+    given = cast(tuple[Tensor, ...], parameters)
+    return FFN(*given[:4]), None if parameters[4] is None else FFN(*given[4:])

@@ -1,0 +1,46 @@
+"""Which form the products of `dual_ffn` have in Triton: `ffn_products`."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+FFN_PRODUCTS = ("cublas", "grouped")
+"""The forms of the products in Triton."""
+
+
+class _ChosenProducts(threading.local):
+    name: str | None = None
+
+
+_chosen = _ChosenProducts()
+
+
+def chosen_products() -> str | None:
+    """Return the form that `ffn_products` asks for on this thread, or None."""
+    return _chosen.name
+
+
+@contextlib.contextmanager
+def ffn_products(name: str | None) -> Iterator[None]:
+    """Choose, on this thread, how the Triton backend of `dual_ffn` runs its products.
+
+    "cublas": torch's products on the two slices of rows, one Triton kernel between them; it needs
+    num_input_rows on the host, and Triton does not serve a call without. "grouped": both kinds of
+    rows in one Triton launch a product. None, the default: "cublas" where num_input_rows is on the
+    host, else "grouped". A backward takes its forward's.
+
+    Raises:
+        ValueError: the name is none of these.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> with ak.ops.ffn_products("grouped"):
+        ...     pass  # calls of ak.ops.dual_ffn that Triton serves
+    """
+    if name is not None and name not in FFN_PRODUCTS:
+        raise ValueError(f"ffn_products: expected one of {', '.join(FFN_PRODUCTS)}, got {name!r}")
+    previous, _chosen.name = _chosen.name, name
+    try:
+        yield
+    finally:
+        _chosen.name = previous

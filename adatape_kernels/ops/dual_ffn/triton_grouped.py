@@ -1,0 +1,213 @@
+"""The form "grouped" of `dual_ffn`: both kinds of rows in one persistent launch a product.
+
+hidden = x · w1ᵀ + b1,  act = act(hidden)        y = act · w2ᵀ + b2
+dhidden = act'(hidden) ⊙ (dy · w2)               dx = dhidden · w1
+dw1 = dhiddenᵀ · x,  dw2 = dyᵀ · act
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops.device_facts import facts_of
+from adatape_kernels.ops.dual_ffn.parameters import Parameters
+from adatape_kernels.ops.dual_ffn.triton_grouped_kernels import (
+    _dual_ffn_down_kernel,
+    _dual_ffn_row_sums_kernel,
+    _dual_ffn_up_kernel,
+    _dual_ffn_weight_kernel,
+)
+from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK
+from adatape_kernels.ops.triton_runtime import launch, triton
+
+Pair = tuple[Tensor, Tensor]
+"""What belongs to the input rows, and the same of the tape rows."""
+
+
+def _tiles(x: Tensor, w2: Pair) -> dict[str, int]:
+    """Return the shape of the products' tiles, by dtype and by whether 16 divides all widths.
+
+    Otherwise each element of a row is read by itself, and wide tiles would spill registers.
+    """
+    divided = all(size % 16 == 0 for w in w2 for size in w.shape)
+    if x.dtype == torch.float32:
+        num_warps = 4 if divided else 8
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=num_warps, num_stages=3)
+    if divided:
+        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
+
+
+def _num_programs(device: torch.device) -> int:
+    """Return how many programs walk the tiles: one a multiprocessor, which their tiles fill."""
+    return facts_of(device).multiprocessors
+
+
+def forward(
+    x: Tensor,
+    max_input_rows: int,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    parameters: Parameters,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the two products; returns y and both pre-activations."""
+    x, (w1, b1, w2, b2) = x.contiguous(), _pairs(parameters)
+    y, max_rows = x.new_empty(x.shape), (max_input_rows, max_tape_rows)
+    input_w1, tape_w1 = w1
+    hidden = x.new_empty(max_input_rows, len(input_w1))
+    tape_hidden = x.new_empty(max_tape_rows, len(tape_w1))
+    act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
+    widths = tuple(a.shape[1] for a in act)
+    rows = dict(bounds_ptr=bounds, rows=len(x), max_rows=max_rows, dim=x.shape[1])
+    options: dict[str, Any] = dict(**_tiles(x, w2), BACKWARD=False)
+    grid = (_num_programs(x.device),)
+    launch(
+        _dual_ffn_up_kernel,
+        grid,
+        in_ptr=x,
+        w_ptrs=w1,
+        b_ptrs=b1,
+        hidden_ptrs=(hidden, tape_hidden),
+        dhidden_ptrs=None,
+        act_ptrs=act,
+        widths=widths,
+        **rows,
+        **options,
+    )
+    launch(
+        _dual_ffn_down_kernel,
+        grid,
+        out_ptr=y,
+        a_ptrs=act,
+        w_ptrs=w2,
+        b_ptrs=b2,
+        depths=widths,
+        **rows,
+        **options,
+    )
+    return y, hidden, tape_hidden
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    bounds: Tensor | None,
+    parameters: Parameters,
+) -> tuple[Tensor, ...]:
+    """Launch the four products; returns the gradients of x and of the parameters."""
+    dy, x, (w1, _, w2, _) = dy.contiguous(), x.contiguous(), _pairs(parameters)
+    hiddens, max_rows = (hidden, tape_hidden), (len(hidden), len(tape_hidden))
+    act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
+    dx, dhidden = x.new_empty(x.shape), tuple(h.new_empty(h.shape) for h in hiddens)
+    tiles = _tiles(x, w2)
+    options: dict[str, Any] = dict(**tiles, BACKWARD=True)
+    db1 = tuple(  # one row for each row of tiles
+        h.new_empty(triton.cdiv(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
+        for h in hiddens
+    )
+    rows = dict(bounds_ptr=bounds, rows=len(x), max_rows=max_rows, dim=x.shape[1])
+    grid = (_num_programs(x.device),)
+    launch(
+        _dual_ffn_up_kernel,
+        grid,
+        in_ptr=dy,
+        w_ptrs=w2,
+        b_ptrs=db1,
+        hidden_ptrs=hiddens,
+        dhidden_ptrs=dhidden,
+        act_ptrs=act,
+        widths=tuple(a.shape[1] for a in act),
+        **rows,
+        **options,
+    )
+    launch(
+        _dual_ffn_down_kernel,
+        grid,
+        out_ptr=dx,
+        a_ptrs=dhidden,
+        w_ptrs=w1,
+        b_ptrs=None,
+        depths=tuple(h.shape[1] for h in hiddens),
+        **rows,
+        **options,
+    )
+    dw1 = _weight_gradients(x, dhidden, rows, tiles, second=False)
+    dw2 = _weight_gradients(dy, act, rows, tiles, second=True)
+    db2 = _row_sums(dy, rows)
+    dinput, dtape = zip(dw1, (db.sum(0).to(x.dtype) for db in db1), dw2, db2, strict=True)
+    absent = (x.new_empty(0) for _ in dtape)
+    return dx, *dinput, *(absent if parameters[4] is None else dtape)
+
+
+def _weight_gradients(
+    rows: Tensor,
+    own: tuple[Tensor, ...],
+    counts: dict[str, Any],
+    tiles: dict[str, int],
+    *,
+    second: bool,
+) -> list[Tensor]:
+    """Return both kinds' sum of outer products of `rows`, x or dy, with what is their `own`.
+
+    `second` says that they are dy and the activations, which make the gradient of w2.
+    """
+    programs = _num_programs(rows.device)
+    columns = tuple(t.shape[1] for t in own)
+    shapes = [(rows.shape[1], c) if second else (c, rows.shape[1]) for c in columns]
+    num_tiles = [
+        triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) for m, n in shapes
+    ]
+    chunk = _rows_of_a_split([len(t) for t in own], num_tiles, programs)
+    splits = tuple(max(1, triton.cdiv(len(t), chunk)) for t in own)
+    dtype = rows.dtype if splits == (1, 1) else torch.float32
+    out = tuple(rows.new_empty(n, *s, dtype=dtype) for n, s in zip(splits, shapes, strict=True))
+    launch(
+        _dual_ffn_weight_kernel,
+        (programs,),
+        row_ptr=rows,
+        own_ptrs=own,
+        out_ptrs=out,
+        columns=columns,
+        splits=splits,
+        chunk=chunk,
+        SECOND=second,
+        **counts,
+        **tiles,
+    )
+    return [t.squeeze(0) if splits == (1, 1) else t.sum(0).to(rows.dtype) for t in out]
+
+
+def _rows_of_a_split(rows: list[int], num_tiles: list[int], programs: int) -> int:
+    """Return so many that each program has at most one tile of one split, if that can be."""
+    (longest, most), (other, few) = sorted(zip(rows, num_tiles, strict=True), reverse=True)
+    splits = (programs - few) * longest // max(1, most * longest + few * other)
+    return max(1, triton.cdiv(triton.cdiv(longest, max(1, splits)), CHUNK)) * CHUNK
+
+
+def _row_sums(dy: Tensor, counts: dict[str, Any]) -> list[Tensor]:
+    """Return the sums of dy over the rows of each kind."""
+    rows, dim = dy.shape
+    parts = triton.cdiv(rows, CHUNK)
+    sums = dy.new_empty(2, parts, dim, dtype=torch.float32)
+    block_n = 64
+    launch(
+        _dual_ffn_row_sums_kernel,
+        (parts, triton.cdiv(dim, block_n)),
+        dy_ptr=dy,
+        sums_ptr=sums,
+        CHUNK=CHUNK,
+        BLOCK_M=32,
+        BLOCK_N=block_n,
+        num_warps=4,
+        **counts,
+    )
+    return [s.sum(0).to(dy.dtype) for s in sums]
+
+
+def _pairs(parameters: Parameters) -> list[Pair]:
+    """Return w1, b1, w2 and b2 of both kinds; of no width where there is no tape feed-forward."""
+    w1, b1, w2, b2, *tape_ffn = (p.contiguous() for p in parameters if p is not None)
+    return list(zip((w1, b1, w2, b2), tape_ffn or (w1[:0], b1[:0], w2[:, :0], b2), strict=True))

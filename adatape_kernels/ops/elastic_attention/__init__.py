@@ -1,0 +1,190 @@
+"""Attention over each example's input rows and tape rows (SPEC 6).
+
+out[r] = Σ_c softmax_c(q[r] · k[c] · scale) v[c],   c over all input and tape rows of r's example
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adatape_kernels.elastic import check_examples, check_offsets_tensor
+from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
+from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.reference import wide_dtype
+
+
+def elastic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    *,
+    max_rows: int | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Let every row attend to the input and tape rows of its own example, and to nothing else.
+
+    Args:
+        q, k, v: (rows, num_heads, head_dim), in the layout of `ElasticBatch`; float32, float16,
+            bfloat16 or float64; any strides.
+        cu_inputs: (batch + 1,) int32, the bounds of each example's input rows.
+        cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows; starts where
+            cu_inputs ends; rows behind its end are unused.
+        max_rows: a bound on the rows of one example, if known.
+        softmax_scale: factor on the scores; None for 1 / sqrt(head_dim).
+
+    Returns:
+        (rows, num_heads, head_dim), dtype of q, contiguous; zero in unused rows.
+
+    Raises:
+        ValueError: a shape, dtype or device differs from the above, the offsets do not ascend,
+            do not join or pass the number of rows, or an example has more than max_rows. On a GPU
+            these values stay unseen: wrong offsets attend to wrong rows, and an example of more
+            than max_rows gets what it should or, from CUDA C++, NaN.
+
+    Differentiable in q, k and v.
+
+    Source: SPEC 6.
+    """
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 3 or not dtype.is_floating_point or shape[2] == 0:
+        raise ValueError(
+            "q: expected floating-point (rows, num_heads, head_dim), head_dim at least 1, "
+            f"got {dtype} {tuple(shape)}"
+        )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name}: expected {dtype} {tuple(shape)} on {device} like q, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )
+    check_offsets_tensor("cu_inputs", cu_inputs, q)
+    check_offsets_tensor("cu_tapes", cu_tapes, q)
+    if cu_tapes.shape != cu_inputs.shape:
+        raise ValueError(
+            f"cu_tapes: expected {tuple(cu_inputs.shape)} like cu_inputs, "
+            f"got {tuple(cu_tapes.shape)}"
+        )
+    out, _ = _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    return out
+
+
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=wide_dtype(q.dtype))
+
+
+def _fake_bwd(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> None:
+    check_examples(cu_inputs, cu_tapes, len(q), max_rows)
+
+
+def _typical(head_dim: int, max_rows: int | None) -> Any:
+    """Return what makes a call of three examples with three heads."""
+    return lambda dtype: (
+        *(meta(600, 3, head_dim, dtype=dtype) for _ in range(3)),
+        *(meta(4, dtype=torch.int32) for _ in range(2)),
+        *(max_rows, None),
+    )
+
+
+def _typical_bwd(head_dim: int, max_rows: int | None) -> Any:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        q, k, v, cu_inputs, cu_tapes, *options = _typical(head_dim, max_rows)(dtype)
+        lse = meta(3, 600, dtype=wide_dtype(dtype))
+        return q, q, k, v, q, lse, cu_inputs, cu_tapes, *options
+
+    return make
+
+
+def _typical_calls(make: Any) -> dict[str, Any]:
+    return {
+        "heads of 64, max_rows up to 256": make(64, 256),
+        "heads of 64, max_rows up to 512": make(64, 512),
+        "heads of 64, max_rows unknown or longer": make(64, None),
+        "heads of up to 256": make(128, 256),
+        "wider heads": make(320, 256),
+    }
+
+
+_FORWARD = Operation(
+    "elastic_attention(Tensor q, Tensor k, Tensor v, Tensor cu_inputs, Tensor cu_tapes, "
+    "SymInt? max_rows, float? softmax_scale) -> (Tensor out, Tensor lse)",
+    _fake,
+    {
+        "eager": eager.forward,
+        "cpp": compiled.cpp_forward,
+        "triton": triton_forward.elastic_attention,
+        "cuda": compiled.cuda_forward,
+    },
+    typical=_typical_calls(_typical),
+    check_values=_check_values,
+)
+_BACKWARD = Operation(
+    "elastic_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor cu_inputs, Tensor cu_tapes, SymInt? max_rows, float? softmax_scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    _fake_bwd,
+    {
+        "eager": eager.backward,
+        "cpp": compiled.cpp_backward,
+        "triton": triton_backward.elastic_attention_bwd,
+        "cuda": compiled.cuda_backward,
+    },
+    typical=_typical_calls(_typical_bwd),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, cu_inputs, cu_tapes, ctx.max_rows, ctx.softmax_scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_inputs, cu_tapes)
+    ctx.set_materialize_grads(False)  # lse has none
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple:
+    grads = _BACKWARD.overload(dout, *ctx.saved_tensors, ctx.max_rows, ctx.softmax_scale)
+    return *grads, None, None, None, None
+
+
+_FORWARD.differentiable(_backward, _setup_context)
+
+
+@register_flop_formula(torch.ops.adatape.elastic_attention, get_raw=True)
+def _flops(
+    q: Tensor, k: Tensor, v: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, *rest: Any, **kw: Any
+) -> int:
+    """Two products of 2 · L² · head_dim a head and example, over the rows that exist."""
+    lens = (cu_inputs.diff() + cu_tapes.diff()).long()
+    return 4 * q.shape[1] * q.shape[2] * int(lens.square().sum())
+
+
+@register_flop_formula(torch.ops.adatape.elastic_attention_bwd, get_raw=True)
+def _flops_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    *rest: Any,
+    **kw: Any,
+) -> int:
+    """Five products of the forward's size, the scores among them once more."""
+    return _flops(q, k, v, cu_inputs, cu_tapes) * 5 // 2

@@ -1,0 +1,46 @@
+"""`elastic_attention` in C++: csrc/cpu/elastic_attention.cpp, csrc/cuda/elastic_attention.cu."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops.compiled_part import cpp_kernel, cuda_kernel
+from adatape_kernels.ops.device_facts import KIB, DeviceFacts
+
+CUDA_HEAD_DIM = 64
+
+
+def _most_rows(device: DeviceFacts) -> int:
+    """Return the longest example that shared memory holds, in the forward and in the backward."""
+    return 512 if device.shared_memory_per_multiprocessor >= 164 * KIB else 256
+
+
+def _serves(device: DeviceFacts, rows: Tensor, max_rows: int | None) -> str | None:
+    """State which heads and examples are served; the batch decides nothing, nor its bits."""
+    head_dim, most = rows.shape[2], _most_rows(device)
+    if head_dim != CUDA_HEAD_DIM:
+        return f"it takes heads of {CUDA_HEAD_DIM} features, not {head_dim}"
+    if max_rows is None or max_rows > most:
+        given = "unknown" if max_rows is None else max_rows
+        return f"it takes examples of up to {most} rows, by max_rows, which is {given}"
+    return None
+
+
+def _forward_limits(
+    device: DeviceFacts, q: Tensor, k: Any, v: Any, ci: Any, ct: Any, max_rows: Any, scale: Any
+) -> str | None:
+    return _serves(device, q, max_rows)
+
+
+def _backward_limits(device: DeviceFacts, dout: Tensor, *rest: Any) -> str | None:
+    *_, max_rows, _ = rest
+    return _serves(device, dout, max_rows)
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+cpp_forward = cpp_kernel()
+cpp_backward = cpp_kernel()
+cuda_forward = cuda_kernel(_forward_limits, _HALVES)
+cuda_backward = cuda_kernel(_backward_limits, _HALVES)

@@ -1,0 +1,202 @@
+"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq."""
+
+from torch import Tensor
+
+from adatape_kernels.ops.elastic_attention.triton_primitives import (
+    Tile,
+    find_tile,
+    limits,
+    load_tile,
+    num_tiles,
+    options_of,
+    store_tile,
+    tile_rows,
+    with_adjacent_features,
+)
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+
+
+@triton.jit
+def _elastic_attention_delta_kernel(
+    dout_ptr,
+    out_ptr,
+    delta_ptr,
+    stride_dm,
+    stride_dh,
+    rows,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """delta[h, r] = Σ_d dout[r, h, d] · out[r, h, d]; of unused rows too, which nobody reads."""
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    row = (tl.program_id(0) // num_heads).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_m = Tile(row=row, exists=row < rows)
+    columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < HEAD_DIM
+    douts = dout_ptr + tl.multiple_of(head * stride_dh, VECTOR), stride_dm
+    outs = out_ptr + head * HEAD_DIM, num_heads * HEAD_DIM
+    dout = load_tile(douts, rows_m, columns, VECTOR).to(tl.float32)
+    delta = tl.sum(dout * load_tile(outs, rows_m, columns, VECTOR), 1)
+    tl.store(delta_ptr + head * rows + row, delta, rows_m.exists)
+
+
+@triton.jit
+def _elastic_attention_bwd_kernel(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_inputs_ptr,
+    cu_tapes_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    stride_dm,
+    stride_dh,
+    stride_qm,
+    stride_qh,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
+    rows,
+    num_heads,
+    batch,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of a tile as keys, from all queries; then dq of the same tile, from all keys."""
+    log2_e: tl.constexpr = 1.4426950408889634
+    number, head = tl.program_id(0) // num_heads, (tl.program_id(0) % num_heads).to(tl.int64)
+    example, tile, place = find_tile(number, cu_inputs_ptr, cu_tapes_ptr, rows, batch, BLOCK_M)
+    if tile < 0:
+        return
+    rows_m = tile_rows(place, tile * BLOCK_M, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < HEAD_DIM
+    offset, stride = head * HEAD_DIM, num_heads * HEAD_DIM
+    dqs, dks, dvs = (dq_ptr + offset, stride), (dk_ptr + offset, stride), (dv_ptr + offset, stride)
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if example == batch:  # unused rows
+        store_tile(dqs, rows_m, columns, dq, VECTOR)
+        store_tile(dks, rows_m, columns, dk, VECTOR)
+        store_tile(dvs, rows_m, columns, dv, VECTOR)
+        return
+    douts = dout_ptr + tl.multiple_of(head * stride_dh, VECTOR), stride_dm
+    queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
+    keys = k_ptr + tl.multiple_of(head * stride_kh, VECTOR), stride_kn
+    values = v_ptr + tl.multiple_of(head * stride_vh, VECTOR), stride_vn
+    lse_ptr += head * rows
+    delta_ptr += head * rows
+
+    k = load_tile(keys, rows_m, columns, VECTOR)
+    v = load_tile(values, rows_m, columns, VECTOR)
+    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N)
+        q_n = load_tile(queries, rows_n, columns, VECTOR)
+        dout_n = load_tile(douts, rows_n, columns, VECTOR)
+        # Where there is no query, p is exp2(-inf) = 0.
+        lse_n = tl.load(lse_ptr + rows_n.row, rows_n.exists, other=float("inf")) * log2_e
+        delta_n = tl.load(delta_ptr + rows_n.row, rows_n.exists, other=0.0)
+        scores = tl.dot(k, tl.trans(q_n), input_precision="ieee") * (scale * log2_e)
+        p = tl.exp2(scores - lse_n)  # (BLOCK_M keys, BLOCK_N queries)
+        dv = tl.dot(p.to(dout_n.dtype), dout_n, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(dout_n), input_precision="ieee") - delta_n)
+        dk = tl.dot(ds.to(q_n.dtype), q_n, dk, input_precision="ieee")
+    store_tile(dks, rows_m, columns, dk * scale, VECTOR)
+    store_tile(dvs, rows_m, columns, dv, VECTOR)
+
+    q = load_tile(queries, rows_m, columns, VECTOR)
+    dout = load_tile(douts, rows_m, columns, VECTOR)
+    lse = tl.load(lse_ptr + rows_m.row, rows_m.exists, other=float("inf"))[:, None] * log2_e
+    delta = tl.load(delta_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None]
+    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N)
+        k_n = load_tile(keys, rows_n, columns, VECTOR)
+        v_n = load_tile(values, rows_n, columns, VECTOR)
+        scores = tl.dot(q, tl.trans(k_n), input_precision="ieee") * (scale * log2_e)
+        p = tl.exp2(tl.where(rows_n.exists, scores, float("-inf")) - lse)  # (BLOCK_M, BLOCK_N keys)
+        ds = p * (tl.dot(dout, tl.trans(v_n), input_precision="ieee") - delta)
+        dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
+    store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
+
+
+# Rows of a program that sums out · dout.
+_BLOCK_DELTA = 32
+
+
+@kernel(limits)
+def elastic_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernels."""
+    rows, num_heads, head_dim = q.shape
+    dout, dout_strides = with_adjacent_features(dout)
+    (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    delta = lse.new_empty(lse.shape)
+    batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
+    options = options_of(q, (dout_strides, q_strides, k_strides, v_strides), backward=True)
+    launch(
+        _elastic_attention_delta_kernel,
+        (triton.cdiv(rows, _BLOCK_DELTA) * num_heads,),
+        dout_ptr=dout,
+        out_ptr=out,
+        delta_ptr=delta,
+        stride_dm=dout_strides.row,
+        stride_dh=dout_strides.head,
+        rows=rows,
+        num_heads=num_heads,
+        HEAD_DIM=head_dim,
+        VECTOR=options["VECTOR"],
+        BLOCK_D=options["BLOCK_D"],
+        BLOCK_M=_BLOCK_DELTA,
+        num_warps=4,
+    )
+    launch(
+        _elastic_attention_bwd_kernel,
+        (num_tiles(rows, batch, options["BLOCK_M"]) * num_heads,),
+        dout_ptr=dout,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        cu_inputs_ptr=cu_inputs,
+        cu_tapes_ptr=cu_tapes,
+        dq_ptr=dq,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        stride_dm=dout_strides.row,
+        stride_dh=dout_strides.head,
+        stride_qm=q_strides.row,
+        stride_qh=q_strides.head,
+        stride_kn=k_strides.row,
+        stride_kh=k_strides.head,
+        stride_vn=v_strides.row,
+        stride_vh=v_strides.head,
+        rows=rows,
+        num_heads=num_heads,
+        batch=batch,
+        scale=scale,
+        **options,
+    )
+    return dq, dk, dv

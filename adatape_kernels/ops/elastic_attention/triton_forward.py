@@ -1,0 +1,147 @@
+"""`elastic_attention` in Triton: a tile of queries passes over its example's keys once."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops.elastic_attention.triton_primitives import (
+    find_tile,
+    limits,
+    load_tile,
+    num_tiles,
+    options_of,
+    store_tile,
+    tile_rows,
+    with_adjacent_features,
+)
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+
+
+@triton.jit
+def _fits(tail, SIZE: tl.constexpr):
+    """Whether a tile of SIZE, a power of two from 16 on, is the smallest that holds the tail."""
+    return (tail <= SIZE) & (tail > (SIZE // 2 if SIZE > 16 else 0))
+
+
+@triton.jit
+def _attend(
+    state, q, keys, values, rows_n, columns, scale_log2, TAIL: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Add a tile of keys to the running softmax: Σ p v, Σ p and the largest score of each query."""
+    acc, total, largest = state
+    k = load_tile(keys, rows_n, columns, VECTOR)
+    v = load_tile(values, rows_n, columns, VECTOR)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # (BLOCK_M, BLOCK_N)
+    if TAIL:
+        scores = tl.where(rows_n.exists, scores, float("-inf"))
+    largest_now = tl.maximum(largest, tl.max(scores, 1))
+    # While all scores are -inf nothing may be subtracted: -inf - -inf is NaN.
+    shift = tl.where(largest_now == float("-inf"), 0.0, largest_now)
+    p = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(largest - shift)
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, total, largest_now
+
+
+@triton.jit
+def _elastic_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_inputs_ptr,
+    cu_tapes_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qm,
+    stride_qh,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
+    rows,
+    num_heads,
+    batch,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of queries attends to its example; unused rows get zeros. Neighbours: the heads."""
+    number, head = tl.program_id(0) // num_heads, (tl.program_id(0) % num_heads).to(tl.int64)
+    example, tile, place = find_tile(number, cu_inputs_ptr, cu_tapes_ptr, rows, batch, BLOCK_M)
+    if tile < 0:
+        return
+    rows_m = tile_rows(place, tile * BLOCK_M, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < HEAD_DIM
+    outs = out_ptr + head * HEAD_DIM, num_heads * HEAD_DIM
+    lse_ptrs = lse_ptr + head * rows + rows_m.row
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if example == batch:  # unused rows
+        store_tile(outs, rows_m, columns, acc, VECTOR)
+        tl.store(lse_ptrs, total, rows_m.exists)
+        return
+    queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
+    keys = k_ptr + tl.multiple_of(head * stride_kh, VECTOR), stride_kn
+    values = v_ptr + tl.multiple_of(head * stride_vh, VECTOR), stride_vn
+    q = load_tile(queries, rows_m, columns, VECTOR)
+    state = acc, total, total - float("inf")
+    # The last keys first, in the smallest tile that holds them: behind the loop, what only they
+    # need would take registers all through it. Often they are all keys.
+    last = (place.num_rows - 1) // BLOCK_N * BLOCK_N
+    for halvings in tl.static_range(BLOCK_N // 32 + 1):
+        if _fits(place.num_rows - last, BLOCK_N >> halvings):
+            rows_n = tile_rows(place, last, BLOCK_N >> halvings)
+            state = _attend(state, q, keys, values, rows_n, columns, scale_log2, True, VECTOR)
+    # Where products take operands from registers, those hoisted out of the loop would fill them.
+    for start in tl.range(0, last, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N, FULL=True)
+        state = _attend(state, q, keys, values, rows_n, columns, scale_log2, False, VECTOR)
+    acc, total, largest = state
+    store_tile(outs, rows_m, columns, acc * (1 / total)[:, None], VECTOR)
+    tl.store(lse_ptrs, (largest + tl.log2(total)) * 0.6931471805599453, rows_m.exists)
+
+
+@kernel(limits)
+def elastic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel."""
+    rows, num_heads, head_dim = q.shape
+    (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
+    out, lse = q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=torch.float32)
+    batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
+    options = options_of(q, (q_strides, k_strides, v_strides), backward=False)
+    launch(
+        _elastic_attention_fwd_kernel,
+        (num_tiles(rows, batch, options["BLOCK_M"]) * num_heads,),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        cu_inputs_ptr=cu_inputs,
+        cu_tapes_ptr=cu_tapes,
+        out_ptr=out,
+        lse_ptr=lse,
+        stride_qm=q_strides.row,
+        stride_qh=q_strides.head,
+        stride_kn=k_strides.row,
+        stride_kh=k_strides.head,
+        stride_vn=v_strides.row,
+        stride_vh=v_strides.head,
+        rows=rows,
+        num_heads=num_heads,
+        batch=batch,
+        scale_log2=scale * math.log2(math.e),
+        **options,
+    )
+    return out, lse

@@ -1,0 +1,458 @@
+"""What an op and an implementation are, and who serves a call.
+
+An `Operation` is an op `adatape::name`: one schema, one fake, one derivative, and at most one
+`Implementation` for each backend. An implementation states which calls it serves, by a function of
+the call that returns None or the reason why not. Only the dispatcher, here, falls back: a call goes
+to the first backend in its device's order whose statement accepts it, or to those, and to no other,
+that `use_backend` names. The choice is made when the op runs, not when it is traced, so a compiled
+graph honours the `use_backend` around its call.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+
+BACKENDS = ("eager", "cpp", "triton", "cuda")
+
+ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
+"""By device, which backends a call is offered to, fastest first; other devices have eager only.
+
+The eager reference serves every device, so it closes each list. CUDA C++ stands behind Triton until
+rows of data from a GPU say for which ops it should not. On a CPU, Triton's interpreter is there to
+prove kernels, never to be fast: it serves only where it is asked for.
+"""
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+Statement = Callable[..., str | None]
+"""A function of the device's facts and the op's arguments: None, or the reason why not."""
+
+
+class NotServed(RuntimeError):
+    """No backend that a call may go to serves it; the message says why, for each of them."""
+
+
+class Ran(NamedTuple):
+    """A call that was served: what ran, not what was asked for."""
+
+    op: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's function for one op, with the statement of which calls it serves."""
+
+    function: Callable[..., Any]
+    """Takes the op's arguments in the order of its schema."""
+    devices: tuple[str, ...] | None = None
+    """Device types of the tensors that it takes; None for all."""
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    """Dtypes of the op's first argument that it takes."""
+    limits: Statement | None = None
+    """What else it asks of a call; None where device and dtype decide."""
+    absent: str | None = None
+    """Why this installation lacks it; None where it is there."""
+    checks_values: bool = False
+    """True where it refuses bad values itself, in a pass over them that it makes anyway."""
+
+    def refusal(
+        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+    ) -> str | None:
+        """Return why a call with these arguments cannot be served, or None when it can.
+
+        `device_type` and `facts` stand in for the device of the first argument, so that what a GPU
+        would be offered can be read on a machine without one.
+        """
+        tensor = args[0]
+        reason = self.refusal_by_type(device_type or tensor.device.type, tensor.dtype)
+        if reason is None and self.limits is not None:
+            reason = self.limits(facts or facts_of(tensor.device), *args)
+        return reason
+
+    def refusal_by_type(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Return why no call on this device and of this dtype can be served, or None."""
+        if self.absent is not None:
+            return self.absent
+        if self.devices is not None and device_type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}"
+        if dtype not in self.dtypes:
+            return f"it takes {', '.join(map(short, self.dtypes))}"
+        return None
+
+
+def implementation(**statement: Any) -> Callable[[Callable[..., Any]], Implementation]:
+    """Make the decorated function an `Implementation` whose other fields are `statement`."""
+    return lambda function: Implementation(function, **statement)
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """An implementation in C++: the op of the same name and schema in another namespace.
+
+    csrc registers kernels for it and declares nothing; `Operation` declares it, from its schema.
+    """
+
+    namespace: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    absent: str | None
+    limits: Statement | None = None
+    checks_values: bool = False
+    flags: Mapping[str, Callable[[], bool]] | None = None
+    """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
+
+    def bind(self, name: str, schema: str, library: torch.library.Library) -> Implementation:
+        """Declare the op in the namespace, and return the implementation that calls it."""
+        flags = self.flags or {}
+        taken = "".join(f", bool {flag}" for flag in flags)
+        arguments, _, results = schema.partition(") -> ")
+        library.define(f"{arguments}{taken}) -> {results}")
+        call = getattr(getattr(torch.ops, self.namespace), name).default
+        values = tuple(flags.values())
+
+        def run(*args: Any) -> Any:
+            try:
+                return call(*args, *(value() for value in values)) if values else call(*args)
+            except RuntimeError as error:
+                # C++ has no ValueError to throw through torch, nor the op's name at hand.
+                message = str(error).partition("\n")[0]
+                if ": expected " in message:
+                    raise ValueError(f"{name}: {message}") from None
+                raise
+
+        return Implementation(
+            run, self.devices, self.dtypes, self.limits, self.absent, self.checks_values
+        )
+
+
+TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
+"""By a description in words, what makes the arguments of such a call, on the meta device."""
+
+_library = torch.library.Library("adatape", "DEF")
+_compiled_libraries = {
+    namespace: torch.library.Library(namespace, "FRAGMENT")
+    for namespace in ("adatape_cpu", "adatape_cuda")
+}
+_operations: dict[str, "Operation"] = {}
+
+
+class _Choice(threading.local):
+    """The backends that this thread's calls may go to, in this order; none: the device's order."""
+
+    backends: tuple[str, ...] = ()
+
+
+_choice = _Choice()
+_recorders: list[list[Ran]] = []
+
+
+class Operation:
+    """An op `adatape::name`, its implementations, and the choice among them.
+
+    Args:
+        schema: name, arguments and results, as torch's op schemas are written. The first argument,
+            a tensor, decides the device and the dtype of a call.
+        fake: returns empty results of the right shapes, dtypes and device.
+        implementations: by backend.
+        typical: calls by which `explain` and `adatape-kernels info` tell who serves what.
+        check_values: raises ValueError for values that the arguments may not have, and copies them
+            to the host; it is called where they lie there anyway, on a CPU, before an
+            implementation that does not look at them itself.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        fake: Callable[..., Any],
+        implementations: Mapping[str, Implementation | CompiledKernel],
+        *,
+        typical: TypicalCalls,
+        check_values: Callable[..., None] | None = None,
+    ):
+        self.name = schema[: schema.index("(")]
+        self.schema = schema
+        self.fake = fake
+        self.typical = typical
+        self.check_values = check_values
+        self.implementations: dict[str, Implementation] = {}
+        for backend, given in implementations.items():
+            if isinstance(given, CompiledKernel):
+                given = given.bind(self.name, schema, _compiled_libraries[given.namespace])
+            self.implementations[backend] = given
+        self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
+        self.overload = _declare(schema, self._run, fake)
+        _operations[self.name] = self
+
+    def differentiable(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
+        """Attach the derivative; both functions as `torch.library.register_autograd` has them."""
+        _differentiable(self.name, self._run, backward, setup_context)
+
+    def replace(self, backend: str, given: Implementation | None) -> None:
+        """Put another implementation in a backend's place, or take it away: for tests and trials.
+
+        Every later call may go to it, of any thread.
+        """
+        if given is None:
+            self.implementations.pop(backend, None)
+        else:
+            self.implementations[backend] = given
+        self._candidates.clear()
+
+    def refusal(
+        self,
+        backend: str,
+        args: Sequence[Any],
+        device_type: str | None = None,
+        facts: DeviceFacts | None = None,
+    ) -> str | None:
+        """Return why a backend does not serve a call, or None: see `Implementation.refusal`."""
+        found = self.implementations.get(backend)
+        if found is None:
+            return f"{self.name} has no such kernel"
+        return found.refusal(args, device_type, facts)
+
+    def serving(
+        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+    ) -> str | None:
+        """Return the backend that serves a call by default, None if there is none."""
+        order = backend_order(device_type or args[0].device.type)
+        return next((b for b in order if self.refusal(b, args, device_type, facts) is None), None)
+
+    def _run(self, *args: Any) -> Any:
+        """Serve a call: the op's only kernel below autograd."""
+        tensor = args[0]
+        device, backends = tensor.device, _choice.backends
+        key = backends, device.type, tensor.dtype
+        candidates = self._candidates.get(key)
+        if candidates is None:
+            candidates = self._candidates[key] = self._candidates_for(*key)
+        for candidate in candidates:
+            limits = candidate.limits
+            if limits is None or limits(facts_of(device), *args) is None:
+                break
+        else:
+            raise self._not_served(args)
+        if _recorders:
+            for recorder in tuple(_recorders):
+                recorder.append(Ran(self.name, candidate.backend))
+        if candidate.check_values is not None:
+            candidate.check_values(*args)
+        return candidate.function(*args)
+
+    def _candidates_for(
+        self, backends: tuple[str, ...], device_type: str, dtype: torch.dtype
+    ) -> tuple["_Candidate", ...]:
+        """Return the implementations that device and dtype leave, in the order of their turn."""
+        found = []
+        for backend in backends or backend_order(device_type):
+            given = self.implementations.get(backend)
+            if given is not None and given.refusal_by_type(device_type, dtype) is None:
+                on_host = device_type == "cpu" and not given.checks_values
+                check_values = self.check_values if on_host else None
+                found.append(_Candidate(backend, given.function, given.limits, check_values))
+        return tuple(found)
+
+    def _not_served(self, args: Sequence[Any]) -> NotServed:
+        tensor, backends = args[0], _choice.backends
+        asked = backends or BACKENDS
+        why = "; ".join(f"{backend}: {self.refusal(backend, args)}" for backend in asked)
+        who = " and ".join(backends) if backends else "every backend"
+        return NotServed(
+            f"{self.name}: {who} cannot serve {tensor.dtype} on {tensor.device.type} ({why})"
+        )
+
+
+class _Candidate(NamedTuple):
+    """What a call needs to know of an implementation that its device and dtype allow."""
+
+    backend: str
+    function: Callable[..., Any]
+    limits: Statement | None
+    check_values: Callable[..., None] | None
+
+
+class Composition:
+    """An op `adatape::name` that calls other ops of ours, with a derivative of its own.
+
+    It has no implementations: which backends serve it is said, and recorded, of the ops it calls.
+    """
+
+    def __init__(self, schema: str, function: Callable[..., Any]):
+        self.name = schema[: schema.index("(")]
+        self.schema = schema
+        self.function = function
+        self.overload = _declare(schema, function, function)
+
+    def differentiable(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
+        """Attach the derivative, as `Operation.differentiable` does."""
+        _differentiable(self.name, self.function, backward, setup_context)
+
+
+def _declare(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adatape::{name}", fake, lib=_library)
+    return getattr(torch.ops.adatape, name).default
+
+
+def _differentiable(
+    name: str,
+    run: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    """Attach a derivative that runs on the backends that were forced around it.
+
+    Where nothing is forced there, as on the threads that autograd has for a GPU, it runs on those
+    that were forced around the forward.
+    """
+
+    def noting_backends(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.forced_backends = _choice.backends
+        setup_context(ctx, inputs, output)
+
+    def on_its_backends(ctx: Any, *grads: Any) -> Any:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        with _only(_choice.backends or ctx.forced_backends):
+            return backward(ctx, *grads)
+
+    fast_autograd.attach(_library, name, run, on_its_backends, noting_backends)
+
+
+@contextlib.contextmanager
+def _only(backends: tuple[str, ...]) -> Iterator[None]:
+    previous, _choice.backends = _choice.backends, backends
+    try:
+        yield
+    finally:
+        _choice.backends = previous
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -> Iterator[None]:
+    """Serve every op on this thread from one backend: eager, cpp, triton or cuda.
+
+    A call that the backend does not serve raises the reason, unless `fallback` names who takes it.
+
+    Args:
+        name: the backend; None restores the default, the fastest that serves a call.
+        fallback: a backend, or several in the order of their turn, for the calls that `name` does
+            not serve.
+
+    Raises:
+        ValueError: a name is none of the four, or there is a fallback without a backend.
+        RuntimeError: a backend has no implementation in this installation.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> with ak.use_backend("eager"):
+        ...     read = ak.ops.tape_select(
+        ...         torch.ones(2, 4), torch.ones(9, 4), num_tape_tokens=3, topk=2, halt_threshold=1
+        ...     )
+        >>> read.counts.tolist()
+        [2, 2]
+    """
+    further = (fallback,) if isinstance(fallback, str) else tuple(fallback or ())
+    for given in (*(() if name is None else (name,)), *further):
+        if given not in BACKENDS:
+            raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)}, got {given!r}")
+        reason = why_absent(given)
+        if reason is not None:
+            raise RuntimeError(f"use_backend: backend {given!r} is not available: {reason}")
+    if name is None and further:
+        raise ValueError(f"fallback: expected None without a backend, got {fallback!r}")
+    with _only(() if name is None else (name, *further)):
+        yield
+
+
+def why_absent(backend: str) -> str | None:
+    """Return why a backend serves no op at all in this installation, or None if it serves one."""
+    found = [o.implementations.get(backend) for o in _operations.values()]
+    there = [given for given in found if given is not None]
+    if any(given.absent is None for given in there):
+        return None
+    return there[0].absent if there else "no op has such a kernel"
+
+
+def current_backend() -> str | None:
+    """Return the backend that `use_backend` forces on this thread, or None.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> from adatape_kernels.ops.op import current_backend
+        >>> with ak.use_backend("eager"):
+        ...     current_backend()
+        'eager'
+    """
+    return _choice.backends[0] if _choice.backends else None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Ran]]:
+    """Collect which backend served each call, of every thread, in the order in which they ran."""
+    ran: list[Ran] = []
+    _recorders.append(ran)
+    try:
+        yield ran
+    finally:
+        # By identity: two records that hold the same are equal.
+        del _recorders[next(i for i, other in enumerate(_recorders) if other is ran)]
+
+
+def registered_ops() -> tuple[str, ...]:
+    """Return the names of the ops that have implementations, backward ones included."""
+    return tuple(_operations)
+
+
+def operation(name: str) -> Operation:
+    """Return an op by its name. Raises KeyError where there is none."""
+    return _operations[name]
+
+
+def backend_order(device_type: str) -> tuple[str, ...]:
+    """Return the backends that a call on such a device is offered to, in their order."""
+    return ORDER.get(device_type, ("eager",))
+
+
+def explain(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+    """Return for each backend "serves", or why it does not serve the first typical call of an op.
+
+    Of a device that is not here, the facts are those of `device_facts.FACTS`.
+    """
+    found = operation(op)
+    args = next(iter(found.typical.values()))(dtype)
+    return {b: found.refusal(b, args, device_type) or "serves" for b in BACKENDS}
+
+
+def serving(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Return the backend that by default serves the first typical call of an op."""
+    found = operation(op)
+    return found.serving(next(iter(found.typical.values()))(dtype), device_type)
+
+
+@functools.cache
+def short(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without memory, as typical calls are made of."""
+    return torch.empty(shape, dtype=dtype, device="meta")

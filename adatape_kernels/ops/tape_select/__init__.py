@@ -1,0 +1,153 @@
+"""Adaptive tape reading: which bank tokens an example reads, and when it stops (SPEC 3).
+
+while h < τ:   w = softmax(topk(q · keyᵀ) / √K)   h += w_0   p += 1 - Σ w²   q ← (q + Σ w key) / 2
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.ops.reading_checks import check_bank_lens, check_selection
+from adatape_kernels.ops.tape_select import compiled, eager, triton_backward, triton_forward
+from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
+from adatape_kernels.reference import LossType, TapeSelection, wide_dtype
+
+
+def tape_select(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    num_tape_tokens: int,
+    topk: int,
+    halt_threshold: float,
+    average_query: bool = True,
+    loss_type: LossType = "entropy",
+    read_mask: Tensor | None = None,
+    bank_lens: Tensor | None = None,
+) -> TapeSelection:
+    """Read bank entries for each example until its halting score reaches the threshold.
+
+    Args:
+        query: (batch, key_dim); float32, float16, bfloat16 or float64; already normalised.
+        keys: (bank_size, key_dim), shared, or (batch, bank_size, key_dim); dtype of query.
+        num_tape_tokens: most tape tokens an example may read.
+        topk: bank entries merged into one tape token, 1 to 32.
+        halt_threshold: an example reads on while its halting score is below this.
+        average_query: the next query is the mean of the query and the merged key, not the latter.
+        loss_type: what a step adds to the ponder loss: "entropy" 1 - Σ w², "max" 1 - max w.
+        read_mask: (batch, bank_size) bool, True where an entry counts as read from the start.
+        bank_lens: (batch,) integers; entries of an example's bank from there on do not exist.
+
+    Returns:
+        TapeSelection(indices, weights, counts, ponder): (batch, num_tape_tokens, topk) int32, -1
+        where unread; the same shape in float32, 0 where unread; (batch,) int32; (batch,) float32.
+        Float64 input gives float64 weights and ponder. Equal scores go to the lower index; NaN
+        ranks below every number; an index is always inside the example's bank.
+
+    Raises:
+        ValueError: a shape, dtype, device or value differs from the above, or bank_size < topk.
+
+    Differentiable in query and keys, through weights and ponder.
+
+    Source: SPEC 3; scenic adatape/layers.py, ACTFunction.act_step.
+    """
+    check_selection(
+        query, keys, num_tape_tokens, topk, halt_threshold, loss_type, read_mask, bank_lens
+    )
+    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
+    weights, ponder, indices, counts = _FORWARD.overload(
+        query, keys, *options, read_mask, bank_lens
+    )
+    return TapeSelection(indices, weights, counts, ponder)
+
+
+def _fake(
+    query: Tensor, keys: Tensor, num_tape_tokens: int, topk: int, *options: Any
+) -> SelectOutputs:
+    return empty_outputs(query, num_tape_tokens, topk)
+
+
+def _fake_bwd(
+    query: Tensor, keys: Tensor, dweights: Tensor, dponder: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), keys.new_empty(keys.shape)
+
+
+def _check_values(query: Tensor, keys: Tensor, *options: Any) -> None:
+    check_bank_lens(options[-1], keys.shape[-2])
+
+
+def _typical(*bank: int) -> Any:
+    """Return what makes a call of three examples with keys (*bank, 64)."""
+    return lambda dtype: (
+        meta(3, 64, dtype=dtype),
+        meta(*bank, 64, dtype=dtype),
+        *(10, 5, 2.0, True, "entropy", None, None),
+    )
+
+
+def _typical_bwd(*bank: int) -> Any:
+    return lambda dtype: (
+        meta(3, 64, dtype=dtype),
+        meta(*bank, 64, dtype=dtype),
+        meta(3, 10, 5, dtype=wide_dtype(dtype)),
+        meta(3, dtype=wide_dtype(dtype)),
+        meta(3, 10, 5, dtype=torch.int32),
+        meta(3, dtype=torch.int32),
+        *(True, "entropy"),
+    )
+
+
+_FORWARD = Operation(
+    "tape_select(Tensor query, Tensor keys, SymInt num_tape_tokens, SymInt topk, "
+    "float halt_threshold, bool average_query, str loss_type, Tensor? read_mask, "
+    "Tensor? bank_lens) -> (Tensor weights, Tensor ponder, Tensor indices, Tensor counts)",
+    _fake,
+    {
+        "eager": eager.forward,
+        "cpp": compiled.cpp_forward,
+        "triton": triton_forward.tape_select,
+        "cuda": compiled.cuda_forward,
+    },
+    typical={"banks of their own": _typical(3, 784), "a shared bank": _typical(10_000)},
+    check_values=_check_values,
+)
+_BACKWARD = Operation(
+    "tape_select_bwd(Tensor query, Tensor keys, Tensor dweights, Tensor dponder, Tensor indices, "
+    "Tensor counts, bool average_query, str loss_type) -> (Tensor dquery, Tensor dkeys)",
+    _fake_bwd,
+    {
+        "eager": eager.backward,
+        "cpp": compiled.cpp_backward,
+        "triton": triton_backward.tape_select_bwd,
+        "cuda": compiled.cuda_backward,
+    },
+    typical={"banks of their own": _typical_bwd(3, 784), "a shared bank": _typical_bwd(10_000)},
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, keys, _, _, _, ctx.average_query, ctx.loss_type, _, _ = inputs
+    _, _, indices, counts = output
+    ctx.save_for_backward(query, keys, indices, counts)
+
+
+def _backward(ctx: Any, dweights: Tensor, dponder: Tensor, dindices: Any, dcounts: Any) -> tuple:
+    query, keys, indices, counts = ctx.saved_tensors
+    dquery, dkeys = _BACKWARD.overload(
+        query, keys, dweights, dponder, indices, counts, ctx.average_query, ctx.loss_type
+    )
+    return dquery, dkeys, None, None, None, None, None, None, None
+
+
+_FORWARD.differentiable(_backward, _setup_context)
+
+
+@register_flop_formula(torch.ops.adatape.tape_select, get_raw=True)
+def _flops(query: Tensor, keys: Tensor, *options: Any, out_val: tuple, **names: Any) -> int:
+    """One product of the query with every key of the bank, for each step that an example takes."""
+    steps = int(out_val[3].sum())
+    return 2 * steps * keys.shape[-2] * keys.shape[-1]

@@ -1,0 +1,39 @@
+"""`tape_select` by the reference, on every device and in every dtype."""
+
+from torch import Tensor
+
+from adatape_kernels import reference
+from adatape_kernels.ops.op import implementation
+from adatape_kernels.ops.reading_checks import check_bank_lens
+from adatape_kernels.reference import LossType
+
+
+@implementation(checks_values=True)
+def forward(
+    query: Tensor,
+    keys: Tensor,
+    num_tape_tokens: int,
+    topk: int,
+    halt_threshold: float,
+    average_query: bool,
+    loss_type: LossType,
+    read_mask: Tensor | None,
+    bank_lens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bring the reference's results into the order of the op's."""
+    check_bank_lens(bank_lens, keys.shape[-2])
+    selection = reference.tape_select(
+        query,
+        keys,
+        num_tape_tokens=num_tape_tokens,
+        topk=topk,
+        halt_threshold=halt_threshold,
+        average_query=average_query,
+        loss_type=loss_type,
+        read_mask=read_mask,
+        bank_lens=bank_lens,
+    )
+    return selection.weights, selection.ponder, selection.indices, selection.counts
+
+
+backward = implementation()(reference.tape_select_bwd)

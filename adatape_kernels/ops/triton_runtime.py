@@ -1,0 +1,129 @@
+"""Triton as the rooms use it: `triton`, `tl`, and `launch`, the one way to start a kernel.
+
+Without triton the rooms still import: their kernels are defined, and `kernel` says that triton is
+absent. With TRITON_INTERPRET=1 in the environment kernels run on the CPU, in triton's interpreter.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops.op import HALF_AND_FLOAT, Implementation, Statement
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows and macOS have no triton
+
+    class _Stub:
+        """What a kernel's definition needs of the two modules, and no more."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(function: Any = None, **options: Any) -> Any:
+            return function or (lambda kernel: kernel)
+
+    triton = tl = _Stub
+
+INSTALLED = triton.__name__ == "triton"
+INTERPRETED = bool(INSTALLED and triton.knobs.runtime.interpret)
+# bfloat16 arithmetic is silently wrong in the interpreter.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else HALF_AND_FLOAT
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def kernel(limits: Statement | None = None) -> Callable[[Callable[..., Any]], Implementation]:
+    """Make the decorated launcher an implementation that serves where Triton's kernels run.
+
+    `limits` states what else it asks of a call, as in `Implementation`.
+    """
+    absent = None if INSTALLED else "triton is not installed"
+    return lambda launcher: Implementation(launcher, DEVICES, DTYPES, limits, absent)
+
+
+class Launch(NamedTuple):
+    """A kernel with what it was called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    """By name: tensors, numbers or tuples of them, constexpr arguments, and launch options."""
+
+
+class _Recorded(NamedTuple):
+    launches: list[Launch]
+    runs: bool
+
+
+_recorded: _Recorded | None = None
+
+
+@contextlib.contextmanager
+def recording(*, run: bool = False) -> Iterator[list[Launch]]:
+    """Collect launches, of tensors of any device, "meta" included.
+
+    They do not run, so that kernels can be compiled ahead of time for their arguments; with `run`
+    they are collected and run.
+    """
+    global _recorded
+    outer, _recorded = _recorded, _Recorded([], run)
+    try:
+        yield _recorded.launches
+    finally:
+        _recorded = outer
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run a kernel over a grid, on the device of its tensors; an empty grid runs nothing.
+
+    `arguments` are the kernel's, by name, and the options num_warps, num_stages and maxnreg.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.launches.append(Launch(kernel, grid, arguments))
+        if not _recorded.runs:
+            return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments)
+
+
+def elements_per_access(*tensors: Tensor) -> int:
+    """Return the elements of a 16-byte access if all rows begin and end at one, else 1."""
+    elements = 16 // tensors[0].element_size()
+    steps = [step for x in tensors for step in (x.shape[-1], *x.stride()[:-1])]
+    return 1 if any(step % elements for step in steps) else elements
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """Return the tensor, or a copy whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def in_whole_accesses(x: Tensor) -> Tensor:
+    """Return the tensor, or a copy whose rows are extended by zeros to whole 16-byte accesses."""
+    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    if dense and elements_per_access(x) > 1:
+        return x
+    missing = -x.shape[-1] % (16 // x.itemsize)
+    return torch.nn.functional.pad(x, (0, missing)).contiguous()
+
+
+class BankStrides(NamedTuple):
+    """Steps through a bank's memory: from example to example, 0 if they share it, and by entry."""
+
+    example: int
+    entry: int
+
+
+def bank_strides(bank: Tensor, elements: int = 1) -> BankStrides:
+    """Return the strides of a bank ([batch,] bank_size, width), counted in so many elements."""
+    return BankStrides(
+        bank.stride(0) // elements if bank.dim() == 3 else 0, bank.stride(-2) // elements
+    )
