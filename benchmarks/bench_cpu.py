@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adatape_kernels.benchmarks.harness import ceilings, command, records
-from adatape_kernels.benchmarks.harness.cases import OURS, Case, Effort, run
+from adatape_kernels.benchmarks.harness.cases import OURS, BenchmarkCase, Effort, run
 from adatape_kernels.benchmarks.harness.suites import Suite, for_products
 from adatape_kernels.benchmarks.ops import (
     bench_dispatch,
@@ -81,7 +81,7 @@ def goals(whole_models: bool) -> Iterator[CpuGoal]:
 
 
 def outcomes(
-    goal: CpuGoal, case: Case, rows: dict[str, records.ResultRow]
+    goal: CpuGoal, case: BenchmarkCase, rows: dict[str, records.ResultRow]
 ) -> Iterator[GoalOutcome]:
     """Compare a case's rows with the goal, which a row without a time misses."""
     name = " ".join(case.key)

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adatape_kernels.backend import implementation
+from adatape_kernels.ops import ffn_products
+from adatape_kernels.ops.op import operation
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -45,16 +47,19 @@ def _deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def _launcher(op: str) -> Callable[..., Any]:
+    """Return the function that serves an op in Triton, whatever the call."""
+    return operation(op).implementations["triton"].function
+
+
 def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -> None:
     steps, key_dim = 10, shape[-1]
     query, keys = torch.empty(batch, key_dim, dtype=dtype), torch.empty(shape, dtype=dtype)
     options = (steps, topk, 2.0, True, "entropy", None, None)
-    weights, ponder, indices, counts = implementation("tape_select", "triton")(
-        query, keys, *options
-    )
+    weights, ponder, indices, counts = _launcher("tape_select")(query, keys, *options)
     for deterministic in (False, True):
         with _deterministic(deterministic):
-            implementation("tape_select_bwd", "triton")(
+            _launcher("tape_select_bwd")(
                 query, keys, weights, ponder, indices, counts, True, "entropy"
             )
 
@@ -64,25 +69,23 @@ def _gather(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> None:
     bank = torch.empty(shape, dtype=dtype)
     indices = torch.empty(batch, 10, 5, dtype=torch.int32)
     weights, counts = torch.empty(batch, 10, 5), torch.empty(batch, dtype=torch.int32)
-    tape, _ = implementation("tape_gather", "triton")(bank, indices, weights, counts, 10 * batch)
+    tape, _ = _launcher("tape_gather")(bank, indices, weights, counts, 10 * batch)
     for deterministic in (False, True):
         with _deterministic(deterministic):
-            implementation("tape_gather_bwd", "triton")(tape, bank, indices, weights, counts)
+            _launcher("tape_gather_bwd")(tape, bank, indices, weights, counts)
 
 
 def _attention(head_dim: int, dtype: torch.dtype) -> None:
     batch, rows = 256, 256 * 207
     q, k, v = torch.empty(rows, 3, 6, head_dim, dtype=dtype).unbind(1)
     offsets = torch.empty(2, batch + 1, dtype=torch.int32).unbind(0)
-    out, lse = implementation("elastic_attention", "triton")(q, k, v, *offsets, 206, None)
-    implementation("elastic_attention_bwd", "triton")(
+    out, lse = _launcher("elastic_attention")(q, k, v, *offsets, 206, None)
+    _launcher("elastic_attention_bwd")(
         torch.empty_like(out), q, k, v, out, lse, *offsets, 206, None
     )
 
 
 def _ffn(dim: int, hidden: int, tape_hidden: int, products: str, dtype: torch.dtype) -> None:
-    from adatape_kernels.ops import ffn_products
-
     def parameters(wide: int, narrow: int) -> list[Tensor]:
         shapes = ((wide, dim), (wide,), (dim, narrow), (dim,))
         return [torch.empty(shape, dtype=dtype) for shape in shapes]
@@ -90,14 +93,14 @@ def _ffn(dim: int, hidden: int, tape_hidden: int, products: str, dtype: torch.dt
     x, bounds = torch.empty(52000, dim, dtype=dtype), torch.empty(2, dtype=torch.int64)
     every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
     with ffn_products(products):
-        y, *saved = implementation("dual_ffn", "triton")(x, 50000, 2000, bounds, *every)
-        implementation("dual_ffn_bwd", "triton")(y, x, *saved, bounds, *every)
+        y, *saved = _launcher("dual_ffn")(x, 50000, 2000, bounds, *every)
+        _launcher("dual_ffn_bwd")(y, x, *saved, 50000, bounds, *every)
 
 
 def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
     x, weight = torch.empty(4096, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
-    total, normed, *saved = implementation("add_layer_norm", "triton")(x, x, weight, weight, 1e-6)
-    implementation("add_layer_norm_bwd", "triton")(total, normed, total, weight, *saved)
+    total, normed, *saved = _launcher("add_layer_norm")(x, x, weight, weight, 1e-6)
+    _launcher("add_layer_norm_bwd")(total, normed, total, weight, *saved)
 
 
 def _cases() -> Iterator[AuditCase]:

@@ -26,10 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from triton.runtime import interpreter
 
-from adatape_kernels import _triton
-from adatape_kernels.backend import implementation
 from adatape_kernels.benchmarks.audit.again import start_again
-from adatape_kernels.ops import ffn_products
+from adatape_kernels.ops import ffn_products, triton_runtime
+from adatape_kernels.ops.op import operation
 
 MODULE = "adatape_kernels.benchmarks.audit.roofline"
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.8e12, 989e12
@@ -182,7 +181,7 @@ class RooflineLine:
 def measured(op: str, *arguments: object) -> tuple[CountedWork, tuple[Tensor, ...]]:
     """Run one op's Triton launcher, counted; return its work and its results."""
     with counting() as work:
-        results = implementation(op, "triton")(*arguments)
+        results = operation(op).implementations["triton"].function(*arguments)
     return work, results
 
 
@@ -274,7 +273,7 @@ def feed_forwards(
     every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
     with ffn_products(products):
         forward, (y, *saved) = measured("dual_ffn", x, inputs, tapes, None, *every)
-        backward, _ = measured("dual_ffn_bwd", y, x, *saved, None, *every)
+        backward, _ = measured("dual_ffn_bwd", y, x, *saved, inputs, None, *every)
     weights = sum(p.numel() for p in every) * SIZE
     kept = (inputs * hidden + tapes * 2 * tape_hidden) * SIZE
     token = x.numel() * SIZE
@@ -317,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few shapes only")
     options = parser.parse_args(argv)
-    if not _triton.INTERPRETED:
+    if not triton_runtime.INTERPRETED:
         given = sys.argv[1:] if argv is None else argv
         return start_again(MODULE, given, interpreted=True)
     torch.manual_seed(0)

@@ -27,10 +27,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from adatape_kernels import _triton
 from adatape_kernels.benchmarks.audit import cuda_audit
 from adatape_kernels.benchmarks.audit.again import start_again
 from adatape_kernels.benchmarks.audit.audit_cases import CASES, AuditCase
+from adatape_kernels.ops import triton_runtime
 
 MODULE = "adatape_kernels.benchmarks.audit.triton_audit"
 RECORDED = Path(__file__).with_name("audit.csv")
@@ -118,10 +118,10 @@ def compile_case(number: int, arch: int) -> list[AuditRow]:
     case = CASES[number]
     triton.runtime.driver.set_active(_ChipDriver(arch))
     rows: dict[tuple[str, str, int], AuditRow] = {}
-    with _triton.recording() as launches, torch.device("meta"):
+    with triton_runtime.recording() as launches, torch.device("meta"):
         case.run()
-    for kernel, grid, args, options in launches:
-        compiled = kernel.warmup(*args, grid=grid, **options)
+    for kernel, grid, arguments in launches:
+        compiled = kernel.warmup(grid=grid, **arguments)
         code = compiled.asm["ptx"]
         usage = _resources(compiled.asm["cubin"])
         row = AuditRow(
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.record and options.sample:
         parser.error("--record: expected every architecture, got --sample")
-    if _triton.INTERPRETED:  # What triton makes for its interpreter cannot be compiled.
+    if triton_runtime.INTERPRETED:  # What triton makes for its interpreter cannot be compiled.
         given = sys.argv[1:] if argv is None else argv
         return start_again(MODULE, given, interpreted=False)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adatape_kernels import _triton
+from adatape_kernels.ops import triton_runtime
 from adatape_kernels.recipes.machine import cpu_name, environment
 from adatape_kernels.recipes.measure import Timing
 
@@ -99,7 +99,7 @@ def machine(device_type: str) -> Machine:
         torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {capability}",
         torch.get_num_threads(),
         torch.__version__,
-        _triton.triton.__version__ if _triton.INSTALLED else "",
+        triton_runtime.triton.__version__ if triton_runtime.INSTALLED else "",
         torch.version.cuda or "",
         _commit(),
         datetime.date.today().isoformat(),
