@@ -27,7 +27,16 @@ _SCORE_CHUNK = 1 << 22
 
 
 class TapeSelection(NamedTuple):
-    """What each example read: the result of `tape_select`."""
+    """What each example read: the result of `tape_select`.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> read = ak.ops.tape_select(
+        ...     torch.ones(1, 4), torch.ones(5, 4), num_tape_tokens=2, topk=1, halt_threshold=1.0
+        ... )
+        >>> read.indices.tolist(), read.weights.tolist(), read.ponder.tolist()
+        ([[[0], [-1]]], [[[1.0], [0.0]]], [0.0])
+    """
 
     indices: Tensor
     """(batch, num_tape_tokens, topk) int32 entries of the bank, best first; -1 in unused rows."""
@@ -43,6 +52,13 @@ class FFN(NamedTuple):
     """Parameters of a feed-forward, as `nn.Linear` holds them.
 
     A GLU's first layer yields [a, g]: w1 is (2 · hidden, dim), w2 (dim, hidden).
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> first, second = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        >>> ffn = ak.ops.FFN(first.weight, first.bias, second.weight, second.bias)
+        >>> ffn.w1.shape
+        torch.Size([8, 4])
     """
 
     w1: Tensor

@@ -1,12 +1,13 @@
-// The Python module adatape_kernels._C. Importing it registers the ops of csrc/cpu and, where they
-// were built, of csrc/cuda; it tells how it was built, and what the processor at hand can do.
+// The Python module adatape_kernels._C. Importing it registers the implementations of the ops in
+// csrc/cpu and, where they were built, in csrc/cuda; the ops' schemas are written in Python only.
+// The module's one function tells how it was built, and what the processor at hand can do.
 
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/cpu_kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -17,7 +18,7 @@ namespace py = pybind11;
 namespace {
 
 #if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows AMX.
+// Asks the processor itself, because not every compiler's __builtin_cpu_supports knows AMX.
 bool cpu_has_amx() {
   constexpr unsigned kExtendedFeatures = 7, kAmxBf16 = 1u << 22;
   unsigned eax, ebx, ecx, edx;
@@ -25,7 +26,7 @@ bool cpu_has_amx() {
 }
 #endif
 
-// Those of this processor, not those that the compiler was told to use.
+// Names the instruction sets that this processor has, not those that the compiler was told to use.
 std::string instruction_sets() {
   std::string found;
 #if defined(__x86_64__)
@@ -50,10 +51,11 @@ py::dict build_facts() {
   facts["compiler"] = ADATAPE_COMPILER;
   facts["standard"] = ADATAPE_STANDARD;
   facts["build_type"] = ADATAPE_BUILD_TYPE;
-  facts["cuda"] = ADATAPE_CUDA;  // the toolkit that compiled csrc/cuda, or "none: " and why
+  // This names the toolkit that compiled csrc/cuda, or is "none: " and the reason.
+  facts["cuda"] = ADATAPE_CUDA;
   facts["instruction_sets"] = instruction_sets();
   try {
-    facts["cpu_kernels"] = adatape::kernels().name;
+    facts["cpu_kernels"] = adatape::cpu_kernels().name;
   } catch (const std::runtime_error& error) {
     facts["cpu_kernels"] = error.what();
   }

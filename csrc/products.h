@@ -1,23 +1,24 @@
-// torch's matrix products and views of matrices, for both forms of the two feed-forwards.
+// torch's matrix products, and views of matrices: what both devices need for the two feed-forwards.
 
 #pragma once
 
 #include <array>
 
-#include "tensors.h"
+#include "stable_torch.h"
 
 namespace adatape {
 
-// out = a b, written where `out` lies.
+// Writes the product a · b to `out`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  // The call leaves a new reference to `out` on the stack, which this conversion releases.
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out = x weightᵀ + bias, written where `out` lies.
+// Writes x · weightᵀ + bias to `out`.
 inline void linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& out) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(x), torch::stable::detail::from(weight),
@@ -27,7 +28,7 @@ inline void linear(const Tensor& x, const Tensor& weight, const Tensor& bias, co
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// A view of the matrix x, made without a trip through the dispatcher.
+// Returns a view of the transposed matrix `x`, made without a trip through the dispatcher.
 inline Tensor transposed(const Tensor& x) {
   const int64_t sizes[] = {x.size(1), x.size(0)}, strides[] = {x.stride(1), x.stride(0)};
   AtenTensorHandle view;
@@ -37,11 +38,13 @@ inline Tensor transposed(const Tensor& x) {
   return Tensor(view);
 }
 
+// Returns the sum of the rows of the matrix `x`.
 inline Tensor column_sums(const Tensor& x) {
   const int64_t rows = 0;
   return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
 }
 
+// Returns a view of rows `first` to `first + count` of `x`, or `x` itself where these are all.
 inline Tensor rows_of(const Tensor& x, int64_t first, int64_t count) {
   Tensor all = x;
   return first == 0 && count == x.size(0) ? x : torch::stable::narrow(all, 0, first, count);

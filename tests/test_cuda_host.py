@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ was not fou
 
 # Forty examples' counts of 1, summed by the block of tape_gather_offsets_kernel.
 PROGRAM = """
-#include "kernels/tape_gather.cuh"
+#include "kernels/tape_gather_kernels.cuh"
 
 #include <cstdio>
 #include <vector>
@@ -27,10 +27,11 @@ int main() {
   using namespace adatape::cuda;
   constexpr int64_t kBatch = 40;
   std::vector<int32_t> counts(kBatch, 1), offsets(kBatch + 1);
-  GatherParams p{};
+  CudaTapeGatherParams p{};
   p.counts = counts.data(), p.offsets = offsets.data();
-  p.batch = kBatch, p.steps = 1, p.topk = 1;
-  cuda_host::run("test", {1}, kGatherThreads, 0, [&] { tape_gather_offsets_kernel(p); });
+  p.batch = kBatch, p.num_tape_tokens = 1, p.topk = 1;
+  cuda_host::run({.kernel_name = "test", .grid = {.x = 1}, .block_threads = kGatherThreads},
+                 [&] { tape_gather_offsets_kernel(p); });
   std::printf("total %d", offsets[kBatch]);
 }
 """
@@ -71,7 +72,7 @@ def run(tmp_path, compiled):
 
     def compile_and_run(sanitizer, old="", new=""):
         shutil.copytree(CUDA, tmp_path / "cuda")
-        kernels = tmp_path / "cuda/kernels/tape_gather.cuh"
+        kernels = tmp_path / "cuda/kernels/tape_gather_kernels.cuh"
         source = kernels.read_text()
         if old:
             assert source.count(old) == 1

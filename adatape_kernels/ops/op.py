@@ -221,7 +221,7 @@ class Operation:
         """Return why a backend does not serve a call, or None: see `Implementation.refusal`."""
         found = self.implementations.get(backend)
         if found is None:
-            return f"{self.name} has no such kernel"
+            return "there is no such kernel"
         return found.refusal(args, device_type, facts)
 
     def serving(
@@ -388,7 +388,7 @@ def why_absent(backend: str) -> str | None:
     there = [given for given in found if given is not None]
     if any(given.absent is None for given in there):
         return None
-    return there[0].absent if there else "no op has such a kernel"
+    return there[0].absent if there else "there is no such kernel"
 
 
 def current_backend() -> str | None:

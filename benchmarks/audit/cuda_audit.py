@@ -37,7 +37,7 @@ INSTRUCTIONS = {
 REQUIRED = {
     "tape_gather_kernel": ("load128", "store128"),
     "tape_gather_bwd_kernel": ("load128",),
-    "scatter_kernel": ("load128",),
+    "segment_sum_kernel": ("load128",),
     "tape_select_kernel": ("cp_async",),
     "bias_act_kernel": ("load128", "store128"),
     "bias_act_bwd_kernel": ("load128", "store128"),

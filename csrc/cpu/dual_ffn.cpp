@@ -1,32 +1,50 @@
-// Two feed-forwards over one buffer: torch's matrix products, our bias and activation between them.
+// Two feed-forwards over one buffer, on the CPU: torch's matrix products, with our bias and
+// activation between them.
 
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "../products.h"
-#include "tensors.h"
+#include "cpu_tensors.h"
 
 namespace adatape {
 namespace {
 
-using Kernel = void (*)(const ActParams&, int64_t, int64_t);
-
 constexpr int64_t kRowsPerTask = 16;
 
-// Parameters of one feed-forward, and the kernels of its activation: `gates` columns of the first
-// product make one of the activation.
-struct FFN {
-  Tensor w1, b1, w2, b2;
-  int64_t gates;
-  Kernel forward, backward;
+using ActKernel = void (*)(const CpuBiasActParams&, int64_t first, int64_t count);
+
+// One feed-forward: its parameters, and the kernels of its activation.
+struct CpuFFN {
+  Tensor w1;   // (columns of hidden, dim)
+  Tensor b1;   // (columns of hidden,)
+  Tensor w2;   // (dim, width)
+  Tensor b2;   // (dim,)
+  bool gated;  // whether hidden has 2 · width columns, for a GLU, else width, for a GELU
+  ActKernel forward, backward;
 };
 
-FFN input_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  return {w1, b1, w2, b2, 1, kernels().bias_gelu, kernels().gelu_bwd};
+CpuFFN input_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  const CpuKernels& chosen = cpu_kernels();
+  return {.w1 = w1,
+          .b1 = b1,
+          .w2 = w2,
+          .b2 = b2,
+          .gated = false,
+          .forward = chosen.bias_gelu,
+          .backward = chosen.gelu_bwd};
 }
-FFN tape_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  return {w1, b1, w2, b2, 2, kernels().bias_glu, kernels().glu_bwd};
+
+CpuFFN tape_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  const CpuKernels& chosen = cpu_kernels();
+  return {.w1 = w1,
+          .b1 = b1,
+          .w2 = w2,
+          .b2 = b2,
+          .gated = true,
+          .forward = chosen.bias_glu,
+          .backward = chosen.glu_bwd};
 }
 
 Tensor product(const Tensor& a, const Tensor& b) {
@@ -35,133 +53,160 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-void run(const ActParams& p, int64_t rows, Kernel kernel) {
-  run_tasks((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-    const int64_t first = task * kRowsPerTask;
-    kernel(p, first, rows - first < kRowsPerTask ? rows - first : kRowsPerTask);
-  });
+void run(ActKernel kernel, int64_t rows, const CpuBiasActParams& p) {
+  run_row_tasks(rows, kRowsPerTask, [&](int64_t first, int64_t count) { kernel(p, first, count); });
 }
 
-// Writes the pre-activations and the result of a run of rows.
-void forward(const Tensor& x, const FFN& ffn, const Tensor& hidden, const Tensor& y) {
+// Sends the rows x (rows, dim) through a feed-forward; writes the pre-activations and the result.
+void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Tensor& y) {
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   if (rows == 0) return;
   multiply(x, transposed(ffn.w1), hidden);
   const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
   const Tensor act = new_output(x, {rows, width}, x.scalar_type());
-  ActParams p{};
-  p.hidden = hidden.data_ptr(), p.bias = b1.data_ptr(), p.act = act.data_ptr();
-  p.width = width;
-  p.dtype = dtype_of(x);
-  run(p, rows, ffn.forward);
+  run(ffn.forward, rows,
+      {.hidden = hidden.data_ptr(),
+       .bias = b1.data_ptr(),
+       .act = act.data_ptr(),
+       .width = width,
+       .dtype = dtype_of(x)});
   multiply(act, transposed(ffn.w2), y);
-  p.hidden = y.data_ptr(), p.bias = b2.data_ptr(), p.width = y.size(1);
-  run(p, rows, kernels().bias);
+  run(cpu_kernels().bias, rows,
+      {.hidden = y.data_ptr(), .bias = b2.data_ptr(), .width = y.size(1), .dtype = dtype_of(x)});
 }
 
-// Writes dx of a run of rows; returns the gradients of w1, b1, w2 and b2. Beside the saved
-// pre-activations one matrix of their size is held at a time: the activation, until w2 has its
+struct CpuFFNGradients {
+  Tensor dw1, db1, dw2, db2;
+};
+
+// Writes the gradient of the rows x, and returns those of the parameters. Beside the saved
+// pre-activations it holds one matrix of their size at a time: the activation, until w2 has its
 // gradient, then what flows back through it.
-std::array<Tensor, 4> backward(const Tensor& dy, const Tensor& x, const FFN& ffn,
-                               const Tensor& hidden_any, const Tensor& dx) {
+CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
+                         const Tensor& hidden_any, const Tensor& dx) {
   const Tensor hidden = dense(hidden_any);
-  const Tensor act = new_output(x, {x.size(0), ffn.w2.size(1)}, x.scalar_type());
-  ActParams p{};
-  p.hidden = hidden.data_ptr(), p.act = act.data_ptr();
-  p.width = act.size(1);
-  p.dtype = dtype_of(x);
-  run(p, x.size(0), ffn.forward);
+  const int64_t rows = x.size(0), width = ffn.w2.size(1);
+  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
+  run(ffn.forward, rows,
+      {.hidden = hidden.data_ptr(), .act = act.data_ptr(), .width = width, .dtype = dtype_of(x)});
   const Tensor dw2 = product(transposed(dy), act);
   const Tensor& dact = act;
   multiply(dy, ffn.w2, dact);
-  // In place where each element follows from its own.
-  const Tensor dhidden =
-      ffn.gates == 1 ? dact : new_output(x, {x.size(0), hidden.size(1)}, x.scalar_type());
-  p.dact = dact.data_ptr(), p.dhidden = dhidden.data_ptr();
-  run(p, x.size(0), ffn.backward);
+  // A GELU's gradient overwrites dact, because each of its elements depends on its own alone.
+  const Tensor dhidden = ffn.gated ? new_output(x, {rows, hidden.size(1)}, x.scalar_type()) : dact;
+  run(ffn.backward, rows,
+      {.hidden = hidden.data_ptr(),
+       .dact = dact.data_ptr(),
+       .dhidden = dhidden.data_ptr(),
+       .width = width,
+       .dtype = dtype_of(x)});
   multiply(dhidden, ffn.w1, dx);
-  return {product(transposed(dhidden), x), column_sums(dhidden), dw2, column_sums(dy)};
+  return {.dw1 = product(transposed(dhidden), x),
+          .db1 = column_sums(dhidden),
+          .dw2 = dw2,
+          .db2 = column_sums(dy)};
 }
 
-// How many input and tape rows there are: the bounds, unless a tensor holds the numbers.
-std::tuple<int64_t, int64_t> row_counts(int64_t max_inputs, int64_t max_tapes, int64_t rows,
-                                        const std::optional<Tensor>& bounds) {
-  int64_t inputs = max_inputs, end = max_inputs + max_tapes;
+// How many rows of each kind there are: the input rows come first, then the tape rows, then rows
+// that no example owns.
+struct RowCounts {
+  int64_t inputs, tapes;
+
+  int64_t used() const { return inputs + tapes; }
+};
+
+// `bounds` (2,), if given, holds (num_input_rows, num_rows), the first of which is read where
+// num_input_rows is None. Without a feed-forward for the tape all rows in use are input rows.
+RowCounts checked_row_counts(std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
+                             const std::optional<Tensor>& bounds, int64_t rows, bool has_tape_ffn) {
+  if (!num_input_rows && !bounds) {
+    refuse("bounds: expected a tensor where num_input_rows is None, got None");
+  }
+  int64_t inputs = num_input_rows.value_or(0), end = inputs + max_tape_rows;
   if (bounds) {
     const Tensor values = dense(*bounds);
-    inputs = values.const_data_ptr<int64_t>()[0], end = values.const_data_ptr<int64_t>()[1];
+    const int64_t* const value = values.const_data_ptr<int64_t>();
+    if (!num_input_rows) inputs = *value;
+    end = *(value + 1);
+    if (!has_tape_ffn) inputs = end = std::min(inputs, end);
   }
   if (inputs < 0 || end < inputs || end > rows) {
     refuse("num_input_rows: expected 0 <= num_input_rows <= num_rows <= ", rows,
            " (the rows of x), got ", inputs, " and ", end);
   }
-  return {inputs, end - inputs};
+  if (has_tape_ffn && end - inputs > max_tape_rows) {
+    refuse("max_tape_rows: expected at least the ", end - inputs, " tape rows, got ",
+           max_tape_rows);
+  }
+  return {.inputs = inputs, .tapes = end - inputs};
 }
 
-std::tuple<Tensor, Tensor, Tensor> dual_ffn(const Tensor& x_any, int64_t max_inputs,
-                                            int64_t max_tapes, const std::optional<Tensor>& bounds,
-                                            const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                                            const Tensor& b2, const std::optional<Tensor>& tape_w1,
-                                            const std::optional<Tensor>& tape_b1,
-                                            const std::optional<Tensor>& tape_w2,
-                                            const std::optional<Tensor>& tape_b2) {
+struct CpuDualFFNOutputs {
+  Tensor y;            // (rows, dim)
+  Tensor hidden;       // (num_input_rows, columns of w1's product), or as many rows as x
+  Tensor tape_hidden;  // (max_tape_rows, columns of tape_w1's product)
+};
+
+CpuDualFFNOutputs allocate_outputs(const Tensor& x, std::optional<int64_t> num_input_rows,
+                                   int64_t max_tape_rows, const Tensor& w1,
+                                   const std::optional<Tensor>& tape_w1) {
+  const int64_t rows = x.size(0), tape_columns = tape_w1 ? tape_w1->size(0) : 0;
+  return {
+      .y = new_output(x, {rows, x.size(1)}, x.scalar_type()),
+      .hidden = new_output(x, {num_input_rows.value_or(rows), w1.size(0)}, x.scalar_type()),
+      .tape_hidden = new_output(x, {max_tape_rows, tape_columns}, x.scalar_type()),
+  };
+}
+
+std::tuple<Tensor, Tensor, Tensor> dual_ffn(
+    const Tensor& x_any, std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
+    const std::optional<Tensor>& bounds, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
+    const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
   const Tensor x = with_dense_rows(x_any);
-  const auto [inputs, tapes] = row_counts(max_inputs, max_tapes, x.size(0), bounds);
-  const Tensor y = new_output(x, {x.size(0), x.size(1)}, x.scalar_type());
-  const Tensor hidden = new_output(x, {max_inputs, w1.size(0)}, x.scalar_type());
-  const Tensor tape_hidden =
-      new_output(x, {max_tapes, tape_w1 ? tape_w1->size(0) : 0}, x.scalar_type());
-  forward(rows_of(x, 0, inputs), input_ffn(w1, b1, w2, b2), rows_of(hidden, 0, inputs),
-          rows_of(y, 0, inputs));
+  const RowCounts count =
+      checked_row_counts(num_input_rows, max_tape_rows, bounds, x.size(0), tape_w1.has_value());
+  const auto [y, hidden, tape_hidden] =
+      allocate_outputs(x, num_input_rows, max_tape_rows, w1, tape_w1);
+  forward(rows_of(x, 0, count.inputs), input_ffn(w1, b1, w2, b2), rows_of(hidden, 0, count.inputs),
+          rows_of(y, 0, count.inputs));
   if (tape_w1) {
-    forward(rows_of(x, inputs, tapes), tape_ffn(*tape_w1, *tape_b1, *tape_w2, *tape_b2),
-            rows_of(tape_hidden, 0, tapes), rows_of(y, inputs, tapes));
+    forward(rows_of(x, count.inputs, count.tapes), tape_ffn(*tape_w1, *tape_b1, *tape_w2, *tape_b2),
+            rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
   }
-  zero_rows_from(y, inputs + tapes);
-  zero_rows_from(hidden, inputs);
-  zero_rows_from(tape_hidden, tapes);
+  zero_rows_from(y, count.used());
+  zero_rows_from(hidden, count.inputs);
+  zero_rows_from(tape_hidden, count.tapes);
   return {y, hidden, tape_hidden};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_ffn_bwd(
     const Tensor& dy_any, const Tensor& x_any, const Tensor& hidden, const Tensor& tape_hidden,
-    const std::optional<Tensor>& bounds, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
-    const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
+    std::optional<int64_t> num_input_rows, const std::optional<Tensor>& bounds, const Tensor& w1,
+    const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& tape_w1,
+    const std::optional<Tensor>& tape_b1, const std::optional<Tensor>& tape_w2,
+    const std::optional<Tensor>& tape_b2) {
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
-  const auto [inputs, tapes] = row_counts(hidden.size(0), tape_hidden.size(0), x.size(0), bounds);
+  const RowCounts count = checked_row_counts(num_input_rows, tape_hidden.size(0), bounds, x.size(0),
+                                             tape_w1.has_value());
   const Tensor dx = new_output(x, {x.size(0), x.size(1)}, x.scalar_type());
-  zero_rows_from(dx, inputs + tapes);
-  const auto [dw1, db1, dw2, db2] =
-      backward(rows_of(dy, 0, inputs), rows_of(x, 0, inputs), input_ffn(w1, b1, w2, b2),
-               rows_of(hidden, 0, inputs), rows_of(dx, 0, inputs));
+  zero_rows_from(dx, count.used());
+  const CpuFFNGradients input =
+      backward(rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs), input_ffn(w1, b1, w2, b2),
+               rows_of(hidden, 0, count.inputs), rows_of(dx, 0, count.inputs));
   if (!tape_w1) {
     const auto none = [&x] { return torch::stable::new_empty(x, {0}); };
-    return {dx, dw1, db1, dw2, db2, none(), none(), none(), none()};
+    return {dx, input.dw1, input.db1, input.dw2, input.db2, none(), none(), none(), none()};
   }
-  const auto [dv1, dc1, dv2, dc2] =
-      backward(rows_of(dy, inputs, tapes), rows_of(x, inputs, tapes),
-               tape_ffn(*tape_w1, *tape_b1, *tape_w2, *tape_b2), rows_of(tape_hidden, 0, tapes),
-               rows_of(dx, inputs, tapes));
-  return {dx, dw1, db1, dw2, db2, dv1, dc1, dv2, dc2};
+  const CpuFFNGradients tape =
+      backward(rows_of(dy, count.inputs, count.tapes), rows_of(x, count.inputs, count.tapes),
+               tape_ffn(*tape_w1, *tape_b1, *tape_w2, *tape_b2),
+               rows_of(tape_hidden, 0, count.tapes), rows_of(dx, count.inputs, count.tapes));
+  return {dx, input.dw1, input.db1, input.dw2, input.db2, tape.dw1, tape.db1, tape.dw2, tape.db2};
 }
 
 }  // namespace
 }  // namespace adatape
-
-STABLE_TORCH_LIBRARY_FRAGMENT(adatape_cpu, m) {
-  m.def(
-      "dual_ffn(Tensor x, int max_input_rows, int max_tape_rows, Tensor? bounds, "
-      "Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
-      "Tensor? tape_w1, Tensor? tape_b1, Tensor? tape_w2, Tensor? tape_b2) "
-      "-> (Tensor y, Tensor hidden, Tensor tape_hidden)");
-  m.def(
-      "dual_ffn_bwd(Tensor dy, Tensor x, Tensor hidden, Tensor tape_hidden, Tensor? bounds, "
-      "Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
-      "Tensor? tape_w1, Tensor? tape_b1, Tensor? tape_w2, Tensor? tape_b2) "
-      "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
-      "Tensor dtape_w1, Tensor dtape_b1, Tensor dtape_w2, Tensor dtape_b2)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
   m.impl("dual_ffn", TORCH_BOX(&adatape::dual_ffn));

@@ -1,24 +1,29 @@
-// Attention over each example's input and tape rows: checks, tasks, registration.
+// Attention over each example's input and tape rows, on the CPU: checks, allocation, tasks,
+// registration.
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "tensors.h"
+#include "cpu_tensors.h"
 
 namespace adatape {
 namespace {
 
-struct Layout {
-  int64_t batch, rows;
-  const int32_t* cu_inputs;
-  const int32_t* cu_tapes;
+// Where the examples' rows lie in the buffer.
+struct ExampleOffsets {
+  const int32_t* cu_inputs;  // (batch + 1,)
+  const int32_t* cu_tapes;   // (batch + 1,)
+  int64_t batch;
+  int64_t rows;  // of the buffer
 
-  int64_t lens(int64_t i) const {
+  // Returns the rows of example i.
+  int64_t len(int64_t i) const {
     return int64_t{cu_inputs[i + 1]} - cu_inputs[i] + cu_tapes[i + 1] - cu_tapes[i];
   }
-  int64_t used() const { return cu_tapes[batch]; }
+  // Returns the rows that examples own.
+  int64_t used_rows() const { return cu_tapes[batch]; }
 };
 
 void check_offsets(const char* name, const int32_t* offsets, int64_t batch, int64_t start,
@@ -38,113 +43,148 @@ void check_offsets(const char* name, const int32_t* offsets, int64_t batch, int6
   }
 }
 
-Layout checked_layout(const Tensor& q, const Tensor& cu_inputs, const Tensor& cu_tapes,
-                      std::optional<int64_t> max_rows) {
-  const Layout layout{cu_inputs.size(0) - 1, q.size(0), cu_inputs.const_data_ptr<int32_t>(),
-                      cu_tapes.const_data_ptr<int32_t>()};
-  check_offsets("cu_inputs", layout.cu_inputs, layout.batch, 0, layout.rows);
-  check_offsets("cu_tapes", layout.cu_tapes, layout.batch, layout.cu_inputs[layout.batch],
-                layout.rows);
-  for (int64_t i = 0; max_rows && i < layout.batch; ++i) {
-    if (layout.lens(i) > *max_rows) {
-      refuse("max_rows: expected at least ", layout.lens(i), " (the rows of example ", i, "), got ",
-             *max_rows);
+ExampleOffsets checked_examples(const Tensor& q, const Tensor& cu_inputs, const Tensor& cu_tapes,
+                                std::optional<int64_t> max_rows) {
+  const ExampleOffsets examples{.cu_inputs = cu_inputs.const_data_ptr<int32_t>(),
+                                .cu_tapes = cu_tapes.const_data_ptr<int32_t>(),
+                                .batch = cu_inputs.size(0) - 1,
+                                .rows = q.size(0)};
+  check_offsets("cu_inputs", examples.cu_inputs, examples.batch, 0, examples.rows);
+  check_offsets("cu_tapes", examples.cu_tapes, examples.batch, examples.cu_inputs[examples.batch],
+                examples.rows);
+  for (int64_t i = 0; max_rows && i < examples.batch; ++i) {
+    if (examples.len(i) > *max_rows) {
+      refuse("max_rows: expected at least ", examples.len(i), " (the rows of example ", i,
+             "), got ", *max_rows);
     }
   }
-  return layout;
+  return examples;
 }
 
-HeadRows head_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
-
-AttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                       const Tensor& lse, const Layout& layout, std::optional<double> scale) {
-  AttentionParams p{};
-  p.q = head_rows(q), p.k = head_rows(k), p.v = head_rows(v), p.out = head_rows(out);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.cu_inputs = layout.cu_inputs, p.cu_tapes = layout.cu_tapes;
-  p.rows = layout.rows;
-  p.head_dim = q.size(2);
-  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.size(2))));
-  p.dtype = dtype_of(q);
-  return p;
+CpuHeadRows head_rows(const Tensor& x) {
+  return {.data = x.data_ptr(), .stride_row = x.stride(0), .stride_head = x.stride(1)};
 }
+
+float scale_of(const Tensor& q, std::optional<double> softmax_scale) {
+  const double by_width = 1.0 / std::sqrt(static_cast<double>(q.size(2)));
+  return static_cast<float>(softmax_scale ? *softmax_scale : by_width);
+}
+
+struct CpuAttentionOutputs {
+  Tensor out;  // (rows, num_heads, head_dim)
+  Tensor lse;  // (num_heads, rows)
+};
+
+// The kernels write all rows that examples own; the others become zeros here.
+CpuAttentionOutputs allocate_attention(const Tensor& q, const ExampleOffsets& examples) {
+  const int64_t used = examples.used_rows();
+  const Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  const Tensor lse = new_output(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  if (used < examples.rows) {
+    zero_rows_from(out, used);
+    zero_rows_from(torch::stable::transpose(lse, 0, 1), used);
+  }
+  return {.out = out, .lse = lse};
+}
+
+// What one call of the forward kernel does: queries from `first` on of one head of one example.
+struct AttentionTask {
+  int64_t example, head, first;
+};
 
 std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& k_any,
                                              const Tensor& v_any, const Tensor& cu_inputs_any,
                                              const Tensor& cu_tapes_any,
                                              std::optional<int64_t> max_rows,
-                                             std::optional<double> scale) {
+                                             std::optional<double> softmax_scale) {
   const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
-  const Tensor cu_inputs = dense(cu_inputs_any);
-  const Tensor cu_tapes = dense(cu_tapes_any);
-  const Layout layout = checked_layout(q, cu_inputs, cu_tapes, max_rows);
-  const int64_t num_heads = q.size(1);
-  const Tensor out = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
-  const Tensor lse = new_output(q, {num_heads, q.size(0)}, ScalarType::Float);
-  if (layout.used() < layout.rows) {  // the kernels write all rows that examples own
-    zero_rows_from(out, layout.used());
-    zero_rows_from(torch::stable::transpose(lse, 0, 1), layout.used());
-  }
+  const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
+  const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
+  const CpuAttentionOutputs outputs = allocate_attention(q, examples);
 
-  struct Task {
-    int64_t example, head, first;
+  const CpuElasticAttentionParams p{
+      .q = head_rows(q),
+      .k = head_rows(k),
+      .v = head_rows(v),
+      .out = head_rows(outputs.out),
+      .dout = {},
+      .dq = {},
+      .dk = {},
+      .dv = {},
+      .lse = outputs.lse.mutable_data_ptr<float>(),
+      .cu_inputs = examples.cu_inputs,
+      .cu_tapes = examples.cu_tapes,
+      .rows = examples.rows,
+      .head_dim = q.size(2),
+      .softmax_scale = scale_of(q, softmax_scale),
+      .dtype = dtype_of(q),
   };
-  std::vector<Task> tasks;
-  for (int64_t i = 0; i < layout.batch; ++i) {
-    for (int64_t head = 0; head < num_heads; ++head) {
-      for (int64_t r = 0; r < layout.lens(i); r += kQueryBlock) tasks.push_back({i, head, r});
+  std::vector<AttentionTask> tasks;
+  for (int64_t i = 0; i < examples.batch; ++i) {
+    for (int64_t head = 0; head < q.size(1); ++head) {
+      for (int64_t first = 0; first < examples.len(i); first += kQueryBlock) {
+        tasks.push_back({.example = i, .head = head, .first = first});
+      }
     }
   }
-  const AttentionParams p = params(q, k, v, out, lse, layout, scale);
-  const Kernels& chosen = kernels();
+  const CpuKernels& chosen = cpu_kernels();
   run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
     chosen.attention_fwd(p, tasks[t].example, tasks[t].head, tasks[t].first);
   });
-  return {out, lse};
+  return {outputs.out, outputs.lse};
+}
+
+// Returns a gradient shaped as q, with zeros in the rows that no example owns.
+Tensor allocate_gradient(const Tensor& q, const ExampleOffsets& examples) {
+  const Tensor gradient = new_output(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  zero_rows_from(gradient, examples.used_rows());
+  return gradient;
 }
 
 std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
     const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
     const Tensor& out, const Tensor& lse, const Tensor& cu_inputs_any, const Tensor& cu_tapes_any,
-    std::optional<int64_t> max_rows, std::optional<double> scale) {
+    std::optional<int64_t> max_rows, std::optional<double> softmax_scale) {
   const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
   const Tensor dout = with_dense_rows(dout_any);
-  const Tensor cu_inputs = dense(cu_inputs_any);
-  const Tensor cu_tapes = dense(cu_tapes_any);
-  const Layout layout = checked_layout(q, cu_inputs, cu_tapes, max_rows);
+  const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
+  const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
-  if (lse.numel() != num_heads * layout.rows || !lse.is_contiguous()) {
-    refuse("lse: expected a contiguous (", num_heads, ", ", layout.rows, "), got ", lse.numel(),
+  if (lse.numel() != num_heads * examples.rows || !lse.is_contiguous()) {
+    refuse("lse: expected a contiguous (", num_heads, ", ", examples.rows, "), got ", lse.numel(),
            " elements");
   }
-  const auto gradient = [&] {
-    const Tensor x = new_output(q, {q.size(0), num_heads, q.size(2)}, q.scalar_type());
-    zero_rows_from(x, layout.used());
-    return x;
+  const Tensor dq = allocate_gradient(q, examples);
+  const Tensor dk = allocate_gradient(q, examples);
+  const Tensor dv = allocate_gradient(q, examples);
+
+  const CpuElasticAttentionParams p{
+      .q = head_rows(q),
+      .k = head_rows(k),
+      .v = head_rows(v),
+      .out = head_rows(out),
+      .dout = head_rows(dout),
+      .dq = head_rows(dq),
+      .dk = head_rows(dk),
+      .dv = head_rows(dv),
+      .lse = static_cast<float*>(lse.data_ptr()),
+      .cu_inputs = examples.cu_inputs,
+      .cu_tapes = examples.cu_tapes,
+      .rows = examples.rows,
+      .head_dim = q.size(2),
+      .softmax_scale = scale_of(q, softmax_scale),
+      .dtype = dtype_of(q),
   };
-  const Tensor dq = gradient(), dk = gradient(), dv = gradient();
-  AttentionParams p = params(q, k, v, out, lse, layout, scale);
-  p.dout = head_rows(dout);
-  p.dq = head_rows(dq), p.dk = head_rows(dk), p.dv = head_rows(dv);
-  const Kernels& chosen = kernels();
-  run_tasks(layout.batch * num_heads, [&](int64_t t) {
-    if (layout.lens(t / num_heads) > 0) chosen.attention_bwd(p, t / num_heads, t % num_heads);
+  const CpuKernels& chosen = cpu_kernels();
+  run_tasks(examples.batch * num_heads, [&](int64_t task) {
+    const int64_t example = task / num_heads, head = task % num_heads;
+    if (examples.len(example) > 0) chosen.attention_bwd(p, example, head);
   });
   return {dq, dk, dv};
 }
 
 }  // namespace
 }  // namespace adatape
-
-STABLE_TORCH_LIBRARY_FRAGMENT(adatape_cpu, m) {
-  m.def(
-      "elastic_attention(Tensor q, Tensor k, Tensor v, Tensor cu_inputs, Tensor cu_tapes, "
-      "int? max_rows, float? softmax_scale) -> (Tensor, Tensor)");
-  m.def(
-      "elastic_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor cu_inputs, Tensor cu_tapes, int? max_rows, float? softmax_scale) "
-      "-> (Tensor, Tensor, Tensor)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
   m.impl("elastic_attention", TORCH_BOX(&adatape::elastic_attention));

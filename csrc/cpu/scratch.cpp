@@ -1,4 +1,4 @@
-// Working memory of one task: see kernels/scratch.h.
+// Keeps, for each thread, the memory that kernels/scratch.h hands out.
 
 #include "kernels/scratch.h"
 
@@ -11,46 +11,48 @@ namespace adatape {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kSmallestBlock = size_t{1} << 20;  // bytes
+constexpr size_t kSmallestBlockBytes = size_t{1} << 20;
 
-struct Deleter {
+struct AlignedDeleter {
   void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
 };
 
-struct Block {
-  std::unique_ptr<std::byte, Deleter> data;
+struct MemoryBlock {
+  std::unique_ptr<std::byte, AlignedDeleter> data;
   size_t size;
 };
 
-struct Buffer {
-  std::vector<Block> blocks;
-  size_t block = 0, used = 0;  // the next free byte
+// A thread's blocks of memory, and the place of the next free byte: `used` bytes into block number
+// `block`.
+struct ThreadMemory {
+  std::vector<MemoryBlock> blocks;
+  size_t block = 0, used = 0;
 };
 
-thread_local Buffer buffer;
+thread_local ThreadMemory memory;
 
 }  // namespace
 
-Scratch::Scratch() : block_(buffer.block), used_(buffer.used) {}
+Scratch::Scratch() : block_(memory.block), used_(memory.used) {}
 
 Scratch::~Scratch() {
-  buffer.block = block_;
-  buffer.used = used_;
+  memory.block = block_;
+  memory.used = used_;
 }
 
 float* Scratch::take(int64_t count) {
   const size_t bytes =
       (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
-  for (; buffer.block < buffer.blocks.size(); ++buffer.block, buffer.used = 0) {
-    if (buffer.used + bytes <= buffer.blocks[buffer.block].size) break;
+  for (; memory.block < memory.blocks.size(); ++memory.block, memory.used = 0) {
+    if (memory.used + bytes <= memory.blocks[memory.block].size) break;
   }
-  if (buffer.block == buffer.blocks.size()) {
-    const size_t size = std::max(bytes, kSmallestBlock);
+  if (memory.block == memory.blocks.size()) {
+    const size_t size = std::max(bytes, kSmallestBlockBytes);
     auto* data = static_cast<std::byte*>(::operator new(size, std::align_val_t{kAlignment}));
-    buffer.blocks.push_back({std::unique_ptr<std::byte, Deleter>(data), size});
+    memory.blocks.push_back({std::unique_ptr<std::byte, AlignedDeleter>(data), size});
   }
-  std::byte* const start = buffer.blocks[buffer.block].data.get() + buffer.used;
-  buffer.used += bytes;
+  std::byte* const start = memory.blocks[memory.block].data.get() + memory.used;
+  memory.used += bytes;
   return reinterpret_cast<float*>(start);
 }
 

@@ -1,72 +1,95 @@
-// Variable-length gathering: checks, tasks, registration.
+// Variable-length gathering on the CPU: checks, allocation, tasks, registration.
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "readers.h"
-#include "tensors.h"
+#include "segment_sum.h"
 
 namespace adatape {
 namespace {
 
-// Offsets (batch + 1,) of each example's tape; refuses counts and indices out of range.
-std::vector<int32_t> checked_offsets(const int32_t* indices, const int32_t* counts, int64_t batch,
-                                     int64_t steps, int64_t topk, int64_t bank_size) {
-  std::vector<int32_t> offsets(batch + 1, 0);
-  for (int64_t i = 0; i < batch; ++i) {
-    if (counts[i] < 0 || counts[i] > steps) {
-      refuse("counts: expected 0 to ", steps, ", got ", counts[i]);
+// Returns the offsets (batch + 1,) of each example's rows of the tape; refuses counts and indices
+// that are out of range.
+std::vector<int32_t> checked_offsets(const TapeReads& reads) {
+  std::vector<int32_t> offsets(reads.batch + 1, 0);
+  for (int64_t i = 0; i < reads.batch; ++i) {
+    const int32_t count = reads.counts[i];
+    if (count < 0 || count > reads.num_tape_tokens) {
+      refuse("counts: expected 0 to ", reads.num_tape_tokens, ", got ", count);
     }
-    offsets[i + 1] = offsets[i] + counts[i];
-    for (int64_t r = 0; r < counts[i] * topk; ++r) {
-      const int32_t entry = indices[i * steps * topk + r];
-      if (entry < 0 || entry >= bank_size) {
-        refuse("indices: expected 0 to ", bank_size - 1, " (inside the bank) where read, got ",
-               entry);
+    offsets[i + 1] = offsets[i] + count;
+    const int32_t* const entries = reads.indices + i * reads.num_tape_tokens * reads.topk;
+    for (int64_t read = 0; read < count * reads.topk; ++read) {
+      if (entries[read] < 0 || entries[read] >= reads.bank_size) {
+        refuse("indices: expected 0 to ", reads.bank_size - 1,
+               " (inside the bank) where read, got ", entries[read]);
       }
     }
   }
   return offsets;
 }
 
-GatherParams params(const Tensor& bank, const Tensor& indices, const Tensor& weights) {
-  GatherParams p{};
-  p.bank = bank_of(bank);
-  p.indices = indices.const_data_ptr<int32_t>();
-  p.weights = weights.const_data_ptr<float>();
-  p.steps = indices.size(1), p.topk = indices.size(2);
-  p.dtype = dtype_of(bank);
-  return p;
+TapeReads tape_reads(const Tensor& bank, const Tensor& indices, const Tensor& counts) {
+  return {.indices = indices.const_data_ptr<int32_t>(),
+          .counts = counts.const_data_ptr<int32_t>(),
+          .batch = indices.size(0),
+          .num_tape_tokens = indices.size(1),
+          .topk = indices.size(2),
+          .bank_size = bank.size(bank.dim() - 2),
+          .own_banks = bank.dim() == 3};
+}
+
+struct CpuTapeGatherOutputs {
+  Tensor tape;     // (rows, width)
+  Tensor offsets;  // (batch + 1,) int32
+};
+
+CpuTapeGatherOutputs allocate_tape(const Tensor& bank, const Tensor& counts, int64_t rows) {
+  return {.tape = new_output(bank, {rows, bank.size(bank.dim() - 1)}, bank.scalar_type()),
+          .offsets = new_output(counts, {counts.size(0) + 1}, counts.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& indices_any,
                                        const Tensor& weights_any, const Tensor& counts_any,
                                        std::optional<int64_t> capacity) {
-  const Tensor bank = with_dense_rows(bank_any);
-  const Tensor indices = dense(indices_any);
-  const Tensor weights = dense(weights_any);
-  const Tensor counts = dense(counts_any);
-  GatherParams p = params(bank, indices, weights);
-  const int64_t batch = indices.size(0);
-  const std::vector<int32_t> offsets = checked_offsets(p.indices, counts.const_data_ptr<int32_t>(),
-                                                       batch, p.steps, p.topk, p.bank.size);
-  const int64_t total = offsets[batch];
+  const Tensor bank = with_dense_rows(bank_any), indices = dense(indices_any);
+  const Tensor weights = dense(weights_any), counts = dense(counts_any);
+  const TapeReads reads = tape_reads(bank, indices, counts);
+  const std::vector<int32_t> offsets = checked_offsets(reads);
+  const int64_t total = offsets[reads.batch];
   if (capacity && *capacity < total) {
     refuse("capacity: expected at least the ", total, " tape rows read, got ", *capacity);
   }
-  const int64_t rows = capacity ? *capacity : total;
-  const Tensor tape = new_output(bank, {rows, p.bank.width}, bank.scalar_type());
-  const Tensor offsets_out = new_output(counts, {batch + 1}, counts.scalar_type());
-  std::copy(offsets.begin(), offsets.end(), static_cast<int32_t*>(offsets_out.data_ptr()));
-  p.offsets = offsets.data();
-  p.tape = tape.data_ptr();
-  p.tape_row = p.bank.width;
-  const Kernels& chosen = kernels();
-  run_tasks(batch, [&](int64_t i) { chosen.gather_fwd(p, i); });
-  zero_rows_from(tape, total);
-  return {tape, offsets_out};
+  const CpuTapeGatherOutputs outputs = allocate_tape(bank, counts, capacity ? *capacity : total);
+  std::copy(offsets.begin(), offsets.end(), outputs.offsets.mutable_data_ptr<int32_t>());
+
+  const CpuTapeGatherParams p{
+      .bank = bank_of(bank),
+      .indices = reads.indices,
+      .weights = weights.const_data_ptr<float>(),
+      .offsets = offsets.data(),
+      .tape = outputs.tape.data_ptr(),
+      .stride_tape = outputs.tape.size(1),
+      .num_tape_tokens = reads.num_tape_tokens,
+      .topk = reads.topk,
+      .dtype = dtype_of(bank),
+  };
+  const CpuKernels& chosen = cpu_kernels();
+  run_tasks(reads.batch, [&](int64_t i) { chosen.gather_fwd(p, i); });
+  zero_rows_from(outputs.tape, total);
+  return {outputs.tape, outputs.offsets};
+}
+
+struct CpuTapeGatherGradients {
+  Tensor dbank;     // as bank
+  Tensor dweights;  // (batch, num_tape_tokens, topk), float32
+};
+
+CpuTapeGatherGradients allocate_gradients(const Tensor& bank, const Tensor& weights) {
+  return {.dbank = new_output(bank, bank.sizes(), bank.scalar_type()),
+          .dweights = new_output(weights, weights.sizes(), ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor& bank_any,
@@ -74,42 +97,42 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
                                            const Tensor& counts_any) {
   const Tensor dtape = with_dense_rows(dtape_any), bank = with_dense_rows(bank_any);
   const Tensor indices = dense(indices_any);
-  const Tensor weights = dense(weights_any);
-  const Tensor counts = dense(counts_any);
-  GatherParams p = params(bank, indices, weights);
-  const int64_t batch = indices.size(0);
-  const int32_t* const lens = counts.const_data_ptr<int32_t>();
-  const std::vector<int32_t> offsets =
-      checked_offsets(p.indices, lens, batch, p.steps, p.topk, p.bank.size);
-  const Tensor dbank = new_output(bank, bank.sizes(), bank.scalar_type());
-  const Tensor dweights = new_output(weights, weights.sizes(), ScalarType::Float);
-  p.offsets = offsets.data();
-  p.tape = dtape.data_ptr();
-  p.tape_row = dtape.stride(0);
-  p.dweights = static_cast<float*>(dweights.data_ptr());
+  const Tensor weights = dense(weights_any), counts = dense(counts_any);
+  const TapeReads reads = tape_reads(bank, indices, counts);
+  const std::vector<int32_t> offsets = checked_offsets(reads);
+  const CpuTapeGatherGradients gradients = allocate_gradients(bank, weights);
 
-  const Kernels& chosen = kernels();
-  run_tasks(batch, [&](int64_t i) { chosen.gather_bwd(p, i); });
-  const ReaderLists readers =
-      list_readers(p.indices, lens, batch, p.steps, p.topk, p.bank.size, bank.dim() == 3,
-                   [&](int64_t i, int64_t s, int64_t j) {
-                     return Reader{offsets[i] + s, p.weights[(i * p.steps + s) * p.topk + j]};
-                   });
-  sum_into_bank(readers, p.tape, p.tape_row, p.dtype, dbank);
-  return {dbank, dweights};
+  const CpuTapeGatherParams p{
+      .bank = bank_of(bank),
+      .indices = reads.indices,
+      .weights = weights.const_data_ptr<float>(),
+      .offsets = offsets.data(),
+      .tape = dtape.data_ptr(),
+      .stride_tape = dtape.stride(0),
+      .dweights = gradients.dweights.mutable_data_ptr<float>(),
+      .num_tape_tokens = reads.num_tape_tokens,
+      .topk = reads.topk,
+      .dtype = dtype_of(bank),
+  };
+  const CpuKernels& chosen = cpu_kernels();
+  run_tasks(reads.batch, [&](int64_t i) { chosen.gather_bwd(p, i); });
+
+  const Segments segments =
+      sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
+        const int64_t read = (i * p.num_tape_tokens + token) * p.topk + rank;
+        return {.row = offsets[i] + token, .weight = p.weights[read]};
+      });
+  sum_segments(segments, {.rows = p.tape,
+                          .stride_row = p.stride_tape,
+                          .out = gradients.dbank.data_ptr(),
+                          .width = p.bank.width,
+                          .rows_dtype = p.dtype,
+                          .out_dtype = p.dtype});
+  return {gradients.dbank, gradients.dweights};
 }
 
 }  // namespace
 }  // namespace adatape
-
-STABLE_TORCH_LIBRARY_FRAGMENT(adatape_cpu, m) {
-  m.def(
-      "tape_gather(Tensor bank, Tensor indices, Tensor weights, Tensor counts, int? capacity) "
-      "-> (Tensor tape, Tensor offsets)");
-  m.def(
-      "tape_gather_bwd(Tensor dtape, Tensor bank, Tensor indices, Tensor weights, Tensor counts) "
-      "-> (Tensor dbank, Tensor dweights)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
   m.impl("tape_gather", TORCH_BOX(&adatape::tape_gather));

@@ -1,4 +1,4 @@
-// Adaptive tape reading: checks, tasks, registration.
+// Adaptive tape reading on the CPU: checks, allocation, tasks, registration.
 
 #include <algorithm>
 #include <optional>
@@ -6,28 +6,14 @@
 #include <tuple>
 #include <vector>
 
-#include "readers.h"
-#include "tensors.h"
+#include "segment_sum.h"
 
 namespace adatape {
 namespace {
 
-constexpr int64_t kRowsPerTask = 256;  // of a bank
+constexpr int64_t kBankRowsPerTask = 256;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-SelectParams params(const Tensor& query, const Tensor& keys, int64_t steps, int64_t topk,
-                    bool average_query, const std::string& loss_type) {
-  SelectParams p{};
-  p.query = query.data_ptr();
-  p.query_row = query.stride(0);
-  p.keys = bank_of(keys);
-  p.batch = query.size(0);
-  p.steps = steps, p.topk = topk;
-  p.average_query = average_query, p.entropy = loss_type == "entropy";
-  p.dtype = dtype_of(query);
-  return p;
-}
 
 std::vector<int64_t> checked_bank_lens(const Tensor& any, int64_t bank_size) {
   const Tensor lens = dense(torch::stable::to(any, ScalarType::Long));
@@ -41,51 +27,79 @@ std::vector<int64_t> checked_bank_lens(const Tensor& any, int64_t bank_size) {
   return result;
 }
 
+struct CpuTapeSelectOutputs {
+  Tensor weights, ponder, indices, counts;
+};
+
+CpuTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_tokens,
+                                        int64_t topk) {
+  const int64_t batch = query.size(0);
+  return {.weights = new_output(query, {batch, num_tape_tokens, topk}, ScalarType::Float),
+          .ponder = new_output(query, {batch}, ScalarType::Float),
+          .indices = new_output(query, {batch, num_tape_tokens, topk}, ScalarType::Int),
+          .counts = new_output(query, {batch}, ScalarType::Int)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
-    const Tensor& query_any, const Tensor& keys_any, int64_t steps, int64_t topk,
+    const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
     const std::optional<Tensor>& read_mask_any, const std::optional<Tensor>& bank_lens) {
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
-  SelectParams p = params(query, keys, steps, topk, average_query, loss_type);
-  p.halt_threshold = static_cast<float>(halt_threshold);
+  const int64_t batch = query.size(0);
+  const CpuBank bank = bank_of(keys);
   std::optional<Tensor> read_mask;
-  if (read_mask_any) {
-    read_mask = dense(*read_mask_any);
-    p.read_mask = read_mask->const_data_ptr<bool>();
-  }
+  if (read_mask_any) read_mask = dense(*read_mask_any);
   std::vector<int64_t> lens;
-  if (bank_lens) {
-    lens = checked_bank_lens(*bank_lens, p.keys.size);
-    p.bank_lens = lens.data();
-  }
-  const Tensor weights = new_output(query, {p.batch, steps, topk}, ScalarType::Float);
-  const Tensor ponder = new_output(query, {p.batch}, ScalarType::Float);
-  const Tensor indices = new_output(query, {p.batch, steps, topk}, ScalarType::Int);
-  const Tensor counts = new_output(query, {p.batch}, ScalarType::Int);
-  p.weights = static_cast<float*>(weights.data_ptr());
-  p.ponder = static_cast<float*>(ponder.data_ptr());
-  p.indices = static_cast<int32_t*>(indices.data_ptr());
-  p.counts = static_cast<int32_t*>(counts.data_ptr());
+  if (bank_lens) lens = checked_bank_lens(*bank_lens, bank.bank_size);
+  const bool shared_bank = keys.dim() == 2 && batch > 0;
+  const int64_t columns = round_up(bank.bank_size, kColumnMultiple);
+  std::optional<Tensor> by_column;
+  if (shared_bank) by_column = new_output(query, {bank.width, columns}, ScalarType::Float);
+  const CpuTapeSelectOutputs outputs = allocate_selection(query, num_tape_tokens, topk);
 
-  const Kernels& chosen = kernels();
-  std::optional<Tensor> columns;
-  int64_t together = 1;
-  if (keys.dim() == 2 && p.batch > 0) {
-    together = kSelectExamples;
-    const int64_t padded = round_up(p.keys.size, kColumnMultiple);
-    columns = new_output(query, {p.keys.width, padded}, ScalarType::Float);
-    float* const to = static_cast<float*>(columns->data_ptr());
-    run_tasks((padded + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-      const int64_t first = task * kRowsPerTask;
-      chosen.select_columns(p, to, first, std::min(kRowsPerTask, padded - first));
+  const CpuTapeSelectParams p{
+      .query = query.data_ptr(),
+      .stride_query = query.stride(0),
+      .keys = bank,
+      .keys_by_column = by_column ? by_column->const_data_ptr<float>() : nullptr,
+      .read_mask = read_mask ? read_mask->const_data_ptr<bool>() : nullptr,
+      .bank_lens = bank_lens ? lens.data() : nullptr,
+      .weights = outputs.weights.mutable_data_ptr<float>(),
+      .ponder = outputs.ponder.mutable_data_ptr<float>(),
+      .indices = outputs.indices.mutable_data_ptr<int32_t>(),
+      .counts = outputs.counts.mutable_data_ptr<int32_t>(),
+      .num_tape_tokens = num_tape_tokens,
+      .topk = topk,
+      .halt_threshold = static_cast<float>(halt_threshold),
+      .average_query = average_query,
+      .entropy = loss_type == "entropy",
+      .dtype = dtype_of(query),
+  };
+  const CpuKernels& chosen = cpu_kernels();
+  if (shared_bank) {
+    float* const to = by_column->mutable_data_ptr<float>();
+    run_row_tasks(columns, kBankRowsPerTask, [&](int64_t first, int64_t count) {
+      chosen.select_columns(p, to, first, count);
     });
-    p.keys_by_column = to;
   }
-  run_tasks((p.batch + together - 1) / together, [&](int64_t task) {
-    const int64_t first = task * together;
-    chosen.select_fwd(p, first, std::min(together, p.batch - first));
-  });
-  return {weights, ponder, indices, counts};
+  run_row_tasks(batch, shared_bank ? kExamplesPerBankPass : 1,
+                [&](int64_t first, int64_t count) { chosen.select_fwd(p, first, count); });
+  return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
+}
+
+struct CpuTapeSelectGradients {
+  Tensor dquery;      // (batch, key_dim), float32 whatever the dtype of the query
+  Tensor dread_keys;  // (batch, num_tape_tokens, topk, key_dim), float32
+  Tensor dkeys;       // as keys
+};
+
+CpuTapeSelectGradients allocate_gradients(const Tensor& query, const Tensor& keys,
+                                          const Tensor& indices) {
+  const int64_t batch = query.size(0), key_dim = keys.size(keys.dim() - 1);
+  return {.dquery = new_output(query, {batch, key_dim}, ScalarType::Float),
+          .dread_keys = new_output(query, {batch, indices.size(1), indices.size(2), key_dim},
+                                   ScalarType::Float),
+          .dkeys = new_output(keys, keys.sizes(), keys.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor& keys_any,
@@ -93,44 +107,52 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
                                            const Tensor& indices_any, const Tensor& counts_any,
                                            bool average_query, const std::string& loss_type) {
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
-  const Tensor dweights = dense(dweights_any);
-  const Tensor dponder = dense(dponder_any);
-  const Tensor indices = dense(indices_any);
-  const Tensor counts = dense(counts_any);
-  const int64_t steps = indices.size(1), topk = indices.size(2);
-  SelectParams p = params(query, keys, steps, topk, average_query, loss_type);
-  const Tensor dquery = new_output(query, {p.batch, p.keys.width}, ScalarType::Float);
-  const Tensor drows = new_output(query, {p.batch, steps, topk, p.keys.width}, ScalarType::Float);
-  const Tensor dkeys = new_output(keys, keys.sizes(), keys.scalar_type());
-  p.dweights = dweights.const_data_ptr<float>();
-  p.dponder = dponder.const_data_ptr<float>();
-  p.indices = static_cast<int32_t*>(indices.data_ptr());
-  p.counts = static_cast<int32_t*>(counts.data_ptr());
-  p.dquery = static_cast<float*>(dquery.data_ptr());
-  p.drows = static_cast<float*>(drows.data_ptr());
+  const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
+  const Tensor indices = dense(indices_any), counts = dense(counts_any);
+  const int64_t batch = query.size(0), num_tape_tokens = indices.size(1), topk = indices.size(2);
+  const CpuTapeSelectGradients gradients = allocate_gradients(query, keys, indices);
 
-  const Kernels& chosen = kernels();
-  run_tasks(p.batch, [&](int64_t i) { chosen.select_bwd(p, i); });
-  const ReaderLists readers = list_readers(
-      p.indices, p.counts, p.batch, steps, topk, p.keys.size, keys.dim() == 3,
-      [&](int64_t i, int64_t s, int64_t j) { return Reader{(i * steps + s) * topk + j, 1.0f}; });
-  sum_into_bank(readers, p.drows, p.keys.width, DType::kFloat, dkeys);
-  return {torch::stable::to(dquery, query.scalar_type()), dkeys};
+  const CpuTapeSelectParams p{
+      .query = query.data_ptr(),
+      .stride_query = query.stride(0),
+      .keys = bank_of(keys),
+      .indices = static_cast<int32_t*>(indices.data_ptr()),
+      .counts = static_cast<int32_t*>(counts.data_ptr()),
+      .dweights = dweights.const_data_ptr<float>(),
+      .dponder = dponder.const_data_ptr<float>(),
+      .dquery = gradients.dquery.mutable_data_ptr<float>(),
+      .dread_keys = gradients.dread_keys.mutable_data_ptr<float>(),
+      .num_tape_tokens = num_tape_tokens,
+      .topk = topk,
+      .average_query = average_query,
+      .entropy = loss_type == "entropy",
+      .dtype = dtype_of(query),
+  };
+  const CpuKernels& chosen = cpu_kernels();
+  run_tasks(batch, [&](int64_t i) { chosen.select_bwd(p, i); });
+
+  const TapeReads reads{.indices = p.indices,
+                        .counts = p.counts,
+                        .batch = batch,
+                        .num_tape_tokens = num_tape_tokens,
+                        .topk = topk,
+                        .bank_size = p.keys.bank_size,
+                        .own_banks = keys.dim() == 3};
+  const Segments segments =
+      sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
+        return {.row = (i * num_tape_tokens + token) * topk + rank, .weight = 1.0f};
+      });
+  sum_segments(segments, {.rows = p.dread_keys,
+                          .stride_row = p.keys.width,
+                          .out = gradients.dkeys.data_ptr(),
+                          .width = p.keys.width,
+                          .rows_dtype = DType::kFloat,
+                          .out_dtype = dtype_of(gradients.dkeys)});
+  return {torch::stable::to(gradients.dquery, query.scalar_type()), gradients.dkeys};
 }
 
 }  // namespace
 }  // namespace adatape
-
-STABLE_TORCH_LIBRARY_FRAGMENT(adatape_cpu, m) {
-  m.def(
-      "tape_select(Tensor query, Tensor keys, int num_tape_tokens, int topk, "
-      "float halt_threshold, bool average_query, str loss_type, Tensor? read_mask, "
-      "Tensor? bank_lens) -> (Tensor weights, Tensor ponder, Tensor indices, Tensor counts)");
-  m.def(
-      "tape_select_bwd(Tensor query, Tensor keys, Tensor dweights, Tensor dponder, "
-      "Tensor indices, Tensor counts, bool average_query, str loss_type) "
-      "-> (Tensor dquery, Tensor dkeys)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
   m.impl("tape_select", TORCH_BOX(&adatape::tape_select));

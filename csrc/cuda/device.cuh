@@ -1,5 +1,5 @@
-// What kernels share: numbers as they are stored and as they are computed with, 16-byte accesses,
-// sums over a warp.
+// What all kernels share: conversions between the numbers that are stored and the floats that are
+// computed with, accesses of 16 bytes, and sums over a warp.
 
 #pragma once
 
@@ -13,10 +13,12 @@ namespace adatape::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kAccessBytes = 16;  // the widest load or store of a thread
+// The widest load or store of a thread moves so many bytes.
+constexpr int kAccessBytes = 16;
 
-// Blocks that a multiprocessor holds at once: the second argument of __launch_bounds__, by which
-// the compiler keeps to that many registers a thread. `make audit` checks that it did, unspilled.
+// Returns how many blocks a multiprocessor holds at once, if a thread takes so many registers. As
+// the second argument of __launch_bounds__ it keeps the compiler to that many; `make audit` checks
+// that the compiler did so, and that nothing was spilled.
 constexpr int blocks_at_once(int threads, int registers) {
   constexpr int kRegistersOfMultiprocessor = 65536;
   return kRegistersOfMultiprocessor / (threads * registers);
@@ -41,15 +43,15 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Neighbouring elements that one access moves.
+// Neighbouring elements, which one access moves together.
 template <class T, int N = kAccessBytes / static_cast<int>(sizeof(T))>
 struct alignas(sizeof(T) * N) Pack {
   static constexpr int kSize = N;
   T x[N];
 };
 
-// Elements d … of a row of `width`, zeros behind its end. Where rows are not Aligned to 16 bytes,
-// element after element.
+// Loads a pack of elements from place d on out of a row of `width` elements; behind the row's end
+// it holds zeros. A row that is not Aligned to 16 bytes is read element after element.
 template <bool Aligned, class T>
 __device__ Pack<T> load_pack(const T* row, int64_t d, int64_t width) {
   Pack<T> pack;
@@ -64,6 +66,8 @@ __device__ Pack<T> load_pack(const T* row, int64_t d, int64_t width) {
   return pack;
 }
 
+// Stores the values from place d on in a row of `width` elements; those behind the row's end are
+// dropped.
 template <bool Aligned, class T, int N>
 __device__ void store_pack(T* row, int64_t d, int64_t width, const float (&values)[N]) {
   Pack<T, N> pack;
@@ -72,7 +76,8 @@ __device__ void store_pack(T* row, int64_t d, int64_t width, const float (&value
   if constexpr (Aligned && sizeof pack == kAccessBytes) {
     uint4 whole;
     memcpy(&whole, &pack, sizeof pack);
-    __stwb(reinterpret_cast<uint4*>(row + d), whole);  // an assignment may become four of 4 bytes
+    // The compiler may make four stores of 4 bytes out of an assignment.
+    __stwb(reinterpret_cast<uint4*>(row + d), whole);
   } else if constexpr (Aligned) {
     *reinterpret_cast<Pack<T, N>*>(row + d) = pack;
   } else {
@@ -83,7 +88,7 @@ __device__ void store_pack(T* row, int64_t d, int64_t width, const float (&value
   }
 }
 
-// The same bits in every lane, in an order that depends on nothing.
+// Sums over the warp. Every lane gets the same bits, because the order of the sum is fixed.
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int bits = kWarpSize / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
@@ -94,7 +99,7 @@ __device__ inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
   return x < lowest ? lowest : x > highest ? highest : x;
 }
 
-// The block's shared memory, as many bytes as its launch asks for.
+// Returns the block's dynamic shared memory, which has as many bytes as its launch asks for.
 __device__ inline char* dynamic_shared() {
 #if defined(ADATAPE_CUDA_HOST)
   return reinterpret_cast<char*>(cuda_host::place->shared);

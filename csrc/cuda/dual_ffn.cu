@@ -1,81 +1,89 @@
-// Two feed-forwards over one buffer: torch's matrix products, our bias and activation between them.
+// Two feed-forwards over one buffer, in CUDA: torch's matrix products, with our bias and activation
+// between them.
 
-#include <array>
 #include <optional>
 #include <tuple>
 
 #include "../products.h"
-#include "dispatch.h"
 #include "kernels/bias_act.cuh"
 #include "launch.h"
+#include "template_arguments.h"
 
 namespace adatape::cuda {
 namespace {
 
-// Parameters of one feed-forward, and whether `gated`: a GLU, else a GELU.
-struct FFN {
-  Tensor w1, b1, w2, b2;
+// One feed-forward: its parameters, and whether its activation is gated (a GLU), else a GELU.
+struct CudaFFN {
+  Tensor w1;  // (columns of hidden, dim)
+  Tensor b1;  // (columns of hidden,)
+  Tensor w2;  // (dim, width)
+  Tensor b2;  // (dim,)
   bool gated;
 };
 
-// The rows that go through one feed-forward, `first` to `first + count` of the buffer. Where a
-// tensor holds how many are in use, `bounds`[1] is their end.
-struct Rows {
+// The rows of the buffer that go through one feed-forward, `first` to `first + count`.
+struct FFNRows {
   int64_t first, count;
-  std::optional<Tensor> bounds;
+  // On the device, how many rows of the buffer are in use, if the host does not know.
+  const int64_t* num_rows;
+
+  Tensor of(const Tensor& x) const { return rows_of(x, first, count); }
 };
 
-BiasActParams params(const Rows& rows, const Tensor& hidden, int64_t width) {
-  BiasActParams p{};
-  p.hidden = hidden.data_ptr();
-  p.bounds = rows.bounds ? rows.bounds->const_data_ptr<int64_t>() : nullptr;
-  p.first_row = rows.first, p.rows = rows.count, p.width = width;
-  return p;
+// Returns the launch of a kernel over blocks of rows and strips of columns.
+LaunchConfig by_strip(const CudaBiasActParams& p, int64_t pack, const LaunchStream& stream) {
+  return {.grid = {.x = ceil_div(p.rows, kBiasActRows), .y = ceil_div(p.width, kWarpSize * pack)},
+          .block_threads = kBiasActThreads,
+          .stream = stream};
 }
 
-// Blocks for runs of rows and, in y, strips of columns.
-Grid strips(const BiasActParams& p, int64_t pack) {
-  return {ceil_div(p.rows, kBiasActRun), ceil_div(p.width, kWarpSize * pack)};
-}
-
-void clear_unused(const Rows& rows, const Tensor& x) {
-  if (!rows.bounds || x.numel() == 0) return;
-  const Stream stream = stream_of(x);
-  const BiasActParams p = params(rows, x, x.size(1));
+// Writes zeros to the unused ones of these rows, which are all that `x` has.
+void clear_unused(const FFNRows& rows, const Tensor& x) {
+  if (rows.num_rows == nullptr || x.numel() == 0) return;
+  const LaunchStream stream = stream_of(x);
+  const CudaBiasActParams p{.hidden = x.data_ptr(),
+                            .num_rows = rows.num_rows,
+                            .first_row = rows.first,
+                            .rows = rows.count,
+                            .width = x.size(1)};
+  const LaunchConfig by_row{.grid = {.x = ceil_div(p.rows, kBiasActWarps)},
+                            .block_threads = kBiasActThreads,
+                            .stream = stream};
   with_type_of(x, [&]<class T>() {
-    with_flags(
-        [&]<bool Aligned>() {
-          launch(clear_unused_kernel<T, Aligned>, {ceil_div(p.rows, kBiasActWarps)},
-                 kBiasActThreads, 0, stream, p);
-        },
-        rows_aligned({x}));
+    with_flags([&]<bool Aligned>() { launch(clear_unused_kernel<T, Aligned>, by_row, p); },
+               rows_aligned({x}));
   });
 }
 
-// A matrix product multiplies what stands in unused rows by zero, and NaN stays NaN: the rows with
-// zeros there instead.
-Tensor without_unused(const Rows& rows, const Tensor& x) {
-  if (!rows.bounds) return x;
+// Returns the rows with zeros in the unused ones. A matrix product would multiply what stands there
+// by zero, and NaN would stay NaN.
+Tensor without_unused(const FFNRows& rows, const Tensor& x) {
+  if (rows.num_rows == nullptr) return x;
   const Tensor copy = torch::stable::clone(dense(x));
   clear_unused(rows, copy);
   return copy;
 }
 
-// Writes the result of a run of rows to y; returns the pre-activations.
-Tensor forward(const Rows& rows, const Tensor& x, const FFN& ffn, const Tensor& y) {
+// Sends the rows x (count, dim) through a feed-forward; writes the result to y, and returns the
+// pre-activations.
+Tensor forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Tensor& y) {
   const Tensor hidden = torch::stable::new_empty(x, {rows.count, ffn.w1.size(0)}, x.scalar_type());
   if (rows.count == 0) return hidden;
   const Tensor act = torch::stable::new_empty(x, {rows.count, ffn.w2.size(1)}, x.scalar_type());
   multiply(x, transposed(ffn.w1), hidden);
   const Tensor b1 = dense(ffn.b1);
-  const Stream stream = stream_of(x);
-  BiasActParams p = params(rows, hidden, act.size(1));
-  p.bias = b1.data_ptr(), p.act = act.data_ptr();
+  const LaunchStream stream = stream_of(x);
+  const CudaBiasActParams p{.hidden = hidden.data_ptr(),
+                            .bias = b1.data_ptr(),
+                            .act = act.data_ptr(),
+                            .num_rows = rows.num_rows,
+                            .first_row = rows.first,
+                            .rows = rows.count,
+                            .width = act.size(1)};
   with_type_of(x, [&]<class T>() {
     with_flags(
         [&]<bool Aligned, bool Gated>() {
-          launch(bias_act_kernel<T, Aligned, Gated>, strips(p, Pack<T>::kSize), kBiasActThreads, 0,
-                 stream, p);
+          launch(bias_act_kernel<T, Aligned, Gated>, by_strip(p, Pack<T>::kSize, stream), p);
         },
         rows_aligned({b1, act, hidden}), ffn.gated);
   });
@@ -90,96 +98,120 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// Writes dx of a run of rows; returns the gradients of w1, b1, w2 and b2.
-std::array<Tensor, 4> backward(const Rows& rows, const Tensor& dy_any, const Tensor& x_any,
-                               const FFN& ffn, const Tensor& hidden_any, const Tensor& dx) {
+struct CudaFFNGradients {
+  Tensor dw1, db1, dw2, db2;
+};
+
+// Writes the gradient of the rows x, and returns those of the parameters.
+CudaFFNGradients backward(const FFNRows& rows, const Tensor& dy_any, const Tensor& x_any,
+                          const CudaFFN& ffn, const Tensor& hidden_any, const Tensor& dx) {
   const Tensor dy = without_unused(rows, dy_any), x = without_unused(rows, x_any);
   const Tensor hidden = dense(hidden_any), dact = product(dy, ffn.w2);
   const Tensor act = torch::stable::new_empty(dact, dact.sizes());
   const Tensor dhidden = torch::stable::new_empty(hidden, hidden.sizes());
-  const Tensor dbias = torch::stable::new_empty(
-      hidden, {ceil_div(rows.count, kBiasActRun), hidden.size(1)}, ScalarType::Float);
-  const Stream stream = stream_of(x);
-  BiasActParams p = params(rows, hidden, act.size(1));
-  p.act = act.data_ptr(), p.dact = dact.data_ptr(), p.dhidden = dhidden.data_ptr();
-  p.dbias = dbias.mutable_data_ptr<float>();
+  const Tensor dbias_parts = torch::stable::new_empty(
+      hidden, {ceil_div(rows.count, kBiasActRows), hidden.size(1)}, ScalarType::Float);
+  const LaunchStream stream = stream_of(x);
+  const CudaBiasActParams p{.hidden = hidden.data_ptr(),
+                            .act = act.data_ptr(),
+                            .dact = dact.data_ptr(),
+                            .dhidden = dhidden.data_ptr(),
+                            .dbias_parts = dbias_parts.mutable_data_ptr<float>(),
+                            .num_rows = rows.num_rows,
+                            .first_row = rows.first,
+                            .rows = rows.count,
+                            .width = act.size(1)};
   with_type_of(x, [&]<class T>() {
     with_flags(
         [&]<bool Aligned, bool Gated>() {
-          launch(bias_act_bwd_kernel<T, Aligned, Gated>, strips(p, Pack<T>::kSize), kBiasActThreads,
-                 0, stream, p);
+          launch(bias_act_bwd_kernel<T, Aligned, Gated>, by_strip(p, Pack<T>::kSize, stream), p);
         },
         rows_aligned({act, hidden}), ffn.gated);
   });
   multiply(dhidden, ffn.w1, dx);
-  return {product(transposed(dhidden), x), torch::stable::to(column_sums(dbias), x.scalar_type()),
-          product(transposed(dy), act), column_sums(dy)};
+  return {.dw1 = product(transposed(dhidden), x),
+          .db1 = torch::stable::to(column_sums(dbias_parts), x.scalar_type()),
+          .dw2 = product(transposed(dy), act),
+          .db2 = column_sums(dy)};
 }
 
-Rows input_rows(int64_t inputs, int64_t tapes, const std::optional<Tensor>& bounds) {
-  return {0, inputs, tapes == 0 ? bounds : std::nullopt};
+// The rows of each kind. The rows behind both belong to no example.
+struct FFNRowKinds {
+  FFNRows inputs, tapes;
+
+  int64_t end() const { return tapes.first + tapes.count; }
+};
+
+// The kernels need to know on the host where the tape rows begin. Without a feed-forward for the
+// tape there are none, so that all rows may be input rows. `bounds` (2,), if given, holds
+// (num_input_rows, num_rows) on the device; the second ends the rows of the last kind.
+FFNRowKinds row_kinds(const Tensor& x, std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
+                      const std::optional<Tensor>& bounds, bool has_tape_ffn) {
+  const int64_t rows = x.size(0), inputs = num_input_rows.value_or(rows);
+  const int64_t tapes = has_tape_ffn ? max_tape_rows : 0;
+  if (!num_input_rows && (has_tape_ffn || !bounds)) {
+    refuse("num_input_rows: expected an int, got a number on the device");
+  }
+  if (inputs < 0 || tapes < 0 || inputs + tapes > rows) {
+    refuse("num_input_rows: expected 0 <= num_input_rows <= num_rows <= ", rows,
+           " (the rows of x), got ", inputs, " and ", inputs + tapes);
+  }
+  const int64_t* const num_rows = bounds ? bounds->const_data_ptr<int64_t>() + 1 : nullptr;
+  return {.inputs = {.first = 0, .count = inputs, .num_rows = tapes == 0 ? num_rows : nullptr},
+          .tapes = {.first = inputs, .count = tapes, .num_rows = num_rows}};
 }
 
-// The host knows where the tape rows start: the first max_inputs rows are input rows. `bounds`
-// (2,) int64, if any, ends the last kind's rows.
-std::tuple<Tensor, Tensor, Tensor> dual_ffn(const Tensor& x_any, int64_t max_inputs,
-                                            int64_t max_tapes, const std::optional<Tensor>& bounds,
-                                            const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                                            const Tensor& b2, const std::optional<Tensor>& tape_w1,
-                                            const std::optional<Tensor>& tape_b1,
-                                            const std::optional<Tensor>& tape_w2,
-                                            const std::optional<Tensor>& tape_b2) {
+std::tuple<Tensor, Tensor, Tensor> dual_ffn(
+    const Tensor& x_any, std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
+    const std::optional<Tensor>& bounds_any, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
+    const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
   const Tensor x = with_dense_rows(x_any);
+  std::optional<Tensor> bounds;
+  if (bounds_any) bounds = dense(*bounds_any);
+  const FFNRowKinds rows = row_kinds(x, num_input_rows, max_tape_rows, bounds, tape_w1.has_value());
   const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-  zero_rows_from(y, max_inputs + max_tapes);
+  zero_rows_from(y, rows.end());
   const Tensor hidden =
-      forward(input_rows(max_inputs, max_tapes, bounds), rows_of(x, 0, max_inputs),
-              {w1, b1, w2, b2, false}, rows_of(y, 0, max_inputs));
+      forward(rows.inputs, rows.inputs.of(x),
+              {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .gated = false}, rows.inputs.of(y));
   if (!tape_w1) return {y, hidden, torch::stable::new_empty(x, {0, 0}, x.scalar_type())};
   const Tensor tape_hidden =
-      forward({max_inputs, max_tapes, bounds}, rows_of(x, max_inputs, max_tapes),
-              {*tape_w1, *tape_b1, *tape_w2, *tape_b2, true}, rows_of(y, max_inputs, max_tapes));
+      forward(rows.tapes, rows.tapes.of(x),
+              {.w1 = *tape_w1, .b1 = *tape_b1, .w2 = *tape_w2, .b2 = *tape_b2, .gated = true},
+              rows.tapes.of(y));
   return {y, hidden, tape_hidden};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_ffn_bwd(
     const Tensor& dy_any, const Tensor& x_any, const Tensor& hidden, const Tensor& tape_hidden,
-    const std::optional<Tensor>& bounds, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
+    std::optional<int64_t> num_input_rows, const std::optional<Tensor>& bounds_any,
+    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+    const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
     const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
-  const int64_t inputs = hidden.size(0), tapes = tape_hidden.size(0);
+  std::optional<Tensor> bounds;
+  if (bounds_any) bounds = dense(*bounds_any);
+  const FFNRowKinds rows =
+      row_kinds(x, num_input_rows, tape_hidden.size(0), bounds, tape_w1.has_value());
   const Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-  zero_rows_from(dx, inputs + tapes);
-  const auto [dw1, db1, dw2, db2] =
-      backward(input_rows(inputs, tapes, bounds), rows_of(dy, 0, inputs), rows_of(x, 0, inputs),
-               {w1, b1, w2, b2, false}, hidden, rows_of(dx, 0, inputs));
+  zero_rows_from(dx, rows.end());
+  const CudaFFNGradients input = backward(rows.inputs, rows.inputs.of(dy), rows.inputs.of(x),
+                                          {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .gated = false},
+                                          hidden, rows.inputs.of(dx));
   if (!tape_w1) {
     const auto none = [&x] { return torch::stable::new_empty(x, {0}); };
-    return {dx, dw1, db1, dw2, db2, none(), none(), none(), none()};
+    return {dx, input.dw1, input.db1, input.dw2, input.db2, none(), none(), none(), none()};
   }
-  const auto [dv1, dc1, dv2, dc2] = backward(
-      {inputs, tapes, bounds}, rows_of(dy, inputs, tapes), rows_of(x, inputs, tapes),
-      {*tape_w1, *tape_b1, *tape_w2, *tape_b2, true}, tape_hidden, rows_of(dx, inputs, tapes));
-  return {dx, dw1, db1, dw2, db2, dv1, dc1, dv2, dc2};
+  const CudaFFNGradients tape =
+      backward(rows.tapes, rows.tapes.of(dy), rows.tapes.of(x),
+               {.w1 = *tape_w1, .b1 = *tape_b1, .w2 = *tape_w2, .b2 = *tape_b2, .gated = true},
+               tape_hidden, rows.tapes.of(dx));
+  return {dx, input.dw1, input.db1, input.dw2, input.db2, tape.dw1, tape.db1, tape.dw2, tape.db2};
 }
 
 }  // namespace
 }  // namespace adatape::cuda
-
-STABLE_TORCH_LIBRARY_FRAGMENT(adatape_cuda, m) {
-  m.def(
-      "dual_ffn(Tensor x, int max_input_rows, int max_tape_rows, Tensor? bounds, "
-      "Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
-      "Tensor? tape_w1, Tensor? tape_b1, Tensor? tape_w2, Tensor? tape_b2) "
-      "-> (Tensor y, Tensor hidden, Tensor tape_hidden)");
-  m.def(
-      "dual_ffn_bwd(Tensor dy, Tensor x, Tensor hidden, Tensor tape_hidden, Tensor? bounds, "
-      "Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
-      "Tensor? tape_w1, Tensor? tape_b1, Tensor? tape_w2, Tensor? tape_b2) "
-      "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
-      "Tensor dtape_w1, Tensor dtape_b1, Tensor dtape_w2, Tensor dtape_b2)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
   m.impl("dual_ffn", TORCH_BOX(&adatape::cuda::dual_ffn));

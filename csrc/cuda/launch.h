@@ -1,14 +1,14 @@
-// How a host function starts a kernel: on a GPU or, for tests, on the host (tests/cuda_host).
+// How a host function starts a kernel, on a GPU or, in tests, on the host (tests/cuda_host).
 //
-// Kernels take one struct of parameters. ADATAPE_CUDA_KEY is the dispatch key that the ops of
-// csrc/cuda are registered for.
+// Every kernel takes one struct of parameters. The ops of csrc/cuda are registered for the dispatch
+// key ADATAPE_CUDA_KEY.
 
 #pragma once
 
 #include <source_location>
 #include <string>
 
-#include "../tensors.h"
+#include "../stable_torch.h"
 
 #if defined(ADATAPE_CUDA_HOST)
 #define ADATAPE_CUDA_KEY CPU
@@ -17,13 +17,14 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// Declared by torch for its own CUDA builds only; csrc/cuda also compiles beside the others.
+// torch declares this function in its CUDA builds only, and csrc/cuda is also compiled beside the
+// others.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace adatape::cuda {
 
-// Blocks of a launch; 0 in any direction launches nothing.
+// The blocks of a launch. Where one of the numbers is 0, nothing is launched.
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
 
@@ -32,75 +33,88 @@ struct Grid {
 
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// The stream that a launch goes to.
+struct LaunchStream {
+#if !defined(ADATAPE_CUDA_HOST)
+  // The stream's device is the current device as long as this lives.
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+#endif
+};
+
+// How a kernel is launched.
+struct LaunchConfig {
+  Grid grid;
+  int block_threads;
+  int64_t shared_bytes = 0;  // the dynamic shared memory of a block
+  const LaunchStream& stream;
+};
+
 #if defined(ADATAPE_CUDA_HOST)
 
-struct Stream {};
-
-inline Stream stream_of(const Tensor&) { return {}; }
+inline LaunchStream stream_of(const Tensor&) { return {}; }
 
 template <class Params>
-void launch(void (*kernel)(Params), Grid grid, int block_threads, int64_t shared_bytes, Stream,
-            const Params& params, std::source_location where = std::source_location::current()) {
-  if (grid.empty()) return;
+void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params,
+            std::source_location where = std::source_location::current()) {
+  if (config.grid.empty()) return;
   const auto dim = [](int64_t n) { return static_cast<unsigned>(n); };
   const std::string file = where.file_name();
   const std::string name = file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
-  cuda_host::run(name.c_str(), {dim(grid.x), dim(grid.y), dim(grid.z)}, block_threads, shared_bytes,
+  cuda_host::run({.kernel_name = name.c_str(),
+                  .grid = {dim(config.grid.x), dim(config.grid.y), dim(config.grid.z)},
+                  .block_threads = static_cast<unsigned>(config.block_threads),
+                  .shared_bytes = static_cast<size_t>(config.shared_bytes)},
                  [&] { kernel(params); });
 }
 
-inline void copy_to_host(void* to, const void* from, size_t bytes, Stream) {
+inline void copy_to_host(void* to, const void* from, size_t bytes, const LaunchStream&) {
   std::memcpy(to, from, bytes);
 }
 
 #else
 
-// The current stream of a device, which is the current device as long as this lives.
-struct Stream {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-};
-
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) refuse(what, ": ", cudaGetErrorString(error));
 }
 
-inline Stream stream_of(const Tensor& x) {
+// Returns torch's current stream on the device of `x`.
+inline LaunchStream stream_of(const Tensor& x) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return {torch::stable::accelerator::DeviceGuard(x.get_device_index()),
-          static_cast<cudaStream_t>(stream)};
+  return {.guard = torch::stable::accelerator::DeviceGuard(x.get_device_index()),
+          .stream = static_cast<cudaStream_t>(stream)};
 }
 
 template <class Params>
-void launch(void (*kernel)(Params), Grid grid, int block_threads, int64_t shared_bytes,
-            const Stream& on, const Params& params,
+void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params,
             std::source_location where = std::source_location::current()) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
+  const Grid& grid = config.grid;
   if (grid.empty()) return;
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedWithoutAsking) {
+  if (config.shared_bytes > kSharedWithoutAsking) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
+                                 static_cast<int>(config.shared_bytes));
   }
   if (error == cudaSuccess) {
     const auto dim = [](int64_t n) { return static_cast<unsigned>(n); };
     void* arguments[] = {const_cast<Params*>(&params)};
-    error =
-        cudaLaunchKernel(kernel, dim3(dim(grid.x), dim(grid.y), dim(grid.z)), dim3(block_threads),
-                         arguments, static_cast<size_t>(shared_bytes), on.stream);
+    error = cudaLaunchKernel(kernel, dim3(dim(grid.x), dim(grid.y), dim(grid.z)),
+                             dim3(config.block_threads), arguments,
+                             static_cast<size_t>(config.shared_bytes), config.stream.stream);
   }
   if (error != cudaSuccess) {
     const char* name = "its kernel";
     cudaFuncGetName(&name, reinterpret_cast<const void*>(kernel));
     refuse(where.function_name(), ": ", name, " with grid (", grid.x, ", ", grid.y, ", ", grid.z,
-           "), ", block_threads, " threads and ", shared_bytes,
+           "), ", config.block_threads, " threads and ", config.shared_bytes,
            " bytes of shared memory: ", cudaGetErrorString(error));
   }
 }
 
-// Waits for what the stream has under way.
-inline void copy_to_host(void* to, const void* from, size_t bytes, const Stream& on) {
+// Copies from the device, and waits until all that the stream has been given before is done.
+inline void copy_to_host(void* to, const void* from, size_t bytes, const LaunchStream& on) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, on.stream), "copy to the host");
   check(cudaStreamSynchronize(on.stream), "kernels before a copy to the host");
 }

@@ -1,7 +1,9 @@
-// The PTX instructions that kernels use, each beside what it does where they run on the host.
+// The PTX instructions that kernels use. Beside each one stands what it does in tests, where the
+// kernels run on the host.
 //
-// Fragments are those of the PTX manual: with g = lane / 4 and t = lane % 4, register r of a thread
-// holds the pair of elements that lies at columns 2t and 2t + 1 of row g of an (8, 8) matrix.
+// A fragment is the part of a matrix that a thread holds in its registers, as the PTX manual
+// defines it. With g = lane / 4 and t = lane % 4, one register of a thread holds the pair of
+// elements that lies at columns 2t and 2t + 1 of row g of an (8, 8) matrix.
 
 #pragma once
 
@@ -20,7 +22,8 @@
 
 namespace adatape::cuda {
 
-// Two elements as they lie in memory, and in a register of a fragment.
+// `unpack` and `pack` convert the pair of elements in one register of a fragment, which lies there
+// as it would in memory.
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
   T x[2];
@@ -50,8 +53,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 #endif
 
-// The thread's lane, read at each call: the compiler keeps nothing that follows from it in
-// registers from one turn of a loop to the next.
+// Returns the thread's lane, and reads it anew at each call. So the compiler cannot keep what
+// follows from it in registers from one turn of a loop to the next, which would take too many.
 __device__ __forceinline__ int lane_anew() {
 #ifdef ADATAPE_CUDA_HOST
   return threadIdx.x % kWarpSize;
@@ -62,7 +65,7 @@ __device__ __forceinline__ int lane_anew() {
 #endif
 }
 
-// 2 ** x to about two units in the last place; results below the normal range are zero.
+// Returns 2 ** x to about two units in the last place; results below the normal range are zero.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef ADATAPE_CUDA_HOST
   return exp2f(x);
@@ -74,15 +77,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 #ifdef ADATAPE_CUDA_HOST
-// What a thread has started to copy to shared memory, by groups. On the host copies arrive no
-// earlier than they must, so that a missing wait shows.
+// The copies to shared memory that a thread has started, in groups. On the host a copy arrives no
+// earlier than it must, so that a test shows where a wait is missing.
 struct StartedCopies {
-  struct Copy {
+  struct StartedCopy {
     uint4* to;
-    const uint4* from;  // null for zeros
+    const uint4* from;  // null where zeros are to arrive
   };
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
+  std::vector<StartedCopy> open;  // since the last group was closed
+  std::deque<std::vector<StartedCopy>> groups;
 
   static StartedCopies& mine() {
     static thread_local std::array<StartedCopies, 1024> of_block;
@@ -90,14 +93,14 @@ struct StartedCopies {
   }
   void arrive(size_t all_but) {
     for (; groups.size() > all_but; groups.pop_front()) {
-      for (const Copy& copy : groups.front()) *copy.to = copy.from ? *copy.from : uint4{};
+      for (const StartedCopy& copy : groups.front()) *copy.to = copy.from ? *copy.from : uint4{};
     }
   }
 };
 #endif
 
-// Starts to copy 16 bytes to shared memory, zeros where they do not exist; `from` is then not read.
-// Both addresses are multiples of 16.
+// Starts to copy 16 bytes to shared memory. Where they do not exist, zeros arrive and `from` is not
+// read. Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool exists = true) {
 #ifdef ADATAPE_CUDA_HOST
   StartedCopies::mine().open.push_back(
@@ -109,7 +112,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 #endif
 }
 
-// The copies that this thread started since the last call make a group.
+// Makes a group of the copies that this thread has started since the last call.
 __device__ __forceinline__ void close_group() {
 #ifdef ADATAPE_CUDA_HOST
   StartedCopies& mine = StartedCopies::mine();
@@ -120,8 +123,8 @@ __device__ __forceinline__ void close_group() {
 #endif
 }
 
-// The copies that this thread started have arrived, but for those of the last few groups. Other
-// threads see them behind a barrier.
+// Waits until the copies that this thread has started have arrived, save for those of its last
+// kGroups groups. Other threads see them after a barrier.
 template <int kGroups>
 __device__ __forceinline__ void wait_for_all_but() {
 #ifdef ADATAPE_CUDA_HOST
@@ -131,27 +134,30 @@ __device__ __forceinline__ void wait_for_all_but() {
 #endif
 }
 
+// Waits until all copies that this thread has started have arrived.
 __device__ __forceinline__ void wait_for_copies() {
   close_group();
   wait_for_all_but<0>();
 }
 
-// Four (8, 8) matrices from shared memory. Lane i names the 16 bytes of row i % 8 of matrix i / 8;
-// register m gets (g, 2t) and (g, 2t + 1) of matrix m, or with kTranspose (2t, g) and (2t + 1, g).
+// Loads four (8, 8) matrices from shared memory, by the lanes of a warp together. The `row` of lane
+// i is row i % 8 of matrix i / 8, which has 16 bytes. Register m gets elements (g, 2t) and
+// (g, 2t + 1) of matrix m, or with kTranspose (2t, g) and (2t + 1, g).
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
 #ifdef ADATAPE_CUDA_HOST
-  // A lane reads its row before it meets the others: what they wrote needs a barrier.
-  struct Row {
+  // A lane reads its row before it meets the others, so that it does not see what they have written
+  // without a barrier.
+  struct MatrixRow {
     uint16_t elements[8];
   };
-  Row mine;
+  MatrixRow mine;
   const uint4 bits = *static_cast<const uint4*>(row);
   memcpy(&mine, &bits, sizeof mine);
   const auto rows = cuda_host::exchange(mine, kFullMask, "ldmatrix");
   const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
   for (int m = 0; m < 4; ++m) {
-    const Row* matrix = rows.data() + 8 * m;
+    const MatrixRow* matrix = rows.data() + 8 * m;
     const uint32_t low = kTranspose ? matrix[2 * t].elements[g] : matrix[g].elements[2 * t];
     const uint32_t high =
         kTranspose ? matrix[2 * t + 1].elements[g] : matrix[g].elements[2 * t + 1];
@@ -172,21 +178,24 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 #endif
 }
 
-// sum (16, 8) += a (16, 16) · b (16, 8), in float32, by the lanes of a warp together.
-//   a:   rows g, g + 8, g, g + 8 in registers 0 to 3; the last two at columns 2t + 8, 2t + 9
-//   b:   column g, rows 2t, 2t + 1 in the first and 2t + 8, 2t + 9 in the second
-//   sum: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// Adds the product a (16, 16) · b (16, 8) to sum (16, 8) in float32, by the lanes of a warp
+// together. Of the three matrices a thread holds these elements:
+//   a    registers 0 to 3: row g, row g + 8, row g, row g + 8; the first two at columns 2t and
+//        2t + 1, the last two at columns 2t + 8 and 2t + 9
+//   b    column g, at rows 2t and 2t + 1 in b0, at rows 2t + 8 and 2t + 9 in b1
+//   sum  (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 template <class T>
 __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1) {
 #ifdef ADATAPE_CUDA_HOST
-  struct Registers {
+  struct MmaOperands {
     uint32_t a[4], b[2];
   };
-  const Registers mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const MmaOperands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const auto lanes = cuda_host::exchange(mine, kFullMask, "mma");
   const int g = threadIdx.x % kWarpSize / 4, t = threadIdx.x % 4;
-  for (int pair = 0; pair < 8; ++pair) {  // of rows of b, columns of a
+  // The eight pairs of columns of a meet the eight pairs of rows of b.
+  for (int pair = 0; pair < 8; ++pair) {
     const int high = pair / 4;
     for (int column = 0; column < 2; ++column) {
       const float2 y = unpack<T>(lanes[4 * (2 * t + column) + pair % 4].b[high]);

@@ -1,30 +1,47 @@
-// Adaptive tape reading: checks, allocation, launches, registration.
+// Adaptive tape reading in CUDA: checks, allocation, launches, registration.
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "dispatch.h"
-#include "kernels/tape_select.cuh"
 #include "kernels/tape_select_bwd.cuh"
+#include "kernels/tape_select_fwd.cuh"
 #include "launch.h"
+#include "template_arguments.h"
 
 namespace adatape::cuda {
 namespace {
 
-// A bank up to this is scored by one warp an example, a larger one by a block.
+// A bank of at most so many entries is scored by one warp for each block, a larger one by
+// kSelectThreads.
 constexpr int64_t kOneWarpBank = 64;
-// A bank up to this stays in shared memory for all steps, so that two blocks fit 227 kB.
+// A bank of at most so many bytes stays in shared memory for all tape tokens. Then two blocks fit
+// into the 227 kB that a multiprocessor has.
 constexpr int64_t kResidentBytes = 108 << 10;
-// Queries and unread bits of a block lie in shared memory up to this.
+// The queries and unread bits of a block lie in shared memory if they take no more than this.
 constexpr int64_t kSharedWorkspaceBytes = 48 << 10;
 
 float scale_of(const Tensor& query) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(query.size(1))));
 }
 
+struct CudaTapeSelectOutputs {
+  Tensor weights, ponder, indices, counts;
+};
+
+CudaTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_tokens,
+                                         int64_t topk) {
+  using torch::stable::new_empty;
+  const int64_t batch = query.size(0);
+  return {.weights = new_empty(query, {batch, num_tape_tokens, topk}, ScalarType::Float),
+          .ponder = new_empty(query, {batch}, ScalarType::Float),
+          .indices = new_empty(query, {batch, num_tape_tokens, topk}, ScalarType::Int),
+          .counts = new_empty(query, {batch}, ScalarType::Int)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
-    const Tensor& query_any, const Tensor& keys_any, int64_t steps, int64_t topk,
+    const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
     const std::optional<Tensor>& read_mask_any, const std::optional<Tensor>& bank_lens_any) {
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
@@ -34,122 +51,160 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   std::optional<Tensor> read_mask, bank_lens;
   if (read_mask_any) read_mask = dense(*read_mask_any);
   if (bank_lens_any) bank_lens = dense(torch::stable::to(*bank_lens_any, ScalarType::Long));
-  const Tensor weights = torch::stable::new_empty(query, {batch, steps, topk}, ScalarType::Float);
-  const Tensor ponder = torch::stable::new_empty(query, {batch}, ScalarType::Float);
-  const Tensor indices = torch::stable::new_empty(query, {batch, steps, topk}, ScalarType::Int);
-  const Tensor counts = torch::stable::new_empty(query, {batch}, ScalarType::Int);
-
-  SelectParams p{};
-  p.query = query.data_ptr(), p.query_row = query.stride(0);
-  p.keys = keys.data_ptr();
-  p.keys_example = own_banks ? keys.stride(0) : 0, p.keys_row = keys.stride(keys.dim() - 2);
-  p.read_mask = read_mask ? read_mask->const_data_ptr<bool>() : nullptr;
-  p.bank_lens = bank_lens ? bank_lens->const_data_ptr<int64_t>() : nullptr;
-  p.weights = weights.mutable_data_ptr<float>(), p.ponder = ponder.mutable_data_ptr<float>();
-  p.indices = indices.mutable_data_ptr<int32_t>(), p.counts = counts.mutable_data_ptr<int32_t>();
-  p.batch = batch, p.bank_size = bank_size, p.key_dim = query.size(1);
-  p.steps = static_cast<int32_t>(steps), p.topk = static_cast<int32_t>(topk);
-  p.halt_threshold = static_cast<float>(halt_threshold), p.scale = scale_of(query);
-  p.average_query = average_query, p.entropy = loss_type == "entropy";
+  const CudaTapeSelectOutputs outputs = allocate_selection(query, num_tape_tokens, topk);
 
   const int threads = bank_size <= kOneWarpBank ? kWarpSize : kSelectThreads;
-  const int examples = own_banks ? 1 : kSelectExamples;
-  const SelectSizes sizes(p, static_cast<int>(keys.element_size()), threads);
-  const int64_t workspace = sizes.workspace_bytes(examples);
-  const Grid grid{ceil_div(batch, examples)};
-  std::optional<Tensor> scratch;
+  const int examples = own_banks ? 1 : kExamplesPerBlock;
+  const TapeSelectSizes sizes(query.size(1), bank_size, static_cast<int>(keys.element_size()),
+                              threads);
+  const int64_t blocks = ceil_div(batch, examples), workspace = sizes.workspace_bytes(examples);
+  const bool resident = sizes.tile_bytes(threads, true, bank_size) <= kResidentBytes;
+  std::optional<Tensor> workspaces;
   if (workspace > kSharedWorkspaceBytes) {
-    scratch = torch::stable::new_empty(query, {grid.x * workspace}, ScalarType::Byte);
-    p.scratch = static_cast<char*>(scratch->data_ptr());
+    workspaces = torch::stable::new_empty(query, {blocks * workspace}, ScalarType::Byte);
   }
-  p.resident = sizes.tile_bytes(threads, true, bank_size) <= kResidentBytes;
-  const int64_t shared =
-      (scratch ? 0 : workspace) + sizes.tile_bytes(threads, p.resident, bank_size);
-  const Stream stream = stream_of(query);
+
+  const CudaTapeSelectParams p{
+      .query = query.data_ptr(),
+      .stride_query = query.stride(0),
+      .keys = keys.data_ptr(),
+      .stride_example = own_banks ? keys.stride(0) : 0,
+      .stride_entry = keys.stride(keys.dim() - 2),
+      .read_mask = read_mask ? read_mask->const_data_ptr<bool>() : nullptr,
+      .bank_lens = bank_lens ? bank_lens->const_data_ptr<int64_t>() : nullptr,
+      .weights = outputs.weights.mutable_data_ptr<float>(),
+      .ponder = outputs.ponder.mutable_data_ptr<float>(),
+      .indices = outputs.indices.mutable_data_ptr<int32_t>(),
+      .counts = outputs.counts.mutable_data_ptr<int32_t>(),
+      .workspaces = workspaces ? static_cast<char*>(workspaces->data_ptr()) : nullptr,
+      .batch = batch,
+      .bank_size = bank_size,
+      .key_dim = query.size(1),
+      .num_tape_tokens = static_cast<int32_t>(num_tape_tokens),
+      .topk = static_cast<int32_t>(topk),
+      .halt_threshold = static_cast<float>(halt_threshold),
+      .scale = scale_of(query),
+      .average_query = average_query,
+      .entropy = loss_type == "entropy",
+      .resident = resident,
+  };
+  const LaunchStream stream = stream_of(query);
+  const LaunchConfig config{
+      .grid = {.x = blocks},
+      .block_threads = threads,
+      .shared_bytes = (workspaces ? 0 : workspace) + sizes.tile_bytes(threads, resident, bank_size),
+      .stream = stream};
   with_type_of(query, [&]<class T>() {
     with_flags(
-        [&]<bool Aligned, bool Own>() {
-          launch(tape_select_kernel < T, Aligned, Own ? 1 : kSelectExamples >, grid, threads,
-                 shared, stream, p);
+        [&]<bool Aligned, bool OwnBanks>() {
+          constexpr int kExamples = OwnBanks ? 1 : kExamplesPerBlock;
+          launch(tape_select_kernel<T, Aligned, kExamples>, config, p);
         },
         rows_aligned({keys}), own_banks);
   });
-  return {weights, ponder, indices, counts};
+  return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
 }
 
-// `ordered`: the gradient of a shared bank's keys is summed in a fixed order, so that equal input
-// gives equal bits, instead of by atomics.
+struct CudaTapeSelectGradients {
+  Tensor dquery;         // as query
+  Tensor dkeys;          // shaped as keys; in float32 where reads add to it by atomics
+  Tensor contributions;  // (reads, key_dim) float32; without rows if not kContributions
+  Tensor entries;        // (batch, num_tape_tokens, topk), each read's entry
+  Tensor states;         // (batch, num_tape_tokens + 1, key_dim), float32
+};
+
+CudaTapeSelectGradients allocate_gradients(const Tensor& query, const Tensor& keys,
+                                           const Tensor& indices, KeyGradients kind) {
+  using torch::stable::new_empty;
+  using torch::stable::new_zeros;
+  const int64_t batch = indices.size(0), num_tape_tokens = indices.size(1);
+  const int64_t key_dim = query.size(1);
+  const int64_t rows = kind == KeyGradients::kContributions ? indices.numel() : 0;
+  return {.dquery = new_empty(query, query.sizes()),
+          .dkeys = kind == KeyGradients::kStored  ? new_zeros(keys, keys.sizes())
+                   : kind == KeyGradients::kAdded ? new_zeros(keys, keys.sizes(), ScalarType::Float)
+                                                  : new_empty(keys, keys.sizes()),
+          .contributions = new_empty(query, {rows, key_dim}, ScalarType::Float),
+          .entries = new_empty(indices, indices.sizes()),
+          .states = new_empty(query, {batch, num_tape_tokens + 1, key_dim}, ScalarType::Float)};
+}
+
+// If `deterministic`, the gradient of a shared bank's keys is summed in a fixed order, so that
+// equal input gives equal bits, instead of by atomics.
 std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor& keys_any,
                                            const Tensor& dweights_any, const Tensor& dponder_any,
                                            const Tensor& indices_any, const Tensor& counts_any,
                                            bool average_query, const std::string& loss_type,
-                                           bool ordered) {
+                                           bool deterministic) {
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
   const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
   const Tensor indices = dense(indices_any), counts = dense(counts_any);
-  const int64_t batch = indices.size(0), steps = indices.size(1), topk = indices.size(2);
-  const int64_t bank_size = keys.size(keys.dim() - 2), key_dim = query.size(1);
+  const int64_t batch = indices.size(0);
   const bool own_banks = keys.dim() == 3;
-  const auto kind = own_banks ? KeyGradients::kStored
-                    : ordered ? KeyGradients::kListed
-                              : KeyGradients::kAdded;
-  const Tensor states =
-      torch::stable::new_empty(query, {batch, steps + 1, key_dim}, ScalarType::Float);
-  const Tensor dquery = torch::stable::new_empty(query, query.sizes());
-  const Tensor entries = torch::stable::new_empty(indices, indices.sizes());
-  const Tensor dkeys = kind == KeyGradients::kStored ? torch::stable::new_zeros(keys, keys.sizes())
-                       : kind == KeyGradients::kAdded
-                           ? torch::stable::new_zeros(keys, keys.sizes(), ScalarType::Float)
-                           : torch::stable::new_empty(keys, keys.sizes());
-  const Tensor listed = torch::stable::new_empty(
-      query, {kind == KeyGradients::kListed ? indices.numel() : 0, key_dim}, ScalarType::Float);
+  const auto kind = own_banks       ? KeyGradients::kStored
+                    : deterministic ? KeyGradients::kContributions
+                                    : KeyGradients::kAdded;
+  const CudaTapeSelectGradients gradients = allocate_gradients(query, keys, indices, kind);
 
-  SelectBwdParams p{};
-  p.query = query.data_ptr(), p.query_row = query.stride(0);
-  p.keys = keys.data_ptr();
-  p.keys_example = own_banks ? keys.stride(0) : 0, p.keys_row = keys.stride(keys.dim() - 2);
-  p.dweights = dweights.const_data_ptr<float>(), p.dponder = dponder.const_data_ptr<float>();
-  p.indices = indices.const_data_ptr<int32_t>(), p.counts = counts.const_data_ptr<int32_t>();
-  p.states = states.mutable_data_ptr<float>(), p.dquery = dquery.data_ptr();
-  p.dkeys = kind == KeyGradients::kListed ? listed.data_ptr() : dkeys.data_ptr();
-  p.entries = entries.mutable_data_ptr<int32_t>();
-  p.bank_size = bank_size, p.key_dim = key_dim;
-  p.steps = static_cast<int32_t>(steps), p.topk = static_cast<int32_t>(topk);
-  p.scale = scale_of(query);
-  p.average_query = average_query, p.entropy = loss_type == "entropy";
-  p.kind = kind;
-
-  const ScatterParams reads{p.entries,        nullptr, nullptr,         p.dkeys,   key_dim,
-                            dkeys.data_ptr(), 1,       indices.numel(), bank_size, key_dim};
-  const Stream stream = stream_of(query);
+  const CudaTapeSelectBwdParams p{
+      .query = query.data_ptr(),
+      .stride_query = query.stride(0),
+      .keys = keys.data_ptr(),
+      .stride_example = own_banks ? keys.stride(0) : 0,
+      .stride_entry = keys.stride(keys.dim() - 2),
+      .dweights = dweights.const_data_ptr<float>(),
+      .dponder = dponder.const_data_ptr<float>(),
+      .indices = indices.const_data_ptr<int32_t>(),
+      .counts = counts.const_data_ptr<int32_t>(),
+      .states = gradients.states.mutable_data_ptr<float>(),
+      .dquery = gradients.dquery.data_ptr(),
+      .dkeys = kind == KeyGradients::kContributions ? gradients.contributions.data_ptr()
+                                                    : gradients.dkeys.data_ptr(),
+      .entries = gradients.entries.mutable_data_ptr<int32_t>(),
+      .bank_size = keys.size(keys.dim() - 2),
+      .key_dim = query.size(1),
+      .num_tape_tokens = static_cast<int32_t>(indices.size(1)),
+      .topk = static_cast<int32_t>(indices.size(2)),
+      .scale = scale_of(query),
+      .average_query = average_query,
+      .entropy = loss_type == "entropy",
+      .kind = kind,
+  };
+  const CudaSegmentSumParams segments{
+      .entries = p.entries,
+      .row_of = nullptr,
+      .weights = nullptr,
+      .rows = gradients.contributions.data_ptr(),
+      .stride_row = p.key_dim,
+      .out = gradients.dkeys.data_ptr(),
+      .num_banks = 1,
+      .contributions = indices.numel(),
+      .bank_size = p.bank_size,
+      .width = p.key_dim,
+  };
+  const LaunchStream stream = stream_of(query);
+  const LaunchConfig by_example{
+      .grid = {.x = batch}, .block_threads = kSelectBwdThreads, .stream = stream};
+  const LaunchConfig by_entry{.grid = {.x = segment_sum_blocks(segments)},
+                              .block_threads = kSegmentSumThreads,
+                              .stream = stream};
   with_type_of(query, [&]<class T>() {
     with_flags(
         [&]<bool Aligned>() {
-          launch(tape_select_bwd_kernel<T, Aligned>, {batch}, kSelectBwdThreads, 0, stream, p);
-          if (kind == KeyGradients::kListed) {
-            launch(scatter_kernel<float, T, Aligned>, {scatter_blocks(reads)}, kScatterThreads, 0,
-                   stream, reads);
+          launch(tape_select_bwd_kernel<T, Aligned>, by_example, p);
+          if (kind == KeyGradients::kContributions) {
+            launch(segment_sum_kernel<float, T, Aligned>, by_entry, segments);
           }
         },
         rows_aligned({keys}));
   });
-  return {dquery,
-          kind == KeyGradients::kAdded ? torch::stable::to(dkeys, keys.scalar_type()) : dkeys};
+  const bool added = kind == KeyGradients::kAdded;
+  return {gradients.dquery,
+          added ? torch::stable::to(gradients.dkeys, keys.scalar_type()) : gradients.dkeys};
 }
 
 }  // namespace
 }  // namespace adatape::cuda
-
-STABLE_TORCH_LIBRARY_FRAGMENT(adatape_cuda, m) {
-  m.def(
-      "tape_select(Tensor query, Tensor keys, int num_tape_tokens, int topk, "
-      "float halt_threshold, bool average_query, str loss_type, Tensor? read_mask, "
-      "Tensor? bank_lens) -> (Tensor weights, Tensor ponder, Tensor indices, Tensor counts)");
-  m.def(
-      "tape_select_bwd(Tensor query, Tensor keys, Tensor dweights, Tensor dponder, "
-      "Tensor indices, Tensor counts, bool average_query, str loss_type, bool ordered) "
-      "-> (Tensor dquery, Tensor dkeys)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
   m.impl("tape_select", TORCH_BOX(&adatape::cuda::tape_select));

@@ -1,4 +1,4 @@
-// float16 as CUDA's header of this name has it, as much as csrc/cuda uses.
+// Stands in for CUDA's header of the same name: as much of float16 as csrc/cuda uses.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Runs a grid on the host: see cuda_host.h. Here are the rules of barriers and warp collectives;
-// how the threads of a block take turns is in threads.h.
+// Runs a grid on the host, as cuda_host.h describes. The rules of barriers and warp collectives
+// stand here; threads.h has how the threads of a block take turns.
 
 #include "cuda_host.h"
 
@@ -16,17 +16,18 @@ constinit thread_local const Place* place = nullptr;
 
 namespace {
 
-constexpr unsigned char kUninitialised = 0xff;  // bytes that make a float, a half or a bfloat16 NaN
+// Memory that nobody has written holds such bytes, which make a float, a half or a bfloat16 NaN.
+constexpr unsigned char kUninitialised = 0xff;
 constexpr std::align_val_t kSharedAlignment{128};
 
-// What a thread of the block waits for, if it does.
+// What a thread of the block is doing, or waiting for.
 enum class State { kRunning, kAtBarrier, kInCollective, kLeft };
 
-struct Thread : Place {
+struct BlockThread : Place {
   unsigned rank;  // in its block
   State state;
-  Where where;
-  // Of a collective; the data lie on the waiting thread's own stack.
+  Where where;  // the barrier or collective that the thread is in
+  // The arguments of the collective that the thread is in; the data lie on its own stack.
   const char* what;
   unsigned mask;
   const void* mine;
@@ -36,44 +37,47 @@ struct Thread : Place {
   unsigned lane() const { return rank % kWarpLanes; }
 };
 
-struct Block {
-  Block(const char* name, unsigned size) : kernel(name), turns(size), threads(size) {}
+struct ThreadBlock {
+  ThreadBlock(const char* name, unsigned size) : kernel(name), turns(size), threads(size) {}
 
   const char* kernel;
   Turns turns;
-  std::vector<Thread> threads;
-  unsigned live = 0, at_barrier = 0, waiting = 0;
-  std::mutex mutex;  // of all of this, where threads of the system run
+  std::vector<BlockThread> threads;
+  unsigned live = 0;        // threads that have not left
+  unsigned at_barrier = 0;  // threads that wait in __syncthreads
+  unsigned waiting = 0;     // threads that wait for anything
+  std::mutex mutex;         // guards all of this where the threads are those of the system
 
-  Thread& self() { return threads[turns.current()]; }
+  BlockThread& self() { return threads[turns.current()]; }
 
-  [[noreturn]] void fail(const Thread& thread, const std::string& message) {
+  [[noreturn]] void fail(const BlockThread& thread, const std::string& message) {
     std::fprintf(stderr, "cuda_host: %s, block (%u, %u, %u), thread %u, line %u: %s\n", kernel,
                  thread.block.x, thread.block.y, thread.block.z, thread.rank,
                  static_cast<unsigned>(thread.where.line()), message.c_str());
     std::abort();
   }
 
-  void release(Thread& thread) {
+  void release(BlockThread& thread) {
     thread.state = State::kRunning;
     --waiting;
     turns.resume(thread.rank);
   }
 
-  // Lets the barrier's threads go on if no other is left.
+  // Lets the threads at the barrier go on if all that have not left are there.
   void open_barrier_if_full() {
     if (at_barrier == 0 || at_barrier != live) return;
     at_barrier = 0;
-    for (Thread& thread : threads) {
+    for (BlockThread& thread : threads) {
       if (thread.state == State::kAtBarrier) release(thread);
     }
   }
 
+  // Ends the process if every thread waits for another.
   void fail_if_stuck() {
     if (live == 0 || waiting != live) return;
     const auto with = [this](State state) {
       return std::find_if(threads.begin(), threads.end(),
-                          [state](const Thread& t) { return t.state == state; });
+                          [state](const BlockThread& t) { return t.state == state; });
     };
     const auto in_collective = with(State::kInCollective), left = with(State::kLeft);
     const std::string others =
@@ -86,7 +90,7 @@ struct Block {
                              " waits for lanes that never come" + others);
   }
 
-  void wait(Thread& thread, State state, std::unique_lock<std::mutex>& lock) {
+  void wait(BlockThread& thread, State state, std::unique_lock<std::mutex>& lock) {
     thread.state = state;
     ++waiting;
     fail_if_stuck();
@@ -95,7 +99,7 @@ struct Block {
 
   void barrier(Where where) {
     std::unique_lock lock(mutex);
-    Thread& mine = self();
+    BlockThread& mine = self();
     mine.where = where;
     ++at_barrier;
     if (at_barrier < live) return wait(mine, State::kAtBarrier, lock);
@@ -105,11 +109,11 @@ struct Block {
   void collective(const char* what, unsigned mask, const void* data, size_t size, void* all,
                   Where where) {
     std::unique_lock lock(mutex);
-    Thread& mine = self();
+    BlockThread& mine = self();
     mine.what = what, mine.mask = mask, mine.where = where;
     mine.mine = data, mine.size = size, mine.all = static_cast<std::byte*>(all);
     if (!(mask >> mine.lane() & 1)) fail(mine, std::string(what) + ": its mask leaves itself out");
-    Thread* const warp = &mine - mine.lane();
+    BlockThread* const warp = &mine - mine.lane();
     for (unsigned i = 0; i < kWarpLanes; ++i) {
       if ((mask >> i & 1) && i != mine.lane() && warp[i].state != State::kInCollective) {
         return wait(mine, State::kInCollective, lock);
@@ -118,8 +122,8 @@ struct Block {
     complete(mine, warp);
   }
 
-  // All lanes of the mask are there: each gets what every one handed in.
-  void complete(Thread& last, Thread* warp) {
+  // Gives each lane of the mask what every lane has handed in, once all of them have arrived.
+  void complete(BlockThread& last, BlockThread* warp) {
     const size_t size = last.size;
     std::byte all[kWarpLanes * kMostBytesExchanged];
     std::memset(all, kUninitialised, kWarpLanes * size);
@@ -140,7 +144,7 @@ struct Block {
     }
   }
 
-  static bool same_collective(const Thread& a, const Thread& b) {
+  static bool same_collective(const BlockThread& a, const BlockThread& b) {
     return a.mask == b.mask && a.size == b.size && std::strcmp(a.what, b.what) == 0 &&
            a.where.line() == b.where.line() &&
            std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
@@ -155,7 +159,7 @@ struct Block {
   }
 };
 
-Block* running = nullptr;
+ThreadBlock* running = nullptr;
 
 }  // namespace
 
@@ -166,16 +170,18 @@ void exchange_bytes(const char* what, unsigned mask, const void* mine, size_t si
   running->collective(what, mask, mine, size, all, where);
 }
 
-void run(const char* name, Dim grid, unsigned block_threads, size_t shared_bytes,
-         const std::function<void()>& kernel) {
+void run(const HostLaunch& launch, const std::function<void()>& kernel) {
+  const Dim grid = launch.grid;
+  const unsigned block_threads = launch.block_threads;
+  const size_t shared_bytes = launch.shared_bytes;
   static std::mutex one_grid_at_a_time;
   const std::lock_guard lock(one_grid_at_a_time);
-  // Of exactly this size, so that AddressSanitizer sees an access behind it.
+  // The memory has exactly this size, so that AddressSanitizer sees an access behind its end.
   const auto free = [](std::byte* p) { ::operator delete(p, kSharedAlignment); };
   const std::unique_ptr<std::byte, decltype(free)> shared(
       static_cast<std::byte*>(::operator new(shared_bytes, kSharedAlignment)), free);
 
-  Block block(name, block_threads);
+  ThreadBlock block(launch.kernel_name, block_threads);
   running = &block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const auto prepare = [&](uint64_t index) {
@@ -184,9 +190,13 @@ void run(const char* name, Dim grid, unsigned block_threads, size_t shared_bytes
                     static_cast<unsigned>(index / grid.x % grid.y),
                     static_cast<unsigned>(index / grid.x / grid.y)};
     for (unsigned i = 0; i < block_threads; ++i) {
-      Thread& thread = block.threads[i];
+      BlockThread& thread = block.threads[i];
       thread = {};
-      static_cast<Place&>(thread) = {{i, 0, 0}, where, {block_threads, 1, 1}, grid, shared.get()};
+      static_cast<Place&>(thread) = {.thread = {.x = i, .y = 0, .z = 0},
+                                     .block = where,
+                                     .block_size = {.x = block_threads},
+                                     .grid_size = grid,
+                                     .shared = shared.get()};
       thread.rank = i;
     }
     block.live = block_threads;

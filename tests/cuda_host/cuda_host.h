@@ -1,11 +1,11 @@
-// CUDA on the host, as much as csrc/cuda uses: test-only, included before every .cu file that g++
-// compiles as C++, so that the kernels run on the CPU, under its sanitizers.
+// As much of CUDA as csrc/cuda uses, on the host. It is for tests only. It is included before every
+// .cu file that g++ compiles as C++, so that the kernels run on the CPU and under its sanitizers.
 //
-// The blocks of a grid run one after another: races between blocks do not show. The threads of a
-// block are fibers, which change over at barriers and warp collectives, or, under ThreadSanitizer,
-// threads of the system, so that a missing barrier is a race that it reports. What CUDA leaves
-// undefined ends the process with one line: a collective whose mask does not fit the lanes that
-// arrive, or a barrier that some threads of the block never reach.
+// The blocks of a grid run one after another, so that races between blocks do not show. The threads
+// of a block are fibers, which take turns at barriers and warp collectives. Under ThreadSanitizer
+// they are threads of the system instead, so that it reports a missing barrier as a race. Two
+// faults that CUDA leaves undefined end the process with one line: a collective whose mask does not
+// fit the lanes that arrive, and a barrier that some threads of the block never reach.
 
 #pragma once
 
@@ -32,25 +32,35 @@ struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// Where the thread stands that asks.
+// The thread that asks, and its block: what CUDA calls threadIdx, blockIdx, blockDim and gridDim,
+// and the block's dynamic shared memory.
 struct Place {
   Dim thread, block, block_size, grid_size;
   std::byte* shared;
 };
 extern constinit thread_local const Place* place;
 
-// Runs a kernel; returns when all its blocks have. `name` is for messages.
-void run(const char* name, Dim grid, unsigned block_threads, size_t shared_bytes,
-         const std::function<void()>& kernel);
+// A launch of a kernel.
+struct HostLaunch {
+  const char* kernel_name;  // for messages
+  Dim grid;
+  unsigned block_threads;
+  size_t shared_bytes = 0;  // the dynamic shared memory of a block
+};
 
+// Runs a kernel for all threads of all blocks, and returns when it is done.
+void run(const HostLaunch& launch, const std::function<void()>& kernel);
+
+// Waits for all threads of the block. `where` is for messages, here and below.
 void block_barrier(Where where);
 
-// Each lane of the mask hands in `size` bytes, and gets those of all, lane after lane, in `all`;
-// lanes outside the mask leave bytes that make a float NaN.
+// Lets the lanes of the mask meet. Each hands in `size` bytes, and gets the bytes of all lanes, one
+// after another, in `all`. Lanes outside the mask leave bytes there that make a float NaN. `what`
+// names the collective for messages.
 void exchange_bytes(const char* what, unsigned mask, const void* mine, size_t size, void* all,
                     Where where);
 
-// Every lane of the warp hands in `mine`, and gets what all of them did.
+// Lets the lanes of the mask meet. Each hands in `mine`, and gets what every lane has handed in.
 template <class T>
 std::array<T, kWarpLanes> exchange(const T& mine, unsigned mask = kAllLanes,
                                    const char* what = "exchange", Where where = Where::current()) {
@@ -88,7 +98,7 @@ T atomic_max(T* to, T value) {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One block runs at a time.
+// Static memory will do, because one block runs at a time.
 #define __shared__ static
 
 #define threadIdx (cuda_host::place->thread)
@@ -163,7 +173,7 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x ? std::countr_zero(static_cast<unsigned>(x)) + 1 : 0; }
 
-// UBSan reports an access through these where it is not aligned as on a GPU.
+// These types are aligned as on a GPU, so that UBSan reports an access that is not.
 struct alignas(8) float2 {
   float x, y;
 };

@@ -1,5 +1,5 @@
-// The wrappers of csrc/cuda/ptx.cuh as ops, one warp each, for tests of what lies in which
-// register.
+// Makes ops of the wrappers in csrc/cuda/ptx.cuh, each of which runs one warp. Tests look with them
+// at what lies in which register.
 
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/ptx.cuh"
@@ -9,13 +9,14 @@ namespace {
 
 constexpr int kMatrices = 4, kRows = 8, kRegisters = 4;
 
-struct LoadParams {
-  const char* matrices;  // (4, 8, 8) of two bytes
-  uint32_t* registers;   // (32, 4)
-  bool transpose, wait;
+struct LoadMatricesParams {
+  const char* matrices;  // (4, 8, 8), elements of two bytes
+  uint32_t* registers;   // (32, 4), those of each lane
+  bool transpose;
+  bool wait;  // whether the lanes wait for their copies before they load
 };
 
-__global__ void load_kernel(LoadParams p) {
+__global__ void load_kernel(LoadMatricesParams p) {
   char* const row = dynamic_shared() + threadIdx.x * kAccessBytes;
   copy_async(row, p.matrices + threadIdx.x * kAccessBytes);
   if (p.wait) wait_for_copies();
@@ -27,8 +28,9 @@ __global__ void load_kernel(LoadParams p) {
 }
 
 struct MmaParams {
-  const uint32_t *a, *b;  // (32, 4) and (32, 2)
-  float* sum;             // (32, 4)
+  const uint32_t* a;  // (32, 4), the registers of each lane, as b and sum
+  const uint32_t* b;  // (32, 2)
+  float* sum;         // (32, 4)
 };
 
 template <class T>
@@ -51,14 +53,25 @@ T* data(const Tensor& x) {
 Tensor load(const Tensor& matrices, bool transpose, bool wait) {
   const Tensor registers =
       torch::stable::new_empty(matrices, {kWarpSize, kRegisters}, ScalarType::Int);
-  launch(load_kernel, {1}, kWarpSize, kMatrices * kRows * kAccessBytes, stream_of(matrices),
-         LoadParams{data<char>(matrices), data<uint32_t>(registers), transpose, wait});
+  const LoadMatricesParams p{.matrices = data<char>(matrices),
+                             .registers = data<uint32_t>(registers),
+                             .transpose = transpose,
+                             .wait = wait};
+  const LaunchStream stream = stream_of(matrices);
+  launch(load_kernel,
+         {.grid = {.x = 1},
+          .block_threads = kWarpSize,
+          .shared_bytes = kMatrices * kRows * kAccessBytes,
+          .stream = stream},
+         p);
   return registers;
 }
 
 void multiply(Tensor sum, const Tensor& a, const Tensor& b, bool bfloat16) {
-  launch(bfloat16 ? mma_kernel<__nv_bfloat16> : mma_kernel<__half>, {1}, kWarpSize, 0,
-         stream_of(sum), MmaParams{data<uint32_t>(a), data<uint32_t>(b), data<float>(sum)});
+  const MmaParams p{.a = data<uint32_t>(a), .b = data<uint32_t>(b), .sum = data<float>(sum)};
+  const LaunchStream stream = stream_of(sum);
+  launch(bfloat16 ? mma_kernel<__nv_bfloat16> : mma_kernel<__half>,
+         {.grid = {.x = 1}, .block_threads = kWarpSize, .stream = stream}, p);
 }
 
 }  // namespace

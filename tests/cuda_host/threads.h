@@ -1,5 +1,5 @@
-// How the threads of a block take turns: as threads of the system under ThreadSanitizer, else as
-// fibers, each of which runs until it has to wait.
+// How the threads of a block take turns. Under ThreadSanitizer they are threads of the system;
+// otherwise they are fibers, each of which runs until it has to wait.
 
 #pragma once
 
@@ -30,21 +30,22 @@ using SetPlace = std::function<void(unsigned thread)>;
 
 #if defined(__SANITIZE_THREAD__)
 
-class Turns {
+class SystemThreads {
  public:
-  explicit Turns(unsigned threads) : semaphores_(threads) {}
+  explicit SystemThreads(unsigned threads) : semaphores_(threads) {}
 
   unsigned current() const { return current_; }
 
-  // Gives the lock back and waits for resume(). It does not take the lock again: that would order
-  // the thread behind all that others did meanwhile, and hide their races from ThreadSanitizer.
+  // Gives the lock back and waits for resume(). It does not take the lock again, because that would
+  // order the thread after all that others have done meanwhile, and hide races with them from
+  // ThreadSanitizer.
   void suspend(unsigned thread, std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     semaphores_[thread].go.acquire();
   }
   void resume(unsigned thread) { semaphores_[thread].go.release(); }
 
-  // All threads run `body` for each block, after prepare(block) and set_place(thread).
+  // Runs `body` in all threads for each block, after prepare(block) and set_place(thread).
   void run(uint64_t blocks, const Prepare& prepare, const SetPlace& set_place,
            const std::function<void()>& body) {
     uint64_t next = 0;
@@ -73,11 +74,14 @@ class Turns {
   static inline thread_local unsigned current_ = 0;
 };
 
+using Turns = SystemThreads;
+
 #else
 
 #if defined(__x86_64__)
 
-// Saves the registers that a call preserves, and the stack pointer in *from; goes on with `to`.
+// Pushes the registers that a call preserves, saves the stack pointer in *from, and goes on with
+// the stack `to`.
 extern "C" void cuda_host_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -100,23 +104,30 @@ cuda_host_switch_stack:
   ret
 )");
 
-struct Context {
+// A fiber's stack while another one runs.
+struct StackContext {
   void* stack_pointer;
 
   void start_at(void (*entry)(), std::byte* stack, size_t size) {
     constexpr size_t kRegisters = 6;
-    // What `entry` returns to, unused, at an address that is no multiple of 16: as after a call.
+    // On top lies what `entry` would return to, which it never does. Its address is no multiple of
+    // 16, as after a call.
     void** top = reinterpret_cast<void**>(stack + size) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     stack_pointer = std::fill_n(top - kRegisters, kRegisters, nullptr) - kRegisters;
   }
-  void switch_to(Context& other) { cuda_host_switch_stack(&stack_pointer, other.stack_pointer); }
+  void switch_to(StackContext& other) {
+    cuda_host_switch_stack(&stack_pointer, other.stack_pointer);
+  }
 };
+
+using Context = StackContext;
 
 #else
 
-struct Context {
+// The same for processors other than x86-64, by the C library.
+struct LibraryContext {
   ucontext_t state;
 
   void start_at(void (*entry)(), std::byte* stack, size_t size) {
@@ -125,16 +136,20 @@ struct Context {
     state.uc_stack.ss_size = size;
     makecontext(&state, entry, 0);
   }
-  void switch_to(Context& other) { swapcontext(&state, &other.state); }
+  void switch_to(LibraryContext& other) { swapcontext(&state, &other.state); }
 };
+
+using Context = LibraryContext;
 
 #endif
 
-// Memory for the stacks of fibers, kept from launch to launch.
+// The memory of the fibers' stacks, which is kept from launch to launch.
 class Stacks {
  public:
   static constexpr size_t kBytes = size_t{256} << 10;
-  static constexpr size_t kGuard = size_t{64} << 10;  // a multiple of the page size
+  // An access to the bytes below a stack ends the process; their number is a multiple of the page
+  // size.
+  static constexpr size_t kGuard = size_t{64} << 10;
 
   std::byte* of(unsigned thread) {
     while (stacks_.size() <= thread) {
@@ -150,14 +165,15 @@ class Stacks {
   std::vector<std::byte*> stacks_;
 };
 
-class Turns {
+class Fibers {
  public:
-  explicit Turns(unsigned threads) : fibers_(threads) {}
+  explicit Fibers(unsigned threads) : fibers_(threads) {}
 
   unsigned current() const { return current_; }
 
-  // Gives the lock back and waits for resume(). It does not take the lock again: that would order
-  // the thread behind all that others did meanwhile, and hide their races from ThreadSanitizer.
+  // Gives the lock back and waits for resume(). It does not take the lock again, because that would
+  // order the thread after all that others have done meanwhile, and hide races with them from
+  // ThreadSanitizer.
   void suspend(unsigned thread, std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     fibers_[thread].state = Fiber::kWaiting;
@@ -165,7 +181,7 @@ class Turns {
   }
   void resume(unsigned thread) { fibers_[thread].state = Fiber::kReady; }
 
-  // All threads run `body` for each block, after prepare(block) and set_place(thread).
+  // Runs `body` in all threads for each block, after prepare(block) and set_place(thread).
   void run(uint64_t blocks, const Prepare& prepare, const SetPlace& set_place,
            const std::function<void()>& body) {
     static Stacks stacks;
@@ -177,9 +193,10 @@ class Turns {
       for (unsigned i = 0; i < fibers_.size(); ++i) {
         fibers_[i].state = Fiber::kReady;
         fibers_[i].stack = stacks.of(i);
-        fibers_[i].context.start_at(&Turns::entry, fibers_[i].stack, Stacks::kBytes);
+        fibers_[i].context.start_at(&Fibers::entry, fibers_[i].stack, Stacks::kBytes);
       }
-      // In both orders, so that what needs a barrier and has none goes wrong in one of them.
+      // The fibers run in one order and then in the other, so that what needs a barrier and has
+      // none goes wrong in one of them.
       for (bool upwards = true; unfinished_ > 0; upwards = !upwards) {
         for (size_t i = 0; i < fibers_.size(); ++i) {
           current_ = upwards ? i : fibers_.size() - 1 - i;
@@ -200,7 +217,7 @@ class Turns {
   };
 
   static void entry() {
-    Turns& turns = *running_;
+    Fibers& turns = *running_;
     finish_switch(nullptr, &turns.host_stack_, &turns.host_stack_bytes_);
     (*turns.body_)();
     Fiber& fiber = turns.fibers_[turns.current_];
@@ -221,7 +238,7 @@ class Turns {
     finish_switch(fiber.fake_stack, &host_stack_, &host_stack_bytes_);
   }
 
-  // AddressSanitizer has to know which stack is in use.
+  // These two tell AddressSanitizer which stack is in use.
   static void start_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* bottom,
                            [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -244,8 +261,10 @@ class Turns {
   void* host_fake_stack_ = nullptr;
   const void* host_stack_ = nullptr;
   size_t host_stack_bytes_ = 0;
-  static inline Turns* running_ = nullptr;
+  static inline Fibers* running_ = nullptr;
 };
+
+using Turns = Fibers;
 
 #endif
 

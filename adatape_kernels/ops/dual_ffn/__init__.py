@@ -46,6 +46,14 @@ def dual_ffn(
     Differentiable in x and all parameters; saves the pre-activations and recomputes the
     activations.
 
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> x = torch.zeros(5, 4)
+        >>> inputs = ak.ops.FFN(torch.ones(8, 4), torch.zeros(8), torch.ones(4, 8), torch.ones(4))
+        >>> tapes = ak.ops.FFN(torch.ones(6, 4), torch.zeros(6), torch.ones(4, 3), torch.zeros(4))
+        >>> ak.ops.dual_ffn(x, 3, inputs, tapes)[:, 0].tolist()
+        [1.0, 1.0, 1.0, 0.0, 0.0]
+
     Source: SPEC 6; scenic adatape/layers.py, MlpBlock.
     """
     if x.dim() != 2 or not x.is_floating_point():

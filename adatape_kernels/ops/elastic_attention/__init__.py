@@ -47,6 +47,15 @@ def elastic_attention(
 
     Differentiable in q, k and v.
 
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> q = torch.zeros(3, 1, 2)  # two input rows, then a tape row of the first example
+        >>> v = torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]], [[3.0, 3.0]]])
+        >>> cu_inputs = torch.tensor([0, 1, 2], dtype=torch.int32)
+        >>> cu_tapes = torch.tensor([2, 3, 3], dtype=torch.int32)
+        >>> ak.ops.elastic_attention(q, q, v, cu_inputs, cu_tapes)[:, 0].tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+
     Source: SPEC 6.
     """
     shape, dtype, device = q.shape, q.dtype, q.device

@@ -1,4 +1,4 @@
-// Working memory of one task, from a buffer that each thread keeps.
+// Working memory for one task, out of blocks that each thread keeps.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace adatape {
 
-// Hands out aligned, uninitialised arrays of float; the destructor takes all of them back. Blocks
-// stay with the thread, so that a task after the first allocates nothing.
+// Hands out aligned, uninitialised arrays of float, and takes all of them back when it is
+// destroyed. The memory stays with the thread, so that only a thread's first tasks allocate any.
 class Scratch {
  public:
   Scratch();
@@ -19,7 +19,7 @@ class Scratch {
   float* take(int64_t count);
 
  private:
-  size_t block_, used_;
+  size_t block_, used_;  // where the thread's free memory began before
 };
 
 }  // namespace adatape

@@ -1,6 +1,7 @@
 // Bias and activation between the products of the two feed-forwards, in one pass each way.
 //
-// A block takes a strip of columns, a pack each lane, and a run of rows, one each warp at a time.
+// A block takes a strip of columns and kBiasActRows rows. Each lane has a pack of the strip's
+// columns, and each warp takes one row at a time.
 
 #pragma once
 
@@ -8,39 +9,48 @@
 
 namespace adatape::cuda {
 
-struct BiasActParams {
-  void* hidden;           // (rows, columns), contiguous
-  const void* bias;       // (columns,), forward only
-  void* act;              // (rows, width)
-  const void* dact;       // (rows, width), backward only, as what follows
-  void* dhidden;          // (rows, columns)
-  float* dbias;           // (runs of rows, columns): the sums over each
-  const int64_t* bounds;  // null, or [1] is the end of the rows in use
-  int64_t first_row;      // where row 0 stands among the rows that `bounds` counts
-  int64_t rows, width;    // columns are the width, or twice that where gated
+// All matrices are contiguous. They have `width` columns, save for hidden and dhidden, which have
+// twice as many where the activation is gated (a GLU).
+struct CudaBiasActParams {
+  void* hidden;                       // (rows, width or 2 · width), the pre-activations
+  const void* bias = nullptr;         // (columns of hidden,), forward only
+  void* act = nullptr;                // (rows, width), the activations
+  const void* dact = nullptr;         // (rows, width), backward only
+  void* dhidden = nullptr;            // shaped as hidden, backward only
+  float* dbias_parts = nullptr;       // (blocks of kBiasActRows rows, columns of hidden), backward
+                                      // only: the sum over each block's rows
+  const int64_t* num_rows = nullptr;  // on the device, how many rows of the buffer are in use; null
+                                      // where all are
+  int64_t first_row;                  // of the buffer, which is row 0 here
+  int64_t rows;
+  int64_t width;
 };
 
 constexpr int kBiasActThreads = 256;
 constexpr int kBiasActWarps = kBiasActThreads / kWarpSize;
-constexpr int kBiasActRun = 64;  // rows of a block
-constexpr int kBiasActRegisters = 80;
+constexpr int kBiasActRows = 64;       // a block takes so many
+constexpr int kBiasActRegisters = 80;  // a thread takes no more
 constexpr int kBiasActBlocks = blocks_at_once(kBiasActThreads, kBiasActRegisters);
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// The tanh form of GELU is x · sigmoid(2u), u = sqrt(2 / π) (x + 0.044715 x³).
-constexpr float kTwoRoot = 1.5957691216f, kCubic = 0.044715f;
+// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³). The gate
+// is that sigmoid.
+constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
 
-__device__ inline float gelu_gate(float x) { return sigmoid(kTwoRoot * (x + kCubic * x * x * x)); }
+__device__ inline float gelu_gate(float x) {
+  return sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
+}
 __device__ inline float gelu_slope(float x, float gate) {
-  return gate + x * gate * (1.0f - gate) * kTwoRoot * (1.0f + 3.0f * kCubic * x * x);
+  return gate + x * gate * (1.0f - gate) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
 }
 
-__device__ inline bool row_in_use(const BiasActParams& p, int64_t row) {
-  return p.bounds == nullptr || p.first_row + row < p.bounds[1];
+__device__ inline bool row_in_use(const CudaBiasActParams& p, int64_t row) {
+  return p.num_rows == nullptr || p.first_row + row < *p.num_rows;
 }
 
-// hidden += bias, rounded to what is stored; zeros in unused rows, whatever stood there.
+// Adds the bias to a pack of hidden, and returns the sum as it is stored. A row that is not in use
+// becomes zero, whatever stood there.
 template <bool Aligned, class T>
 __device__ Pack<T> add_bias(T* hidden, const Pack<T>& bias, int64_t d, int64_t width, bool used) {
   constexpr int kPack = Pack<T>::kSize;
@@ -57,10 +67,11 @@ __device__ Pack<T> add_bias(T* hidden, const Pack<T>& bias, int64_t d, int64_t w
   return stored;
 }
 
-// hidden += bias; act = gelu(hidden), or a · sigmoid(g) where Gated, [a, g] = hidden.
+// Adds the bias to hidden, then writes act = gelu(hidden) or, where Gated and hidden = [a, g],
+// act = a · sigmoid(g).
 template <class T, bool Aligned, bool Gated>
 __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
-    bias_act_kernel(BiasActParams p) {
+    bias_act_kernel(CudaBiasActParams p) {
   constexpr int kPack = Pack<T>::kSize;
   const int64_t columns = Gated ? 2 * p.width : p.width;
   const int64_t d = (int64_t{blockIdx.y} * kWarpSize + threadIdx.x % kWarpSize) * kPack;
@@ -69,8 +80,8 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
   const Pack<T> b = load_pack<Aligned>(bias, d, p.width);
   Pack<T> gate_b;
   if constexpr (Gated) gate_b = load_pack<Aligned>(bias + p.width, d, p.width);
-  for (int n = threadIdx.x / kWarpSize; n < kBiasActRun; n += kBiasActWarps) {
-    const int64_t row = int64_t{blockIdx.x} * kBiasActRun + n;
+  for (int n = threadIdx.x / kWarpSize; n < kBiasActRows; n += kBiasActWarps) {
+    const int64_t row = int64_t{blockIdx.x} * kBiasActRows + n;
     if (row >= p.rows) return;
     const bool used = row_in_use(p, row);
     T* const hidden = static_cast<T*>(p.hidden) + row * columns;
@@ -88,18 +99,19 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
   }
 }
 
-// dhidden from dact and hidden, act once more, and the sum of dhidden over the block's rows.
+// Writes dhidden, given dact and hidden, then act once more, and the sum of dhidden over the
+// block's rows.
 template <class T, bool Aligned, bool Gated>
 __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
-    bias_act_bwd_kernel(BiasActParams p) {
+    bias_act_bwd_kernel(CudaBiasActParams p) {
   constexpr int kPack = Pack<T>::kSize, kGates = Gated ? 2 : 1;
   __shared__ float sums[kBiasActWarps][kWarpSize * kPack];
   const int64_t columns = kGates * p.width;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t strip = int64_t{blockIdx.y} * kWarpSize * kPack, d = strip + lane * kPack;
   float dbias[kGates][kPack] = {};
-  for (int n = warp; n < kBiasActRun; n += kBiasActWarps) {
-    const int64_t row = int64_t{blockIdx.x} * kBiasActRun + n;
+  for (int n = warp; n < kBiasActRows; n += kBiasActWarps) {
+    const int64_t row = int64_t{blockIdx.x} * kBiasActRows + n;
     if (row >= p.rows || d >= p.width) break;
     const T* const hidden = static_cast<const T*>(p.hidden) + row * columns;
     T* const dhidden = static_cast<T*>(p.dhidden) + row * columns;
@@ -140,17 +152,17 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
     for (int c = threadIdx.x; c < kWarpSize * kPack; c += kBiasActThreads) {
       float sum = 0.0f;
       for (int w = 0; w < kBiasActWarps; ++w) sum += sums[w][c];
-      float* const to = p.dbias + int64_t{blockIdx.x} * columns + gate * p.width;
+      float* const to = p.dbias_parts + int64_t{blockIdx.x} * columns + gate * p.width;
       if (strip + c < p.width) to[strip + c] = sum;
     }
-    __syncthreads();  // until these sums have been read
+    __syncthreads();  // these sums have been read by all
   }
 }
 
-// Zeros in the unused rows of hidden (rows, width).
+// Writes zeros to the rows of hidden (rows, width) that are not in use.
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
-    clear_unused_kernel(BiasActParams p) {
+    clear_unused_kernel(CudaBiasActParams p) {
   constexpr int kPack = Pack<T>::kSize;
   const float zeros[kPack] = {};
   const int64_t row = int64_t{blockIdx.x} * kBiasActWarps + threadIdx.x / kWarpSize;

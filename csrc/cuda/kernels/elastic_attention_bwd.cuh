@@ -1,43 +1,46 @@
-// Gradients of attention of one head over the rows of one example; the formulas are those of
-// adatape_kernels/ops/elastic_attention.py.
+// The gradients of attention of one head over the rows of one example: the formulas stand in
+// adatape_kernels/reference.py.
 //
-// A block owns an example and head. First q and dout stay in shared memory, and a warp owns 32 keys
-// at a time: dk and dv. Then k and v take their place, and a warp owns 32 queries: dq. So no sum
-// crosses warps, at the price of seven products for five. By napkin, for 256 examples of 207 rows
-// and 6 heads on an H200: 326 MB, 68 µs; 59 GFLOP, 95 µs at the rate of mma.sync; reads of shared
-// memory about 100 µs.
+// A block owns one head of one example. First q and dout stay in shared memory, and a warp computes
+// dk and dv of 32 keys at a time. Then k and v take their place, and a warp computes dq of 32
+// queries at a time. So no sum crosses warps, at the price of seven products where five would do.
+// These are estimates for 256 examples of 207 rows and 6 heads on an H200: to move 326 MB takes
+// 68 µs, 59 GFLOP take 95 µs at the rate of mma.sync, and reads of shared memory take about 100 µs.
 
 #pragma once
 
-#include "elastic_attention.cuh"
+#include "attention_tiles.cuh"
 
 namespace adatape::cuda {
 
-// What softmax left behind of each query, in shared memory from a byte on.
-struct Statistics {
-  int byte;
+// Two numbers for each query in shared memory, which the gradients need beside its scores.
+struct QueryStatistics {
+  int byte;  // of shared memory where those of query 0 begin
 
-  // lse in units of log2, inf where there is no query: its weights are 0; then Σ_d dout · out.
+  // x is the query's lse times log2(e), or inf where there is no such query, so that its weights
+  // are zero; y is Σ_d dout · out.
   __device__ __forceinline__ float2& operator[](int query) const {
     return reinterpret_cast<float2*>(dynamic_shared() + byte)[query];
   }
 };
 
-// Makes of a score a key's weight for the query, and of the weight's gradient the score's.
+// Replaces a score by the key's weight for the query, and the gradient of that weight, which is in
+// dscore, by the gradient of the score.
 __device__ __forceinline__ void differentiate(float& score, float& dscore, float scale_log2,
                                               float2 of_query) {
   score = exp2_fast(fmaf(score, scale_log2, -of_query.x));
   dscore = score * (dscore - of_query.y);
 }
 
-// dk and dv of 16 · kCount keys from `first` on, whose keys and values lie in the warp's own slot.
+// Computes dk and dv of 16 · kCount keys from `first` on. The keys and their values lie in tiles
+// that belong to this warp, and which the results pass through.
 template <class T, int kCount>
-__device__ __forceinline__ void key_gradients(const AttentionParams& p, int num_rows,
+__device__ __forceinline__ void key_gradients(const CudaElasticAttentionParams& p, int num_rows,
                                               SharedRows queries, SharedRows douts,
-                                              Statistics statistics, SharedRows keys,
+                                              QueryStatistics statistics, SharedRows keys,
                                               SharedRows values, int first) {
   const int lane = threadIdx.x % kWarpSize;
-  const float scale_log2 = p.scale * kLog2E;
+  const float scale_log2 = p.softmax_scale * kLog2E;
   float dk[kCount][2 * kSteps][4] = {}, dv[kCount][2 * kSteps][4] = {};
 #pragma unroll 1
   for (int query = 0; query < num_rows; query += kStep) {
@@ -68,24 +71,25 @@ __device__ __forceinline__ void key_gradients(const AttentionParams& p, int num_
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
-    put_sum<T>(keys, m * kStep, dk[m], p.scale, p.scale);
+    put_sum<T>(keys, m * kStep, dk[m], p.softmax_scale, p.softmax_scale);
     put_sum<T>(values, m * kStep, dv[m], 1.0f, 1.0f);
   }
   __syncwarp();
-  const Example e(p);
+  const BlockExample e(p);
   store_rows<T>(keys, p.dk, e, first, kCount * kStep);
   store_rows<T>(values, p.dv, e, first, kCount * kStep);
   __syncwarp();
 }
 
-// dq of 16 · kCount queries from `first` on, which lie with their dout in the warp's own slot.
+// Computes dq of 16 · kCount queries from `first` on. The queries and their dout lie in tiles that
+// belong to this warp, and which the results pass through.
 template <class T, int kCount>
-__device__ __forceinline__ void query_gradients(const AttentionParams& p, int num_rows,
+__device__ __forceinline__ void query_gradients(const CudaElasticAttentionParams& p, int num_rows,
                                                 SharedRows keys, SharedRows values,
-                                                Statistics statistics, SharedRows queries,
+                                                QueryStatistics statistics, SharedRows queries,
                                                 SharedRows douts, int first) {
   const int lane = threadIdx.x % kWarpSize;
-  const float scale_log2 = p.scale * kLog2E;
+  const float scale_log2 = p.softmax_scale * kLog2E;
   float dq[kCount][2 * kSteps][4] = {};
   uint32_t q[kCount][kSteps][4], dout[kCount][kSteps][4];
   load_operands(q, queries);
@@ -108,7 +112,8 @@ __device__ __forceinline__ void query_gradients(const AttentionParams& p, int nu
       for (int i = 0; i < 8; ++i) {
         float& dscore = dscores[m][i / 4][i % 4];
         differentiate(scores[m][i / 4][i % 4], dscore, scale_log2, of_queries[m][i / 2 % 2]);
-        // Zero times what such a key's weight would be may be NaN.
+        // A key that does not exist has a weight that may be infinite, and infinity times zero is
+        // NaN.
         if (key + i / 4 * 8 + lane % 4 * 2 + i % 2 >= num_rows) dscore = 0.0f;
       }
       as_operand<T>(dweights[m], dscores[m]);
@@ -117,17 +122,19 @@ __device__ __forceinline__ void query_gradients(const AttentionParams& p, int nu
   }
   __syncwarp();
 #pragma unroll
-  for (int m = 0; m < kCount; ++m) put_sum<T>(queries, m * kStep, dq[m], p.scale, p.scale);
+  for (int m = 0; m < kCount; ++m)
+    put_sum<T>(queries, m * kStep, dq[m], p.softmax_scale, p.softmax_scale);
   __syncwarp();
-  const Example e(p);
+  const BlockExample e(p);
   store_rows<T>(queries, p.dq, e, first, kCount * kStep);
   __syncwarp();
 }
 
-// By eight lanes a row: its dout lies in shared memory already.
+// Writes the statistics of all queries; eight lanes share a row, whose dout is in shared memory.
 template <class T>
-__device__ __forceinline__ void write_statistics(const AttentionParams& p, const Example& e,
-                                                 SharedRows douts, Statistics statistics) {
+__device__ __forceinline__ void write_statistics(const CudaElasticAttentionParams& p,
+                                                 const BlockExample& e, SharedRows douts,
+                                                 QueryStatistics statistics) {
   for (int i = threadIdx.x; i < round_up(e.num_rows) * kChunks; i += blockDim.x) {
     const int r = i / kChunks, c = i % kChunks;
     const bool exists = r < e.num_rows;
@@ -150,43 +157,45 @@ __device__ __forceinline__ void write_statistics(const AttentionParams& p, const
 }
 
 constexpr int kAttentionBwdThreads = 8 * kWarpSize;
-constexpr int kAttentionBwdRegisters = 248;  // a thread, at most
+constexpr int kAttentionBwdRegisters = 248;  // a thread takes no more
 constexpr int kAttentionBwdBlocks = blocks_at_once(kAttentionBwdThreads, kAttentionBwdRegisters);
 
-// Two tensors of the example, two tiles of each warp, two statistics of each query.
+// Returns the bytes for two tensors of the example, two tiles of each warp, and the statistics of
+// each query.
 constexpr int64_t backward_shared_bytes(int capacity, int num_warps) {
   return int64_t{kRowBytes} * 2 * (capacity + num_warps * kTileRows) + sizeof(float2) * capacity;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kAttentionBwdThreads, kAttentionBwdBlocks)
-    elastic_attention_bwd_kernel(const AttentionParams p) {
+    elastic_attention_bwd_kernel(const CudaElasticAttentionParams p) {
   zero_unused(p, p.dq);
   zero_unused(p, p.dk);
   zero_unused(p, p.dv);
   if (p.batch == 0 || spoiled(p, {p.dq, p.dk, p.dv})) return;
-  const int num_rows = Example(p).num_rows;
+  const int num_rows = BlockExample(p).num_rows;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;
   const SharedRows left{0}, right = left.from(p.capacity), slots = right.from(p.capacity);
   const SharedRows left_tile = slots.from(warp * 2 * kTileRows);
   const SharedRows right_tile = left_tile.from(kTileRows);
-  const Statistics statistics{slots.from(num_warps * 2 * kTileRows).byte};
-  const auto load_all = [&](const HeadRows& to_left, const HeadRows& to_right) {
-    load_rows<T>(left, to_left, Example(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
-    load_rows<T>(right, to_right, Example(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
+  const QueryStatistics statistics{slots.from(num_warps * 2 * kTileRows).byte};
+  const auto load_all = [&](const CudaHeadRows& to_left, const CudaHeadRows& to_right) {
+    load_rows<T>(left, to_left, BlockExample(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
+    load_rows<T>(right, to_right, BlockExample(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
     wait_for_copies();
     __syncthreads();
   };
-  const auto load_tiles = [&](const HeadRows& to_left, const HeadRows& to_right, int first) {
-    load_rows<T>(left_tile, to_left, Example(p), first, kTileRows, lane, kWarpSize);
-    load_rows<T>(right_tile, to_right, Example(p), first, kTileRows, lane, kWarpSize);
+  const auto load_tiles = [&](const CudaHeadRows& to_left, const CudaHeadRows& to_right,
+                              int first) {
+    load_rows<T>(left_tile, to_left, BlockExample(p), first, kTileRows, lane, kWarpSize);
+    load_rows<T>(right_tile, to_right, BlockExample(p), first, kTileRows, lane, kWarpSize);
     wait_for_copies();
     __syncwarp();
   };
 
   load_all(p.q, p.dout);
-  write_statistics<T>(p, Example(p), right, statistics);
+  write_statistics<T>(p, BlockExample(p), right, statistics);
   __syncthreads();
   for (int first = warp * kTileRows; first < num_rows; first += num_warps * kTileRows) {
     load_tiles(p.k, p.v, first);

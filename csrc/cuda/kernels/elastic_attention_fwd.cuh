@@ -1,42 +1,46 @@
 // Attention of one head over the rows of one example, whose keys and values stay in shared memory.
 //
-// A block owns an example and head, a warp 32 of its queries at a time. By napkin, for 256 examples
-// of 207 rows and 6 heads on an H200: q, k, v and out are 163 MB, 34 µs; 17 GFLOP, 28 µs at the
-// rate of mma.sync; reads of shared memory, halved by two tiles of queries a warp, 18 µs; as long
-// for the exponentials. 68 kB of shared memory let three blocks share a multiprocessor, so that one
-// loads while others multiply.
+// A block owns one head of one example, and a warp has 32 of its queries at a time. These are
+// estimates for 256 examples of 207 rows and 6 heads on an H200. To move q, k, v and out, which are
+// 163 MB, takes 34 µs. The products are 17 GFLOP, which take 28 µs at the rate of mma.sync. Reads
+// of shared memory take 18 µs; they would take twice as long if a warp had one tile of 16 queries
+// instead of two. The exponentials take as long again. A block has 68 kB of shared memory, so that
+// three blocks share a multiprocessor, and one loads while others multiply.
 
 #pragma once
 
-#include "elastic_attention.cuh"
+#include "attention_tiles.cuh"
 
 namespace adatape::cuda {
 
-// What stays in registers while 16 · kCount queries meet all keys. Index 0 of a pair is a thread's
-// row of the upper half of a tile, 1 of the lower.
+// What stays in registers while 16 · kCount queries meet all keys. A thread has two rows of each
+// tile of 16; of a pair, element 0 belongs to its row in the upper half and 1 to that in the lower.
 template <int kCount>
-struct Queries {
-  uint32_t q[kCount][kSteps][4];
-  float out[kCount][2 * kSteps][4];
-  float total[kCount][2];    // of this thread's columns alone
-  float largest[kCount][2];  // score, in units of log2
+struct RunningSoftmax {
+  uint32_t q[kCount][kSteps][4];     // the queries, as first operands of mma
+  float out[kCount][2 * kSteps][4];  // the weighted sum of values so far
+  float total[kCount][2];            // the sum of weights so far, of this thread's columns alone
+  float largest[kCount][2];          // the largest score so far, times log2(e)
 };
 
-// While all scores are -inf nothing may be subtracted from them: -inf - -inf is NaN.
+// Returns what may be subtracted from scores of which this is the largest. While all scores are
+// -inf that is 0, because -inf - -inf is NaN.
 __device__ __forceinline__ float finite(float largest) {
   return largest == -INFINITY ? 0.0f : largest;
 }
 
-// Adds 16 · kKeySteps keys from `first` on to the running softmax; in the tail not all exist.
+// Lets the queries meet 16 · kKeySteps keys from `first` on. With kTail some of these keys may not
+// exist.
 template <class T, int kKeySteps, bool kTail, int kCount>
-__device__ __forceinline__ void attend(Queries<kCount>& s, SharedRows keys, SharedRows values,
-                                       int first, int num_rows, float scale_log2) {
+__device__ __forceinline__ void attend(RunningSoftmax<kCount>& s, SharedRows keys,
+                                       SharedRows values, int first, int num_rows,
+                                       float scale_log2) {
   float scores[kKeySteps][kCount][2][4] = {};
 #pragma unroll
   for (int step = 0; step < kKeySteps; ++step) {
     multiply_transposed<T>(scores[step], s.q, keys, first + step * kStep);
   }
-  const int column = first + static_cast<int>(threadIdx.x % 4) * 2;  // the first of this thread
+  const int column = first + static_cast<int>(threadIdx.x % 4) * 2;  // this thread's first
   const auto exists = [&](int step, int n, int i) {
     return !kTail || column + step * kStep + 8 * n + i < num_rows;
   };
@@ -64,7 +68,7 @@ __device__ __forceinline__ void attend(Queries<kCount>& s, SharedRows keys, Shar
       decay[m][half] = exp2_fast(before - finite(now));
     }
   }
-  if (__any_sync(kFullMask, grew)) {  // else all factors are 1
+  if (__any_sync(kFullMask, grew)) {  // otherwise every decay is 1
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
 #pragma unroll
@@ -97,13 +101,16 @@ __device__ __forceinline__ void attend(Queries<kCount>& s, SharedRows keys, Shar
   }
 }
 
-// Queries first … first + 16 · kCount of the example; `slot` is this warp's own.
+// Attends from queries `first` to first + 16 · kCount of the example. The queries lie in `slot`,
+// which belongs to this warp, and which the results pass through.
 template <class T, int kCount>
-__device__ __forceinline__ void attend_all(const AttentionParams& p, int num_rows, SharedRows keys,
-                                           SharedRows values, SharedRows slot, int first) {
-  Queries<kCount> s = {};
-  // The largest score is sought before the scale, which must not be negative for that.
-  const uint32_t sign = p.scale < 0.0f ? 0x80008000u : 0u;
+__device__ __forceinline__ void attend_all(const CudaElasticAttentionParams& p, int num_rows,
+                                           SharedRows keys, SharedRows values, SharedRows slot,
+                                           int first) {
+  RunningSoftmax<kCount> s = {};
+  // The largest score is sought before the scores are scaled. That needs a scale that is not
+  // negative, so that the sign of a negative one moves to the queries.
+  const uint32_t sign = p.softmax_scale < 0.0f ? 0x80008000u : 0u;
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
     s.largest[m][0] = s.largest[m][1] = -INFINITY;
@@ -114,7 +121,7 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
       for (int r = 0; r < 4; ++r) s.q[m][step][r] ^= sign;
     }
   }
-  const float scale_log2 = fabsf(p.scale) * kLog2E;
+  const float scale_log2 = fabsf(p.softmax_scale) * kLog2E;
   int key = 0;
 #pragma unroll 1
   for (; key + 2 * kStep <= num_rows; key += 2 * kStep) {
@@ -127,8 +134,8 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
   if (key < num_rows) attend<T, 1, true>(s, keys, values, key, num_rows, scale_log2);
 
   __syncwarp();
-  // Looked up once more, so that it takes no registers above.
-  const Example e(p);
+  // The example is looked up once more, so that it takes no registers during the loop.
+  const BlockExample e(p);
   const int lane = lane_anew();
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
@@ -151,36 +158,38 @@ __device__ __forceinline__ void attend_all(const AttentionParams& p, int num_row
   __syncwarp();
 }
 
-// Twelve warps share a multiprocessor: three blocks of four, as a rule. That a block might have all
-// keeps the compiler to 168 registers a thread; asked for three blocks instead it spills, for 10.0.
+// Twelve warps share a multiprocessor, as a rule in three blocks of four. The compiler is told that
+// a block may have all twelve, which keeps it to 168 registers a thread. If it is asked for three
+// blocks instead, it spills for architecture 10.0.
 constexpr int kAttentionFwdThreads = 12 * kWarpSize;
 
-// Keys and values of the example, a tile of queries for each warp.
+// Returns the bytes for keys and values of the example and for a tile of queries of each warp.
 constexpr int64_t forward_shared_bytes(int capacity, int num_warps) {
   return int64_t{kRowBytes} * (2 * capacity + num_warps * kTileRows);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kAttentionFwdThreads)
-    elastic_attention_fwd_kernel(const AttentionParams p) {
+    elastic_attention_fwd_kernel(const CudaElasticAttentionParams p) {
   zero_unused(p, p.out);
   for (int head = 0; head < p.num_heads; ++head) {
     share(head * p.rows + first_unused(p), (head + 1) * p.rows,
           [&p](int64_t i) { p.lse[i] = 0.0f; });
   }
   if (p.batch == 0) return;
-  // Of a spoiled example the rows that fit are overwritten: to return here would cost a spill.
+  // The rows of a spoiled example that fit into shared memory are overwritten below, and stay NaN
+  // in part only. To return here would cost a spill.
   spoiled(p, {p.out});
   const int warp = threadIdx.x / kWarpSize;
-  const int num_warps = blockDim.x / kWarpSize, num_rows = Example(p).num_rows;
+  const int num_warps = blockDim.x / kWarpSize, num_rows = BlockExample(p).num_rows;
   const SharedRows keys{0}, values = keys.from(p.capacity);
   const SharedRows slot = values.from(p.capacity + warp * kTileRows);
   const auto load_queries = [&](int first) {
-    load_rows<T>(slot, p.q, Example(p), first, kTileRows, lane_anew(), kWarpSize);
+    load_rows<T>(slot, p.q, BlockExample(p), first, kTileRows, lane_anew(), kWarpSize);
   };
 
-  load_rows<T>(keys, p.k, Example(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
-  load_rows<T>(values, p.v, Example(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
+  load_rows<T>(keys, p.k, BlockExample(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
+  load_rows<T>(values, p.v, BlockExample(p), 0, round_up(num_rows), threadIdx.x, blockDim.x);
   load_queries(warp * kTileRows);
   wait_for_copies();
   __syncthreads();

@@ -1,66 +1,81 @@
-// The gradient of adaptive tape reading: see adatape_kernels/reference.py for the formulas.
+// The gradient of adaptive tape reading: the formulas stand in adatape_kernels/reference.py.
 //
-// A block takes one example: its queries again, then their gradients and those of the keys that it
-// read, backwards. Rows that it did not read are not touched.
+// A block takes one example. It computes the example's queries once more, and then, from the last
+// tape token to the first, the gradients of the queries and of the keys that were read. Gradients
+// of keys that were not read are not touched.
 
 #pragma once
 
 #include "../device.cuh"
-#include "scatter.cuh"
+#include "segment_sum.cuh"
 #include "top_entries.cuh"
 
 namespace adatape::cuda {
 
-// What becomes of a read key's gradient: it is stored in the example's own bank, added to a bank
-// that examples share, or listed, read after read, for scatter_kernel.
-enum class KeyGradients { kStored, kAdded, kListed };
+// What becomes of the gradient of a key that was read:
+//   kStored         it is stored in the gradient of the example's own bank,
+//   kAdded          it is added, by atomics, to the gradient of a bank that examples share,
+//   kContributions  it is written, one row a read, as a contribution for segment_sum_kernel.
+enum class KeyGradients { kStored, kAdded, kContributions };
 
-struct SelectBwdParams {
-  const void* query;               // (batch, key_dim)
-  int64_t query_row;               // its stride in elements
-  const void* keys;                // (bank_size, key_dim), or (batch, bank_size, key_dim)
-  int64_t keys_example, keys_row;  // its strides in elements, the first 0 for a shared bank
-  const float* dweights;           // (batch, steps, topk)
-  const float* dponder;            // (batch,)
-  const int32_t* indices;          // (batch, steps, topk)
-  const int32_t* counts;           // (batch,)
-  // (batch, steps + 1, key_dim): row s is the query of step s, from its turn on its gradient.
+// Strides are in elements.
+struct CudaTapeSelectBwdParams {
+  const void* query;       // (batch, key_dim)
+  int64_t stride_query;    // from an example's query to the next
+  const void* keys;        // (bank_size, key_dim) shared, or (batch, bank_size, key_dim)
+  int64_t stride_example;  // from an example's bank to the next; 0 for a shared bank
+  int64_t stride_entry;    // from an entry of the bank to the next
+  const float* dweights;   // (batch, num_tape_tokens, topk)
+  const float* dponder;    // (batch,)
+  const int32_t* indices;  // (batch, num_tape_tokens, topk)
+  const int32_t* counts;   // (batch,)
+  // Row s of an example is the query of its tape token s, and after that token's turn in the
+  // backward its gradient: (batch, num_tape_tokens + 1, key_dim).
   float* states;
-  void* dquery;      // (batch, key_dim)
-  void* dkeys;       // as keys; float32 where added to, (batch, steps, topk, key_dim) where listed
-  int32_t* entries;  // (batch, steps, topk), where listed: each read's entry, or kNoEntry
-  int64_t bank_size, key_dim;
-  int32_t steps, topk;
-  float scale;
-  bool average_query, entropy;
+  void* dquery;  // (batch, key_dim)
+  // By kind: kStored (batch, bank_size, key_dim) as keys, kAdded (bank_size, key_dim) in float32,
+  // kContributions (batch, num_tape_tokens, topk, key_dim) in float32.
+  void* dkeys;
+  int32_t* entries;  // (batch, num_tape_tokens, topk), if kContributions: each read's entry
+  int64_t bank_size;
+  int64_t key_dim;
+  int32_t num_tape_tokens;
+  int32_t topk;
+  float scale;         // of the scores, one over the root of key_dim
+  bool average_query;  // whether the next query is the mean of query and merged keys
+  bool entropy;        // whether the ponder loss is the entropy, else the top-1 loss
   KeyGradients kind;
 };
 
 constexpr int kSelectBwdThreads = 128;
 constexpr int kSelectBwdWarps = kSelectBwdThreads / kWarpSize;
-constexpr int kSelectBwdRegisters = 80;  // a thread, at most
+constexpr int kSelectBwdRegisters = 80;  // a thread takes no more
 constexpr int kSelectBwdBlocks = blocks_at_once(kSelectBwdThreads, kSelectBwdRegisters);
 
-// One example's view of the parameters.
+// Finds one example's elements in the tensors of the parameters.
 template <class T>
-struct SelectBwdExample {
-  const SelectBwdParams& p;
+struct TapeSelectBwdExample {
+  const CudaTapeSelectBwdParams& p;
   int64_t example;
 
-  __device__ int64_t read(int step, int j) const { return (example * p.steps + step) * p.topk + j; }
-  // Inside the bank even where a caller's indices are not.
-  __device__ int64_t entry(int step, int j) const {
-    return clamp(p.indices[read(step, j)], 0, p.bank_size - 1);
+  // Returns the place of the j-th read of a tape token among the reads of all examples.
+  __device__ int64_t read(int token, int j) const {
+    return (example * p.num_tape_tokens + token) * p.topk + j;
+  }
+  // Returns the entry of that read, inside the bank even where a caller's indices are not.
+  __device__ int64_t entry(int token, int j) const {
+    return clamp(p.indices[read(token, j)], 0, p.bank_size - 1);
   }
   __device__ const T* key(int64_t entry) const {
-    return static_cast<const T*>(p.keys) + example * p.keys_example + entry * p.keys_row;
+    return static_cast<const T*>(p.keys) + example * p.stride_example + entry * p.stride_entry;
   }
-  __device__ float* state(int step) const {
-    return p.states + (example * (p.steps + 1) + step) * p.key_dim;
+  // Returns the query of a tape token, or its gradient: see `states`.
+  __device__ float* state(int token) const {
+    return p.states + (example * (p.num_tape_tokens + 1) + token) * p.key_dim;
   }
 };
 
-// The warp's lanes share the product of a key with a query or a gradient.
+// Returns the product of a key with a query or a gradient, which the lanes of the warp share out.
 template <class T, bool Aligned>
 __device__ float dot(const T* key, const float* with, int64_t key_dim) {
   constexpr int kPack = Pack<T>::kSize;
@@ -77,22 +92,23 @@ __device__ float dot(const T* key, const float* with, int64_t key_dim) {
 
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
-    tape_select_bwd_kernel(SelectBwdParams p) {
+    tape_select_bwd_kernel(CudaTapeSelectBwdParams p) {
   __shared__ float scores[kWarpSize], dots[kWarpSize], weights[kWarpSize], dscores[kWarpSize];
-  const SelectBwdExample<T> at{p, blockIdx.x};
+  const TapeSelectBwdExample<T> at{p, blockIdx.x};
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int count = static_cast<int>(clamp(p.counts[at.example], 0, p.steps));
+  const int count = static_cast<int>(clamp(p.counts[at.example], 0, p.num_tape_tokens));
+  // The next query is keep · query + take · merged keys.
   const float keep = p.average_query ? 0.5f : 0.0f, take = p.average_query ? 0.5f : 1.0f;
 
-  const T* const query = static_cast<const T*>(p.query) + at.example * p.query_row;
+  const T* const query = static_cast<const T*>(p.query) + at.example * p.stride_query;
   for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
     at.state(0)[d] = to_float(query[d]);
   }
   __syncthreads();
-  for (int step = 0; step + 1 < count; ++step) {
-    const float* const q = at.state(step);
+  for (int token = 0; token + 1 < count; ++token) {
+    const float* const q = at.state(token);
     for (int j = warp; j < p.topk; j += kSelectBwdWarps) {
-      const float score = dot<T, Aligned>(at.key(at.entry(step, j)), q, p.key_dim);
+      const float score = dot<T, Aligned>(at.key(at.entry(token, j)), q, p.key_dim);
       if (lane == 0) scores[j] = score;
     }
     __syncthreads();
@@ -101,22 +117,22 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
     for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
       float merged = 0.0f;
       for (int j = 0; j < p.topk; ++j) {
-        merged += weights[j] * to_float(at.key(at.entry(step, j))[d]);
+        merged += weights[j] * to_float(at.key(at.entry(token, j))[d]);
       }
-      at.state(step + 1)[d] = p.average_query ? (q[d] + merged) * 0.5f : merged;
+      at.state(token + 1)[d] = p.average_query ? (q[d] + merged) * 0.5f : merged;
     }
     __syncthreads();
   }
 
   for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
-    at.state(count)[d] = 0.0f;  // nothing follows the last step
+    at.state(count)[d] = 0.0f;  // nothing depends on a query behind the last token
   }
   __syncthreads();
-  for (int step = count - 1; step >= 0; --step) {
-    float* const q = at.state(step);
-    const float* const dnext = at.state(step + 1);
+  for (int token = count - 1; token >= 0; --token) {
+    float* const q = at.state(token);
+    const float* const dnext = at.state(token + 1);
     for (int j = warp; j < p.topk; j += kSelectBwdWarps) {
-      const T* const key = at.key(at.entry(step, j));
+      const T* const key = at.key(at.entry(token, j));
       const float score = dot<T, Aligned>(key, q, p.key_dim);
       const float dmerged = dot<T, Aligned>(key, dnext, p.key_dim);
       if (lane == 0) scores[j] = score, dots[j] = take * dmerged;
@@ -125,10 +141,10 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
     if (warp == 0) {
       const bool is_one = lane < p.topk;
       const float weight = softmax(is_one ? scores[lane] * p.scale : 0.0f, p.topk);
-      float dweight = is_one ? p.dweights[at.read(step, lane)] + dots[lane] : 0.0f;
+      float dweight = is_one ? p.dweights[at.read(token, lane)] + dots[lane] : 0.0f;
       if (p.entropy) {
         dweight -= 2.0f * p.dponder[at.example] * weight;
-      } else {  // equal maxima share the gradient
+      } else {  // the largest weights, if several are equal, share the gradient
         float most = weight;
 #pragma unroll
         for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
@@ -146,7 +162,7 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
       const float following = dnext[d], before = q[d];
       float dq = keep * following;
       for (int j = 0; j < p.topk; ++j) {
-        const int64_t entry = at.entry(step, j);
+        const int64_t entry = at.entry(token, j);
         const float dkey = weights[j] * (take * following) + dscores[j] * before;
         dq = fmaf(dscores[j], to_float(at.key(entry)[d]), dq);
         if (p.kind == KeyGradients::kStored) {
@@ -155,7 +171,7 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
         } else if (p.kind == KeyGradients::kAdded) {
           atomicAdd(static_cast<float*>(p.dkeys) + entry * p.key_dim + d, dkey);
         } else {
-          static_cast<float*>(p.dkeys)[at.read(step, j) * p.key_dim + d] = dkey;
+          static_cast<float*>(p.dkeys)[at.read(token, j) * p.key_dim + d] = dkey;
         }
       }
       q[d] = dq;
@@ -167,11 +183,11 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
   for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
     dquery[d] = from_float<T>(at.state(0)[d]);
   }
-  if (p.kind == KeyGradients::kListed) {
-    for (int r = threadIdx.x; r < p.steps * p.topk; r += kSelectBwdThreads) {
-      const int step = r / p.topk, j = r % p.topk;
-      p.entries[at.read(step, j)] =
-          step < count ? static_cast<int32_t>(at.entry(step, j)) : kNoEntry;
+  if (p.kind == KeyGradients::kContributions) {
+    for (int r = threadIdx.x; r < p.num_tape_tokens * p.topk; r += kSelectBwdThreads) {
+      const int token = r / p.topk, j = r % p.topk;
+      p.entries[at.read(token, j)] =
+          token < count ? static_cast<int32_t>(at.entry(token, j)) : kNoEntry;
     }
   }
 }

@@ -1,5 +1,5 @@
-// The best entries of a bank in the registers of a warp, and the order that decides which those
-// are: the higher score, and among equal ones the lower entry; NaN below every number.
+// The best entries of a bank, which a warp keeps in its registers. Better is the higher score, and
+// among equal scores the lower entry; NaN lies below every number.
 
 #pragma once
 
@@ -10,52 +10,55 @@
 
 namespace adatape::cuda {
 
-constexpr int kUnreadable = INT_MIN;  // below the order of every score
+constexpr int kUnreadable = INT_MIN;  // lies below the order of every score
 constexpr int kNanOrder = INT_MIN + 1;
-constexpr int kMagnitude = INT_MAX;  // the bits of a float but its sign
+constexpr int kMagnitude = INT_MAX;  // masks all bits of a float but its sign
 
-// Integers in the order of the scores, -0 equal to 0.
+// Returns an integer; integers are ordered as the scores are, and -0 equals 0.
 __device__ inline int order_of(float score) {
   if (score != score) return kNanOrder;
   const int bits = __float_as_int(score == 0.0f ? 0.0f : score);
   return bits < 0 ? bits ^ kMagnitude : bits;
 }
+// Returns the score that has this order.
 __device__ inline float score_of(int order) {
   return __int_as_float(order < 0 ? order ^ kMagnitude : order);
 }
 
-struct Ranked {
+// An entry of the bank with the order of its score.
+struct OrderedEntry {
   int order, entry;
 };
 
-constexpr Ranked kNoEntryYet{kUnreadable, INT_MAX};
+constexpr OrderedEntry kNoEntryYet{kUnreadable, INT_MAX};
 
-__device__ inline bool better(Ranked a, Ranked b) {
+__device__ inline bool better(OrderedEntry a, OrderedEntry b) {
   return a.order > b.order || (a.order == b.order && a.entry < b.entry);
 }
 
-__device__ inline Ranked shuffled(Ranked x, int from) {
+__device__ inline OrderedEntry shuffled(OrderedEntry x, int from) {
   return {__shfl_sync(kFullMask, x.order, from), __shfl_sync(kFullMask, x.entry, from)};
 }
 
-// Lane j holds the j-th best so far in `best`, and one more candidate each lane in `mine`. Those
-// among the `topk` best of both are put where they belong, one after another.
-__device__ inline void keep_best(Ranked& best, Ranked mine, int topk) {
+// Lane j holds the j-th best entry so far in `best`, and every lane holds one more candidate in
+// `mine`. The candidates that belong among the `topk` best are put into their places, one after
+// another.
+__device__ inline void keep_best(OrderedEntry& best, OrderedEntry mine, int topk) {
   const int lane = threadIdx.x % kWarpSize;
-  const Ranked last = shuffled(best, topk - 1);
+  const OrderedEntry last = shuffled(best, topk - 1);
   const bool wanted = mine.order != kUnreadable && better(mine, last);
   for (unsigned left = __ballot_sync(kFullMask, wanted); left != 0; left &= left - 1) {
-    const Ranked next = shuffled(mine, __ffs(static_cast<int>(left)) - 1);
+    const OrderedEntry next = shuffled(mine, __ffs(static_cast<int>(left)) - 1);
     const int place = __popc(__ballot_sync(kFullMask, better(best, next)));
-    const Ranked before{__shfl_up_sync(kFullMask, best.order, 1),
-                        __shfl_up_sync(kFullMask, best.entry, 1)};
+    const OrderedEntry before{__shfl_up_sync(kFullMask, best.order, 1),
+                              __shfl_up_sync(kFullMask, best.entry, 1)};
     if (lane > place) best = before;
     if (lane == place) best = next;
   }
 }
 
-// Lane j has the j-th score, and gets its weight; 0 from lane `topk` on. NaN if a score is NaN or
-// the best one infinite.
+// Lane j hands in the j-th score and gets its weight; lanes from `topk` on get 0. The weights are
+// NaN if a score is NaN or the best one is infinite.
 __device__ inline float softmax(float score, int topk) {
   const bool is_one = static_cast<int>(threadIdx.x) % kWarpSize < topk;
   float highest = is_one ? score : -INFINITY;
@@ -64,7 +67,8 @@ __device__ inline float softmax(float score, int topk) {
     highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, bits));
   }
   const float exponential = is_one ? expf(score - highest) : 0.0f;
-  // A rounded division: equal scores weigh exactly 1 / topk, so that halting is exact.
+  // This division is correctly rounded, so that equal scores weigh exactly 1 / topk and halting is
+  // exact.
   return exponential / warp_sum(exponential);
 }
 

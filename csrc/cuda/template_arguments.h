@@ -1,16 +1,16 @@
-// From what only a call knows, the type of the elements and the alignment of rows, to template
-// arguments.
+// Makes template arguments of what is known only when an op is called: the type of the elements,
+// and properties such as the alignment of rows.
 
 #pragma once
 
 #include <initializer_list>
 
-#include "../tensors.h"
+#include "../stable_torch.h"
 #include "device.cuh"
 
 namespace adatape::cuda {
 
-// Calls body.template operator()<T>() for the type of the elements of x.
+// Calls body.template operator()<T>() where T is the type of the elements of `x`.
 template <class Body>
 void with_type_of(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {
@@ -23,7 +23,7 @@ void with_type_of(const Tensor& x, const Body& body) {
   }
 }
 
-// Calls body.template operator()<flags…>() with the flags as template arguments.
+// Calls body.template operator()<flags…>(), with the flags that follow as template arguments.
 template <bool... Known, class Body>
 void with_flags(const Body& body) {
   body.template operator()<Known...>();
@@ -33,7 +33,8 @@ void with_flags(const Body& body, bool flag, Flags... flags) {
   flag ? with_flags<Known..., true>(body, flags...) : with_flags<Known..., false>(body, flags...);
 }
 
-// Whether all rows of all tensors, which have dense rows, begin and end at multiples of 16 bytes.
+// Returns whether every row of every tensor begins and ends at a multiple of 16 bytes. The last
+// dimension of the tensors is contiguous.
 inline bool rows_aligned(std::initializer_list<Tensor> tensors) {
   for (const Tensor& x : tensors) {
     const int64_t elements = kAccessBytes / static_cast<int64_t>(x.element_size());

@@ -1,10 +1,11 @@
-// Adaptive tape reading: see adatape_kernels/reference.py for the formulas.
+// Adaptive tape reading: the formulas stand in adatape_kernels/reference.py.
 //
-// A block takes all steps of one example, or of a few that share their bank. In each step the keys
-// pass through shared memory, tile by tile, copied asynchronously while the tile before is scored;
-// a bank that fits there stays. A thread scores one entry of a tile, in one chain of multiply-adds
-// over the key's features: equal rows get equal bits wherever they stand. Each warp keeps the best
-// entries of those that it scored in its registers, lane j the j-th.
+// A block reads all tape tokens of one example, or of a few examples that share their bank. For
+// each token the keys pass through shared memory, tile by tile: a tile is copied asynchronously
+// while the one before is scored. A bank that fits into shared memory stays there. A thread scores
+// one entry of a tile, in one chain of multiply-adds over the key's features, so that equal rows
+// get equal bits wherever they stand. Each warp keeps the best of the entries that it has scored in
+// its registers, the j-th best in lane j.
 
 #pragma once
 
@@ -14,79 +15,90 @@
 
 namespace adatape::cuda {
 
-struct SelectParams {
-  const void* query;               // (batch, key_dim)
-  int64_t query_row;               // its stride in elements
-  const void* keys;                // (bank_size, key_dim), or (batch, bank_size, key_dim)
-  int64_t keys_example, keys_row;  // its strides in elements, the first 0 for a shared bank
-  const bool* read_mask;           // (batch, bank_size) or null
-  const int64_t* bank_lens;        // (batch,) or null
-  float* weights;                  // (batch, steps, topk)
-  float* ponder;                   // (batch,)
-  int32_t* indices;                // (batch, steps, topk)
-  int32_t* counts;                 // (batch,)
-  char* scratch;                   // a workspace for each block, or null: in shared memory
-  int64_t batch, bank_size, key_dim;
-  int32_t steps, topk;
-  float halt_threshold, scale;
-  bool average_query, entropy;
-  bool resident;  // the bank stays in shared memory from step to step
+// Strides are in elements.
+struct CudaTapeSelectParams {
+  const void* query;         // (batch, key_dim)
+  int64_t stride_query;      // from an example's query to the next
+  const void* keys;          // (bank_size, key_dim) shared, or (batch, bank_size, key_dim)
+  int64_t stride_example;    // from an example's bank to the next; 0 for a shared bank
+  int64_t stride_entry;      // from an entry of the bank to the next
+  const bool* read_mask;     // (batch, bank_size) or null; true where not to be read
+  const int64_t* bank_lens;  // (batch,) or null; entries from there on are not read
+  float* weights;            // (batch, num_tape_tokens, topk)
+  float* ponder;             // (batch,)
+  int32_t* indices;          // (batch, num_tape_tokens, topk)
+  int32_t* counts;           // (batch,)
+  char* workspaces;          // one for each block, or null where it lies in shared memory
+  int64_t batch;
+  int64_t bank_size;
+  int64_t key_dim;
+  int32_t num_tape_tokens;
+  int32_t topk;
+  float halt_threshold;
+  float scale;         // of the scores, one over the root of key_dim
+  bool average_query;  // whether the next query is the mean of query and merged keys
+  bool entropy;        // whether the ponder loss is the entropy, else the top-1 loss
+  bool resident;       // whether the whole bank stays in shared memory from token to token
 };
 
-constexpr int kSelectThreads = 256;  // at most; of a small bank a warp
+constexpr int kSelectThreads = 256;  // a block has no more; for a small bank it is one warp
 constexpr int kSelectWarps = kSelectThreads / kWarpSize;
-constexpr int kSelectRegisters = 128;  // a thread, at most
+constexpr int kSelectRegisters = 128;  // a thread takes no more
 constexpr int kSelectBlocks = blocks_at_once(kSelectThreads, kSelectRegisters);
-// Examples of a block that share its bank: twice as many read the keys from shared memory half as
-// often, but leave half as many blocks.
-constexpr int kSelectExamples = 2;
+// So many examples of a shared bank have a block together. With twice as many, keys would be read
+// from shared memory half as often, but there would be half as many blocks.
+constexpr int kExamplesPerBlock = 2;
 constexpr int kMaxTopk = kWarpSize;
 
-// Of a key, what a tile holds at a time.
+// A tile holds so many bytes of each of its keys at a time.
 constexpr int kChunkBytes = 64;
 constexpr int kChunkAccesses = kChunkBytes / kAccessBytes;
-constexpr int kStages = 2;  // tiles under way
+constexpr int kStages = 2;  // while one tile is scored, the next is under way
 
-// Sizes of what a block has in memory, the same on both sides of a launch.
-struct SelectSizes {
-  int64_t features;  // of a query, whole chunks
+// The sizes of what a block has in memory; host and device compute the same.
+struct TapeSelectSizes {
+  int64_t features;  // of a query, rounded up to whole chunks
   int64_t chunks;    // of a key
-  int64_t tiles;     // of `threads` entries
-  int64_t words;     // of a bit for each entry
+  int64_t tiles;     // of a bank; each has as many entries as the block has threads
+  int64_t words;     // in which every entry of a bank has a bit
 
-  __host__ __device__ SelectSizes(const SelectParams& p, int element_bytes, int threads)
+  __host__ __device__ TapeSelectSizes(int64_t key_dim, int64_t bank_size, int element_bytes,
+                                      int threads)
       : features(0),
-        chunks((p.key_dim * element_bytes + kChunkBytes - 1) / kChunkBytes),
-        tiles((p.bank_size + threads - 1) / threads),
-        words((p.bank_size + kWarpSize - 1) / kWarpSize) {
+        chunks((key_dim * element_bytes + kChunkBytes - 1) / kChunkBytes),
+        tiles((bank_size + threads - 1) / threads),
+        words((bank_size + kWarpSize - 1) / kWarpSize) {
     features = chunks * (kChunkBytes / element_bytes);
   }
-  // The queries (examples, features) and the unread entries' bits (examples, words).
+  // Returns the bytes of the queries (examples, features) and of the unread entries' bits
+  // (examples, words).
   __host__ __device__ int64_t workspace_bytes(int examples) const {
     const int64_t bytes =
         examples * (features * int64_t{sizeof(float)} + words * int64_t{sizeof(unsigned)});
     return (bytes + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
   }
+  // Returns the bytes of shared memory that tiles take: the whole bank, or one tile for each stage.
   __host__ __device__ int64_t tile_bytes(int threads, bool resident, int64_t bank_size) const {
     return resident ? bank_size * chunks * kChunkBytes : int64_t{kStages} * threads * kChunkBytes;
   }
 };
 
-// Where the 16 bytes `access` of an entry's chunk lie in a tile: neighbouring threads, who read the
-// same access of neighbouring rows, find them in different banks of the memory.
+// Returns where in a tile the access number `access` of an entry's chunk lies. Neighbouring threads
+// read the same access of neighbouring entries, and find them in different banks of the memory.
 __device__ inline int64_t place_in_tile(int entry, int access) {
   return (int64_t{entry} * kChunkAccesses + (access ^ (entry / 2 % kChunkAccesses))) * kAccessBytes;
 }
 
-// Starts to copy a chunk of `entries` keys; zeros behind a key's end.
+// Starts to copy one chunk of each of `entries` keys, from `feature` on; zeros arrive behind a
+// key's end.
 template <class T, bool Aligned>
-__device__ void copy_chunk(const SelectParams& p, const T* keys, int64_t first, int entries,
+__device__ void copy_chunk(const CudaTapeSelectParams& p, const T* keys, int64_t first, int entries,
                            int64_t feature, char* tile) {
   constexpr int kPack = Pack<T>::kSize;
   for (int i = threadIdx.x; i < entries * kChunkAccesses; i += blockDim.x) {
     const int entry = i / kChunkAccesses, access = i % kChunkAccesses;
     const int64_t d = feature + access * kPack;
-    const T* const key = keys + (first + entry) * p.keys_row;
+    const T* const key = keys + (first + entry) * p.stride_entry;
     char* const to = tile + place_in_tile(entry, access);
     if (Aligned && d < p.key_dim) {
       copy_async(to, key + d);
@@ -97,11 +109,13 @@ __device__ void copy_chunk(const SelectParams& p, const T* keys, int64_t first, 
   close_group();
 }
 
-// One step's pass over the bank: each warp's best entries of each example.
+// Passes over the bank once, for one tape token of each example, and leaves each warp's best
+// entries in `best`. An item is one chunk of one tile; `copied` says that the bank is in shared
+// memory.
 template <class T, bool Aligned, int Examples>
-__device__ void find_best(const SelectParams& p, const SelectSizes& sizes, const T* keys,
-                          const float* queries, const unsigned* unread, char* tiles, bool copied,
-                          Ranked (&best)[Examples]) {
+__device__ void find_best(const CudaTapeSelectParams& p, const TapeSelectSizes& sizes,
+                          const T* keys, const float* queries, const unsigned* unread, char* tiles,
+                          bool copied, OrderedEntry (&best)[Examples]) {
   constexpr int kPack = Pack<T>::kSize;
   const int threads = blockDim.x;
   const int64_t items = sizes.tiles * sizes.chunks;
@@ -138,7 +152,8 @@ __device__ void find_best(const SelectParams& p, const SelectSizes& sizes, const
     if (mine < entries) {
       const char* const from = tile_of(item);
       const float* const q = queries + chunk * (kChunkBytes / int64_t{sizeof(T)});
-#pragma unroll 1  // more at once would take more registers than there are
+// More accesses at once would take more registers than there are.
+#pragma unroll 1
       for (int access = 0; access < kChunkAccesses; ++access) {
         const auto key = *reinterpret_cast<const Pack<T>*>(from + place_in_tile(mine, access));
 #pragma unroll
@@ -166,49 +181,52 @@ __device__ void find_best(const SelectParams& p, const SelectSizes& sizes, const
         scores[e] = 0.0f;
       }
     }
-    if (!copied && !p.resident) __syncthreads();  // until all have read what a copy overwrites
+    // The next copy overwrites what all threads have to have read before.
+    if (!copied && !p.resident) __syncthreads();
   }
 }
 
-// What an example has read, alike in all lanes of the warp that keeps it.
-struct Progress {
-  float halting = 0.0f, ponder = 0.0f;
-  int count = 0;
-  int64_t left = 0;  // entries that are unread
+// How far the reading of an example has come; it is alike in all lanes of the warp that keeps it.
+struct ReadingProgress {
+  float halting = 0.0f;  // the sum of the largest weights
+  float ponder = 0.0f;   // the ponder loss
+  int count = 0;         // tape tokens that have been read
+  int64_t left = 0;      // entries that can still be read
 
-  __device__ bool reads_on(const SelectParams& p) const {
-    return halting < p.halt_threshold && left >= p.topk && count < p.steps;
+  __device__ bool reads_on(const CudaTapeSelectParams& p) const {
+    return halting < p.halt_threshold && left >= p.topk && count < p.num_tape_tokens;
   }
 };
 
+// A block reads for `Examples` examples of a shared bank, or for one of a bank of its own.
 template <class T, bool Aligned, int Examples>
 __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
-    tape_select_kernel(SelectParams p) {
-  __shared__ Ranked lists[Examples][kSelectWarps][kWarpSize];
+    tape_select_kernel(CudaTapeSelectParams p) {
+  __shared__ OrderedEntry lists[Examples][kSelectWarps][kWarpSize];  // each warp's best entries
   __shared__ int chosen[Examples][kMaxTopk];
   __shared__ float chosen_weights[Examples][kMaxTopk];
   __shared__ bool reading[Examples];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int warps = blockDim.x / kWarpSize;
-  const SelectSizes sizes(p, sizeof(T), blockDim.x);
+  const TapeSelectSizes sizes(p.key_dim, p.bank_size, sizeof(T), blockDim.x);
   const int64_t workspace = sizes.workspace_bytes(Examples);
-  char* const space = p.scratch ? p.scratch + blockIdx.x * workspace : dynamic_shared();
-  char* const tiles = dynamic_shared() + (p.scratch ? 0 : workspace);
+  char* const space = p.workspaces ? p.workspaces + blockIdx.x * workspace : dynamic_shared();
+  char* const tiles = dynamic_shared() + (p.workspaces ? 0 : workspace);
   float* const queries = reinterpret_cast<float*>(space);  // (Examples, features)
   unsigned* const unread =
       reinterpret_cast<unsigned*>(queries + Examples * sizes.features);  // (Examples, words)
   const int64_t first = int64_t{blockIdx.x} * Examples;
   const int examples = p.batch - first < Examples ? static_cast<int>(p.batch - first) : Examples;
-  const T* const keys = static_cast<const T*>(p.keys) + first * p.keys_example;
+  const T* const keys = static_cast<const T*>(p.keys) + first * p.stride_example;
 
   for (int e = 0; e < Examples; ++e) {
-    const T* const query = static_cast<const T*>(p.query) + (first + e) * p.query_row;
+    const T* const query = static_cast<const T*>(p.query) + (first + e) * p.stride_query;
     for (int64_t d = threadIdx.x; d < sizes.features; d += blockDim.x) {
       queries[e * sizes.features + d] = e < examples && d < p.key_dim ? to_float(query[d]) : 0.0f;
     }
   }
-  // Warp e keeps the progress of example e; a single warp, of one after another.
-  Progress progress[Examples];
+  // Warp e keeps the progress of example e; where the block has one warp, that keeps them all.
+  ReadingProgress progress[Examples];
 #pragma unroll
   for (int e = 0; e < Examples; ++e) {
     const int64_t i = first + e;
@@ -233,7 +251,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     return any;
   };
   while (anyone_reads()) {
-    Ranked best[Examples];
+    OrderedEntry best[Examples];
 #pragma unroll
     for (int e = 0; e < Examples; ++e) best[e] = kNoEntryYet;
     find_best<T, Aligned>(p, sizes, keys, queries, unread, tiles, copied, best);
@@ -250,8 +268,8 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
       }
       const float weight = softmax(score_of(best[e].order) * p.scale, p.topk);
       const float most = __shfl_sync(kFullMask, weight, 0);
-      Progress& now = progress[e];
-      const int64_t out = ((first + e) * p.steps + now.count) * p.topk + lane;
+      ReadingProgress& now = progress[e];
+      const int64_t out = ((first + e) * p.num_tape_tokens + now.count) * p.topk + lane;
       if (lane < p.topk) {
         p.indices[out] = chosen[e][lane] = best[e].entry;
         p.weights[out] = chosen_weights[e][lane] = weight;
@@ -270,7 +288,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
       for (int64_t d = threadIdx.x; d < p.key_dim; d += blockDim.x) {
         float merged = 0.0f;
         for (int j = 0; j < p.topk; ++j) {
-          merged += chosen_weights[e][j] * to_float(keys[chosen[e][j] * p.keys_row + d]);
+          merged += chosen_weights[e][j] * to_float(keys[chosen[e][j] * p.stride_entry + d]);
         }
         float& q = queries[e * sizes.features + d];
         q = p.average_query ? (q + merged) * 0.5f : merged;
@@ -287,8 +305,9 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
 #pragma unroll
   for (int e = 0; e < Examples; ++e) {
     if (e % warps != warp || e >= examples) continue;
-    const int64_t i = first + e, out = i * p.steps * p.topk;
-    for (int64_t r = progress[e].count * p.topk + lane; r < p.steps * p.topk; r += kWarpSize) {
+    const int64_t i = first + e, out = i * p.num_tape_tokens * p.topk;
+    for (int64_t r = progress[e].count * p.topk + lane; r < p.num_tape_tokens * p.topk;
+         r += kWarpSize) {
       p.indices[out + r] = -1;
       p.weights[out + r] = 0.0f;
     }

@@ -1,5 +1,5 @@
-// What the ops of every device share: names for torch's stable ABI, and checks with one-line
-// messages.
+// What the ops of every device share: short names for torch's stable ABI, refusals in one line,
+// and tensors in the form that kernels take.
 
 #pragma once
 
@@ -16,7 +16,8 @@ namespace adatape {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws what Python sees as one line: "name: expected …, got …".
+// Throws an error that Python sees as one line. A refusal of a bad value has the form
+// "name: expected …, got …".
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream message;
@@ -24,19 +25,20 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// `x` itself when its last dimension is contiguous, as the kernels need, else a copy.
+// Returns `x` itself where its last dimension is contiguous, as the kernels need it, else a copy.
 inline Tensor with_dense_rows(const Tensor& x) {
   return x.dim() == 0 || x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1
              ? x
              : torch::stable::contiguous(x);
 }
 
-// `x` itself where it is contiguous, without a trip through the dispatcher.
+// Returns `x` itself where it is contiguous, which costs no trip through the dispatcher, else a
+// copy.
 inline Tensor dense(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-// Zeros in rows `first` and on of x.
+// Fills the rows of `x` from row `first` on with zeros.
 inline void zero_rows_from(Tensor x, int64_t first) {
   if (first == x.size(0)) return;
   Tensor rows = torch::stable::narrow(x, 0, first, x.size(0) - first);

@@ -1,5 +1,5 @@
-// What the forward and the backward of attention share: parameters, an example's place in the
-// buffer, rows in shared memory, and products with them.
+// What the forward and the backward of attention share: their parameters, the place of an example
+// in the buffer, rows in shared memory, and products with these rows.
 
 #pragma once
 
@@ -11,40 +11,50 @@
 namespace adatape::cuda {
 
 constexpr int kHeadDim = 64;
-constexpr int kChunks = 8;     // of 16 bytes in a row of a head
-constexpr int kStep = 16;      // rows or columns that a product takes at a time
-constexpr int kTileRows = 32;  // of a warp
+constexpr int kChunks = 8;     // a row of a head has so many chunks of 16 bytes
+constexpr int kStep = 16;      // a product takes so many rows or columns at a time
+constexpr int kTileRows = 32;  // a warp has so many rows at a time
 constexpr int kSteps = kHeadDim / kStep;
 constexpr int kRowBytes = kChunks * kAccessBytes;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Row r of head h starts at data + r * row + h * head (in elements).
-struct HeadRows {
-  void* data;
-  int64_t row, head;
+// A matrix of heads, (rows, num_heads, kHeadDim), in which every head's elements are contiguous.
+// Strides are in elements.
+struct CudaHeadRows {
+  void* data = nullptr;
+  int64_t stride_row = 0;   // from a row to the next
+  int64_t stride_head = 0;  // from a head to the next
 };
 
-struct AttentionParams {
-  HeadRows q, k, v, out;      // (rows, num_heads, kHeadDim); out, dq, dk and dv without gaps
-  HeadRows dout, dq, dk, dv;  // the same, backward only
-  float* lse;                 // (num_heads, rows)
-  const int32_t* cu_inputs;   // (batch + 1,)
-  const int32_t* cu_tapes;    // (batch + 1,)
+struct CudaElasticAttentionParams {
+  CudaHeadRows q, k, v;      // (rows, num_heads, kHeadDim)
+  CudaHeadRows out;          // the same shape, without gaps
+  CudaHeadRows dout;         // the same shape, backward only
+  CudaHeadRows dq, dk, dv;   // the same shape, without gaps, backward only
+  float* lse;                // (num_heads, rows)
+  const int32_t* cu_inputs;  // (batch + 1,)
+  const int32_t* cu_tapes;   // (batch + 1,)
   int64_t rows;
-  int batch, num_heads;
-  int capacity;  // rows of an example that shared memory holds, a multiple of kStep
-  float scale;
+  int batch;
+  int num_heads;
+  int capacity;  // shared memory holds so many rows of an example, a multiple of kStep
+  float softmax_scale;
 };
 
-// Up to whole steps.
+// Rounds a number of rows up to whole steps.
 __device__ __forceinline__ int round_up(int rows) { return (rows + kStep - 1) / kStep * kStep; }
 
-// The block's example and head. Its rows are the inputs, then the tape. Corrupt offsets give wrong
-// rows, never rows outside the buffer or more than shared memory holds.
-struct Example {
-  int head, first_input, before_tape, num_inputs, num_rows;
+// The example and head of this block. The example's rows are its inputs, then its tape. Where the
+// offsets are corrupt the rows are wrong ones, but they never lie outside the buffer and are never
+// more than shared memory holds.
+struct BlockExample {
+  int head;
+  int first_input;  // the row of the buffer where the inputs begin
+  int before_tape;  // the row where the tape begins, less num_inputs
+  int num_inputs;
+  int num_rows;  // of inputs and tape
 
-  __device__ __forceinline__ explicit Example(const AttentionParams& p) {
+  __device__ __forceinline__ explicit BlockExample(const CudaElasticAttentionParams& p) {
     const auto inside = [&p](int offset) { return static_cast<int>(clamp(offset, 0, p.rows)); };
     const int i = static_cast<int>(blockIdx.x) / p.num_heads;
     const int first_tape = inside(p.cu_tapes[i]);
@@ -56,47 +66,52 @@ struct Example {
     num_rows = static_cast<int>(clamp(num_inputs + tapes, 0, p.capacity));
     before_tape = first_tape - num_inputs;
   }
-  // Where row r of the example lies in the buffer.
+  // Returns the row of the buffer that is row r of the example.
   __device__ __forceinline__ int64_t at(int r) const {
     return r + (r < num_inputs ? first_input : before_tape);
   }
-  // The head's elements in row r of the example.
+  // Returns the head's elements in row r of the example.
   template <class T>
-  __device__ __forceinline__ T* in(const HeadRows& x, int r) const {
-    return static_cast<T*>(x.data) + at(r) * x.row + head * x.head;
+  __device__ __forceinline__ T* in(const CudaHeadRows& x, int r) const {
+    return static_cast<T*>(x.data) + at(r) * x.stride_row + head * x.stride_head;
   }
 };
 
-// Rows of kHeadDim elements in shared memory, from a byte on that is a multiple of eight rows.
-// Chunk c of row r lies at place c ^ (r % 8): so the eight rows that load_matrices takes at a time
-// lie in different banks.
+// Rows of kHeadDim elements in shared memory. Chunk c of row r lies at place c ^ (r % 8) of its
+// row, so that the eight rows that load_matrices takes at a time lie in different banks.
 struct SharedRows {
-  int byte;
+  int byte;  // of shared memory where row 0 begins, a multiple of the size of eight rows
 
+  // Returns the rows from `row` on.
   __device__ __forceinline__ SharedRows from(int row) const { return {byte + row * kRowBytes}; }
+  // Returns the byte of shared memory where a chunk begins.
   __device__ __forceinline__ int place(int row, int c) const {
     return byte + row * kRowBytes + (c ^ (row % 8)) * kAccessBytes;
   }
   __device__ __forceinline__ char* chunk(int row, int c) const {
     return dynamic_shared() + place(row, c);
   }
-  // Rows `row` to row + 16 and columns 16 * step to 16 * step + 16 by quarters of (8, 8): upper and
-  // lower half of the left columns, then of the right ones. That is the first operand of mma, and
-  // transposed the second one, twice.
+  // Loads rows `row` to row + 16 at columns 16 * step to 16 * step + 16, as four quarters of (8,
+  // 8): the upper and the lower half of the left columns, then those of the right columns. The
+  // quarters are the first operand of mma; with kTranspose they are the second operand of two
+  // products.
   template <bool kTranspose>
   __device__ __forceinline__ void quarters(uint32_t (&to)[4], int row, int step) const {
     const int lane = threadIdx.x % kWarpSize;
-    // The chunk is 2 * step + lane / 16; so that one register holds the place for all steps.
+    // The lane's chunk is 2 * step + lane / 16. It is found by this exclusive or, so that one
+    // register holds what all steps need.
     const int here = place(row + lane % 16, lane / 16) ^ (2 * step * 16);
     load_matrices<kTranspose>(to, dynamic_shared() + here);
   }
 };
 
-// Copies rows first … first + count of the example, zeros where it has none, by `threads` threads
-// of which this is number `thread`. They arrive behind wait_for_copies and a barrier.
+// Starts to copy rows `first` to `first + count` of the example, where `threads` threads share the
+// work and this one is number `thread`. Zeros arrive for rows that the example does not have. The
+// rows are there after wait_for_copies and a barrier.
 template <class T>
-__device__ __forceinline__ void load_rows(SharedRows to, const HeadRows& x, const Example& e,
-                                          int first, int count, int thread, int threads) {
+__device__ __forceinline__ void load_rows(SharedRows to, const CudaHeadRows& x,
+                                          const BlockExample& e, int first, int count, int thread,
+                                          int threads) {
   for (int i = thread; i < count * kChunks; i += threads) {
     const int r = i / kChunks, c = i % kChunks;
     const bool exists = first + r < e.num_rows;
@@ -105,10 +120,10 @@ __device__ __forceinline__ void load_rows(SharedRows to, const HeadRows& x, cons
   }
 }
 
-// The first rows of `from` to rows `first` and on of the example, as many as it has.
+// Copies `count` rows from shared memory to the example's rows from `first` on, as many as it has.
 template <class T>
-__device__ __forceinline__ void store_rows(SharedRows from, const HeadRows& x, const Example& e,
-                                           int first, int count) {
+__device__ __forceinline__ void store_rows(SharedRows from, const CudaHeadRows& x,
+                                           const BlockExample& e, int first, int count) {
   for (int i = lane_anew(); i < count * kChunks; i += kWarpSize) {
     const int r = i / kChunks, c = i % kChunks;
     if (first + r >= e.num_rows) break;
@@ -117,7 +132,8 @@ __device__ __forceinline__ void store_rows(SharedRows from, const HeadRows& x, c
   }
 }
 
-// A sum (16, kHeadDim) of mma to rows `row` to row + 16, times a factor for each half of them.
+// Writes a sum (16, kHeadDim), as mma leaves it, to rows `row` to row + 16 of shared memory. The
+// first eight rows are multiplied by low_factor, the others by high_factor.
 template <class T>
 __device__ __forceinline__ void put_sum(SharedRows to, int row, const float (&sum)[2 * kSteps][4],
                                         float low_factor, float high_factor) {
@@ -132,7 +148,7 @@ __device__ __forceinline__ void put_sum(SharedRows to, int row, const float (&su
   }
 }
 
-// Rows 16 m to 16 m + 16 of `from` as first operands of mma.
+// Loads rows 16 m to 16 m + 16 of `from` as first operands of mma, for m up to kCount.
 template <int kCount>
 __device__ __forceinline__ void load_operands(uint32_t (&to)[kCount][kSteps][4], SharedRows from) {
 #pragma unroll
@@ -142,7 +158,7 @@ __device__ __forceinline__ void load_operands(uint32_t (&to)[kCount][kSteps][4],
   }
 }
 
-// sum[m] (16, 16) += a[m] (16, kHeadDim) · (rows `row` to row + 16 of b)ᵀ
+// Adds a[m] · (rows `row` to row + 16 of b)ᵀ to sum[m] (16, 16), where a[m] is (16, kHeadDim).
 template <class T, int kCount>
 __device__ __forceinline__ void multiply_transposed(float (&sum)[kCount][2][4],
                                                     const uint32_t (&a)[kCount][kSteps][4],
@@ -159,11 +175,11 @@ __device__ __forceinline__ void multiply_transposed(float (&sum)[kCount][2][4],
   }
 }
 
-// The same, where a[m] is rows 16 m to 16 m + 16 of `a` in shared memory.
+// Does the same where a[m] lies in shared memory, as rows 16 m to 16 m + 16 of `a`.
 template <class T, int kCount>
 __device__ __forceinline__ void multiply_transposed(float (&sum)[kCount][2][4], SharedRows a,
                                                     SharedRows b, int row) {
-// Of all steps at once the operands would be fetched together, and take all registers.
+// Unrolled further, the operands of all steps would be fetched together and take all registers.
 #pragma unroll 2
   for (int step = 0; step < kSteps; ++step) {
     uint32_t quarters[4];
@@ -178,7 +194,7 @@ __device__ __forceinline__ void multiply_transposed(float (&sum)[kCount][2][4], 
   }
 }
 
-// sum[m] (16, kHeadDim) += a[m] (16, 16) · rows `row` to row + 16 of b
+// Adds a[m] · (rows `row` to row + 16 of b) to sum[m] (16, kHeadDim), where a[m] is (16, 16).
 template <class T, int kCount>
 __device__ __forceinline__ void multiply(float (&sum)[kCount][2 * kSteps][4],
                                          const uint32_t (&a)[kCount][4], SharedRows b, int row) {
@@ -194,7 +210,7 @@ __device__ __forceinline__ void multiply(float (&sum)[kCount][2 * kSteps][4],
   }
 }
 
-// A sum (16, 16) of mma as its first operand.
+// Converts a sum (16, 16), as mma leaves it, to a first operand of mma.
 template <class T>
 __device__ __forceinline__ void as_operand(uint32_t (&to)[4], const float (&sum)[2][4]) {
 #pragma unroll
@@ -204,7 +220,7 @@ __device__ __forceinline__ void as_operand(uint32_t (&to)[4], const float (&sum)
   }
 }
 
-// Calls f(i) for all i from `first` to `end`: all threads of all blocks together, each its part.
+// Calls f(i) for all i from `first` to `end`, shared out among all threads of all blocks.
 template <class F>
 __device__ __forceinline__ void share(int64_t first, int64_t end, const F& f) {
   const int64_t threads = int64_t{gridDim.x} * blockDim.x;
@@ -213,15 +229,17 @@ __device__ __forceinline__ void share(int64_t first, int64_t end, const F& f) {
   }
 }
 
-__device__ __forceinline__ int64_t first_unused(const AttentionParams& p) {
+// Returns the first row of the buffer that no example owns.
+__device__ __forceinline__ int64_t first_unused(const CudaElasticAttentionParams& p) {
   return clamp(p.cu_tapes[p.batch], 0, p.rows);
 }
 
-// Whether the block's example is longer than max_rows said. Then its rows become NaN: nobody can
-// refuse it without a copy to the host, and its first rows alone do not give its attention.
-__device__ __forceinline__ bool spoiled(const AttentionParams& p,
-                                        std::initializer_list<HeadRows> results) {
-  constexpr uint32_t kNaNs = 0x7fff7fff;  // two of them, float16 or bfloat16
+// Returns whether the block's example has more rows than max_rows said. If so, its rows of the
+// results become NaN: the attention of its first rows alone would be wrong, and to refuse the
+// example would take a copy to the host.
+__device__ __forceinline__ bool spoiled(const CudaElasticAttentionParams& p,
+                                        std::initializer_list<CudaHeadRows> results) {
+  constexpr uint32_t kNaNs = 0x7fff7fff;  // a NaN twice, in float16 and in bfloat16
   const int i = static_cast<int>(blockIdx.x) / p.num_heads;
   const int head = static_cast<int>(blockIdx.x) % p.num_heads;
   const int64_t inputs = int64_t{p.cu_inputs[i + 1]} - p.cu_inputs[i];
@@ -231,7 +249,7 @@ __device__ __forceinline__ bool spoiled(const AttentionParams& p,
     const int64_t first = clamp(offsets[i], 0, p.rows), end = clamp(offsets[i + 1], 0, p.rows);
     for (int64_t at = first * kChunks + threadIdx.x; at < end * kChunks; at += blockDim.x) {
       const int64_t chunk = (at / kChunks * p.num_heads + head) * kChunks + at % kChunks;
-      for (const HeadRows& x : results) {
+      for (const CudaHeadRows& x : results) {
         static_cast<uint4*>(x.data)[chunk] = make_uint4(kNaNs, kNaNs, kNaNs, kNaNs);
       }
     }
@@ -239,8 +257,9 @@ __device__ __forceinline__ bool spoiled(const AttentionParams& p,
   return true;
 }
 
-// Zeros in the rows that no example owns.
-__device__ __forceinline__ void zero_unused(const AttentionParams& p, const HeadRows& x) {
+// Writes zeros to the rows that no example owns.
+__device__ __forceinline__ void zero_unused(const CudaElasticAttentionParams& p,
+                                            const CudaHeadRows& x) {
   const int64_t row_chunks = int64_t{kChunks} * p.num_heads;
   uint4* const chunks = static_cast<uint4*>(x.data);
   share(first_unused(p) * row_chunks, p.rows * row_chunks,

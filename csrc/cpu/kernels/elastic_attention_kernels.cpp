@@ -1,46 +1,51 @@
-// Attention over the two ranges of an example: see adatape_kernels/reference.py for the formulas.
+// Attention over an example's input and tape rows: the formulas stand in
+// adatape_kernels/reference.py.
 //
-// An example's rows are copied, float and head by head, into one contiguous run (inputs, then
-// tape), which costs 1 / rows of the products and lets them run over dense matrices. Softmax takes
-// one pass over up to kKeyBlock keys; longer examples merge blocks of keys by the running maximum.
+// The rows of one head of an example, inputs first and then tape, are copied into dense matrices of
+// float. A copy costs 1 / rows of what the products cost, and lets them run over dense matrices.
+// Softmax takes one pass over up to kKeyBlock keys; where an example has more, blocks of keys are
+// merged by the running maximum.
 
-#include "../kernels.h"
+#include "../cpu_kernels.h"
 #include "gemm.h"
 #include "scratch.h"
 
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-constexpr int64_t kTileQueries = 4 * kTileRows;  // their scores fit the first-level cache
+// The scores of so many queries fit the first-level cache.
+constexpr int64_t kTileQueries = 4 * kTileRows;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-struct Example {
+// Where the rows of one example lie: its inputs, then its tape.
+struct ExampleRows {
   int64_t first_input, inputs, first_tape, tapes;
 
-  Example(const AttentionParams& p, int64_t i)
+  ExampleRows(const CpuElasticAttentionParams& p, int64_t i)
       : first_input(p.cu_inputs[i]),
         inputs(p.cu_inputs[i + 1] - p.cu_inputs[i]),
         first_tape(p.cu_tapes[i]),
         tapes(p.cu_tapes[i + 1] - p.cu_tapes[i]) {}
 
   int64_t rows() const { return inputs + tapes; }
-  // Where row r of the example lies in the buffer.
+  // Returns the row of the buffer that is row r of the example.
   int64_t at(int64_t r) const { return r < inputs ? first_input + r : first_tape + r - inputs; }
 };
 
 template <class T>
-const T* row_of(const HeadRows& x, int64_t row, int64_t head) {
-  return static_cast<const T*>(x.data) + row * x.row + head * x.head;
+const T* row_of(const CpuHeadRows& x, int64_t row, int64_t head) {
+  return static_cast<const T*>(x.data) + row * x.stride_row + head * x.stride_head;
 }
 template <class T>
-T* row_to(const HeadRows& x, int64_t row, int64_t head) {
-  return static_cast<T*>(x.data) + row * x.row + head * x.head;
+T* row_to(const CpuHeadRows& x, int64_t row, int64_t head) {
+  return static_cast<T*>(x.data) + row * x.stride_row + head * x.stride_head;
 }
 
-// to (count, width) = rows first … first + count of the example, times factor, zeros to the right.
+// Copies rows `first` to `first + count` of the example, times a factor, to the rows of `to`, which
+// is (count, width); columns from `dim` on become zero.
 template <class T>
-void pack(const HeadRows& x, const Example& e, int64_t head, int64_t first, int64_t count,
+void pack(const CpuHeadRows& x, const ExampleRows& e, int64_t head, int64_t first, int64_t count,
           int64_t dim, int64_t width, float factor, float* to) {
   for (int64_t r = 0; r < count; ++r, to += width) {
     const T* from = row_of<T>(x, e.at(first + r), head);
@@ -50,9 +55,10 @@ void pack(const HeadRows& x, const Example& e, int64_t head, int64_t first, int6
   }
 }
 
-// to (dim, width): the same rows as columns, zeros in the columns behind `count`.
+// Copies the same rows to the columns of `to`, which is (dim, width); columns from `count` on
+// become zero.
 template <class T>
-void pack_transposed(const HeadRows& x, const Example& e, int64_t head, int64_t first,
+void pack_transposed(const CpuHeadRows& x, const ExampleRows& e, int64_t head, int64_t first,
                      int64_t count, int64_t dim, int64_t width, float* to) {
   for (int64_t c = 0; c < width; c += kLanes) {
     const T* from[kLanes];
@@ -66,9 +72,10 @@ void pack_transposed(const HeadRows& x, const Example& e, int64_t head, int64_t 
   }
 }
 
+// Copies rows of float, `width` apart, to rows `first` to `first + count` of the example.
 template <class T>
-void unpack(const float* from, int64_t width, const HeadRows& x, const Example& e, int64_t head,
-            int64_t first, int64_t count, int64_t dim) {
+void unpack(const float* from, int64_t width, const CpuHeadRows& x, const ExampleRows& e,
+            int64_t head, int64_t first, int64_t count, int64_t dim) {
   for (int64_t r = 0; r < count; ++r, from += width) {
     T* to = row_to<T>(x, e.at(first + r), head);
     int64_t d = 0;
@@ -77,8 +84,9 @@ void unpack(const float* from, int64_t width, const HeadRows& x, const Example& 
   }
 }
 
-// Turns a row of scores into exp(score - max) in place, with zeros behind `count`; merges with the
-// running maximum and sum of earlier blocks, and returns the factor for what they accumulated.
+// Replaces a row of scores by exp(score - largest), with zeros from `count` on. `largest` and
+// `total` run on from earlier blocks of keys; the result is the factor by which everything that
+// those blocks have added up must be multiplied.
 float softmax_row(float* s, int64_t count, int64_t width, float* largest, float* total) {
   for (int64_t c = count; c < width; ++c) s[c] = -__builtin_inff();
   Vec highest = load(s);
@@ -98,8 +106,8 @@ float softmax_row(float* s, int64_t count, int64_t width, float* largest, float*
 }
 
 template <class T>
-void forward(const AttentionParams& p, int64_t example, int64_t head, int64_t first) {
-  const Example e(p, example);
+void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, int64_t first) {
+  const ExampleRows e(p, example);
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
   const int64_t block = round_up(rows < kKeyBlock ? rows : kKeyBlock, kLanes);
@@ -112,7 +120,7 @@ void forward(const AttentionParams& p, int64_t example, int64_t head, int64_t fi
   float* const total = scratch.take(queries);
   float* const scores = scratch.take(kTileQueries * block);
 
-  pack<T>(p.q, e, head, first, queries, dim, width, p.scale, q);
+  pack<T>(p.q, e, head, first, queries, dim, width, p.softmax_scale, q);
   for (int64_t r = 0; r < queries; ++r) largest[r] = -__builtin_inff(), total[r] = 0.0f;
   for (int64_t key = 0; key < rows; key += kKeyBlock) {
     const int64_t keys = rows - key < kKeyBlock ? rows - key : kKeyBlock;
@@ -143,8 +151,8 @@ void forward(const AttentionParams& p, int64_t example, int64_t head, int64_t fi
 }
 
 template <class T>
-void backward(const AttentionParams& p, int64_t example, int64_t head) {
-  const Example e(p, example);
+void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
+  const ExampleRows e(p, example);
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
   const int64_t wide_block = round_up(block, kLanes);
@@ -178,7 +186,7 @@ void backward(const AttentionParams& p, int64_t example, int64_t head) {
     pack_transposed<T>(p.v, e, head, key, keys, dim, columns, vt);
     for (int64_t query = 0; query < rows; query += block) {
       const int64_t queries = rows - query < block ? rows - query : block;
-      pack<T>(p.q, e, head, query, queries, dim, width, p.scale, q);
+      pack<T>(p.q, e, head, query, queries, dim, width, p.softmax_scale, q);
       pack<T>(p.dout, e, head, query, queries, dim, width, 1.0f, dout);
       gemm(queries, columns, dim, q, width, 1, kt, columns, weights, columns, false);
       gemm(queries, columns, dim, dout, width, 1, vt, columns, ds, columns, false);
@@ -192,7 +200,8 @@ void backward(const AttentionParams& p, int64_t example, int64_t head) {
           store(ds_row + c, w * (load(ds_row + c) - shift));
         }
       }
-      // q is scaled already, so dk needs no scale of its own; dq gets it at the end.
+      // The packed q has been multiplied by the scale, so that dk is complete; dq is scaled at the
+      // end.
       const bool later_query = query > 0, later_key = key > 0;
       gemm(keys, width, queries, ds, 1, columns, q, width, dk, width, later_query);
       gemm(keys, width, queries, weights, 1, columns, dout, width, dv, width, later_query);
@@ -201,18 +210,19 @@ void backward(const AttentionParams& p, int64_t example, int64_t head) {
     unpack<T>(dk, width, p.dk, e, head, key, keys, dim);
     unpack<T>(dv, width, p.dv, e, head, key, keys, dim);
   }
-  for (int64_t i = 0; i < rows * width; i += kLanes) store(dq + i, load(dq + i) * p.scale);
+  for (int64_t i = 0; i < rows * width; i += kLanes) store(dq + i, load(dq + i) * p.softmax_scale);
   unpack<T>(dq, width, p.dq, e, head, 0, rows, dim);
 }
 
 }  // namespace
 
-void attention_fwd(const AttentionParams& p, int64_t example, int64_t head, int64_t first) {
+void attention_fwd(const CpuElasticAttentionParams& p, int64_t example, int64_t head,
+                   int64_t first) {
   p.dtype == DType::kFloat ? forward<float>(p, example, head, first)
                            : forward<bfloat16>(p, example, head, first);
 }
 
-void attention_bwd(const AttentionParams& p, int64_t example, int64_t head) {
+void attention_bwd(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
   p.dtype == DType::kFloat ? backward<float>(p, example, head)
                            : backward<bfloat16>(p, example, head);
 }

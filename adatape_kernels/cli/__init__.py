@@ -1,9 +1,9 @@
 """The `adatape-kernels` command."""
 
 import argparse
+import contextlib
 import importlib
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from typing import NoReturn
 import torch
 
 from adatape_kernels import __version__
-from adatape_kernels._build import build_facts
-from adatape_kernels.ops import FFN_PRODUCTS, triton_runtime
-from adatape_kernels.ops.op import BACKENDS, explain, registered_ops, serving, use_backend
+from adatape_kernels.cli import info_command
+from adatape_kernels.ops import triton_runtime
+from adatape_kernels.ops.op import BACKENDS, use_backend
 
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -32,17 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    commands.add_parser("info", help="versions, build facts, and which backend serves each op")
+    info = commands.add_parser(
+        "info", help="versions, build facts, and which backend serves which calls on which device"
+    )
+    info.add_argument("--json", action="store_true", help="the same for programs")
 
-    verify = commands.add_parser("verify", help="check golden files of the public JAX code")
+    verify = commands.add_parser(
+        "verify", help="compare with files of results that the public JAX code computed"
+    )
     verify.add_argument("files", nargs="+", metavar="FILE.npz")
-    verify.add_argument("--backend", help=f"one of {', '.join(BACKENDS)}; default: the fastest")
+    add_backend(verify)
     verify.add_argument(
         "--device", help="cpu or cuda; default: cuda for the backends triton and cuda, if there"
     )
 
     check = commands.add_parser(
-        "check", help="check every kernel against float64: can this machine's results be trusted?"
+        "check",
+        help="compare every kernel with float64 here: can this machine's results be trusted?",
     )
     check.add_argument("--device", help="cpu or cuda; default: cuda if it is there")
 
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "bench":
             return run_bench(argv[1:])
         if arguments.command == "info":
-            return info()
+            return info_command.run(as_json=arguments.json)
         if arguments.command == "verify":
             return verify_files(arguments.files, arguments.backend, arguments.device)
         if arguments.command == "check":
@@ -86,36 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def info() -> int:
-    """Print versions, build facts, and which backend serves each op and why the others do not."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    triton = (
-        f"triton {triton_runtime.triton.__version__}" if triton_runtime.INSTALLED else "no triton"
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Declare the option that `chosen_backend` reads."""
+    parser.add_argument(
+        "--backend",
+        metavar="NAME[,FALLBACK]",
+        help=f"{', '.join(BACKENDS)}, and who takes the calls that it does not serve, as in "
+        "cuda,triton; default: the fastest that serves each call",
     )
-    print(f"adatape-kernels {__version__}, Python {platform.python_version()}")
-    print(f"torch {torch.__version__}, {cuda}, {triton}")
-    print("\ncompiled part")
-    for name, value in build_facts().items():
-        print(f"  {name:<18}{value}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"\nops on {device} in float32 (* serves by default)")
-    print(f"  {'':<23}" + "".join(f"{backend:<9}" for backend in BACKENDS))
-    reasons: list[str] = []
-    for op in registered_ops():
-        chosen = serving(op, device, torch.float32)
-        cells = []
-        for backend, reason in explain(op, device, torch.float32).items():
-            if reason == "serves":
-                cells.append("yes *" if backend == chosen else "yes")
-            else:
-                reasons += [] if reason in reasons else [reason]
-                cells.append(f"no ({reasons.index(reason) + 1})")
-        print(f"  {op:<23}" + "".join(f"{cell:<9}" for cell in cells))
-    for number, reason in enumerate(reasons, start=1):
-        print(f"  ({number}) {reason}")
-    default, *others = FFN_PRODUCTS
-    print(f"\ndual_ffn's products in triton: {default} by default, or {', '.join(others)}")
-    return 0
+
+
+def chosen_backend(text: str | None) -> contextlib.AbstractContextManager[None]:
+    """Return `use_backend` for the names, of which the first is forced and the others fall back."""
+    if text is None:
+        return use_backend(None)
+    name, *fallback = text.split(",")
+    return use_backend(name, fallback)
 
 
 def verify_files(files: Sequence[str], backend: str | None, device: str | None) -> int:
@@ -123,7 +115,11 @@ def verify_files(files: Sequence[str], backend: str | None, device: str | None) 
     from adatape_kernels.recipes.verify import verify_file
 
     if device is None:
-        on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+        on_gpu = (
+            backend is not None
+            and backend.startswith(("triton", "cuda"))
+            and torch.cuda.is_available()
+        )
         device = "cuda" if on_gpu else "cpu"
     check_device(device)
     if (
@@ -133,9 +129,9 @@ def verify_files(files: Sequence[str], backend: str | None, device: str | None) 
         and not triton_runtime.INTERPRETED
     ):
         print("triton on the CPU: its interpreter runs the kernels", flush=True)
-        return in_interpreter("verify", *files, "--backend", "triton", "--device", "cpu")
+        return in_interpreter("verify", *files, "--backend", backend, "--device", "cpu")
     code = 0
-    with use_backend(backend):
+    with chosen_backend(backend):
         for file in files:
             try:
                 report = verify_file(file, device)
@@ -163,7 +159,9 @@ def in_interpreter(*argv: str) -> int:
     A process of its own, since triton decides when it is imported.
     """
     command = [sys.executable, "-m", "adatape_kernels.cli", *argv]
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    # The interpreter's numpy warns of every NaN and infinity, which kernels have on purpose.
+    settings = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    return subprocess.run(command, env={**os.environ, **settings}).returncode
 
 
 def run_check(device: str | None) -> int:
@@ -202,7 +200,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", default="adatape-train", metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--backend", help=f"one of {', '.join(BACKENDS)}; default: the fastest")
+    add_backend(parser)
     model = parser.add_argument_group("model", "by default a small one that suits the set")
     model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
     for name, kind, text in (
@@ -238,7 +236,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     for name in ("command", "backend"):
         options.pop(name)
     out, data_dir, resume = (options.pop(name) for name in ("out", "data_dir", "resume"))
-    with use_backend(arguments.backend):
+    with chosen_backend(arguments.backend):
         train.run(out, options, data_dir=data_dir, resume=resume)
     return 0
 

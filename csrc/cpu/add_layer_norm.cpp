@@ -1,0 +1,131 @@
+// Residual addition and the LayerNorm of the sum, on the CPU: allocation, tasks, registration.
+
+#include <tuple>
+
+#include "cpu_tensors.h"
+
+namespace adatape {
+namespace {
+
+// Returns the parameter (dim,) of a LayerNorm as contiguous float32, as the kernels take it.
+Tensor as_float(const Tensor& parameter) {
+  return dense(torch::stable::to(parameter, ScalarType::Float));
+}
+
+// Returns `x` with dense rows; a dtype that the kernels do not read becomes float32.
+Tensor readable(const Tensor& x) {
+  const bool known =
+      x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
+  return with_dense_rows(known ? x : torch::stable::to(x, ScalarType::Float));
+}
+
+struct CpuAddLayerNormOutputs {
+  Tensor total;   // (rows, dim), as x
+  Tensor normed;  // (rows, dim), as x
+  Tensor mean;    // (rows,), float32
+  Tensor rstd;    // (rows,), float32
+};
+
+CpuAddLayerNormOutputs allocate_outputs(const Tensor& x) {
+  return {.total = new_output(x, {x.size(0), x.size(1)}, x.scalar_type()),
+          .normed = new_output(x, {x.size(0), x.size(1)}, x.scalar_type()),
+          .mean = new_output(x, {x.size(0)}, ScalarType::Float),
+          .rstd = new_output(x, {x.size(0)}, ScalarType::Float)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
+                                                          const Tensor& branch_any,
+                                                          const Tensor& weight_any,
+                                                          const Tensor& bias_any, double eps) {
+  const Tensor x = with_dense_rows(x_any), branch = readable(branch_any);
+  const Tensor weight = as_float(weight_any), bias = as_float(bias_any);
+  const CpuAddLayerNormOutputs outputs = allocate_outputs(x);
+
+  const CpuAddLayerNormParams p{
+      .x = x.data_ptr(),
+      .stride_x = x.stride(0),
+      .branch = branch.data_ptr(),
+      .stride_branch = branch.stride(0),
+      .weight = weight.const_data_ptr<float>(),
+      .bias = bias.const_data_ptr<float>(),
+      .total = outputs.total.data_ptr(),
+      .normed = outputs.normed.data_ptr(),
+      .mean = outputs.mean.mutable_data_ptr<float>(),
+      .rstd = outputs.rstd.mutable_data_ptr<float>(),
+      .dim = x.size(1),
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(x),
+      .branch_dtype = dtype_of(branch),
+  };
+  const CpuKernels& chosen = cpu_kernels();
+  run_row_tasks(x.size(0), kLayerNormRows,
+                [&](int64_t first, int64_t count) { chosen.add_layer_norm_fwd(p, first, count); });
+  return {outputs.total, outputs.normed, outputs.mean, outputs.rstd};
+}
+
+// Returns the sum of the parts (blocks, dim), in their order.
+Tensor sum_of_parts(const Tensor& parts, ScalarType dtype) {
+  const int64_t blocks = parts.size(0), dim = parts.size(1);
+  Tensor sum = torch::stable::new_zeros(parts, {dim}, ScalarType::Float);
+  const float* const from = parts.const_data_ptr<float>();
+  float* const to = sum.mutable_data_ptr<float>();
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t d = 0; d < dim; ++d) to[d] += from[block * dim + d];
+  }
+  return torch::stable::to(sum, dtype);
+}
+
+struct CpuAddLayerNormGradients {
+  Tensor dx;             // (rows, dim), as total
+  Tensor dweight_parts;  // (blocks of kLayerNormRows rows, dim), float32
+  Tensor dbias_parts;    // the same
+};
+
+CpuAddLayerNormGradients allocate_gradients(const Tensor& total) {
+  const int64_t rows = total.size(0), dim = total.size(1);
+  const int64_t blocks = (rows + kLayerNormRows - 1) / kLayerNormRows;
+  return {.dx = new_output(total, {rows, dim}, total.scalar_type()),
+          .dweight_parts = new_output(total, {blocks, dim}, ScalarType::Float),
+          .dbias_parts = new_output(total, {blocks, dim}, ScalarType::Float)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
+    const Tensor& dtotal_any, const Tensor& dnormed_any, const Tensor& total_any,
+    const Tensor& weight_any, const Tensor& mean_any, const Tensor& rstd_any) {
+  const Tensor total = dense(total_any);
+  const ScalarType dtype = total.scalar_type();
+  const Tensor dtotal = with_dense_rows(torch::stable::to(dtotal_any, dtype));
+  const Tensor dnormed = with_dense_rows(torch::stable::to(dnormed_any, dtype));
+  const Tensor weight = as_float(weight_any), mean = dense(mean_any), rstd = dense(rstd_any);
+  const CpuAddLayerNormGradients gradients = allocate_gradients(total);
+
+  const CpuAddLayerNormBwdParams p{
+      .dtotal = dtotal.data_ptr(),
+      .stride_dtotal = dtotal.stride(0),
+      .dnormed = dnormed.data_ptr(),
+      .stride_dnormed = dnormed.stride(0),
+      .total = total.data_ptr(),
+      .weight = weight.const_data_ptr<float>(),
+      .mean = mean.const_data_ptr<float>(),
+      .rstd = rstd.const_data_ptr<float>(),
+      .dx = gradients.dx.data_ptr(),
+      .dweight_parts = gradients.dweight_parts.mutable_data_ptr<float>(),
+      .dbias_parts = gradients.dbias_parts.mutable_data_ptr<float>(),
+      .dim = total.size(1),
+      .dtype = dtype_of(total),
+  };
+  const CpuKernels& chosen = cpu_kernels();
+  run_row_tasks(total.size(0), kLayerNormRows, [&](int64_t first, int64_t count) {
+    chosen.add_layer_norm_bwd(p, first / kLayerNormRows, count);
+  });
+  return {gradients.dx, sum_of_parts(gradients.dweight_parts, weight_any.scalar_type()),
+          sum_of_parts(gradients.dbias_parts, weight_any.scalar_type())};
+}
+
+}  // namespace
+}  // namespace adatape
+
+STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
+  m.impl("add_layer_norm", TORCH_BOX(&adatape::add_layer_norm));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&adatape::add_layer_norm_bwd));
+}

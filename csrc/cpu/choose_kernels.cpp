@@ -1,0 +1,78 @@
+// Chooses the kernels for the processor at hand; cpu_kernels.h says what they do.
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu_kernels.h"
+
+// Declares the kernels that one instruction set's namespace defines, and makes their table.
+#define ADATAPE_DECLARE(isa)                                                                       \
+  namespace isa {                                                                                  \
+  void attention_fwd(const CpuElasticAttentionParams&, int64_t, int64_t, int64_t);                 \
+  void attention_bwd(const CpuElasticAttentionParams&, int64_t, int64_t);                          \
+  void select_columns(const CpuTapeSelectParams&, float*, int64_t, int64_t);                       \
+  void select_fwd(const CpuTapeSelectParams&, int64_t, int64_t);                                   \
+  void select_bwd(const CpuTapeSelectParams&, int64_t);                                            \
+  void gather_fwd(const CpuTapeGatherParams&, int64_t);                                            \
+  void gather_bwd(const CpuTapeGatherParams&, int64_t);                                            \
+  void segment_sum(const CpuSegmentSumParams&, int64_t, const Contribution*, const Contribution*); \
+  void bias(const CpuBiasActParams&, int64_t, int64_t);                                            \
+  void bias_gelu(const CpuBiasActParams&, int64_t, int64_t);                                       \
+  void gelu_bwd(const CpuBiasActParams&, int64_t, int64_t);                                        \
+  void bias_glu(const CpuBiasActParams&, int64_t, int64_t);                                        \
+  void glu_bwd(const CpuBiasActParams&, int64_t, int64_t);                                         \
+  void add_layer_norm_fwd(const CpuAddLayerNormParams&, int64_t, int64_t);                         \
+  void add_layer_norm_bwd(const CpuAddLayerNormBwdParams&, int64_t, int64_t);                      \
+  }                                                                                                \
+  constexpr CpuKernels k_##isa = {.name = #isa,                                                    \
+                                  .attention_fwd = isa::attention_fwd,                             \
+                                  .attention_bwd = isa::attention_bwd,                             \
+                                  .select_columns = isa::select_columns,                           \
+                                  .select_fwd = isa::select_fwd,                                   \
+                                  .select_bwd = isa::select_bwd,                                   \
+                                  .gather_fwd = isa::gather_fwd,                                   \
+                                  .gather_bwd = isa::gather_bwd,                                   \
+                                  .segment_sum = isa::segment_sum,                                 \
+                                  .bias = isa::bias,                                               \
+                                  .bias_gelu = isa::bias_gelu,                                     \
+                                  .gelu_bwd = isa::gelu_bwd,                                       \
+                                  .bias_glu = isa::bias_glu,                                       \
+                                  .glu_bwd = isa::glu_bwd,                                         \
+                                  .add_layer_norm_fwd = isa::add_layer_norm_fwd,                   \
+                                  .add_layer_norm_bwd = isa::add_layer_norm_bwd};
+
+namespace adatape {
+
+ADATAPE_DECLARE(portable)
+#if defined(__x86_64__)
+ADATAPE_DECLARE(avx2)
+ADATAPE_DECLARE(avx512)
+#endif
+
+namespace {
+
+const CpuKernels& choose() {
+  const char* const wanted = std::getenv("ADATAPE_CPU");
+  std::string available;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && (!wanted || wanted == std::string(k_avx512.name))) return k_avx512;
+  if (avx2 && (!wanted || wanted == std::string(k_avx2.name))) return k_avx2;
+  available = std::string(avx512 ? "avx512, " : "") + (avx2 ? "avx2 or " : "");
+#endif
+  if (!wanted || wanted == std::string(k_portable.name)) return k_portable;
+  throw std::runtime_error("ADATAPE_CPU: expected " + available + "portable, got '" + wanted + "'");
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace adatape

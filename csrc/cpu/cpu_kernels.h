@@ -1,0 +1,205 @@
+// The parameters of the CPU kernels, and the table of kernels that each instruction set fills.
+//
+// A kernel does one task, such as one example, in one thread; the ops in this folder check their
+// arguments, allocate the outputs and share the tasks out. Strides are in elements. Members that
+// say "backward only" or "forward only" are null in the other direction.
+
+#pragma once
+
+#include <cstdint>
+
+namespace adatape {
+
+enum class DType { kFloat, kBFloat16 };
+
+// A matrix of heads, (rows, num_heads, head_dim), in which every head's elements are contiguous.
+struct CpuHeadRows {
+  void* data = nullptr;
+  int64_t stride_row = 0;   // from a row to the next
+  int64_t stride_head = 0;  // from a head to the next
+};
+
+struct CpuElasticAttentionParams {
+  CpuHeadRows q, k, v, out;      // (rows, num_heads, head_dim)
+  CpuHeadRows dout, dq, dk, dv;  // the same shape, backward only
+  float* lse;                    // (num_heads, rows)
+  const int32_t* cu_inputs;      // (batch + 1,)
+  const int32_t* cu_tapes;       // (batch + 1,)
+  int64_t rows;
+  int64_t head_dim;
+  float softmax_scale;
+  DType dtype;  // of all matrices of heads
+};
+
+// A bank of keys or values: one (bank_size, width) that all examples share, or one for each
+// example, (batch, bank_size, width).
+struct CpuBank {
+  void* data;
+  int64_t stride_example;  // from an example's bank to the next; 0 for a shared bank
+  int64_t stride_row;      // from an entry to the next
+  int64_t bank_size;
+  int64_t width;
+};
+
+struct CpuTapeSelectParams {
+  const void* query;                      // (batch, key_dim)
+  int64_t stride_query;                   // from an example's query to the next
+  CpuBank keys;                           // its width is key_dim
+  const float* keys_by_column = nullptr;  // (key_dim, padded bank_size), of a shared bank only
+  const bool* read_mask = nullptr;        // (batch, bank_size) or null; true where not to be read
+  const int64_t* bank_lens = nullptr;     // (batch,) or null; entries from there on are not read
+  float* weights = nullptr;               // (batch, num_tape_tokens, topk), forward only
+  float* ponder = nullptr;                // (batch,), forward only
+  int32_t* indices;                       // (batch, num_tape_tokens, topk)
+  int32_t* counts;                        // (batch,)
+  const float* dweights = nullptr;        // (batch, num_tape_tokens, topk), backward only
+  const float* dponder = nullptr;         // (batch,), backward only
+  float* dquery = nullptr;                // (batch, key_dim), backward only
+  // The gradients of the keys that were read, (batch, num_tape_tokens, topk, key_dim), backward
+  // only.
+  float* dread_keys = nullptr;
+  int64_t num_tape_tokens;
+  int64_t topk;
+  float halt_threshold = 0.0f;  // forward only
+  bool average_query;           // whether the next query is the mean of query and merged keys
+  bool entropy;                 // whether the ponder loss is the entropy, else the top-1 loss
+  DType dtype;                  // of query and keys
+};
+
+struct CpuTapeGatherParams {
+  CpuBank bank;
+  const int32_t* indices;     // (batch, num_tape_tokens, topk)
+  const float* weights;       // (batch, num_tape_tokens, topk)
+  const int32_t* offsets;     // (batch + 1,), where each example's rows of the tape begin
+  void* tape;                 // (tape rows, width); in the backward it is the tape's gradient
+  int64_t stride_tape;        // from a row of the tape to the next
+  float* dweights = nullptr;  // (batch, num_tape_tokens, topk), backward only
+  int64_t num_tape_tokens;
+  int64_t topk;
+  DType dtype;  // of bank and tape
+};
+
+// One addend of a segment: `weight` times row `row` of CpuSegmentSumParams::rows.
+struct Contribution {
+  int64_t row;
+  float weight;
+};
+
+struct CpuSegmentSumParams {
+  const void* rows;    // (any number, width), the rows that contributions name
+  int64_t stride_row;  // from one of these rows to the next
+  void* out;           // (rows of all banks, width), contiguous
+  int64_t width;
+  DType rows_dtype;
+  DType out_dtype;  // bfloat16 rows have a bfloat16 sum; float rows may have either
+};
+
+// The matrices are contiguous. `hidden` has 2 · width columns where the activation is a GLU.
+struct CpuBiasActParams {
+  void* hidden;                // (rows, width or 2 · width), the pre-activations
+  const void* bias = nullptr;  // (columns of hidden,), or null where hidden has it already
+  void* act = nullptr;         // (rows, width), the activations, forward only
+  const void* dact = nullptr;  // (rows, width), backward only
+  void* dhidden = nullptr;     // shaped as hidden, backward only; a GELU's may lie where dact lies
+  int64_t width;
+  DType dtype;
+};
+
+struct CpuAddLayerNormParams {
+  const void* x;          // (rows, dim)
+  int64_t stride_x;       // from a row of x to the next
+  const void* branch;     // (rows, dim)
+  int64_t stride_branch;  // from a row of branch to the next
+  const float* weight;    // (dim,)
+  const float* bias;      // (dim,)
+  void* total;            // (rows, dim), contiguous, as the rest
+  void* normed;           // (rows, dim)
+  float* mean;            // (rows,)
+  float* rstd;            // (rows,), one over each row's standard deviation
+  int64_t dim;
+  float eps;
+  DType dtype;         // of x, total and normed
+  DType branch_dtype;  // of branch
+};
+
+struct CpuAddLayerNormBwdParams {
+  const void* dtotal;      // (rows, dim)
+  int64_t stride_dtotal;   // from a row of dtotal to the next
+  const void* dnormed;     // (rows, dim)
+  int64_t stride_dnormed;  // from a row of dnormed to the next
+  const void* total;       // (rows, dim), contiguous, as the rest
+  const float* weight;     // (dim,)
+  const float* mean;       // (rows,)
+  const float* rstd;       // (rows,)
+  void* dx;                // (rows, dim)
+  float* dweight_parts;    // (blocks of kLayerNormRows rows, dim), the sum over each block's rows
+  float* dbias_parts;      // the same
+  int64_t dim;
+  DType dtype;  // of dtotal, dnormed, total and dx
+};
+
+// A task of the attention's forward takes this many queries of an example, and a pass of its
+// softmax this many keys.
+constexpr int64_t kQueryBlock = 512;
+constexpr int64_t kKeyBlock = 1024;
+// The attention's backward takes so many queries and keys at a time.
+constexpr int64_t kBackwardBlock = 256;
+// So many examples read a shared bank together, so that one pass over its keys serves them all.
+constexpr int64_t kExamplesPerBankPass = 6;
+// The columns of keys_by_column are padded to a multiple of the widest vector.
+constexpr int64_t kColumnMultiple = 16;
+constexpr int64_t kMaxTopk = 32;
+// A task of add_layer_norm takes so many rows. The sums over such blocks of rows add up to the
+// gradients of weight and bias, whatever the number of threads.
+constexpr int64_t kLayerNormRows = 64;
+
+struct CpuKernels {
+  const char* name;  // of the instruction set
+
+  // Attends from the queries `first` on, kQueryBlock at most, of one head of one example.
+  void (*attention_fwd)(const CpuElasticAttentionParams&, int64_t example, int64_t head,
+                        int64_t first);
+  // Writes all gradients of one head of one example.
+  void (*attention_bwd)(const CpuElasticAttentionParams&, int64_t example, int64_t head);
+
+  // Copies entries `first` to `first + count` of a shared bank to the columns of `to`, which is
+  // shaped as keys_by_column.
+  void (*select_columns)(const CpuTapeSelectParams&, float* to, int64_t first, int64_t count);
+  // Reads for `count` examples from `example` on: kExamplesPerBankPass at most of a shared bank,
+  // and one of a bank of its own.
+  void (*select_fwd)(const CpuTapeSelectParams&, int64_t example, int64_t count);
+  // Writes dquery and dread_keys of one example.
+  void (*select_bwd)(const CpuTapeSelectParams&, int64_t example);
+
+  // Writes one example's rows of the tape.
+  void (*gather_fwd)(const CpuTapeGatherParams&, int64_t example);
+  // Writes one example's rows of dweights.
+  void (*gather_bwd)(const CpuTapeGatherParams&, int64_t example);
+  // Writes row `bank_row` of a bank's gradient: the sum of the contributions in its segment, which
+  // is zero where the segment is empty.
+  void (*segment_sum)(const CpuSegmentSumParams&, int64_t bank_row, const Contribution* first,
+                      const Contribution* last);
+
+  // The next five take rows `first` to `first + count`.
+  // Adds the bias to hidden.
+  void (*bias)(const CpuBiasActParams&, int64_t first, int64_t count);
+  // Adds the bias to hidden, then writes act = gelu(hidden).
+  void (*bias_gelu)(const CpuBiasActParams&, int64_t first, int64_t count);
+  // Writes dhidden, given dact and hidden.
+  void (*gelu_bwd)(const CpuBiasActParams&, int64_t first, int64_t count);
+  // Adds the bias to hidden = [a, g], then writes act = a · sigmoid(g).
+  void (*bias_glu)(const CpuBiasActParams&, int64_t first, int64_t count);
+  // Writes dhidden, given dact and hidden = [a, g].
+  void (*glu_bwd)(const CpuBiasActParams&, int64_t first, int64_t count);
+
+  // Writes total, normed, mean and rstd of rows `first` to `first + count`.
+  void (*add_layer_norm_fwd)(const CpuAddLayerNormParams&, int64_t first, int64_t count);
+  // Writes dx of the rows of one block, and the block's part of the parameters' gradients.
+  void (*add_layer_norm_bwd)(const CpuAddLayerNormBwdParams&, int64_t block, int64_t count);
+};
+
+// Returns the kernels for the best instruction set of this processor, or for the one that the
+// environment variable ADATAPE_CPU names: portable, avx2 or avx512.
+const CpuKernels& cpu_kernels();
+
+}  // namespace adatape

@@ -1,0 +1,66 @@
+// How the ops on the CPU pass tensors to kernels, allocate outputs and share out their work.
+
+#pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+
+#include "../stable_torch.h"
+#include "cpu_kernels.h"
+
+namespace adatape {
+
+inline DType dtype_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Float ? DType::kFloat : DType::kBFloat16;
+}
+
+// Describes keys or values with dense rows, (bank_size, width) or (batch, bank_size, width).
+inline CpuBank bank_of(const Tensor& x) {
+  const bool own = x.dim() == 3;
+  return {.data = x.data_ptr(),
+          .stride_example = own ? x.stride(0) : 0,
+          .stride_row = x.stride(x.dim() - 2),
+          .bank_size = x.size(x.dim() - 2),
+          .width = x.size(x.dim() - 1)};
+}
+
+// Returns an uninitialised tensor on the device of `like`. Where it is large it asks the kernel for
+// huge pages, because the first touch of 4 kB pages costs several times what writing them does.
+inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto start = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = start + static_cast<uintptr_t>(out.numel()) * out.element_size();
+  // This is advice only: where it is not taken, nothing but time is lost.
+  if (end > first + kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+// Runs task(0) to task(count - 1), each in the next idle thread of torch's pool.
+template <class Task>
+void run_tasks(int64_t count, const Task& task) {
+  const int64_t threads = torch::stable::get_num_threads();
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) task(i);
+  });
+}
+
+// Calls task(first, count) for blocks of at most `rows_per_task` rows, which together are all rows.
+template <class Task>
+void run_row_tasks(int64_t rows, int64_t rows_per_task, const Task& task) {
+  run_tasks((rows + rows_per_task - 1) / rows_per_task, [&](int64_t i) {
+    const int64_t first = i * rows_per_task;
+    task(first, std::min(rows_per_task, rows - first));
+  });
+}
+
+}  // namespace adatape

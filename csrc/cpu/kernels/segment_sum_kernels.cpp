@@ -1,0 +1,42 @@
+// The sum of the weighted rows that belong to one entry of a bank, in float and in a fixed order.
+
+#include "../cpu_kernels.h"
+#include "vec.h"
+
+namespace adatape::ADATAPE_ISA {
+namespace {
+
+template <class From, class To>
+void add_up(const CpuSegmentSumParams& p, int64_t bank_row, const Contribution* first,
+            const Contribution* last) {
+  const auto row_of = [&p](const Contribution* contribution) {
+    return static_cast<const From*>(p.rows) + contribution->row * p.stride_row;
+  };
+  To* const out = static_cast<To*>(p.out) + bank_row * p.width;
+  int64_t d = 0;
+  for (; d + kLanes <= p.width; d += kLanes) {
+    Vec sum = {};
+    for (const Contribution* c = first; c != last; ++c) sum += c->weight * load(row_of(c) + d);
+    store(out + d, sum);
+  }
+  for (; d < p.width; ++d) {
+    float sum = 0.0f;
+    for (const Contribution* c = first; c != last; ++c) sum += c->weight * to_float(row_of(c)[d]);
+    out[d] = from_float<To>(sum);
+  }
+}
+
+}  // namespace
+
+void segment_sum(const CpuSegmentSumParams& p, int64_t bank_row, const Contribution* first,
+                 const Contribution* last) {
+  if (p.rows_dtype == DType::kBFloat16) {
+    add_up<bfloat16, bfloat16>(p, bank_row, first, last);
+  } else if (p.out_dtype == DType::kBFloat16) {
+    add_up<float, bfloat16>(p, bank_row, first, last);
+  } else {
+    add_up<float, float>(p, bank_row, first, last);
+  }
+}
+
+}  // namespace adatape::ADATAPE_ISA

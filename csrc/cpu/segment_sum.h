@@ -1,0 +1,72 @@
+// The gradient of a bank, without atomics: every contribution to the bank is sorted into the
+// segment of the entry that it belongs to, and every segment is summed by one thread.
+
+#pragma once
+
+#include <vector>
+
+#include "cpu_tensors.h"
+
+namespace adatape {
+
+// The entries that a batch of examples has read from a bank.
+struct TapeReads {
+  const int32_t* indices;  // (batch, num_tape_tokens, topk), the entry of each read
+  const int32_t* counts;   // (batch,), the tape tokens of each example
+  int64_t batch, num_tape_tokens, topk;
+  int64_t bank_size;
+  bool own_banks;  // whether every example reads from a bank of its own
+
+  // Calls visit(bank_row, example, token, rank) for every read, example after example, where
+  // bank_row counts the rows of all banks.
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    for (int64_t i = 0; i < batch; ++i) {
+      for (int64_t token = 0; token < counts[i]; ++token) {
+        for (int64_t rank = 0; rank < topk; ++rank) {
+          const int64_t entry = indices[(i * num_tape_tokens + token) * topk + rank];
+          visit(own_banks ? i * bank_size + entry : entry, i, token, rank);
+        }
+      }
+    }
+  }
+};
+
+// All contributions, sorted by the row of the bank that they belong to. Those of row r are
+// contributions[starts[r]] up to contributions[starts[r + 1]]. They stand in the order of examples,
+// tape tokens and ranks, which fixes the order of their sum.
+struct Segments {
+  std::vector<int64_t> starts;              // (rows of all banks + 1,)
+  std::vector<Contribution> contributions;  // (reads,)
+};
+
+// Sorts the reads into segments; `contribution(example, token, rank)` is what one read adds.
+template <class MakeContribution>
+Segments sort_into_segments(const TapeReads& reads, const MakeContribution& contribution) {
+  const int64_t bank_rows = reads.own_banks ? reads.batch * reads.bank_size : reads.bank_size;
+  Segments segments;
+  segments.starts.assign(bank_rows + 1, 0);
+  reads.for_each([&](int64_t row, int64_t, int64_t, int64_t) { ++segments.starts[row + 1]; });
+  for (int64_t r = 0; r < bank_rows; ++r) segments.starts[r + 1] += segments.starts[r];
+  segments.contributions.resize(segments.starts[bank_rows]);
+  std::vector<int64_t> next(segments.starts.begin(), segments.starts.end() - 1);
+  reads.for_each([&](int64_t row, int64_t i, int64_t token, int64_t rank) {
+    segments.contributions[next[row]++] = contribution(i, token, rank);
+  });
+  return segments;
+}
+
+// Sums every segment into its row of a bank's gradient.
+inline void sum_segments(const Segments& segments, const CpuSegmentSumParams& p) {
+  constexpr int64_t kBankRowsPerTask = 256;
+  const int64_t bank_rows = static_cast<int64_t>(segments.starts.size()) - 1;
+  const Contribution* const all = segments.contributions.data();
+  const CpuKernels& chosen = cpu_kernels();
+  run_row_tasks(bank_rows, kBankRowsPerTask, [&](int64_t first, int64_t count) {
+    for (int64_t row = first; row < first + count; ++row) {
+      chosen.segment_sum(p, row, all + segments.starts[row], all + segments.starts[row + 1]);
+    }
+  });
+}
+
+}  // namespace adatape
