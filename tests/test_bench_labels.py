@@ -1,6 +1,7 @@
 """A benchmark row's label is what ran, by the dispatcher's record; one that lies is an error."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from adatape_kernels.benchmarks.harness.cases import (
 )
 from adatape_kernels.ops.op import Ran, operation
 
+README = Path(__file__).parents[1] / "benchmarks" / "README.md"
 EFFORT = Effort(rounds=3, seconds=0.1, quick=True)
 FORWARD, BACKWARD = Ran("tape_select", "cpp"), Ran("tape_select_bwd", "cpp")
 BOTH = ("tape_select", "tape_select_bwd")
@@ -132,12 +134,13 @@ def test_every_backend_with_a_kernel_here_has_a_provider(op):
     assert all(provider.name == f"{OURS} {provider.backend}" for provider in found[1:])
 
 
-def test_every_letter_of_a_shape_is_in_the_legend_that_help_prints():
+def test_every_letter_of_a_shape_is_in_the_legend_of_help_and_readme():
     letters = {letter for suite in command.suites([]).values() for letter in suite.shape._fields}
     assert letters == set(suites.LEGEND)
-    text = command.parser().format_help()
-    for line in suites.legend():
-        assert line in text
+    text, readme = command.parser().format_help(), README.read_text(encoding="utf-8")
+    for letter, meaning in suites.LEGEND.items():
+        assert f"  {letter}: {meaning}\n" in text
+        assert f"| `{letter}` | {meaning} |\n" in readme
 
 
 def test_rows_that_were_recorded_before_can_be_read_and_shown():

@@ -123,8 +123,8 @@ def _cases() -> Iterator[AuditCase]:
         wide = {
             "_tape_gather_fwd_kernel": ("load128", "store128"),
             "_tape_gather_bwd_kernel": ("load128",),
-            "_scatter_own_kernel": ("load128", "store128"),
-            "_scatter_runs_kernel": ("load128", "store128"),
+            "_segment_sum_own_kernel": ("load128", "store128"),
+            "_segment_sum_shared_kernel": ("load128", "store128"),
         }
         for bank, shape, batch in (
             ("input 784 × 384", (256, 784, 384), 256),

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from adatape_kernels.benchmarks.harness import records
@@ -73,7 +73,7 @@ def selected(cases: Entries, selection: str) -> Entries:
         fitting = {
             case: entry for case, entry in cases.items() if words <= set(" ".join(case).split())
         }
-        if not fitting:
+        if not words or not fitting:
             raise ValueError(f"table: expected words of a recorded case, got {part.strip()!r}")
         found.update(fitting)
     return found
@@ -183,13 +183,13 @@ def _page_cells(entry: Entry) -> list[str]:
     ]
 
 
-def fill(text: str, tables: dict[str, Entries], folder: str) -> str:
+def fill(text: str, tables: dict[str, Entries], folder: PurePath) -> str:
     """Return text with each marked table made anew, and below it its legend and a link to the page.
 
     Args:
         text: Markdown with markers.
         tables: the cases of each CSV file, by its name.
-        folder: where the pages lie, as a link from the text.
+        folder: where the pages lie, relative to the text.
 
     Raises:
         ValueError: a marker names a file or a case that is not there.
@@ -200,7 +200,8 @@ def fill(text: str, tables: dict[str, Entries], folder: str) -> str:
         if name not in tables:
             raise ValueError(f"table: expected one of {', '.join(tables)}, got {name!r}")
         cases = selected(tables[name], selection)
-        below = f"{explanation(cases)} Every case and provider: [{name}]({folder}/{name}.md)."
+        page_link = f"[{name}]({(folder / name).as_posix()}.md)"
+        below = f"{explanation(cases)} Every case and provider: {page_link}."
         return f"{match[1]}{summary(cases)}\n\n{below}\n{match[3]}"
 
     return _MARKED.sub(made, text)
@@ -243,8 +244,8 @@ def _write_pages(results: Path) -> dict[str, Entries]:
 
 def _fill_readme(readme: Path, tables: dict[str, Entries], results: Path) -> None:
     old = readme.read_text(encoding="utf-8")
-    folder = Path(os.path.relpath(results.resolve(), readme.resolve().parent)).as_posix()
-    new = fill(old, tables, folder)
+    folder = os.path.relpath(results.resolve(), readme.resolve().parent)
+    new = fill(old, tables, PurePath(folder))
     if new != old:
         readme.write_text(new, encoding="utf-8")
         print(readme)
