@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,73 +104,88 @@ def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
     _launcher("add_layer_norm_bwd")(total, normed, total, weight, *saved)
 
 
-def _cases() -> Iterator[AuditCase]:
-    for dtype in DTYPES:
-        name = _short(dtype)
-        for bank, shape, batch, topk in (
-            ("input 784 × 64", (256, 784, 64), 256, 5),
-            ("input 196 × 192", (256, 196, 192), 256, 5),
-            ("input 5000 × 100", (8, 5000, 100), 8, 32),
-            ("learn 10000 × 64", (10_000, 64), 256, 5),
-            ("learn 100000 × 64", (100_000, 64), 256, 5),
-            ("learn 500 × 24", (500, 24), 64, 1),
-        ):
-            yield AuditCase(
-                f"{bank}, k={topk}, {name}",
-                lambda a=(shape, batch, topk, dtype): _select(*a),
-                {},
-                sample=dtype == torch.bfloat16 and topk == 5 and shape[-2] in (784, 10_000),
-            )
-        wide = {
-            "_tape_gather_fwd_kernel": ("load128", "store128"),
-            "_tape_gather_bwd_kernel": ("load128",),
-            "_segment_sum_own_kernel": ("load128", "store128"),
-            "_segment_sum_shared_kernel": ("load128", "store128"),
-        }
-        for bank, shape, batch in (
-            ("input 784 × 384", (256, 784, 384), 256),
-            ("learn 10000 × 768", (10_000, 768), 256),
-            ("input 196 × 1000", (256, 196, 1000), 256),
-            ("learn 500 × 50", (500, 50), 64),
-        ):
-            aligned = shape[-1] * dtype.itemsize % 16 == 0
-            yield AuditCase(
-                f"{bank}, {name}",
-                lambda a=(shape, batch, dtype): _gather(*a),
-                wide if aligned else {},
-                sample=dtype == torch.bfloat16 and aligned,
-            )
-        tensor = (
-            {}
-            if dtype == torch.float32
-            else {
-                "_elastic_attention_fwd_kernel": ("tensor", "load128"),
-                "_elastic_attention_bwd_kernel": ("tensor", "load128"),
-            }
+def _select_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    for bank, shape, batch, topk in (
+        ("input 784 × 64", (256, 784, 64), 256, 5),
+        ("input 196 × 192", (256, 196, 192), 256, 5),
+        ("input 5000 × 100", (8, 5000, 100), 8, 32),
+        ("learn 10000 × 64", (10_000, 64), 256, 5),
+        ("learn 100000 × 64", (100_000, 64), 256, 5),
+        ("learn 500 × 24", (500, 24), 64, 1),
+    ):
+        yield AuditCase(
+            f"{bank}, k={topk}, {_short(dtype)}",
+            partial(_select, shape, batch, topk, dtype),
+            {},
+            sample=dtype == torch.bfloat16 and bank in ("input 784 × 64", "learn 10000 × 64"),
         )
-        for head_dim in (8, 24, 32, 64, 80, 96, 128):
+
+
+def _gather_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    wide = {
+        "_tape_gather_fwd_kernel": ("load128", "store128"),
+        "_tape_gather_bwd_kernel": ("load128",),
+        "_segment_sum_own_kernel": ("load128", "store128"),
+        "_segment_sum_shared_kernel": ("load128", "store128"),
+    }
+    for bank, shape, batch in (
+        ("input 784 × 384", (256, 784, 384), 256),
+        ("learn 10000 × 768", (10_000, 768), 256),
+        ("input 196 × 1000", (256, 196, 1000), 256),
+        ("learn 500 × 50", (500, 50), 64),
+    ):
+        aligned = shape[-1] * dtype.itemsize % 16 == 0
+        yield AuditCase(
+            f"{bank}, {_short(dtype)}",
+            partial(_gather, shape, batch, dtype),
+            wide if aligned else {},
+            sample=dtype == torch.bfloat16 and aligned,
+        )
+
+
+def _attention_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    kernels = ("_elastic_attention_fwd_kernel", "_elastic_attention_bwd_kernel")
+    for head_dim in (8, 24, 32, 64, 80, 96, 128):
+        yield AuditCase(
+            f"{head_dim} a head, {_short(dtype)}",
+            partial(_attention, head_dim, dtype),
+            dict.fromkeys(kernels, ("tensor", "load128")) if dtype in HALF else {},
+            sample=dtype == torch.bfloat16 and head_dim == 64,
+        )
+
+
+def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    kernels = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
+    for products in ("grouped", "cublas"):
+        for dim, hidden, tape_hidden in ((384, 1536, 768), (100, 200, 60)):
+            on_tensor_cores = dtype in HALF and dim == 384
             yield AuditCase(
-                f"{head_dim} a head, {name}",
-                lambda a=(head_dim, dtype): _attention(*a),
-                tensor,
-                sample=dtype == torch.bfloat16 and head_dim == 64,
-            )
-        products_of = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
-        for products in ("grouped", "cublas"):
-            for sizes in ((384, 1536, 768), (100, 200, 60)):
-                yield AuditCase(
-                    f"{sizes[0]} × {sizes[1]}, {sizes[2]}, {products}, {name}",
-                    lambda a=(*sizes, products, dtype): _ffn(*a),
-                    dict.fromkeys(products_of, ("tensor",)) if tensor and sizes[0] == 384 else {},
-                    sample=dtype == torch.bfloat16 and sizes[0] == 384,
-                )
-        for dim in (192, 384, 768, 1000):
-            yield AuditCase(
-                f"dim {dim}, {name}",
-                lambda a=(dim, dtype): _add_layer_norm(*a),
-                {},
+                f"{dim} × {hidden}, {tape_hidden}, {products}, {_short(dtype)}",
+                partial(_ffn, dim, hidden, tape_hidden, products, dtype),
+                dict.fromkeys(kernels, ("tensor",)) if on_tensor_cores else {},
                 sample=dtype == torch.bfloat16 and dim == 384,
             )
 
 
-CASES = tuple(_cases())
+def _add_layer_norm_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    for dim in (192, 384, 768, 1000):
+        yield AuditCase(
+            f"dim {dim}, {_short(dtype)}",
+            partial(_add_layer_norm, dim, dtype),
+            {},
+            sample=dtype == torch.bfloat16 and dim == 384,
+        )
+
+
+CASES = tuple(
+    case
+    for dtype in DTYPES
+    for cases in (
+        _select_cases,
+        _gather_cases,
+        _attention_cases,
+        _ffn_cases,
+        _add_layer_norm_cases,
+    )
+    for case in cases(dtype)
+)

@@ -18,10 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -95,6 +96,9 @@ class AuditRow:
             yield f"registers: {self.registers}, recorded {before.registers}"
         if self.shared > before.shared:
             yield f"shared memory: {self.shared} bytes, recorded {before.shared}"
+
+
+PRINTED = [field.name for field in fields(AuditRow) if field.name != "triton"]
 
 
 class _ChipDriver:
@@ -184,34 +188,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.match in case.name and (case.sample or not options.sample)
     ]
     before = {} if options.record else recorded()
-    kept = [row for row in recorded().values() if options.match not in row.case]
-    names = [field.name for field in fields(AuditRow) if field.name != "triton"]
-    print(f"{'kernel':34}{'case':34}" + "".join(f"{name:>11}" for name in names[2:]))
-    rows, faults = [], []
+    print(_line({name: name for name in PRINTED}))
+    rows: list[AuditRow] = []
+    faults: list[str] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for (number, _), found in zip(
-            chosen, pool.map(compile_case, *zip(*chosen, strict=True)), strict=True
-        ):
+        compiled = pool.map(compile_case, *zip(*chosen, strict=True)) if chosen else ()
+        for (number, _), found in zip(chosen, compiled, strict=True):
             for row in found:
                 rows.append(row)
-                cells = "".join(f"{getattr(row, name):>11}" for name in names[2:])
-                print(f"{row.kernel:34}{row.case:34}{cells}", flush=True)
+                print(_line(asdict(row)), flush=True)
                 for fault in row.faults(CASES[number], before.get(row.key)):
                     faults.append(f"{row.kernel}, {row.case}, sm_{row.arch}: {fault}")
     if not options.sample and not options.match and cuda_audit.can_compile():
-        for columns, found in cuda_audit.rows():
-            cells = "".join(f"{columns[name]:>11}" for name in names[2:])
-            print(f"{columns['kernel']:34}{columns['case']:34}{cells}", flush=True)
-            faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in found]
-    compiled = len(rows)
+        for columns, cuda_faults in cuda_audit.rows():
+            print(_line(columns), flush=True)
+            faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in cuda_faults]
     if options.record:
-        with RECORDED.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(AuditRow)])
-            writer.writeheader()
-            rows += kept
-            writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
-    print("\n".join(["", *faults, f"{compiled} kernels compiled, {len(faults)} faults"]))
-    return 1 if faults or not compiled else 0
+        _write([*rows, *(row for row in recorded().values() if options.match not in row.case)])
+    print("\n".join(["", *faults, f"{len(rows)} kernels compiled, {len(faults)} faults"]))
+    return 1 if faults or not rows else 0
+
+
+def _line(columns: Mapping[str, Any]) -> str:
+    """Return a kernel's columns as a line of the table."""
+    cells = "".join(f"{columns[name]:>11}" for name in PRINTED if name not in ("kernel", "case"))
+    return f"{columns['kernel']:34}{columns['case']:34}{cells}"
+
+
+def _write(rows: list[AuditRow]) -> None:
+    with RECORDED.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(AuditRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
 
 
 if __name__ == "__main__":

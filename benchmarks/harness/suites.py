@@ -13,7 +13,7 @@ PATTERNS = ("zero", "full", "uniform", "skewed")
 
 LEGEND = {
     "B": "examples in the batch",
-    "N": "input rows of an example; 50-256 draws them from that span",
+    "N": "input rows of an example: a number, or a span as 50-256",
     "T": "num_tape_tokens, the most tape tokens that an example may read",
     "tape": "tape tokens read: zero, full (T), uniform (0 to T), skewed (T for one example in ten, "
     "T // 10 for the others), a number, or tau (as the halting scores decide)",

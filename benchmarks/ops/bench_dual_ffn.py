@@ -137,18 +137,19 @@ def grouped_mm(given: FFNInputs) -> Prepared:
     ends = torch.tensor([middle, rows], dtype=torch.int32, device=given.x.device)
     both = [given.input_ffn, given.tape_ffn]
 
-    def stacked(layer: int) -> Tensor:
-        """Return both weights as (2, inputs, outputs), zero where one of them is narrower."""
-        weights = [ffn[layer].detach().mT for ffn in both]
-        inputs, outputs = (max(w.shape[i] for w in weights) for i in (0, 1))
+    def stacked(weights: Sequence[Tensor]) -> Tensor:
+        """Return weights as (2, inputs, outputs), zero where one of them is narrower."""
+        inputs, outputs = (max(sizes) for sizes in zip(*(w.mT.shape for w in weights), strict=True))
         whole = given.x.new_zeros(2, inputs, outputs)
-        for i, w in enumerate(weights):
-            whole[i, : w.shape[0], : w.shape[1]] = w
+        for place, w in zip(whole, weights, strict=True):
+            place[: w.shape[1], : w.shape[0]] = w.detach().mT
         return whole.requires_grad_(given.backward)
 
-    w1, w2 = stacked(0), stacked(2)
+    w1, w2 = stacked([ffn.w1 for ffn in both]), stacked([ffn.w2 for ffn in both])
     biases = [
-        ffn[i].detach().clone().requires_grad_(given.backward) for ffn in both for i in (1, 3)
+        bias.detach().clone().requires_grad_(given.backward)
+        for ffn in both
+        for bias in (ffn.b1, ffn.b2)
     ]
     b1, b2, c1, c2 = biases
     hidden, gates = len(b1), len(c1)
@@ -166,11 +167,15 @@ def grouped_mm(given: FFNInputs) -> Prepared:
         if not given.backward:
             return list(found)
         y, dx, dw1, dw2, db1, db2, dc1, dc2 = found
+
+        def unstacked(dw: Tensor, weight: Tensor) -> Tensor:
+            """Return the gradient of one of the stacked weights."""
+            outputs, inputs = weight.shape
+            return dw[:inputs, :outputs].mT
+
         made = [y, dx]
-        for i, (ffn, first, second) in enumerate(zip(both, (db1, dc1), (db2, dc2), strict=True)):
-            for dw, db, layer in ((dw1, first, 0), (dw2, second, 2)):
-                outputs, inputs = ffn[layer].shape
-                made += [dw[i, :inputs, :outputs].mT, db]
+        for ffn, du1, db, du2, dc in zip(both, dw1, (db1, dc1), dw2, (db2, dc2), strict=True):
+            made += [unstacked(du1, ffn.w1), db, unstacked(du2, ffn.w2), dc]
         return made
 
     return Prepared(run, results)

@@ -18,7 +18,6 @@ from adatape_kernels.benchmarks.harness.cases import (
     BenchmarkCase,
     Prepared,
     Provider,
-    agree,
     only_on_cuda,
     with_backward,
 )
@@ -150,7 +149,8 @@ def runner(
         return (out.logits, *(g for g in grads if g is not None))
 
     def results(found: Sequence[Tensor]) -> list[Tensor]:
-        return [found[0], *([torch.cat([g.flatten() for g in found[1:]])] if found[1:] else [])]
+        logits, *grads = found
+        return [logits, torch.cat([g.flatten() for g in grads])] if grads else [logits]
 
     return Prepared(run, results)
 
@@ -233,17 +233,24 @@ def agree_on_most(
     found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
 ) -> str | None:
     """Compare the logits of all examples but a few as `agree` does, and gradients by their norm."""
-    logits, exact = (x[0].double() for x in (found, expected))
-    errors = (logits - exact).abs().amax(1) / exact.abs().max()
+    (logits, *grads), (exact_logits, *exact_grads) = found, expected
+    errors = (logits.double() - exact_logits).abs().amax(1) / exact_logits.double().abs().max()
     few = tolerance < 0.01
     wrong = int((~(errors <= tolerance)).sum())
     if wrong > 1 + len(errors) // (50 if few else 4):
         return f"the logits of {wrong} of {len(errors)} examples are off, by {errors.max():.3g}"
-    if len(found) == 1:
-        return None
-    if found[1].shape != expected[1].shape:
-        return agree(found[1:], expected[1:], tolerance)
-    off = (found[1].double() - expected[1].double()).norm() / expected[1].double().norm()
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        fault = _gradient_fault(grad.double(), exact.double(), few)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _gradient_fault(grad: Tensor, exact: Tensor, few: bool) -> str | None:
+    """Return None, or by how much the vector of all gradients differs from the reference's."""
+    if grad.shape != exact.shape:
+        return f"the gradients have the shape {tuple(grad.shape)}, not {tuple(exact.shape)}"
+    off = (grad - exact).norm() / exact.norm()
     allowed = GRADIENT_TOLERANCE[torch.float32 if few else torch.bfloat16]
     return None if off <= allowed else f"the gradients are off by {off:.3g} of their norm"
 

@@ -113,7 +113,8 @@ def padded(pack: bool, gather: Callable[..., Tensor] = padded_gather) -> Any:
             return given.finish(tape[given.exists] if pack else tape, dtape)
 
         def results(found: Sequence[Tensor]) -> list[Tensor]:
-            return [found[0] if pack else found[0][given.exists], *found[1:]]
+            tape, *grads = found
+            return [tape if pack else tape[given.exists], *grads]
 
         return Prepared(run, results)
 

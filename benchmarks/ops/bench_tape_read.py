@@ -80,13 +80,15 @@ def packed(read: Any) -> Any:
     def prepare(given: ReadInputs) -> Prepared:
         assert given.dtape is not None
         with torch.no_grad():
-            counts = read(given)[0].counts
+            selection, _ = read(given)
+        counts = selection.counts
         exists = torch.arange(given.dtape.shape[1], device=counts.device) < counts.unsqueeze(1)
         dtape = given.dtape[exists]
 
         def results(found: Sequence[Tensor]) -> list[Tensor]:
-            tape = torch.zeros_like(given.dtape).index_put((exists,), found[3])
-            return [*found[:3], tape, *found[4:]]
+            indices, weights, ponder, rows, *grads = found
+            tape = torch.zeros_like(given.dtape).index_put((exists,), rows)
+            return [indices, weights, ponder, tape, *grads]
 
         return Prepared(lambda: given.finish(*read(given), dtape), results)
 
@@ -117,7 +119,8 @@ def case(shape: ReadShape, direction: str, dtype: torch.dtype, device_type: str)
     given = inputs(shape, dtype, device_type, backward)
     bank = given.bank
     with torch.no_grad():
-        steps = int(one_op(given)[0].counts.sum())
+        selection, _ = one_op(given)
+    steps = int(selection.counts.sum())
     read, size, shared = steps * shape.k, dtype.itemsize, bank.dim() == 2
     entries, touched = bank.numel() // shape.D, min(read, shape.M) if shared else read
     # The keys once, the rows that are read, and the tape; then the same rows and a whole gradient.

@@ -168,17 +168,17 @@ def agree_on_reads(
     so one example, and one in fifty more, may read other entries. In a shared bank's gradient,
     which is the last result, the rows that such an example read are left out.
     """
-    indices = found[0], expected[0]
-    same = (indices[0] == indices[1]).flatten(1).all(1)
+    (indices, *_), (exact_indices, *_) = found, expected
+    same = (indices == exact_indices).flatten(1).all(1)
     differing = int((~same).sum())
     if differing > 1 + len(same) // 50:
         return f"{differing} of {len(same)} examples read other entries"
-    if shared:
-        touched = torch.cat([x[~same].flatten().clamp(min=0) for x in indices]).long()
-        kept = torch.ones(len(found[-1]), dtype=torch.bool, device=same.device)
-        kept[touched] = False
     rows = [same] * len(found)
     if shared:
-        rows[-1] = kept
+        *_, dbank = found
+        read = torch.cat([indices[~same], exact_indices[~same]]).flatten()
+        unread = torch.ones(len(dbank), dtype=torch.bool, device=same.device)
+        unread[read.clamp(min=0).long()] = False
+        rows = [*rows[:-1], unread]
     alike = [[x[r] for x, r in zip(xs, rows, strict=True)] for xs in (found, expected)]
     return agree(*alike, tolerance)

@@ -144,7 +144,7 @@ def page(name: str, rows: Sequence[ResultRow], cases: Entries) -> str:
     parts = [
         f"# {name}\n",
         f"{newest.device}; torch {newest.torch}; last row {newest.date}, commit {newest.commit}. "
-        "How to read it: [benchmarks/README.md](../README.md).\n",
+        "`adatape-kernels bench --help` explains the letters of shapes.\n",
     ]
     limits = {r.case: r for r in rows if r.op == "ceiling"}.values()
     if limits:
