@@ -71,7 +71,7 @@ tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
 	$(call sanitized,thread,tsan,$(tsan_tests))
 
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
-	$(bin)/python benchmarks/audit_cuda.py
+	$(bin)/python -m adatape_kernels.benchmarks.audit.cuda_audit
 
 # The package is installed as a user gets it, from a source distribution, and its tests are copied:
 # the working tree holds a module for another torch. pip's cache would keep the first build for ever.
@@ -97,18 +97,19 @@ memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
 	    $(bin)/pytest -q -n 0 $(kernel_tests) -k "cuda-cuda and matches_the_literal" || exit 1; \
 	done
 
-audit: $(ready)  ## compile all kernels for GPUs that are not here, and check what comes out
-	$(bin)/python benchmarks/audit.py $(ARGS)
+audit: $(ready)  ## compile the kernels for GPUs that are not here and look at what comes out; run nothing
+	$(bin)/python -m adatape_kernels.benchmarks.audit.triton_audit $(ARGS)
 
 bench: $(ready)  ## measure every op and the models beside their peers, on this machine
-	$(bin)/adatape-kernels bench $(ARGS)
+	$(bin)/adatape-kernels bench --out $(OUT) $(ARGS)
 
 # Takes $(PYTHON) as it is, so that nothing has to be installed where the GPU is.
 gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minutes, into OUT=
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(ARGS)
+	$(PYTHON) -m adatape_kernels.benchmarks.gpu --out $(OUT) $(ARGS)
 
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
-	$(bin)/python benchmarks/report.py $(ARGS)
+	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
+	  --results benchmarks/results --readme README.md $(ARGS)
 
 lint: $(lint_ready)  ## check style
 	$(bin)/ruff check

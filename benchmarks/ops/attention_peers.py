@@ -1,4 +1,4 @@
-"""Who else computes attention over a ragged batch; each holds the same rows in its own layout."""
+"""What else computes attention over a ragged batch; each peer has the rows in its own layout."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -6,10 +6,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import Prepared, Provider, Skipped, only_on_cuda, skipped
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adatape_kernels.benchmarks.harness.cases import (
+    Prepared,
+    Provider,
+    Skipped,
+    only_on_cuda,
+    skipped,
+)
 from adatape_kernels.elastic import packed_order
 
 BUCKETS = 4
@@ -25,29 +31,30 @@ class AttentionInputs(NamedTuple):
     cu_inputs: Tensor
     cu_tapes: Tensor
     lens: list[int]
-    """Rows of each example."""
+    """The number of rows of each example."""
     backward: bool
 
     @property
     def order(self) -> Tensor:
-        """The row of the elastic layout of each row in example-after-example order."""
+        """Where each row stands in the elastic layout, example after example."""
         return packed_order(self.cu_inputs, self.cu_tapes, len(self.qkv))
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Return qkv, a leaf, and dout, example after example: the form of all results."""
+        """Return qkv, a leaf, and dout, example after example; all results have this order."""
         qkv = self.qkv.detach().index_select(0, self.order)
         return qkv.requires_grad_(self.backward), self.dout.index_select(0, self.order)
 
     @property
     def cu_seqlens(self) -> Tensor:
+        """Where each example begins in that order, (batch + 1,) int32."""
         return F.pad(torch.tensor(self.lens).cumsum(0), (1, 0)).int().to(self.qkv.device)
 
 
-class Block(NamedTuple):
+class PaddedBlock(NamedTuple):
     """Some of the examples, padded to the longest of them."""
 
     qkv: Tensor
-    """(examples, longest, 3, num_heads, head_dim), a leaf."""
+    """(examples, longest, 3, num_heads, head_dim); a leaf."""
     dout: Tensor
     """(examples, num_heads, longest, head_dim)."""
     mask: Tensor
@@ -56,7 +63,7 @@ class Block(NamedTuple):
     """Where these rows stand in example-after-example order."""
 
 
-def blocks(given: AttentionInputs, members: Sequence[Sequence[int]]) -> list[Block]:
+def blocks(given: AttentionInputs, members: Sequence[Sequence[int]]) -> list[PaddedBlock]:
     """Return one padded block for each list of examples."""
     qkv, dout = given.packed()
     device = qkv.device
@@ -73,7 +80,9 @@ def blocks(given: AttentionInputs, members: Sequence[Sequence[int]]) -> list[Blo
             for x in (qkv.detach(), dout)
         ]
         made.append(
-            Block(padded[0].requires_grad_(given.backward), padded[1].transpose(1, 2), mask, rows)
+            PaddedBlock(
+                padded[0].requires_grad_(given.backward), padded[1].transpose(1, 2), mask, rows
+            )
         )
     return made
 
@@ -125,8 +134,8 @@ def sdpa(
     return prepare
 
 
-def _chosen(part: Block, mask: Tensor | None, backend: SDPBackend | None) -> str:
-    """The kernel that torch takes for the (first) block."""
+def _chosen(part: PaddedBlock, mask: Tensor | None, backend: SDPBackend | None) -> str:
+    """Return in words which kernel torch takes for a block."""
     if backend is None:
         q, k, v = part.qkv.permute(2, 0, 3, 1, 4)
         try:

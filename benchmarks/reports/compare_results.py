@@ -1,4 +1,6 @@
-"""Whether a later run is slower, by ratio to a peer: python benchmarks/compare.py OLD.csv NEW.csv
+"""Tells whether a later run is slower, by its ratios to the peers.
+
+    python -m adatape_kernels.benchmarks.reports.compare_results OLD.csv NEW.csv
 
 Times of two runs cannot be compared, ratios within each can: of ours over a peer that did not
 change. A case counts where both files timed ours and the peer together.
@@ -10,31 +12,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import records
-from cases import OURS
+from adatape_kernels.benchmarks.harness import records
+from adatape_kernels.benchmarks.harness.cases import OURS
 
 EXIT_SLOWER, EXIT_UNREADABLE = 1, 2
 
 
-class Change(NamedTuple):
-    """How a case's ratio to the peer changed: above 1 it became slower."""
+class RatioChange(NamedTuple):
+    """How the ratio of ours to a peer changed in one case."""
 
-    case: tuple[str, str, str, str]
+    case: records.CaseKey
     provider: str
     peer: str
     old: float
     new: float
     fault: str = ""
-    """Why there is no new time, where there was an old one."""
+    """The reason why there is no new time where there was an old one."""
 
     @property
     def factor(self) -> float:
+        """The new ratio over the old: above 1 ours became slower."""
         return float("inf") if self.fault else self.new / self.old
 
 
 def changes(
-    old: Sequence[records.Row], new: Sequence[records.Row], provider: str, peer: str | None
-) -> Iterator[Change]:
+    old: Sequence[records.ResultRow],
+    new: Sequence[records.ResultRow],
+    provider: str,
+    peer: str | None,
+) -> Iterator[RatioChange]:
     """Yield each case's change, against one peer or against every one."""
     before, after = (_last(rows, provider) for rows in (old, new))
     for key, (mine, theirs) in before.items():
@@ -46,14 +52,14 @@ def changes(
             continue
         then = mine.median_s / theirs.median_s
         if mine_now.median_s:
-            yield Change(case, provider, name, then, mine_now.median_s / theirs_now.median_s)
+            yield RatioChange(case, provider, name, then, mine_now.median_s / theirs_now.median_s)
         else:
-            yield Change(case, provider, name, then, 0, f"{mine_now.status}: {mine_now.note}")
+            yield RatioChange(case, provider, name, then, 0, f"{mine_now.status}: {mine_now.note}")
 
 
 def _last(
-    rows: Sequence[records.Row], provider: str
-) -> dict[tuple[tuple[str, str, str, str], str], tuple[records.Row, records.Row]]:
+    rows: Sequence[records.ResultRow], provider: str
+) -> dict[tuple[records.CaseKey, str], tuple[records.ResultRow, records.ResultRow]]:
     """Return the provider's row and the peer's, by case and peer, as they last ran together."""
     found = {}
     for group in records.groups(rows):
@@ -66,8 +72,8 @@ def _last(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what changed; 0 nothing became slower, 1 something did, 2 a file cannot be read."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    """Print what changed; return 1 if something became slower, 2 if a file cannot be read."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--peer", metavar="NAME", help="compare by this one; default: by each")

@@ -1,4 +1,4 @@
-"""Rows of measurements: one CSV file a machine, one row a provider of a case."""
+"""Rows of measurements: a machine has one CSV file, and each provider of a case has one row."""
 
 import csv
 import datetime
@@ -6,44 +6,55 @@ import functools
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from adatape_kernels import _triton
+from adatape_kernels.ops import triton_runtime
 from adatape_kernels.recipes.machine import cpu_name, environment
 from adatape_kernels.recipes.measure import Timing
 
-RESULTS = Path(__file__).parent / "results"
+DEFAULT_OUT = Path("adatape-bench")
+"""Rows are written into this folder of the current directory unless another is named."""
+
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
 
+class CaseKey(NamedTuple):
+    """What is measured, whoever provides it."""
+
+    op: str
+    direction: str
+    dtype: str
+    shape: str
+
+
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One provider of one case; what was not measured is None."""
 
     op: str
     direction: str
     provider: str
     status: str
-    """One of STATUSES; only "ok" is timed."""
+    """This is one of STATUSES; only what is "ok" was timed."""
     note: str
-    """Why it is not ok, or which of its kernels torch chose."""
+    """The reason where the status is not "ok"; else which kernel or which backend served."""
     dtype: str
     shape: str
     median_s: float | None
     p20_s: float | None
     p80_s: float | None
     flops: float | None
-    """That the op needs, whoever provides it: a rate speaks of useful work."""
+    """The op needs these whoever provides it, so that a rate speaks of useful work."""
     bytes: float | None
-    """That the op must move at least."""
+    """The op must move at least these."""
     gflop_per_s: float | None
     gb_per_s: float | None
     percent_of_limit: float | None
-    """The time that the machine's measured ceilings allow, over the median."""
+    """This is the time that the machine's measured ceilings allow, over the median."""
     peak_bytes: int | None
     device: str
     threads: int
@@ -54,18 +65,18 @@ class Row:
     date: str
 
     @property
-    def case(self) -> tuple[str, str, str, str]:
+    def case(self) -> CaseKey:
         """What is measured, whoever provides it."""
-        return self.op, self.direction, self.dtype, self.shape
+        return CaseKey(self.op, self.direction, self.dtype, self.shape)
 
 
-COLUMNS = [field.name for field in fields(Row)]
-_NUMBERS = {field.name for field in fields(Row) if "float" in str(field.type)}
+COLUMNS = [field.name for field in fields(ResultRow)]
+_NUMBERS = {field.name for field in fields(ResultRow) if "float" in str(field.type)}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what rows are measured: the last columns."""
+    """The last columns of a row, which tell where and with what it was measured."""
 
     device: str
     threads: int
@@ -77,7 +88,7 @@ class Machine:
 
     @property
     def file_name(self) -> str:
-        """The CSV file of this machine."""
+        """The name of this machine's CSV file."""
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") + ".csv"
 
 
@@ -88,7 +99,7 @@ def machine(device_type: str) -> Machine:
         torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {capability}",
         torch.get_num_threads(),
         torch.__version__,
-        _triton.triton.__version__ if _triton.INSTALLED else "",
+        triton_runtime.triton.__version__ if triton_runtime.INSTALLED else "",
         torch.version.cuda or "",
         _commit(),
         datetime.date.today().isoformat(),
@@ -101,7 +112,7 @@ def _commit() -> str:
 
 
 def row(
-    case: tuple[str, str, str, str],
+    case: CaseKey,
     provider: str,
     device_type: str,
     *,
@@ -112,29 +123,38 @@ def row(
     moved: float | None = None,
     limit_s: float | None = None,
     peak_bytes: int | None = None,
-) -> Row:
+) -> ResultRow:
     """Complete a measurement with its rates, the machine, the versions, the commit and the date."""
-    op, direction, dtype, shape = case
     seconds = timing.median if timing else None
-    return Row(
-        op,
-        direction,
-        provider,
-        status,
-        note,
-        dtype,
-        shape,
-        seconds,
-        timing.p20 if timing else None,
-        timing.p80 if timing else None,
-        flops,
-        moved,
-        flops / seconds / 1e9 if seconds and flops else None,
-        moved / seconds / 1e9 if seconds and moved else None,
-        100 * limit_s / seconds if seconds and limit_s else None,
-        peak_bytes,
-        *astuple(machine(device_type)),
+    return ResultRow(
+        op=case.op,
+        direction=case.direction,
+        provider=provider,
+        status=status,
+        note=note,
+        dtype=case.dtype,
+        shape=case.shape,
+        median_s=seconds,
+        p20_s=timing.p20 if timing else None,
+        p80_s=timing.p80 if timing else None,
+        flops=flops,
+        bytes=moved,
+        gflop_per_s=flops / seconds / 1e9 if seconds and flops else None,
+        gb_per_s=moved / seconds / 1e9 if seconds and moved else None,
+        percent_of_limit=100 * limit_s / seconds if seconds and limit_s else None,
+        peak_bytes=peak_bytes,
+        **asdict(machine(device_type)),
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as it stands in the rows, as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, as a row's note has it."""
+    return str(error).strip().partition("\n")[0]
 
 
 def destination(out: Path, device_type: str) -> Path:
@@ -157,8 +177,8 @@ def destination(out: Path, device_type: str) -> Path:
     return path
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a CSV file, made with its header if it is new or empty."""
+def append(path: Path, rows: Iterable[ResultRow]) -> None:
+    """Append rows to a CSV file; a new or empty one gets its header first."""
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
@@ -173,7 +193,7 @@ def _short(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[ResultRow]:
     """Return a file's rows, in their order.
 
     Raises:
@@ -197,7 +217,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _row(entry: dict[str, Any]) -> Row:
+def _row(entry: dict[str, Any]) -> ResultRow:
     values = dict(entry)
     for name in _NUMBERS:
         values[name] = float(values[name]) if values[name] else None
@@ -207,25 +227,25 @@ def _row(entry: dict[str, Any]) -> Row:
         raise ValueError(f"the status {values['status']!r}")
     if values["status"] == "ok" and not values["median_s"]:
         raise ValueError("no time though its status is ok")
-    return Row(**values)
+    return ResultRow(**values)
 
 
 @dataclass(frozen=True)
-class Group:
-    """A case's rows by provider that were timed in turn: only their ratios mean something."""
+class RowGroup:
+    """A case's rows, by provider, that were timed in turn: only their ratios mean something."""
 
-    case: tuple[str, str, str, str]
-    rows: dict[str, Row]
+    case: CaseKey
+    rows: dict[str, ResultRow]
 
 
-def groups(rows: Iterable[Row]) -> list[Group]:
+def groups(rows: Iterable[ResultRow]) -> list[RowGroup]:
     """Return rows as they were timed together, in the order of the file.
 
-    They stand together there, none of the providers twice.
+    Rows that were timed together follow each other in the file, and each has another provider.
     """
-    found: list[Group] = []
+    found: list[RowGroup] = []
     for entry in rows:
         if not found or entry.case != found[-1].case or entry.provider in found[-1].rows:
-            found.append(Group(entry.case, {}))
+            found.append(RowGroup(entry.case, {}))
         found[-1].rows[entry.provider] = entry
     return found

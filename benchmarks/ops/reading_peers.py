@@ -1,8 +1,8 @@
-"""Who else reads a tape: loops in plain torch, also compiled, and as a CUDA graph.
+"""What else reads a tape: loops in plain torch, also compiled, and as a CUDA graph.
 
 No other library has the recurrent reader. The loops make a fixed number of steps, as the padded
-model does: an example that has halted goes on unheard. They score in float32, since scores that are
-rounded to bfloat16 select other entries.
+model does: an example that has halted computes on, and what it computes is dropped. They score in
+float32, since scores that are rounded to bfloat16 select other entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,21 +10,28 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import GRAPH, Prepared, Provider, agree, skipped, with_backend
 from torch import Tensor
 
+from adatape_kernels.benchmarks.harness.cases import (
+    GRAPH,
+    Prepared,
+    Provider,
+    agree,
+    skipped,
+    with_backend,
+)
 from adatape_kernels.models.padded import batched_topk_select
 from adatape_kernels.reference import TapeSelection, wide_dtype
 
 BANKS = ("input", "learn")
 
 
-class Bank(str):
+class BankKind(str):
     """Whether every example has its own bank, or all share a learnable one."""
 
     meaning = " or ".join(BANKS)
 
-    def __new__(cls, value: object) -> "Bank":
+    def __new__(cls, value: object) -> "BankKind":
         text = super().__new__(cls, value)
         if text not in BANKS:
             raise ValueError(value)
@@ -48,7 +55,7 @@ class ReadInputs(NamedTuple):
     query: Tensor
     """(batch, key_dim)."""
     bank: Tensor
-    """([batch,] bank_size, dim); its leading key_dim features are the keys."""
+    """([batch,] bank_size, dim), whose leading key_dim features are the keys."""
     options: dict[str, Any]
     dweights: Tensor
     """(batch, num_tape_tokens, topk)."""
@@ -59,6 +66,7 @@ class ReadInputs(NamedTuple):
     backward: bool
 
     def double(self) -> "ReadInputs":
+        """Return the same inputs in float64."""
         query, bank = (
             x.detach().double().requires_grad_(self.backward) for x in (self.query, self.bank)
         )
@@ -71,7 +79,7 @@ class ReadInputs(NamedTuple):
     def finish(
         self, selection: TapeSelection, tape: Tensor | None = None, dtape: Tensor | None = None
     ) -> list[Tensor]:
-        """Return all results, the gradients of query and bank last."""
+        """Return all results; the gradients of query and bank come last."""
         outputs, cotangents = [selection.weights, selection.ponder], [self.dweights, self.dponder]
         if tape is not None and dtape is not None:
             outputs.append(tape)
@@ -105,7 +113,7 @@ def read_inputs(
 
 
 def loop(query: Tensor, keys: Tensor, **options: Any) -> TapeSelection:
-    """The padded model's reader: a product and a `torch.topk` a step, for the whole batch."""
+    """Read as the padded model does: a product and a `torch.topk` a step, for the whole batch."""
     wide = wide_dtype(query.dtype)
     return batched_topk_select(
         query.to(wide), keys.to(wide), average_query=True, loss_type="entropy", **options
@@ -113,7 +121,7 @@ def loop(query: Tensor, keys: Tensor, **options: Any) -> TapeSelection:
 
 
 def loop_and_gather(query: Tensor, bank: Tensor, **options: Any) -> tuple[TapeSelection, Tensor]:
-    """The same, and the tape as the padded model merges it, (batch, num_tape_tokens, dim)."""
+    """Read so, and merge the tape as the padded model does: (batch, num_tape_tokens, dim)."""
     selection = loop(query, bank[..., : query.shape[1]], **options)
     return selection, padded_gather(bank, selection.indices, selection.weights)
 
@@ -154,22 +162,23 @@ def providers(
 def agree_on_reads(
     found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, shared: bool = False
 ) -> str | None:
-    """As `agree`, on the examples that read the same entries: all but one in fifty, and one.
+    """Compare, as `agree` does, the examples that read the same entries of the bank.
 
-    Scores that differ in their last bits change places when they are summed in another order. Of a
-    shared bank's gradient, the last result, rows are left out that such an example read.
+    Scores that differ only in their last bits change places when they are summed in another order,
+    so one example, and one in fifty more, may read other entries. In a shared bank's gradient,
+    which is the last result, the rows that such an example read are left out.
     """
-    indices = found[0], expected[0]
-    same = (indices[0] == indices[1]).flatten(1).all(1)
+    (indices, *_), (exact_indices, *_) = found, expected
+    same = (indices == exact_indices).flatten(1).all(1)
     differing = int((~same).sum())
     if differing > 1 + len(same) // 50:
         return f"{differing} of {len(same)} examples read other entries"
-    if shared:
-        touched = torch.cat([x[~same].flatten().clamp(min=0) for x in indices]).long()
-        kept = torch.ones(len(found[-1]), dtype=torch.bool, device=same.device)
-        kept[touched] = False
     rows = [same] * len(found)
     if shared:
-        rows[-1] = kept
+        *_, dbank = found
+        read = torch.cat([indices[~same], exact_indices[~same]]).flatten()
+        unread = torch.ones(len(dbank), dtype=torch.bool, device=same.device)
+        unread[read.clamp(min=0).long()] = False
+        rows = [*rows[:-1], unread]
     alike = [[x[r] for x, r in zip(xs, rows, strict=True)] for xs in (found, expected)]
     return agree(*alike, tolerance)

@@ -1,14 +1,41 @@
-"""A suite: everything that is measured of one op, and how its shapes are written."""
+"""A suite is everything that is measured of one op; here is also how its shapes are written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from cases import Case
+
+from adatape_kernels.benchmarks.harness.cases import BenchmarkCase
 
 PATTERNS = ("zero", "full", "uniform", "skewed")
-"""Tape lengths: all 0, all T, uniform in 0 to T, or 90 % short (T // 10) and 10 % T."""
+"""Tape lengths are all 0, all T, spread evenly from 0 to T, or T // 10 with T for one in ten."""
+
+LEGEND = {
+    "B": "examples in the batch",
+    "N": "input rows of an example: a number, or a span as 50-256",
+    "T": "num_tape_tokens, the most tape tokens that an example may read",
+    "tape": "tape tokens read: zero, full (T), uniform (0 to T), skewed (T for one example in ten, "
+    "T // 10 for the others), a number, or tau (as the halting scores decide)",
+    "M": "bank_size, the tokens of the bank",
+    "bank": "input (each example has its own bank) or learn (all share one)",
+    "D": "dim, the features of a token",
+    "K": "key_dim, the features of a query and of a key",
+    "k": "topk, the bank tokens that are merged into one tape token",
+    "tau": "halt_threshold: an example reads on while its halting score is below it",
+    "H": "num_heads of the attention",
+    "d": "head_dim, the features of a head",
+    "F": "hidden features of the feed-forward for input rows",
+    "G": "hidden features of the feed-forward for tape rows",
+    "V": "size and patch of the ViT, as S/16",
+    "op": "the op that is called",
+}
+"""The meaning of each letter of a shape, the same as in the definition (SPEC)."""
+
+
+def legend(letters: Sequence[str] = tuple(LEGEND)) -> list[str]:
+    """Return a line for each of these letters, in the order of LEGEND."""
+    return [f"{letter}: {text}" for letter, text in LEGEND.items() if letter in letters]
 
 
 class Selection(NamedTuple):
@@ -18,7 +45,7 @@ class Selection(NamedTuple):
     default: Sequence[str]
     sweep: Sequence[str]
     scaling: Sequence[str] = ()
-    """Sizes in a row, for plots: part of the default, without providers that are compiled."""
+    """These sizes in a row are for plots; the default has them, without compiled providers."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +54,23 @@ class Suite:
 
     op: str
     shape: Any
-    """A named tuple whose fields are the shape's letters, with their defaults."""
+    """A named tuple whose fields are letters of LEGEND, with their defaults."""
     directions: Sequence[str]
     providers: Sequence[str]
-    """Every name that a case may have, on any machine."""
+    """Every name that a provider of a case may have, on any machine."""
     shapes: Callable[[str], Selection]
-    """Takes the type of the device."""
+    """This takes the type of the device."""
     dtypes: Callable[[str], Sequence[torch.dtype]]
-    """Those measured by default, by the type of the device."""
-    case: Callable[[Any, str, torch.dtype, str], Case]
-    """Takes a shape, a direction, a dtype and the type of the device."""
+    """This takes the type of the device and returns the dtypes that are measured by default."""
+    case: Callable[[Any, str, torch.dtype, str], BenchmarkCase]
+    """This takes a shape, a direction, a dtype and the type of the device."""
     check: Callable[[Any], None] = lambda shape: None
-    """Raises ValueError where a shape's values contradict one another."""
+    """This raises ValueError where a shape's values contradict one another."""
 
     def parse(self, text: str) -> Any:
-        """Return a shape from text as in the CSV files, as "B=16 N=196"; the rest by default.
+        """Return a shape from text as the CSV files have it, as "B=16 N=196".
+
+        Letters that the text leaves out have their defaults.
 
         Raises:
             ValueError: an unknown letter, or a value out of range.
@@ -64,7 +93,7 @@ class Suite:
         return shape
 
 
-def label(shape: Any) -> str:
+def shape_text(shape: Any) -> str:
     """Return a shape as text, which `Suite.parse` takes."""
     return " ".join(f"{name}={value}" for name, value in shape._asdict().items())
 
@@ -113,18 +142,19 @@ class Span(str):
 
     @property
     def bounds(self) -> tuple[int, int]:
+        """The least and the most rows."""
         low, _, high = self.partition("-")
         return int(low), int(high or low)
 
     def lens(self, batch: int) -> list[int]:
-        """Return so many lengths, evenly spread in a random order."""
+        """Return the lengths of so many examples, evenly spread, in a random order."""
         low, high = self.bounds
         spread = torch.linspace(low, high, batch).round().long()
         return spread[torch.randperm(batch)].tolist()
 
 
 class Tape(str):
-    """Tape lengths: a pattern's name, or a number that every example has."""
+    """Tape lengths, written as the name of a pattern or as a number that every example has."""
 
     meaning = f"{', '.join(PATTERNS)} or a number"
 
@@ -149,7 +179,7 @@ class Tape(str):
 
 
 def for_reading(device_type: str) -> Sequence[torch.dtype]:
-    """Return the dtypes that selection is measured in: float32, and on a GPU bfloat16 too."""
+    """Return the dtypes in which reading is measured: float32, and on a GPU bfloat16 too."""
     return (torch.float32, torch.bfloat16) if device_type == "cuda" else (torch.float32,)
 
 

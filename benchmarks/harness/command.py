@@ -1,10 +1,10 @@
-"""Ours, the peers and the machine's ceilings in one run: adatape-kernels bench, or this file.
+"""Measures ours, the peers and the machine's ceilings in one run.
 
     adatape-kernels bench                               every op, a selection of shapes
     adatape-kernels bench tape_gather --shape "B=64 M=784" --device cuda
-    python benchmarks/bench.py --quick                  about a minute
+    adatape-kernels bench --quick                       about a minute
 
-benchmarks/README.md says how to read the rows.
+The README of the benchmarks says how to read the rows.
 """
 
 import argparse
@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import ceilings
-import records
 import torch
-from cases import OURS, Effort, run
-from suites import Suite, label
+
+from adatape_kernels.benchmarks.harness import ceilings, labels, records
+from adatape_kernels.benchmarks.harness.cases import OURS, Effort, run
+from adatape_kernels.benchmarks.harness.records import CaseKey, ResultRow
+from adatape_kernels.benchmarks.harness.suites import Suite, legend, shape_text
+from adatape_kernels.ops.op import NotServed
 
 OPS = (
     "tape_select",
@@ -34,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-class _Parser(argparse.ArgumentParser):
+class BenchParser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -42,7 +44,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(prog="adatape-kernels bench", description=(__doc__ or "").partition(":")[0])
+    """Return the parser of the command's arguments; its help explains the letters of shapes."""
+    made = BenchParser(
+        prog="adatape-kernels bench",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="\n  ".join(["letters of a shape:", *legend()]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = made.add_argument
     add("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
     add("--provider", action="append", default=[], metavar="NAME", help="only these; repeatable")
@@ -51,13 +59,16 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", action="append", default=[], metavar="NAME", help=f"of {', '.join(DTYPES)}")
     add("--device", help="cpu or cuda; default: cuda if it is there")
     add("--threads", type=int, help="of the CPU; default: torch's")
-    add("--out", type=Path, default=records.RESULTS, help="CSV file, or folder; default: results/")
+    add("--out", type=Path, default=records.DEFAULT_OUT, help=OUT_HELP)
     size = made.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="about a minute")
     size.add_argument("--sweep", action="store_true", help="every size: hours")
     add("--compiled", choices=("yes", "no", "only"), help="providers that torch.compile makes")
     add("--budget", type=float, metavar="SECONDS", help="begin no new case after so long")
     return made
+
+
+OUT_HELP = "folder, or CSV file; default: adatape-bench in the current directory"
 
 
 def suites(names: Sequence[str]) -> dict[str, Suite]:
@@ -69,43 +80,54 @@ def suites(names: Sequence[str]) -> dict[str, Suite]:
     for name in names:
         if name not in OPS:
             raise ValueError(f"op: expected one of {', '.join(OPS)}, got {name!r}")
-    chosen = [name for name in OPS if not names or name in names]
-    return {name: importlib.import_module(f"bench_{name}").SUITE for name in chosen}
+    folder = "adatape_kernels.benchmarks.ops"
+    return {
+        name: importlib.import_module(f"{folder}.bench_{name}").SUITE
+        for name in OPS
+        if not names or name in names
+    }
 
 
-class Planned(NamedTuple):
-    """A case to come."""
+class PlannedCase(NamedTuple):
+    """A case that will be measured."""
 
     suite: Suite
     shape: Any
     direction: str
     dtype: torch.dtype
     compiles: bool
-    """Whether providers that are compiled take part."""
+    """Providers that are compiled take part if this is set."""
 
-    def run(self, device_type: str, effort: Effort) -> list[records.Row]:
-        """Return its rows; one of ours that failed where the case itself cannot be had."""
+    def run(self, device_type: str, effort: Effort) -> list[ResultRow]:
+        """Measure the case and return its rows.
+
+        A case that cannot be made, for lack of memory perhaps, has one row of ours that failed, so
+        that the other cases are still measured.
+        """
         if not self.compiles:
             effort = effort._replace(compiled="no")
         try:
-            return run(self.suite.case(*self[1:4], device_type), effort)
-        except Exception as error:  # out of memory, say: the other cases are still measured
-            dtype = str(self.dtype).removeprefix("torch.")
-            key = self.suite.op, self.direction, dtype, label(self.shape)
-            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            return [records.row(key, OURS, device_type, status="failed", note=fault)]
+            case = self.suite.case(self.shape, self.direction, self.dtype, device_type)
+            return run(case, effort)
+        except NotServed as reason:
+            status, note = "skipped", records.first_line(reason)
+        except Exception as error:  # Out of memory, say.
+            status, note = "failed", f"{type(error).__name__}: {records.first_line(error)}"
+        dtype, shape = records.dtype_name(self.dtype), shape_text(self.shape)
+        key = CaseKey(self.suite.op, self.direction, dtype, shape)
+        return [records.row(key, OURS, device_type, status=status, note=note)]
 
 
-class Plan(NamedTuple):
-    """What is to be measured: checked, nothing run yet."""
+class BenchmarkPlan(NamedTuple):
+    """What will be measured: it is checked, and nothing has run yet."""
 
-    cases: list[Planned]
+    cases: list[PlannedCase]
     device_type: str
     effort: Effort
     path: Path
 
 
-def plan(arguments: argparse.Namespace) -> Plan:
+def plan(arguments: argparse.Namespace) -> BenchmarkPlan:
     """Check the arguments and return what they ask for.
 
     Raises:
@@ -134,8 +156,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
         if arguments.threads < 1:
             raise ValueError(f"threads: expected 1 or more, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
-    return Plan(
-        _in_turn([list(_cases(suite, arguments, device_type)) for suite in found.values()]),
+    return BenchmarkPlan(
+        in_turn([list(planned_cases(suite, arguments, device_type)) for suite in found.values()]),
         device_type,
         Effort(
             rounds=5 if arguments.quick else 25,
@@ -148,7 +170,10 @@ def plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _cases(suite: Suite, arguments: argparse.Namespace, device_type: str) -> Iterator[Planned]:
+def planned_cases(
+    suite: Suite, arguments: argparse.Namespace, device_type: str
+) -> Iterator[PlannedCase]:
+    """Yield the cases of a suite that the arguments ask for."""
     selection = suite.shapes(device_type)
     texts: list[tuple[str, bool]]
     if arguments.shape:
@@ -167,26 +192,26 @@ def _cases(suite: Suite, arguments: argparse.Namespace, device_type: str) -> Ite
         for dtype in dtypes:
             for direction in suite.directions:
                 if not arguments.direction or direction in arguments.direction:
-                    yield Planned(suite, shape, direction, dtype, compiles)
+                    yield PlannedCase(suite, shape, direction, dtype, compiles)
 
 
-def _in_turn(lists: Sequence[list]) -> list:
-    """Take from each list in turn, so that a run cut short has rows of every op."""
+def in_turn(lists: Sequence[list]) -> list:
+    """Take from each list in turn, so that a run that is cut short has rows of every op."""
     longest = max(map(len, lists), default=0)
     return [each[i] for i in range(longest) for each in lists if i < len(each)]
 
 
-def measure(chosen: Plan, budget: float | None) -> int:
-    """Measure case by case; the rows of each are written when it ends.
+def measure(chosen: BenchmarkPlan, budget: float | None) -> int:
+    """Measure case by case, and write the rows of each when it ends.
 
-    Returns in how many cases ours is wrong or failed.
+    Returns how many cases have a fault.
     """
     start, faults = time.perf_counter(), 0
     for dtype in dict.fromkeys(each.dtype for each in chosen.cases):
         limits = ceilings.measured(chosen.device_type, dtype, chosen.effort.quick)
         records.append(chosen.path, limits.rows)
         print(
-            f"{records.machine(chosen.device_type).device}, {str(dtype).removeprefix('torch.')}: "
+            f"{records.machine(chosen.device_type).device}, {records.dtype_name(dtype)}: "
             f"copy {limits.bytes_per_s / 1e9:,.1f} GB/s, "
             f"product {limits.flops_per_s / 1e9:,.0f} GFLOP/s",
             flush=True,
@@ -197,20 +222,28 @@ def measure(chosen: Plan, budget: float | None) -> int:
             print(f"{len(chosen.cases) - done} cases left out: {budget:g} s are over")
             break
         rows = each.run(chosen.device_type, chosen.effort)
-        faults += any(r.provider == OURS and r.status in ("wrong", "failed") for r in rows)
+        faults += any(map(is_fault, rows))
         records.append(chosen.path, rows)
         print("\n".join(lines(rows)), flush=True)
     print(f"rows: {chosen.path}")
     return faults
 
 
+def is_fault(row: ResultRow) -> bool:
+    """Return whether ours is wrong or failed, or any provider's label did not tell what ran."""
+    if row.provider == OURS:
+        return row.status in ("wrong", "failed")
+    return row.status == "failed" and row.note.startswith(labels.PREFIX)
+
+
 def heading() -> str:
+    """Return the line above the rows."""
     columns = f"{'ms':>10} {'p20':>9} {'p80':>9} {'/ ours':>7} {'limit':>6}"
     return f"{'op, direction, dtype, shape':40} {columns}"
 
 
-def lines(rows: Sequence[records.Row]) -> list[str]:
-    """Return a case as text: each provider's time, also over ours, and its % of the limit."""
+def lines(rows: Sequence[ResultRow]) -> list[str]:
+    """Return a case as text: each provider's times, its time over ours, and its % of the limit."""
     if not rows:
         return []
     text = [" ".join(rows[0].case)]
@@ -227,7 +260,10 @@ def lines(rows: Sequence[records.Row]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is asked for; 1 if ours is wrong, 2 if it cannot be asked, 130 after Ctrl-C."""
+    """Measure what the arguments ask for and return the exit code.
+
+    It is 1 if a case has a fault, 2 if the arguments cannot be followed, and 130 after Ctrl-C.
+    """
     arguments = parser().parse_args(argv)
     try:
         chosen = plan(arguments)

@@ -1,22 +1,22 @@
-"""What the elastic model is measured against: ViTs whose examples all have the same length.
+"""ViTs whose examples all have the same length, for the elastic model to be measured beside.
 
 They run on an AdaTape model's own parameters, without a mask.
 """
 
 import torch
 import torch.nn.functional as F
-from reading_peers import loop, padded_gather
 from torch import Tensor, nn
 
+from adatape_kernels.benchmarks.ops.reading_peers import loop, padded_gather
 from adatape_kernels.layers import ElasticEncoderLayer, TapeReader
 from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.ops import FFN
 
 
 class DenseViT(nn.Module):
-    """A ViT with so many tape rows an example: read like the model's, or simply there.
+    """A ViT with a fixed number of tape rows an example: it reads them, or they are zeros.
 
-    Without reading it is an oracle: what elasticity would cost if it were free.
+    Without reading it shows what the elastic model would cost if its elasticity cost nothing.
     """
 
     def __init__(self, model: AdaTapeViT, tape_rows: int, reads: bool):

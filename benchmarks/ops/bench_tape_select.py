@@ -1,37 +1,54 @@
-"""tape_select beside loops in plain torch: python benchmarks/bench_tape_select.py --quick"""
+"""tape_select beside loops in plain torch: adatape-kernels bench tape_select --quick"""
 
 import functools
 import itertools
-import sys
 from typing import Any, NamedTuple
 
-import reading_peers
 import torch
-from bench import main
-from cases import Case, Prepared, nbytes, ours, own_kernels
-from reading_peers import Bank, ReadInputs, agree_on_reads, read_inputs
-from suites import Positive, Selection, Size, Suite, for_reading, label
 
 from adatape_kernels import ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import (
+    BenchmarkCase,
+    Prepared,
+    nbytes,
+    ours,
+    own_kernels,
+    with_backward,
+)
+from adatape_kernels.benchmarks.harness.suites import (
+    Positive,
+    Selection,
+    Size,
+    Suite,
+    for_reading,
+    shape_text,
+)
+from adatape_kernels.benchmarks.ops import reading_peers
+from adatape_kernels.benchmarks.ops.reading_peers import (
+    BankKind,
+    ReadInputs,
+    agree_on_reads,
+    read_inputs,
+)
 
 
-class Shape(NamedTuple):
+class SelectShape(NamedTuple):
     B: Size = Size(64)
     M: Size = Size(784)
-    """Bank tokens."""
-    bank: Bank = Bank("input")
+    bank: BankKind = BankKind("input")
     K: Size = Size(64)
     k: Size = Size(5)
     T: Size = Size(10)
     tau: Positive = Positive(10)
-    """Halting threshold; from T on nobody halts before T steps."""
+    """From T on no example halts before it has read T tape tokens."""
 
     @property
     def options(self) -> dict[str, Any]:
+        """The op's arguments behind query and keys."""
         return {"num_tape_tokens": self.T, "topk": self.k, "halt_threshold": float(self.tau)}
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device_type: str, backward: bool) -> ReadInputs:
+def inputs(shape: SelectShape, dtype: torch.dtype, device_type: str, backward: bool) -> ReadInputs:
     bank = shape.bank.shape(shape.B, shape.M, shape.K)
     return read_inputs(
         shape.B, bank, shape.K, shape.options, dtype, device_type, backward=backward, gathers=False
@@ -43,6 +60,8 @@ def elastic(given: ReadInputs) -> Prepared:
 
 
 def peer(select: Any) -> Any:
+    """Make a provider of a function with the arguments of `ops.tape_select`."""
+
     def prepare(given: ReadInputs) -> Prepared:
         def run() -> list[torch.Tensor]:
             return given.finish(select(given.query, given.bank, **given.options))
@@ -58,7 +77,7 @@ def reference(given: ReadInputs) -> list[torch.Tensor]:
         return list(each.results(each.run()))
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(shape: SelectShape, direction: str, dtype: torch.dtype, device_type: str) -> BenchmarkCase:
     backward = direction == "forward+backward"
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
@@ -72,11 +91,11 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
     if backward:
         flops += 8 * read * shape.K
         moved += touched * key + nbytes([keys]) + 8 * read
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: inputs(shape, dtype, device_type, backward),
         reference=reference,
@@ -86,6 +105,7 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
         ],
         flops=flops,
         bytes=moved,
+        measured_ops=with_backward("tape_select", backward),
         agree=functools.partial(agree_on_reads, shared=shared and backward),
     )
 
@@ -114,7 +134,7 @@ def shapes(device_type: str) -> Selection:
 
 SUITE = Suite(
     op="tape_select",
-    shape=Shape,
+    shape=SelectShape,
     directions=("forward", "forward+backward"),
     providers=[*own_kernels(), *reading_peers.NAMES],
     shapes=shapes,
@@ -122,6 +142,3 @@ SUITE = Suite(
     case=case,
     check=reading_peers.check,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

@@ -1,17 +1,17 @@
-"""Scaling plots: time against the rows that exist, against the batch, against the bank."""
+"""Plots of time against the tape tokens that are read, the batch, and the size of the bank."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cases import OURS
+from adatape_kernels.benchmarks.harness.cases import OURS
 
 LEAST_POINTS = 3
 COLORS = {OURS: "#c2410c"}
 PEER_COLORS = ("#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#64748b", "#be185d")
 
 
-class Axis(NamedTuple):
+class PlotAxis(NamedTuple):
     """A letter of a shape along which an op was measured."""
 
     name: str
@@ -22,14 +22,14 @@ class Axis(NamedTuple):
 
 
 AXES = (
-    Axis("rows", "model", "tape", "tape tokens that every image reads", False),
-    Axis("batch", "model", "B", "images in the batch", True),
-    Axis("bank", "tape_select", "M", "tokens in the bank", True),
+    PlotAxis("rows", "model", "tape", "tape tokens that every image reads", False),
+    PlotAxis("batch", "model", "B", "images in the batch", True),
+    PlotAxis("bank", "tape_select", "M", "tokens in the bank", True),
 )
 
 
 def draw(path: Path, cases: Mapping[tuple, Mapping[str, Any]]) -> list[Path]:
-    """Draw what a CSV file's cases allow, beside it; nothing where matplotlib is not installed."""
+    """Draw what a CSV file's cases allow, into files beside it, if matplotlib is installed."""
     try:
         import matplotlib
 
@@ -55,13 +55,27 @@ def draw(path: Path, cases: Mapping[tuple, Mapping[str, Any]]) -> list[Path]:
     return drawn
 
 
-Lines = dict[str, list[tuple[float, float, float, float]]]
-"""Of each provider: position, median, p20 and p80 in milliseconds."""
+class PlotPoint(NamedTuple):
+    """A provider's time at one place of an axis, in milliseconds."""
+
+    place: float
+    median: float
+    p20: float
+    p80: float
 
 
-def series(axis: Axis, cases: Mapping[tuple, Mapping[str, Any]]) -> Iterator[tuple[str, Lines]]:
-    """Yield for each direction the longest run of cases that differ in the axis' letter only."""
-    runs: dict[tuple, dict[str, Lines]] = {}
+PlotLines = dict[str, list[PlotPoint]]
+"""The points of each provider."""
+
+
+def series(
+    axis: PlotAxis, cases: Mapping[tuple, Mapping[str, Any]]
+) -> Iterator[tuple[str, PlotLines]]:
+    """Yield a title and the lines of each direction and dtype.
+
+    Of the cases that differ in the axis' letter only, the longest row is taken.
+    """
+    runs: dict[tuple, dict[str, PlotLines]] = {}
     for (op, direction, dtype, shape), found in cases.items():
         letters = dict(part.split("=", 1) for part in shape.split() if "=" in part)
         value = letters.pop(axis.letter, "")
@@ -71,8 +85,8 @@ def series(axis: Axis, cases: Mapping[tuple, Mapping[str, Any]]) -> Iterator[tup
         lines = runs.setdefault((direction, dtype), {}).setdefault(rest, {})
         for provider, (row, _) in found.items():
             if row.median_s:
-                point = (float(value), *(1e3 * t for t in (row.median_s, row.p20_s, row.p80_s)))
-                lines.setdefault(provider, []).append(point)
+                times = (1e3 * t for t in (row.median_s, row.p20_s, row.p80_s))
+                lines.setdefault(provider, []).append(PlotPoint(float(value), *times))
     for (direction, dtype), by_rest in runs.items():
         rest, lines = max(by_rest.items(), key=lambda item: len(item[1].get(OURS, [])))
         if len(lines.get(OURS, [])) >= LEAST_POINTS:
@@ -80,7 +94,7 @@ def series(axis: Axis, cases: Mapping[tuple, Mapping[str, Any]]) -> Iterator[tup
             yield f"{axis.op}, {direction}, {dtype}\n{rest}", kept
 
 
-def _panel(panel: Any, axis: Axis, title: str, lines: Lines) -> None:
+def _panel(panel: Any, axis: PlotAxis, title: str, lines: PlotLines) -> None:
     colors = dict(COLORS)
     for name, points in sorted(lines.items(), key=lambda item: item[0] != OURS):
         ours = name == OURS
@@ -100,7 +114,7 @@ def _panel(panel: Any, axis: Axis, title: str, lines: Lines) -> None:
     if axis.logarithmic:
         panel.set_xscale("log")
         panel.set_yscale("log")
-        ticks = sorted({point[0] for points in lines.values() for point in points})
+        ticks = sorted({point.place for points in lines.values() for point in points})
         panel.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         panel.minorticks_off()
         panel.yaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""Whole models, elastic and padded: python benchmarks/bench_model.py --quick
+"""Whole models, elastic and padded: adatape-kernels bench model --quick
 
 A training step is forward, loss and every gradient; no optimiser. Images differ from run to run,
 so that no result can be kept.
@@ -6,18 +6,33 @@ so that no result can be kept.
 
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from bench import main
-from cases import OURS, Case, Prepared, Provider, agree, only_on_cuda
-from dense_vit import DenseViT
-from reading_peers import BANKS, Bank, loop
-from suites import PATTERNS, Positive, Selection, Size, Suite, Tape, for_products, label
 from torch import Tensor, nn
 
+from adatape_kernels.benchmarks.harness.cases import (
+    ANY_BACKEND,
+    OURS,
+    BenchmarkCase,
+    Prepared,
+    Provider,
+    only_on_cuda,
+    with_backward,
+)
+from adatape_kernels.benchmarks.harness.suites import (
+    PATTERNS,
+    Positive,
+    Selection,
+    Size,
+    Suite,
+    Tape,
+    for_products,
+    shape_text,
+)
+from adatape_kernels.benchmarks.ops.dense_vit import DenseViT
+from adatape_kernels.benchmarks.ops.reading_peers import BANKS, BankKind, loop
 from adatape_kernels.layers import TapeReader
 from adatape_kernels.models import AdaTapeViT, adatape_vit
 from adatape_kernels.recipes import measure
@@ -25,8 +40,10 @@ from adatape_kernels.reference import TapeSelection
 
 CLASSES, PIXELS = 1000, 224
 GRADIENT_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.3}
-"""Of all gradients together, by the norm of their difference: in a large batch some example's read
-turns on the last bits of two scores, in bfloat16 many do."""
+"""All gradients together may differ by this part of their norm.
+
+In a large batch some example's read turns on the last bits of two scores, in bfloat16 many do.
+"""
 
 
 class Variant(str):
@@ -42,7 +59,7 @@ class Variant(str):
 
 
 class Reads(Tape):
-    """Tape lengths as in Tape, or "tau": as the halting scores decide."""
+    """Tape lengths as in Tape, or "tau" where the halting scores decide."""
 
     meaning = f"tau, {', '.join(PATTERNS)} or a number"
 
@@ -50,14 +67,14 @@ class Reads(Tape):
         return str.__new__(cls, value) if value == "tau" else super().__new__(cls, value)  # type: ignore[return-value]
 
 
-class Shape(NamedTuple):
+class ModelShape(NamedTuple):
     V: Variant = Variant("S/16")
     B: Size = Size(8)
     T: Size = Size(10)
     k: Size = Size(5)
-    bank: Bank = Bank("input")
+    bank: BankKind = BankKind("input")
     M: Size = Size(10_000)
-    """Tokens of a learnable bank."""
+    """Only a learnable bank has so many tokens; an input-driven one has the image's."""
     tau: Positive = Positive(2)
     tape: Reads = Reads("tau")
 
@@ -68,10 +85,10 @@ class ModelInputs(NamedTuple):
     labels: Tensor
     training: bool
     tape_rows: int
-    """That the batch reads."""
+    """The batch reads so many tape tokens."""
 
 
-def check(shape: Shape) -> None:
+def check(shape: ModelShape) -> None:
     """Raise ValueError where the bank holds too few tokens."""
     patch = int(shape.V.partition("/")[2])
     tokens = shape.M if shape.bank == "learn" else (PIXELS // max(1, patch // 2)) ** 2
@@ -80,7 +97,7 @@ def check(shape: Shape) -> None:
         raise ValueError(f"shape: expected a bank of at least {needed} tokens, got {tokens}")
 
 
-def build(shape: Shape, dtype: torch.dtype, device_type: str) -> AdaTapeViT:
+def build(shape: ModelShape, dtype: torch.dtype, device_type: str) -> AdaTapeViT:
     imposed = shape.tape != "tau"
     model = adatape_vit(
         shape.V,
@@ -102,13 +119,13 @@ def build(shape: Shape, dtype: torch.dtype, device_type: str) -> AdaTapeViT:
 def _normalised(
     reader: TapeReader, lens: Tensor, bank: Tensor | None, query: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reader's own, with so many unread entries as each example's tape takes."""
+    """Normalise as the reader does, and let each example read so many entries as its tape takes."""
     values, query, _ = TapeReader.normalised(reader, bank, query)
     entries = torch.arange(values.shape[-2], device=lens.device)
     return values, query, entries >= reader.topk * lens.unsqueeze(1)
 
 
-def inputs(model: AdaTapeViT, shape: Shape, training: bool) -> ModelInputs:
+def inputs(model: AdaTapeViT, shape: ModelShape, training: bool) -> ModelInputs:
     like = model.head.weight
     images = torch.randn(shape.B, 3, PIXELS, PIXELS, device=like.device).to(like.dtype)
     labels = torch.randint(CLASSES, (shape.B,), device=like.device)
@@ -132,7 +149,8 @@ def runner(
         return (out.logits, *(g for g in grads if g is not None))
 
     def results(found: Sequence[Tensor]) -> list[Tensor]:
-        return [found[0], *([torch.cat([g.flatten() for g in found[1:]])] if found[1:] else [])]
+        logits, *grads = found
+        return [logits, torch.cat([g.flatten() for g in grads])] if grads else [logits]
 
     return Prepared(run, results)
 
@@ -153,7 +171,7 @@ def flops(given: ModelInputs) -> int:
 
 
 def with_capacity(compiled: bool) -> Callable[[ModelInputs], Prepared]:
-    """As many tape rows as the batch reads, told beforehand."""
+    """Prepare a provider that is told the number of tape rows beforehand."""
 
     def prepare(given: ModelInputs) -> Prepared:
         model = (
@@ -165,7 +183,7 @@ def with_capacity(compiled: bool) -> Callable[[ModelInputs], Prepared]:
 
 
 def padded(**options: Any) -> Callable[[ModelInputs], Prepared]:
-    """The padded model, compiled if there are options; dynamic=False among them."""
+    """Prepare the padded model, compiled with these options if there are any."""
 
     def prepare(given: ModelInputs) -> Prepared:
         other = given.model.padded()
@@ -178,13 +196,13 @@ def padded(**options: Any) -> Callable[[ModelInputs], Prepared]:
 
 
 def _select_in_float32(query: Tensor, keys: Tensor, **options: Any) -> TapeSelection:
-    """Scores rounded to bfloat16 select other entries."""
+    """Select in float32, since scores that are rounded to bfloat16 select other entries."""
     options = {k: v for k, v in options.items() if k not in ("average_query", "loss_type")}
     selection = loop(query, keys, **options)
     return selection._replace(weights=selection.weights.to(keys.dtype))
 
 
-class _Logits(NamedTuple):
+class DenseOutput(NamedTuple):
     logits: Tensor
 
 
@@ -192,17 +210,17 @@ def dense(reads: bool) -> Callable[[ModelInputs], Prepared]:
     def prepare(given: ModelInputs) -> Prepared:
         vit = DenseViT(given.model, round(given.tape_rows / max(1, len(given.images))), reads)
 
-        def loss(out: _Logits, labels: Tensor) -> Tensor:
+        def loss(out: DenseOutput, labels: Tensor) -> Tensor:
             return nn.functional.cross_entropy(out.logits, labels)
 
-        each = runner(given, lambda images: _Logits(vit(images)), loss)
+        each = runner(given, lambda images: DenseOutput(vit(images)), loss)
         return each._replace(note="an anchor: not the same function, so not compared")
 
     return prepare
 
 
 def reference(given: ModelInputs) -> list[Tensor]:
-    """The padded model in float32."""
+    """Return the results of the padded model in float32."""
     dtype = given.images.dtype
     exact = given._replace(images=given.images.float(), model=given.model.float())
     each = padded()(exact)
@@ -214,22 +232,30 @@ def reference(given: ModelInputs) -> list[Tensor]:
 def agree_on_most(
     found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
 ) -> str | None:
-    """As `agree` for the logits of all examples but a few, and by the norm for the gradients."""
-    logits, exact = (x[0].double() for x in (found, expected))
-    errors = (logits - exact).abs().amax(1) / exact.abs().max()
+    """Compare the logits of all examples but a few as `agree` does, and gradients by their norm."""
+    (logits, *grads), (exact_logits, *exact_grads) = found, expected
+    errors = (logits.double() - exact_logits).abs().amax(1) / exact_logits.double().abs().max()
     few = tolerance < 0.01
     wrong = int((~(errors <= tolerance)).sum())
     if wrong > 1 + len(errors) // (50 if few else 4):
         return f"the logits of {wrong} of {len(errors)} examples are off, by {errors.max():.3g}"
-    if len(found) == 1:
-        return None
-    if found[1].shape != expected[1].shape:
-        return agree(found[1:], expected[1:], tolerance)
-    off = (found[1].double() - expected[1].double()).norm() / expected[1].double().norm()
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        fault = _gradient_fault(grad.double(), exact.double(), few)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _gradient_fault(grad: Tensor, exact: Tensor, few: bool) -> str | None:
+    """Return None, or by how much the vector of all gradients differs from the reference's."""
+    if grad.shape != exact.shape:
+        return f"the gradients have the shape {tuple(grad.shape)}, not {tuple(exact.shape)}"
+    off = (grad - exact).norm() / exact.norm()
     allowed = GRADIENT_TOLERANCE[torch.float32 if few else torch.bfloat16]
     return None if off <= allowed else f"the gradients are off by {off:.3g} of their norm"
 
 
+MODEL_OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
 CAPACITY, COMPILED = f"{OURS}, capacity", f"{OURS}, compiled"
 PEERS = (
     "padded",
@@ -240,7 +266,7 @@ PEERS = (
 )
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(shape: ModelShape, direction: str, dtype: torch.dtype, device_type: str) -> BenchmarkCase:
     training = direction == "training step"
     torch.manual_seed(0)
     model = build(shape, dtype, device_type)
@@ -248,18 +274,18 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
     parameters = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     images = given.images.numel() * dtype.itemsize
     plain, compiled, tuned, oracle, static = PEERS
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: inputs(model, shape, training),
         reference=reference,
         providers=[
-            Provider(OURS, elastic, graph=False),
-            Provider(CAPACITY, with_capacity(compiled=False)),
-            Provider(COMPILED, with_capacity(compiled=True), compiled=True),
+            Provider(OURS, elastic, ANY_BACKEND, graph=False),
+            Provider(CAPACITY, with_capacity(compiled=False), ANY_BACKEND),
+            Provider(COMPILED, with_capacity(compiled=True), ANY_BACKEND, compiled=True),
             Provider(plain, padded()),
             Provider(compiled, padded(dynamic=False), compiled=True),
             only_on_cuda(
@@ -272,10 +298,11 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
             Provider(static, dense(reads=True), checked=False),
         ],
         flops=flops(given),
-        # The least: images and parameters once, and their gradients.
+        # Images, parameters and the gradients of these pass through memory once at least.
         bytes=images + parameters * (2 if training else 1),
         agree=agree_on_most,
         peaks=training,
+        measured_ops=[name for op in MODEL_OPS for name in with_backward(op, backward=training)],
         sets=1,
     )
 
@@ -284,7 +311,7 @@ def shapes(device_type: str) -> Selection:
     batch = 256 if device_type == "cuda" else 8
     default = [f"V=S/16 B={batch} T=10 k=5 tau=2"]
     deep = f"V=B/32 B={batch} T=64 k=2 tau=8 bank=learn"
-    # Only the tape differs, then only the batch.
+    # In the first of these only the tape differs, in the others only the batch.
     scaling = [
         *(f"V=Ti/32 B={batch} T=128 k=2 bank=learn tape={t}" for t in (0, 16, 32, 64, 96, 128)),
         *(f"V=Ti/32 B={b} T=32 k=2 bank=learn tape=skewed" for b in _batches(device_type)),
@@ -316,7 +343,7 @@ def _batches(device_type: str) -> tuple[int, ...]:
 
 SUITE = Suite(
     op="model",
-    shape=Shape,
+    shape=ModelShape,
     directions=("forward", "training step"),
     providers=[OURS, CAPACITY, COMPILED, *PEERS],
     shapes=shapes,
@@ -324,6 +351,3 @@ SUITE = Suite(
     case=case,
     check=check,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

@@ -1,27 +1,28 @@
-"""The machine's own ceilings, measured before anything else: a large copy and a large product."""
+"""The machine's own ceilings, measured before anything else: a large copy, a large product."""
 
 import functools
 import time
 from dataclasses import dataclass
 
-import records
-import timing
 import torch
 
+from adatape_kernels.benchmarks.harness import records, timing
+
 COPIED = {"cpu": 256 * 1024**2, "cuda": 1024**3}
-"""Bytes of the copied buffer: far more than a cache holds."""
+"""The copied buffer has so many bytes, far more than a cache holds."""
 
 SIDES = {"cpu": (256, 2048), "cuda": (8192, 8192)}
-"""Rows and columns of the factors, at least and at most; doubled until a product takes 50 ms."""
+"""The side of the square factors, at least and at most; it doubles until a product takes 50 ms."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second of the copy, read and written, and FLOP a second of the product."""
+    """The rates of the copy and of the product, and the rows that record them."""
 
     bytes_per_s: float
+    """Bytes that the copy reads count, and those that it writes."""
     flops_per_s: float
-    rows: tuple[records.Row, ...]
+    rows: tuple[records.ResultRow, ...]
 
     def seconds(self, flops: float, moved: float) -> float:
         """Return the least time that so much work takes on this machine."""
@@ -30,7 +31,7 @@ class Ceilings:
 
 @functools.cache
 def measured(device_type: str, dtype: torch.dtype, quick: bool = False) -> Ceilings:
-    """Measure both in a dtype, once a process."""
+    """Measure both in a dtype; a process measures each dtype once."""
     rounds, seconds = (5, 0.5) if quick else (15, 3.0)
     source = torch.ones(COPIED[device_type] // dtype.itemsize, dtype=dtype, device=device_type)
     target = torch.empty_like(source)
@@ -42,11 +43,11 @@ def measured(device_type: str, dtype: torch.dtype, quick: bool = False) -> Ceili
         seconds=seconds,
     )
     moved, flops = 2 * source.numel() * dtype.itemsize, 2 * len(a) ** 3
-    name = str(dtype).removeprefix("torch.")
+    name = records.dtype_name(dtype)
     shapes = {"copy": f"bytes={moved // 2}", "product": f"side={len(a)}"}
     rows = tuple(
         records.row(
-            ("ceiling", which, name, shapes[which]),
+            records.CaseKey("ceiling", which, name, shapes[which]),
             "torch",
             device_type,
             timing=each,
@@ -60,7 +61,7 @@ def measured(device_type: str, dtype: torch.dtype, quick: bool = False) -> Ceili
 
 
 def _factors(device_type: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Small ones where the processor lacks the dtype, and a product takes its time."""
+    """Make two factors, which stay small where products of this dtype are slow."""
     side, most = SIDES[device_type]
     while True:
         a, b = torch.randn(2, side, side, device=device_type).to(dtype).unbind(0)

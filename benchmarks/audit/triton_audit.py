@@ -1,35 +1,39 @@
-"""Compile the Triton kernels for GPUs that are not here: python benchmarks/audit.py [--sample].
+"""Compiles the kernels for GPUs that are not here and looks at what comes out; runs nothing.
 
-Every launch of the cases below is recorded on tensors without data, compiled for compute
-capability 8.0, 9.0 and 10.0, and measured: registers, stack (spills), shared memory, and the
-instructions that make it fast. Exit code 1 when a kernel spills, passes a chip's limits, lacks an
-instruction that it must have, or needs more than the row that is recorded in audit.csv.
+    python -m adatape_kernels.benchmarks.audit.triton_audit --sample
+
+Every launch of the audit's cases is recorded on tensors without data, and its Triton kernel is
+compiled for compute capability 8.0, 9.0 and 10.0. A row tells the registers, the stack (spills),
+the shared memory, and the instructions that make the kernel fast. The exit code is 1 where a kernel
+spills, passes a chip's limits, lacks an instruction that it must have, or needs more than the row
+that is recorded in audit.csv. Where nvcc is found the CUDA C++ kernels stand below.
+(`adatape-kernels check` runs the kernels of this machine beside float64 results, and
+`adatape-kernels verify` compares results with recorded ones of the public JAX code.)
 """
 
 import argparse
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-# The interpreter's functions cannot be compiled; triton chooses when it is imported.
-os.environ["TRITON_INTERPRET"] = "0"
-
-import audit_cuda
 import torch
 import triton
-from audit_cases import CASES, Case
 from triton.backends.compiler import GPUTarget
 
-from adatape_kernels import _triton
+from adatape_kernels.benchmarks.audit import cuda_audit
+from adatape_kernels.benchmarks.audit.again import start_again
+from adatape_kernels.benchmarks.audit.audit_cases import CASES, AuditCase
+from adatape_kernels.ops import triton_runtime
 
+MODULE = "adatape_kernels.benchmarks.audit.triton_audit"
 RECORDED = Path(__file__).with_name("audit.csv")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -51,8 +55,8 @@ INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel, compiled for one chip. Counts of instructions are places in its code."""
+class AuditRow:
+    """One kernel, compiled for one chip; of an instruction it counts the places in the code."""
 
     kernel: str
     case: str
@@ -72,10 +76,10 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """By what a row is found again."""
+        """What a row is found again by."""
         return self.kernel, self.case, self.arch
 
-    def faults(self, case: Case, before: "Row | None") -> Iterator[str]:
+    def faults(self, case: AuditCase, before: "AuditRow | None") -> Iterator[str]:
         """Yield what is wrong with the kernel, on its own and beside the recorded row."""
         if self.stack:
             yield f"spills: {self.stack} bytes of stack"
@@ -94,8 +98,11 @@ class Row:
             yield f"shared memory: {self.shared} bytes, recorded {before.shared}"
 
 
-class _Chip:
-    """As much of a driver as compiling needs: which chip it is for."""
+PRINTED = [field.name for field in fields(AuditRow) if field.name != "triton"]
+
+
+class _ChipDriver:
+    """As much of a driver as compiling needs: it tells for which chip."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -110,18 +117,18 @@ class _Chip:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_case(number: int, arch: int) -> list[Row]:
-    """Compile each kernel that a case launches, once."""
+def compile_case(number: int, arch: int) -> list[AuditRow]:
+    """Compile the kernels that a case launches, and return a row for each of them."""
     case = CASES[number]
-    triton.runtime.driver.set_active(_Chip(arch))
-    rows: dict[tuple[str, str, int], Row] = {}
-    with _triton.recording() as launches, torch.device("meta"):
+    triton.runtime.driver.set_active(_ChipDriver(arch))
+    rows: dict[tuple[str, str, int], AuditRow] = {}
+    with triton_runtime.recording() as launches, torch.device("meta"):
         case.run()
-    for kernel, grid, args, options in launches:
-        compiled = kernel.warmup(*args, grid=grid, **options)
+    for kernel, grid, arguments in launches:
+        compiled = kernel.warmup(grid=grid, **arguments)
         code = compiled.asm["ptx"]
         usage = _resources(compiled.asm["cubin"])
-        row = Row(
+        row = AuditRow(
             kernel.__name__,
             case.name,
             arch,
@@ -149,25 +156,30 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
-def recorded() -> dict[tuple[str, str, int], Row]:
+def recorded() -> dict[tuple[str, str, int], AuditRow]:
     """Read the committed rows."""
     if not RECORDED.exists():
         return {}
-    numbers = [field.name for field in fields(Row) if field.type is int]
+    numbers = [field.name for field in fields(AuditRow) if field.type is int]
     with RECORDED.open(newline="") as file:
-        rows = [Row(**{**row, **{n: int(row[n]) for n in numbers}}) for row in csv.DictReader(file)]
+        rows = [
+            AuditRow(**{**row, **{n: int(row[n]) for n in numbers}}) for row in csv.DictReader(file)
+        ]
     return {row.key: row for row in rows}
 
 
-def main() -> int:
-    """Print the table; 1 if a kernel has a fault."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; return 1 if a kernel has a fault."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sample", action="store_true", help="a few cases, for sm_90 only")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--record", action="store_true", help="put the rows into audit.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.record and options.sample:
         parser.error("--record: expected every architecture, got --sample")
+    if triton_runtime.INTERPRETED:  # What triton makes for its interpreter cannot be compiled.
+        given = sys.argv[1:] if argv is None else argv
+        return start_again(MODULE, given, interpreted=False)
 
     chosen = [
         (number, arch)
@@ -176,34 +188,38 @@ def main() -> int:
         if options.match in case.name and (case.sample or not options.sample)
     ]
     before = {} if options.record else recorded()
-    kept = [row for row in recorded().values() if options.match not in row.case]
-    names = [field.name for field in fields(Row) if field.name != "triton"]
-    print(f"{'kernel':34}{'case':34}" + "".join(f"{name:>11}" for name in names[2:]))
-    rows, faults = [], []
+    print(_line({name: name for name in PRINTED}))
+    rows: list[AuditRow] = []
+    faults: list[str] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for (number, _), found in zip(
-            chosen, pool.map(compile_case, *zip(*chosen, strict=True)), strict=True
-        ):
+        compiled = pool.map(compile_case, *zip(*chosen, strict=True)) if chosen else ()
+        for (number, _), found in zip(chosen, compiled, strict=True):
             for row in found:
                 rows.append(row)
-                cells = "".join(f"{getattr(row, name):>11}" for name in names[2:])
-                print(f"{row.kernel:34}{row.case:34}{cells}", flush=True)
+                print(_line(asdict(row)), flush=True)
                 for fault in row.faults(CASES[number], before.get(row.key)):
                     faults.append(f"{row.kernel}, {row.case}, sm_{row.arch}: {fault}")
-    if not options.sample and not options.match and shutil.which("nvcc"):
-        for columns, found in audit_cuda.rows():
-            cells = "".join(f"{columns[name]:>11}" for name in names[2:])
-            print(f"{columns['kernel']:34}{columns['case']:34}{cells}", flush=True)
-            faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in found]
-    compiled = len(rows)
+    if not options.sample and not options.match and cuda_audit.can_compile():
+        for columns, cuda_faults in cuda_audit.rows():
+            print(_line(columns), flush=True)
+            faults += [f"{columns['kernel']}, {columns['case']}: {fault}" for fault in cuda_faults]
     if options.record:
-        with RECORDED.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            rows += kept
-            writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
-    print("\n".join(["", *faults, f"{compiled} kernels compiled, {len(faults)} faults"]))
-    return 1 if faults or not compiled else 0
+        _write([*rows, *(row for row in recorded().values() if options.match not in row.case)])
+    print("\n".join(["", *faults, f"{len(rows)} kernels compiled, {len(faults)} faults"]))
+    return 1 if faults or not rows else 0
+
+
+def _line(columns: Mapping[str, Any]) -> str:
+    """Return a kernel's columns as a line of the table."""
+    cells = "".join(f"{columns[name]:>11}" for name in PRINTED if name not in ("kernel", "case"))
+    return f"{columns['kernel']:34}{columns['case']:34}{cells}"
+
+
+def _write(rows: list[AuditRow]) -> None:
+    with RECORDED.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(AuditRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clocks: providers in turn on inputs that no cache holds; events and CUDA graphs on a GPU."""
+"""Clocks: providers take turns on inputs that no cache holds; a GPU has events and CUDA graphs."""
 
 import functools
 import itertools
@@ -16,6 +16,7 @@ SAMPLE_SECONDS = {"cpu": 2e-3, "cuda": 2e-4}
 """A sample repeats a run until it lasts about so long, so that the clock's own step is small."""
 
 LEAST_ROUNDS = 3
+"""Each provider gets at least so many samples, however long they take."""
 
 SLOW_SECONDS = 0.1
 """A run that takes longer is warm after one turn."""
@@ -58,7 +59,7 @@ def _sample_cpu(runs: Iterator[Run], repeats: int) -> float:
 
 
 def _sample_cuda(runs: Iterator[Run], repeats: int) -> float:
-    """Device time from an idle device on: what the host cannot launch fast enough is counted."""
+    """Return the device's time from idle on, in which a host that launches too slowly counts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -71,7 +72,7 @@ def _sample_cuda(runs: Iterator[Run], repeats: int) -> float:
 
 @functools.cache
 def _pool() -> Any:
-    """Memory that all graphs share: they run one after another, and keep their results only."""
+    """Return memory that all graphs share, since they run one after another."""
     return torch.cuda.graph_pool_handle()
 
 

@@ -1,36 +1,49 @@
-"""dual_ffn beside torch's products: python benchmarks/bench_dual_ffn.py --quick"""
+"""dual_ffn beside torch's products: adatape-kernels bench dual_ffn --quick"""
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench import main
-from cases import OURS, Case, Prepared, Provider, nbytes, ours, own_kernels
-from suites import Selection, Size, Suite, Tape, for_products, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import (
+    OURS,
+    BenchmarkCase,
+    Prepared,
+    Provider,
+    nbytes,
+    ours,
+    own_kernels,
+    with_backend,
+    with_backward,
+)
+from adatape_kernels.benchmarks.harness.suites import (
+    Selection,
+    Size,
+    Suite,
+    Tape,
+    for_products,
+    shape_text,
+)
 from adatape_kernels.ops import FFN, ffn_products
 
 
-class Shape(NamedTuple):
+class FeedForwardShape(NamedTuple):
     B: Size = Size(16)
     N: Size = Size(197)
     T: Size = Size(10)
     tape: Tape = Tape("uniform")
     D: Size = Size(384)
     F: Size = Size(1536)
-    """Hidden width of input rows."""
     G: Size = Size(384)
-    """Hidden width of tape rows."""
 
 
 class FFNInputs(NamedTuple):
     x: Tensor
-    """(rows, dim), input rows first."""
+    """(rows, dim); the input rows come first."""
     num_input_rows: int
     input_ffn: FFN
     tape_ffn: FFN
@@ -39,14 +52,18 @@ class FFNInputs(NamedTuple):
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
+        """What has gradients."""
         return self.x, *self.input_ffn, *self.tape_ffn
 
     def finish(self, y: Tensor, leaves: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return y, and the gradients of the leaves if the backward is measured."""
         grads = torch.autograd.grad(y, leaves or self.leaves, self.dy) if self.backward else ()
         return [y, *grads]
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device_type: str, backward: bool) -> FFNInputs:
+def inputs(
+    shape: FeedForwardShape, dtype: torch.dtype, device_type: str, backward: bool
+) -> FFNInputs:
     num_input_rows = shape.B * shape.N
     rows = num_input_rows + sum(shape.tape.lens(shape.B, shape.T))
 
@@ -76,7 +93,7 @@ def elastic(given: FFNInputs) -> Prepared:
 
 
 def elastic_grouped(given: FFNInputs) -> Prepared:
-    """Triton's other form of the products: both kinds of rows in one launch."""
+    """Prepare Triton's other form of the products: one launch for both kinds of rows."""
     each = elastic(given)
 
     def run() -> object:
@@ -93,7 +110,7 @@ def sliced(x: Tensor, num_input_rows: int, one: FFN, two: FFN) -> Tensor:
 
 
 def all_rows(x: Tensor, num_input_rows: int, one: FFN, two: FFN) -> Tensor:
-    """Both feed-forwards over every row, and a choice: a naive port."""
+    """Compute both feed-forwards for every row and choose, as a naive port does."""
     act = F.gelu(F.linear(x, one.w1, one.b1), approximate="tanh")
     tape = F.glu(F.linear(x, two.w1, two.b1))
     is_input = torch.arange(len(x), device=x.device).unsqueeze(1) < num_input_rows
@@ -112,23 +129,27 @@ def function(compute: Callable[..., Tensor]) -> Callable[[FFNInputs], Prepared]:
 
 
 def grouped_mm(given: FFNInputs) -> Prepared:
-    """Each layer as one F.grouped_mm; it wants equal widths, so the narrower weights are padded."""
+    """Prepare a peer whose layers are one F.grouped_mm each.
+
+    That function wants equal widths, so the narrower weights are padded with zeros.
+    """
     middle, rows = given.num_input_rows, len(given.x)
     ends = torch.tensor([middle, rows], dtype=torch.int32, device=given.x.device)
     both = [given.input_ffn, given.tape_ffn]
 
-    def stacked(layer: int) -> Tensor:
-        """(2, inputs, outputs), zero where one of them is narrower."""
-        weights = [ffn[layer].detach().mT for ffn in both]
-        inputs, outputs = (max(w.shape[i] for w in weights) for i in (0, 1))
+    def stacked(weights: Sequence[Tensor]) -> Tensor:
+        """Return weights as (2, inputs, outputs), zero where one of them is narrower."""
+        inputs, outputs = (max(sizes) for sizes in zip(*(w.mT.shape for w in weights), strict=True))
         whole = given.x.new_zeros(2, inputs, outputs)
-        for i, w in enumerate(weights):
-            whole[i, : w.shape[0], : w.shape[1]] = w
+        for place, w in zip(whole, weights, strict=True):
+            place[: w.shape[1], : w.shape[0]] = w.detach().mT
         return whole.requires_grad_(given.backward)
 
-    w1, w2 = stacked(0), stacked(2)
+    w1, w2 = stacked([ffn.w1 for ffn in both]), stacked([ffn.w2 for ffn in both])
     biases = [
-        ffn[i].detach().clone().requires_grad_(given.backward) for ffn in both for i in (1, 3)
+        bias.detach().clone().requires_grad_(given.backward)
+        for ffn in both
+        for bias in (ffn.b1, ffn.b2)
     ]
     b1, b2, c1, c2 = biases
     hidden, gates = len(b1), len(c1)
@@ -146,11 +167,15 @@ def grouped_mm(given: FFNInputs) -> Prepared:
         if not given.backward:
             return list(found)
         y, dx, dw1, dw2, db1, db2, dc1, dc2 = found
+
+        def unstacked(dw: Tensor, weight: Tensor) -> Tensor:
+            """Return the gradient of one of the stacked weights."""
+            outputs, inputs = weight.shape
+            return dw[:inputs, :outputs].mT
+
         made = [y, dx]
-        for i, (ffn, first, second) in enumerate(zip(both, (db1, dc1), (db2, dc2), strict=True)):
-            for dw, db, layer in ((dw1, first, 0), (dw2, second, 2)):
-                outputs, inputs = ffn[layer].shape
-                made += [dw[i, :inputs, :outputs].mT, db]
+        for ffn, du1, db, du2, dc in zip(both, dw1, (db1, dc1), dw2, (db2, dc2), strict=True):
+            made += [unstacked(du1, ffn.w1), db, unstacked(du2, ffn.w2), dc]
         return made
 
     return Prepared(run, results)
@@ -169,7 +194,9 @@ PEERS = ("sliced", "sliced, compiled", "grouped_mm", "all rows + where")
 GROUPED = f"{OURS} triton, grouped products"
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(
+    shape: FeedForwardShape, direction: str, dtype: torch.dtype, device_type: str
+) -> BenchmarkCase:
     backward = direction == "forward+backward"
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
@@ -179,26 +206,32 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
     weights = nbytes([*given.input_ffn, *given.tape_ffn])
     token = rows * shape.D * dtype.itemsize
     slices, compiled, grouped, everything = PEERS
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: inputs(shape, dtype, device_type, backward),
         reference=reference,
         providers=[
             *ours(SUITE.op, elastic, device_type, dtype),
-            *([Provider(GROUPED, elastic_grouped)] if device_type == "cuda" else []),
+            *(
+                [with_backend(Provider(GROUPED, elastic_grouped), "triton")]
+                if device_type == "cuda"
+                else []
+            ),
             Provider(slices, function(sliced)),
             Provider(compiled, function(torch.compile(sliced, dynamic=False)), compiled=True),
             Provider(grouped, grouped_mm),
             Provider(everything, function(all_rows)),
         ],
-        # x, y and the weights; to train also the pre-activations, kept and read, dy, dx, gradients.
+        # x, y and the weights pass through memory. A training step keeps the pre-activations and
+        # reads them again, and moves dy, dx and the gradients of the weights.
         flops=2.0 * shape.D * products * (3 if backward else 1),
         bytes=2 * token + weights + (3 * token + 2 * kept + 2 * weights if backward else 0),
         peaks=backward,
+        measured_ops=with_backward("dual_ffn", backward),
     )
 
 
@@ -223,13 +256,10 @@ def shapes(device_type: str) -> Selection:
 
 SUITE = Suite(
     op="dual_ffn",
-    shape=Shape,
+    shape=FeedForwardShape,
     directions=("forward", "forward+backward"),
     providers=[*own_kernels(), GROUPED, *PEERS],
     shapes=shapes,
     dtypes=for_products,
     case=case,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

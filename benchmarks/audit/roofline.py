@@ -1,4 +1,6 @@
-"""What each op must move and compute, and what our Triton kernels do: python benchmarks/roofline.py
+"""Tells what each op must move and compute, and what our Triton kernels do.
+
+    python -m adatape_kernels.benchmarks.audit.roofline --quick
 
 The kernels run in triton's interpreter with every load, store and product counted, on one example
 (or a few) of each shape; the counts are scaled to the whole batch. Beside them stands what the
@@ -12,25 +14,23 @@ need for memory and products, ours and the algorithm's.
 """
 
 import argparse
-import os
 import sys
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from adatape_kernels.backend import implementation
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from triton.runtime import interpreter
 
-from adatape_kernels.ops import ffn_products
+from adatape_kernels.benchmarks.audit.again import start_again
+from adatape_kernels.ops import ffn_products, triton_runtime
+from adatape_kernels.ops.op import operation
 
+MODULE = "adatape_kernels.benchmarks.audit.roofline"
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.8e12, 989e12
 SECTOR = 32
 LIMIT = 1.3
@@ -38,16 +38,16 @@ LIMIT = 1.3
 
 
 @dataclass
-class Work:
+class CountedWork:
     """Bytes that pass between chip and memory, FLOPs of products, and all bytes accessed."""
 
     bytes: float = 0
     flops: float = 0
     accessed: float = 0
 
-    def plus(self, other: "Work", times: float = 1) -> "Work":
+    def plus(self, other: "CountedWork", times: float = 1) -> "CountedWork":
         """Return this work and so many times the other."""
-        return Work(
+        return CountedWork(
             self.bytes + times * other.bytes,
             self.flops + times * other.flops,
             self.accessed + times * other.accessed,
@@ -55,7 +55,7 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """The H200's floor."""
+        """The least time in which an H200 can do this."""
         return max(self.bytes / BYTES_PER_SECOND, self.flops / FLOPS_PER_SECOND)
 
 
@@ -63,10 +63,10 @@ _CHECKS = ("lt", "gt", "ge", "le", "eq", "any", "__or__", "bitwise_or", "index",
 
 
 @dataclass
-class _Counter(TorchDispatchMode):
+class _WorkCounter(TorchDispatchMode):
     """Counts what the interpreter does, launch by launch, and torch's own kernels around it."""
 
-    work: Work = field(default_factory=Work)
+    work: CountedWork = field(default_factory=CountedWork)
     sectors: list[np.ndarray] = field(default_factory=list)
     interpreting: bool = False
 
@@ -106,9 +106,9 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
-def counting() -> Iterator[Work]:
+def counting() -> Iterator[CountedWork]:
     """Count the work of every kernel that runs inside."""
-    counter, builder = _Counter(), interpreter.interpreter_builder
+    counter, builder = _WorkCounter(), interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
     add, dot = builder.create_atomic_rmw, builder.create_dot
     run = interpreter.GridExecutor.__call__
@@ -152,15 +152,15 @@ def counting() -> Iterator[Work]:
 
 
 @dataclass
-class Line:
-    """One op at one shape: the algorithm's work and ours."""
+class RooflineLine:
+    """The work of one op at one shape: what the algorithm needs, and what ours does."""
 
     op: str
     shape: str
-    needed: Work
-    ours: Work
+    needed: CountedWork
+    ours: CountedWork
     limited: bool = False
-    """Whether `ratio` may not pass LIMIT."""
+    """If this is set, `ratio` may not pass LIMIT."""
 
     @property
     def ratio(self) -> float:
@@ -178,10 +178,10 @@ class Line:
         )
 
 
-def measured(op: str, *arguments: object) -> tuple[Work, tuple[Tensor, ...]]:
+def measured(op: str, *arguments: object) -> tuple[CountedWork, tuple[Tensor, ...]]:
     """Run one op's Triton launcher, counted; return its work and its results."""
     with counting() as work:
-        results = implementation(op, "triton")(*arguments)
+        results = operation(op).implementations["triton"].function(*arguments)
     return work, results
 
 
@@ -189,9 +189,14 @@ HALF = torch.float16
 SIZE = HALF.itemsize
 
 
-def attention(lens: Sequence[int], repeats: float, heads: int, head_dim: int) -> Iterator[Line]:
-    """Each length once, one head; then so many times, for every head."""
-    works = {"elastic_attention": (Work(), Work()), "elastic_attention_bwd": (Work(), Work())}
+def attention(
+    lens: Sequence[int], repeats: float, heads: int, head_dim: int
+) -> Iterator[RooflineLine]:
+    """Count one head of an example of each length, and scale that to the batch and all heads."""
+    works = {
+        "elastic_attention": (CountedWork(), CountedWork()),
+        "elastic_attention_bwd": (CountedWork(), CountedWork()),
+    }
     for rows in lens:
         tape = min(10, rows - 1)
         q, k, v, dout = torch.randn(4, rows, 1, head_dim).to(HALF).unbind(0)
@@ -201,7 +206,8 @@ def attention(lens: Sequence[int], repeats: float, heads: int, head_dim: int) ->
         backward, _ = measured(
             "elastic_attention_bwd", dout, q, k, v, out, lse, *offsets, rows, None
         )
-        # q, k, v and out; backward these, dout and three gradients. Two products, and five.
+        # The forward moves q, k, v and out and has two products; the backward moves these, dout and
+        # three gradients and has five.
         moved, product = rows * head_dim * SIZE, 2 * rows * rows * head_dim
         times = repeats * heads / len(lens)
         for name, ours, tensors, products in (
@@ -209,18 +215,18 @@ def attention(lens: Sequence[int], repeats: float, heads: int, head_dim: int) ->
             ("elastic_attention_bwd", backward, 8, 5),
         ):
             needed, so_far = works[name]
-            here = Work(tensors * moved, products * product)
+            here = CountedWork(tensors * moved, products * product)
             works[name] = needed.plus(here, times), so_far.plus(ours, times)
     span = str(lens[0]) if len(lens) == 1 else f"{min(lens)} to {max(lens)}"
     shape = f"B={repeats:g}, {span} rows, {heads} heads of {head_dim}"
     for name, (needed, ours) in works.items():
-        yield Line(name, shape, needed, ours, limited=max(lens) <= 256)
+        yield RooflineLine(name, shape, needed, ours, limited=max(lens) <= 256)
 
 
 def reading(
     batch: int, bank_size: int, dim: int, key_dim: int, topk: int, steps: int, shared: bool
-) -> Iterator[Line]:
-    """Select and gather, forward and backward; nobody halts before the last step."""
+) -> Iterator[RooflineLine]:
+    """Select and gather, forward and backward; no example halts before its tape is full."""
     wide = (bank_size, dim)
     bank = torch.randn(wide if shared else (batch, *wide)).to(HALF)
     query, keys = torch.randn(batch, key_dim).to(HALF), bank[..., :key_dim].contiguous()
@@ -232,7 +238,7 @@ def reading(
     gather, (tape, _) = measured("tape_gather", bank, indices, weights, counts, steps * batch)
     gather_bwd, _ = measured("tape_gather_bwd", tape, bank, indices, weights, counts)
 
-    read = steps * topk * batch  # entries, each with an index and a weight of 4 bytes
+    read = steps * topk * batch  # Each entry that is read has an index and a weight of 4 bytes.
     offset = 0 if shared else bank_size * torch.arange(batch).view(-1, 1, 1)
     touched = (indices + offset).unique().numel()
     key, row, entries = key_dim * SIZE, dim * SIZE, keys.numel() // key_dim
@@ -240,20 +246,24 @@ def reading(
     scores = 2 * batch * steps * bank_size * key_dim
     kind = f"B={batch}, {'learnable' if shared else 'input-driven'}, M={bank_size}"
     shape = f"{kind}, K={key_dim}, k={topk}, T={steps}"
-    yield Line("tape_select", shape, Work(entries * key + 8 * read, scores + merged), select)
-    needed = Work((touched + entries) * key + 8 * read, 4 * merged)
-    yield Line("tape_select_bwd", shape, needed, select_bwd)
+    yield RooflineLine(
+        "tape_select", shape, CountedWork(entries * key + 8 * read, scores + merged), select
+    )
+    needed = CountedWork((touched + entries) * key + 8 * read, 4 * merged)
+    yield RooflineLine("tape_select_bwd", shape, needed, select_bwd)
     shape = f"{kind}, D={dim}, k={topk}, T={steps}"
     written = steps * batch * row
-    yield Line("tape_gather", shape, Work(touched * row + written + 8 * read), gather, limited=True)
-    needed = Work((touched + entries) * row + written + 12 * read)
-    yield Line("tape_gather_bwd", shape, needed, gather_bwd, limited=True)
+    yield RooflineLine(
+        "tape_gather", shape, CountedWork(touched * row + written + 8 * read), gather, limited=True
+    )
+    needed = CountedWork((touched + entries) * row + written + 12 * read)
+    yield RooflineLine("tape_gather_bwd", shape, needed, gather_bwd, limited=True)
 
 
 def feed_forwards(
     inputs: int, tapes: int, dim: int, hidden: int, tape_hidden: int, products: str
-) -> Iterator[Line]:
-    """Both feed-forwards, weights included."""
+) -> Iterator[RooflineLine]:
+    """Count both feed-forwards, their weights included."""
 
     def parameters(wide: int, narrow: int) -> list[Tensor]:
         shapes = ((wide, dim), (wide,), (dim, narrow), (dim,))
@@ -263,30 +273,30 @@ def feed_forwards(
     every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
     with ffn_products(products):
         forward, (y, *saved) = measured("dual_ffn", x, inputs, tapes, None, *every)
-        backward, _ = measured("dual_ffn_bwd", y, x, *saved, None, *every)
+        backward, _ = measured("dual_ffn_bwd", y, x, *saved, inputs, None, *every)
     weights = sum(p.numel() for p in every) * SIZE
     kept = (inputs * hidden + tapes * 2 * tape_hidden) * SIZE
     token = x.numel() * SIZE
     flops = 2 * dim * (inputs * 2 * hidden + tapes * 3 * tape_hidden)
     shape = f"{inputs} + {tapes} rows, {dim} × {hidden}, {tape_hidden}, {products}"
-    yield Line("dual_ffn", shape, Work(2 * token + kept + weights, flops), forward)
-    needed = Work(3 * token + kept + 2 * weights, 2 * flops)
-    yield Line("dual_ffn_bwd", shape, needed, backward)
+    yield RooflineLine("dual_ffn", shape, CountedWork(2 * token + kept + weights, flops), forward)
+    needed = CountedWork(3 * token + kept + 2 * weights, 2 * flops)
+    yield RooflineLine("dual_ffn_bwd", shape, needed, backward)
 
 
-def norms(rows: int, dim: int) -> Iterator[Line]:
-    """The residual sum with its LayerNorm."""
+def norms(rows: int, dim: int) -> Iterator[RooflineLine]:
+    """Count the residual sum with its LayerNorm."""
     x, branch = torch.randn(2, rows, dim).to(HALF).unbind(0)
     weight = torch.ones(dim, dtype=HALF)
     forward, (total, normed, *saved) = measured("add_layer_norm", x, branch, weight, weight, 1e-6)
     backward, _ = measured("add_layer_norm_bwd", total, normed, total, weight, *saved)
     token, shape = rows * dim * SIZE, f"{rows} rows, D={dim}"
-    yield Line("add_layer_norm", shape, Work(4 * token), forward)
-    yield Line("add_layer_norm_bwd", shape, Work(4 * token), backward)
+    yield RooflineLine("add_layer_norm", shape, CountedWork(4 * token), forward)
+    yield RooflineLine("add_layer_norm_bwd", shape, CountedWork(4 * token), backward)
 
 
-def lines(quick: bool) -> Iterator[Line]:
-    """Every op at the sizes of the models; `quick` for a minute's worth."""
+def lines(quick: bool) -> Iterator[RooflineLine]:
+    """Yield every op at the sizes of the models; `quick` takes a minute's worth of them."""
     yield from attention(range(50, 257, 69 if quick else 12), repeats=256, heads=6, head_dim=64)
     if quick:
         yield from reading(2, 300, 384, 64, 5, 4, shared=False)
@@ -301,11 +311,14 @@ def lines(quick: bool) -> Iterator[Line]:
     yield from norms(2048, 384)
 
 
-def main() -> int:
-    """Print the page; 1 if a ratio passes its limit."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the page; return 1 if a ratio passes its limit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few shapes only")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if not triton_runtime.INTERPRETED:
+        given = sys.argv[1:] if argv is None else argv
+        return start_again(MODULE, given, interpreted=True)
     torch.manual_seed(0)
     print(
         f"{'op':22}{'shape':46}{'GFLOP':>9}{'MB':>9}{'H200 µs':>9}  {'bound by':9}{'memory':>8}"

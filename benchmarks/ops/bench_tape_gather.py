@@ -1,34 +1,48 @@
-"""tape_gather beside padded gathering and embedding_bag: python benchmarks/bench_tape_gather.py"""
+"""tape_gather beside padded gathering and embedding_bag: adatape-kernels bench tape_gather"""
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import reading_peers
 import torch
 import torch.nn.functional as F
-from bench import main
-from cases import OURS, Case, Prepared, Provider, ours, own_kernels, with_backend
-from reading_peers import Bank, padded_gather
-from suites import Selection, Size, Suite, Tape, for_products, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import (
+    OURS,
+    BenchmarkCase,
+    Prepared,
+    Provider,
+    ours,
+    own_kernels,
+    with_backend,
+    with_backward,
+)
+from adatape_kernels.benchmarks.harness.suites import (
+    Selection,
+    Size,
+    Suite,
+    Tape,
+    for_products,
+    shape_text,
+)
+from adatape_kernels.benchmarks.ops import reading_peers
+from adatape_kernels.benchmarks.ops.reading_peers import BankKind, padded_gather
 from adatape_kernels.reference import wide_dtype
 
 
-class Shape(NamedTuple):
+class GatherShape(NamedTuple):
     B: Size = Size(64)
     M: Size = Size(784)
-    bank: Bank = Bank("input")
+    bank: BankKind = BankKind("input")
     D: Size = Size(384)
     k: Size = Size(5)
     T: Size = Size(10)
     tape: Tape = Tape("uniform")
 
 
-def check(shape: Shape) -> None:
+def check(shape: GatherShape) -> None:
     """Raise ValueError where the bank holds too few tokens."""
     if shape.M < shape.T * shape.k:
         raise ValueError(f"shape: expected M from T · k = {shape.T * shape.k} on, got {shape.M}")
@@ -53,7 +67,9 @@ class GatherInputs(NamedTuple):
         return [tape, *torch.autograd.grad(tape, (self.bank, self.weights), dtape)]
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device_type: str, backward: bool) -> GatherInputs:
+def inputs(
+    shape: GatherShape, dtype: torch.dtype, device_type: str, backward: bool
+) -> GatherInputs:
     lens = shape.tape.lens(shape.B, shape.T)
     with torch.device(device_type):
         bank = torch.randn(shape.bank.shape(shape.B, shape.M, shape.D)).to(dtype)
@@ -79,12 +95,12 @@ def elastic(given: GatherInputs, capacity: int | None = None) -> Prepared:
 
 
 def with_capacity(given: GatherInputs) -> Prepared:
-    """As many rows as there are, but told beforehand: nothing is copied to the host."""
+    """Tell the op the number of rows beforehand, so that nothing is copied to the host."""
     return elastic(given, capacity=len(given.dtape))
 
 
 def padded(pack: bool, gather: Callable[..., Tensor] = padded_gather) -> Any:
-    """Return a peer that gathers every step of every example; it may drop what does not exist."""
+    """Return a peer that gathers T tokens for every example, and with `pack` drops the unread."""
 
     def prepare(given: GatherInputs) -> Prepared:
         dtape = given.dtape
@@ -97,7 +113,8 @@ def padded(pack: bool, gather: Callable[..., Tensor] = padded_gather) -> Any:
             return given.finish(tape[given.exists] if pack else tape, dtape)
 
         def results(found: Sequence[Tensor]) -> list[Tensor]:
-            return [found[0] if pack else found[0][given.exists], *found[1:]]
+            tape, *grads = found
+            return [tape if pack else tape[given.exists], *grads]
 
         return Prepared(run, results)
 
@@ -105,7 +122,7 @@ def padded(pack: bool, gather: Callable[..., Tensor] = padded_gather) -> Any:
 
 
 def embedding_bag(given: GatherInputs) -> Prepared:
-    """torch's weighted bag of rows, given the rows that exist beforehand."""
+    """Prepare torch's weighted sums of rows; which rows exist is found before the clock starts."""
     chosen = given.indices.long()
     if given.bank.dim() == 3:
         batch, bank_size, _ = given.bank.shape
@@ -146,7 +163,7 @@ CAPACITY = f"{OURS}, capacity"
 PEERS = ("eager", "padded", "padded + pack", "padded, compiled", "embedding_bag")
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(shape: GatherShape, direction: str, dtype: torch.dtype, device_type: str) -> BenchmarkCase:
     backward = direction == "forward+backward"
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
@@ -158,11 +175,11 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
     if backward:
         flops, moved = 3 * flops, moved + (touched + steps + entries) * row + 12 * used.numel()
     eager, plain, packing, compiled, bag = PEERS
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: inputs(shape, dtype, device_type, backward),
         reference=reference,
@@ -181,6 +198,7 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
         ],
         flops=flops,
         bytes=moved,
+        measured_ops=with_backward("tape_gather", backward),
     )
 
 
@@ -208,7 +226,7 @@ def shapes(device_type: str) -> Selection:
 
 SUITE = Suite(
     op="tape_gather",
-    shape=Shape,
+    shape=GatherShape,
     directions=("forward", "forward+backward"),
     providers=[*own_kernels(), *own_kernels(CAPACITY), *PEERS],
     shapes=shapes,
@@ -216,6 +234,3 @@ SUITE = Suite(
     case=case,
     check=check,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

@@ -1,31 +1,48 @@
-"""A whole read, tape_select and tape_gather at once: python benchmarks/bench_tape_read.py --quick
+"""tape_read, which selects and gathers, beside loops: adatape-kernels bench tape_read --quick
 
 The keys are the bank's leading features, so that both reads have one gradient of the bank.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import reading_peers
 import torch
-from bench import main
-from cases import OURS, Case, Prepared, Provider
-from reading_peers import Bank, ReadInputs, agree_on_reads, read_inputs
-from suites import Positive, Selection, Size, Suite, for_reading, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import (
+    ANY_BACKEND,
+    OURS,
+    BenchmarkCase,
+    Prepared,
+    Provider,
+    with_backward,
+)
+from adatape_kernels.benchmarks.harness.suites import (
+    Positive,
+    Selection,
+    Size,
+    Suite,
+    for_reading,
+    shape_text,
+)
+from adatape_kernels.benchmarks.ops import reading_peers
+from adatape_kernels.benchmarks.ops.reading_peers import (
+    BankKind,
+    ReadInputs,
+    agree_on_reads,
+    read_inputs,
+)
 
 TWO_OPS = f"{OURS}, two ops"
-"""tape_select on a slice of the bank, then tape_gather: autograd adds their gradients."""
+"""This one selects on a slice of the bank, then gathers; autograd adds the two gradients."""
 
 
-class Shape(NamedTuple):
+class ReadShape(NamedTuple):
     B: Size = Size(64)
     M: Size = Size(784)
-    bank: Bank = Bank("input")
+    bank: BankKind = BankKind("input")
     D: Size = Size(384)
     K: Size = Size(64)
     k: Size = Size(5)
@@ -34,10 +51,11 @@ class Shape(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
+        """The op's arguments behind query and bank."""
         return {"num_tape_tokens": self.T, "topk": self.k, "halt_threshold": float(self.tau)}
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device_type: str, backward: bool) -> ReadInputs:
+def inputs(shape: ReadShape, dtype: torch.dtype, device_type: str, backward: bool) -> ReadInputs:
     bank = shape.bank.shape(shape.B, shape.M, shape.D)
     return read_inputs(
         shape.B, bank, shape.K, shape.options, dtype, device_type, backward=backward, gathers=True
@@ -62,13 +80,15 @@ def packed(read: Any) -> Any:
     def prepare(given: ReadInputs) -> Prepared:
         assert given.dtape is not None
         with torch.no_grad():
-            counts = read(given)[0].counts
+            selection, _ = read(given)
+        counts = selection.counts
         exists = torch.arange(given.dtape.shape[1], device=counts.device) < counts.unsqueeze(1)
         dtape = given.dtape[exists]
 
         def results(found: Sequence[Tensor]) -> list[Tensor]:
-            tape = torch.zeros_like(given.dtape).index_put((exists,), found[3])
-            return [*found[:3], tape, *found[4:]]
+            indices, weights, ponder, rows, *grads = found
+            tape = torch.zeros_like(given.dtape).index_put((exists,), rows)
+            return [indices, weights, ponder, tape, *grads]
 
         return Prepared(lambda: given.finish(*read(given), dtape), results)
 
@@ -93,13 +113,14 @@ def reference(given: ReadInputs) -> list[Tensor]:
         return list(each.results(each.run()))
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(shape: ReadShape, direction: str, dtype: torch.dtype, device_type: str) -> BenchmarkCase:
     backward = direction == "forward+backward"
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
     bank = given.bank
     with torch.no_grad():
-        steps = int(one_op(given)[0].counts.sum())
+        selection, _ = one_op(given)
+    steps = int(selection.counts.sum())
     read, size, shared = steps * shape.k, dtype.itemsize, bank.dim() == 2
     entries, touched = bank.numel() // shape.D, min(read, shape.M) if shared else read
     # The keys once, the rows that are read, and the tape; then the same rows and a whole gradient.
@@ -108,23 +129,27 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
     if backward:
         flops += 8 * read * shape.K + 4 * read * shape.D
         moved += (touched + steps + entries) * shape.D * size + 12 * read
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: inputs(shape, dtype, device_type, backward),
         reference=reference,
         providers=[
-            Provider(OURS, packed(one_op), graph=False),
-            Provider(TWO_OPS, packed(two_ops), graph=False),
+            Provider(OURS, packed(one_op), ANY_BACKEND, graph=False),
+            Provider(TWO_OPS, packed(two_ops), ANY_BACKEND, graph=False),
             *reading_peers.providers(
                 packed(two_ops), padded, reading_peers.loop_and_gather, device_type
             ),
         ],
         flops=flops,
         bytes=moved,
+        measured_ops=[
+            *with_backward("tape_select", backward),
+            *with_backward("tape_gather", backward),
+        ],
         agree=functools.partial(agree_on_reads, shared=shared and backward),
     )
 
@@ -138,7 +163,7 @@ def shapes(device_type: str) -> Selection:
 
 SUITE = Suite(
     op="tape_read",
-    shape=Shape,
+    shape=ReadShape,
     directions=("forward", "forward+backward"),
     providers=[OURS, TWO_OPS, *reading_peers.NAMES],
     shapes=shapes,
@@ -146,6 +171,3 @@ SUITE = Suite(
     case=case,
     check=reading_peers.check,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

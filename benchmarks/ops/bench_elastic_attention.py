@@ -1,32 +1,43 @@
-"""elastic_attention beside its peers: python benchmarks/bench_elastic_attention.py --quick
+"""elastic_attention beside its peers: adatape-kernels bench elastic_attention --quick
 
-The batch is ragged: example i has N input rows (N may be a span) and t_i tape rows. Peers get their
-own layout (padded, packed, nested, buckets) for nothing, made before the clock starts.
+The batch is ragged: example i has N input rows (N may be a span) and t_i tape rows. The layout that
+a peer needs (padded, packed, nested, buckets) is made before the clock starts.
 """
 
 import itertools
-import sys
 from typing import NamedTuple
 
-import attention_peers
 import torch
-from attention_peers import AttentionInputs
-from bench import main
-from cases import Case, Prepared, nbytes, ours, own_kernels
-from suites import Selection, Size, Span, Suite, Tape, for_products, label
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import (
+    BenchmarkCase,
+    Prepared,
+    nbytes,
+    ours,
+    own_kernels,
+    with_backward,
+)
+from adatape_kernels.benchmarks.harness.suites import (
+    Selection,
+    Size,
+    Span,
+    Suite,
+    Tape,
+    for_products,
+    shape_text,
+)
+from adatape_kernels.benchmarks.ops import attention_peers
+from adatape_kernels.benchmarks.ops.attention_peers import AttentionInputs
 from adatape_kernels.elastic import cumulative
 
 
-class Shape(NamedTuple):
+class AttentionShape(NamedTuple):
     B: Size = Size(16)
     N: Span = Span("197")
-    """Input rows."""
     T: Size = Size(10)
     tape: Tape = Tape("uniform")
-    """Tape rows: 0 to T."""
     H: Size = Size(6)
     d: Size = Size(64)
 
@@ -34,7 +45,9 @@ class Shape(NamedTuple):
 DIRECTIONS = ("forward", "forward+backward")
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device_type: str, backward: bool) -> AttentionInputs:
+def inputs(
+    shape: AttentionShape, dtype: torch.dtype, device_type: str, backward: bool
+) -> AttentionInputs:
     input_lens = torch.tensor(shape.N.lens(shape.B), dtype=torch.int32)
     tape_lens = torch.tensor(shape.tape.lens(shape.B, shape.T), dtype=torch.int32)
     rows = int(input_lens.sum() + tape_lens.sum())
@@ -54,6 +67,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device_type: str, backward: bool) -
 
 
 def elastic(given: AttentionInputs) -> Prepared:
+    """Prepare our op; C++ attention serves only where it is told the longest example."""
     longest = max(given.lens, default=0)
 
     def run() -> Tensor:
@@ -73,17 +87,19 @@ def reference(given: AttentionInputs) -> list[Tensor]:
         return list(each.results(each.run()))
 
 
-def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> Case:
+def case(
+    shape: AttentionShape, direction: str, dtype: torch.dtype, device_type: str
+) -> BenchmarkCase:
     backward = direction == "forward+backward"
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
     products = shape.H * shape.d * sum(n * n for n in given.lens)
     tensor = nbytes([given.dout])
-    return Case(
+    return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
-        shape=label(shape),
+        shape=shape_text(shape),
         device_type=device_type,
         inputs=lambda: inputs(shape, dtype, device_type, backward),
         reference=reference,
@@ -91,9 +107,11 @@ def case(shape: Shape, direction: str, dtype: torch.dtype, device_type: str) -> 
             *ours(SUITE.op, elastic, device_type, dtype),
             *attention_peers.providers(device_type, dtype, backward),
         ],
-        # Two products forward, five backward; q, k, v and out, then these, dout and the gradients.
+        # There are two products forward and five backward. q, k, v and out pass through memory, and
+        # in the backward these again, dout and three gradients.
         flops=(14 if backward else 4) * products,
         bytes=(12 if backward else 4) * tensor,
+        measured_ops=with_backward("elastic_attention", backward),
     )
 
 
@@ -122,13 +140,10 @@ def shapes(device_type: str) -> Selection:
 
 SUITE = Suite(
     op="elastic_attention",
-    shape=Shape,
+    shape=AttentionShape,
     directions=DIRECTIONS,
     providers=[*own_kernels(), *attention_peers.NAMES],
     shapes=shapes,
     dtypes=for_products,
     case=case,
 )
-
-if __name__ == "__main__":
-    sys.exit(main([SUITE.op, *sys.argv[1:]]))

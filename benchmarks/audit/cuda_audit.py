@@ -1,8 +1,10 @@
-"""Compile the CUDA C++ kernels for GPUs that are not here: python benchmarks/audit_cuda.py.
+"""Compiles the CUDA C++ kernels for GPUs that are not here and looks at what comes out.
 
-Warnings are errors. Of every kernel: registers within the bound that its source states, no stack
-(spills), and the instructions that make it fast. Exit code 1 where one of them fails. `make audit`
-lists these rows beside Triton's.
+    python -m adatape_kernels.benchmarks.audit.cuda_audit
+
+It runs in a clone, and no kernel runs. Warnings are errors. A kernel has to keep within the
+registers that its source states, must not spill, and must hold the instructions that make it fast;
+the exit code is 1 where one does not. `make audit` lists these rows below Triton's.
 """
 
 import os
@@ -17,11 +19,12 @@ from typing import Any
 
 import triton
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "nvcc"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, of a thread
+REGISTERS = 65536  # A multiprocessor has so many,
+MOST_REGISTERS = 255  # and a thread at most so many.
 INSTRUCTIONS = {
     "wgmma": r"\bHGMMA",
     "tcgen05": r"\bUTC\w*MMA",
@@ -30,7 +33,7 @@ INSTRUCTIONS = {
     "load128": r"\bLDG\.E\.128",
     "store128": r"\bSTG\.E\.128",
 }
-# What a kernel must have where its rows are aligned to 16 bytes.
+# A kernel must hold these instructions where its rows are aligned to 16 bytes.
 REQUIRED = {
     "tape_gather_kernel": ("load128", "store128"),
     "tape_gather_bwd_kernel": ("load128",),
@@ -43,11 +46,16 @@ REQUIRED = {
 }
 
 
+def can_compile() -> bool:
+    """Return whether nvcc and the sources are here."""
+    return shutil.which("nvcc") is not None and (ROOT / "csrc").exists()
+
+
 def launch_bounds() -> dict[str, tuple[int, int]]:
     """Return threads of a block, and most registers of a thread, by kernel, from the sources."""
     text = "\n".join(path.read_text() for path in sorted((ROOT / "csrc/cuda").rglob("*.cuh")))
     known: dict[str, Any] = {"blocks_at_once": lambda threads, each: REGISTERS // (threads * each)}
-    # In any order of the files: an expression is tried again when its names are known.
+    # A constant may stand before those that it is made of, so an expression is tried repeatedly.
     constants = re.findall(r"constexpr int (\w+)\s*=\s*([^;]+);", text)
     for _ in constants:
         for name, expression in constants:
@@ -62,7 +70,7 @@ def launch_bounds() -> dict[str, tuple[int, int]]:
 
 
 def objects() -> list[Path]:
-    """Compile csrc/cuda for every architecture; raises where a compiler complains."""
+    """Compile csrc/cuda for every architecture; raises CalledProcessError where that fails."""
     scripts = Path(sys.executable).parent
     tools = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DADATAPE_NVCC=ON"]
@@ -72,7 +80,7 @@ def objects() -> list[Path]:
 
 
 def rows() -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yield each kernel's columns, those of audit.py's table, and its faults."""
+    """Yield each kernel's columns, which are those of triton_audit's table, and its faults."""
     bounds = launch_bounds()
     for path in objects():
         usage = _sections(path, "-res-usage", r"^ ?Function (\S+):$")
@@ -109,7 +117,7 @@ def _sections(path: Path, option: str, heading: str) -> dict[tuple[int, str], st
 def _columns(arch: int, symbol: str, usage: str, code: str) -> dict[str, Any]:
     command = ["c++filt", symbol]
     name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    # As in "void adatape::cuda::kernel<float, true>(Params)".
+    # A name looks like "void adatape::cuda::kernel<float, true>(Params)".
     kernel, arguments = re.search(r"(\w+)(?:<(.*)>)?\(", name).groups()
     numbers = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage))
     return {
@@ -125,8 +133,8 @@ def _columns(arch: int, symbol: str, usage: str, code: str) -> dict[str, Any]:
 
 def main() -> int:
     """Print the table; 1 if a kernel has a fault."""
-    if not shutil.which("nvcc"):
-        print("CUDA C++: nvcc was not found, nothing was compiled")
+    if not can_compile():
+        print("CUDA C++: expected nvcc and a clone of the repository; nothing was compiled")
         return 1
     faults: list[str] = []
     seen = Counter()
