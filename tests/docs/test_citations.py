@@ -153,3 +153,16 @@ def test_paths_in_prose_exist(path):
         if not any(ROOT.glob(pattern)):
             missing.append(quoted)
     assert missing == []
+
+
+def test_make_targets_exist():
+    """Every `make target` that a page names is one of the Makefile's."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named_targets = {
+        target
+        for path in repository_files(".md")
+        for targets_named in re.findall(r"`make ([a-z ]+)", path.read_text(encoding="utf-8"))
+        for target in targets_named.split()
+    }
+    assert {"test", "docs"} <= named_targets
+    assert named_targets - targets == set()
