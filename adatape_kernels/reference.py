@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adatape_kernels.elastic import cumulative, packed_order
+from adatape_kernels.offsets import cumulative, packed_order
 
 LossType = Literal["entropy", "max"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels import reference
-from adatape_kernels.elastic import cumulative
+from adatape_kernels.offsets import cumulative
 from adatape_kernels.ops import elastic_attention, triton_runtime
 from adatape_kernels.ops.elastic_attention.triton_primitives import find_tile, num_tiles, tile_rows
 from adatape_kernels.ops.op import current_backend

@@ -340,7 +340,7 @@ def backend_order(device_type: str) -> tuple[str, ...]:
 def explain(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
     """Return for each backend "serves", or why it does not serve the first typical call of an op.
 
-    Of a device that is not here, the facts are those of `device_facts.FACTS`.
+    Of a device that is not here, the facts are those of `device_facts.EMULATED`.
     """
     found = operation(op)
     args = next(iter(found.typical.values()))(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import ops
-from adatape_kernels.elastic import cumulative
+from adatape_kernels.offsets import cumulative
 from adatape_kernels.ops import FFN
 
 Results = tuple[Sequence[Tensor], Sequence[Tensor]]

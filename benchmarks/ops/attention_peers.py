@@ -16,7 +16,7 @@ from adatape_kernels.benchmarks.harness.cases import (
     only_on_cuda,
     skipped,
 )
-from adatape_kernels.elastic import packed_order
+from adatape_kernels.offsets import packed_order
 
 BUCKETS = 4
 

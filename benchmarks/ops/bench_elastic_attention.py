@@ -30,7 +30,7 @@ from adatape_kernels.benchmarks.harness.suites import (
 )
 from adatape_kernels.benchmarks.ops import attention_peers
 from adatape_kernels.benchmarks.ops.attention_peers import AttentionInputs
-from adatape_kernels.elastic import cumulative
+from adatape_kernels.offsets import cumulative
 
 
 class AttentionShape(NamedTuple):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adatape_kernels"
 # Lowest first: a part may import what stands before it, and itself.
 PARTS = (
-    ("_build", "elastic"),
+    ("_build", "offsets", "elastic"),
     ("reference",),
     ("ops",),
     ("layers",),
@@ -147,6 +147,17 @@ def test_no_direction_imports_the_other():
         if module.endswith(f"triton_{one}") and found.endswith(f"triton_{other}")
     ]
     assert not wrong
+
+
+def test_no_implementation_imports_another():
+    kind = re.compile(r"(eager|compiled|triton)(_\w+)?")
+    for module, imported in GRAPH.items():
+        room, _, own = module.rpartition(".")
+        if room in ROOMS and (mine := kind.fullmatch(own)):
+            for found in imported:
+                other = kind.fullmatch(found.rpartition(".")[2])
+                if found.startswith(f"{room}.") and other:
+                    assert other[1] == mine[1], f"{module} imports {found}"
 
 
 def test_one_jump_leads_from_a_contract_to_each_of_its_implementations():

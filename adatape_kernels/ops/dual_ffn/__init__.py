@@ -30,7 +30,7 @@ def dual_ffn(
     Args:
         x: (rows, dim); float32, float16, bfloat16 or float64; under autocast, cast like a linear
             layer's input.
-        num_input_rows: rows of the input segment, an int or an integer scalar on x's device.
+        num_input_rows: how many rows are inputs, an int or an integer scalar on x's device.
         input_ffn: (w1, b1, w2, b2) of shapes (hidden, dim), (hidden,), (dim, hidden), (dim,).
         tape_ffn: the same for a GLU, w1 (2 · hidden, dim) and b1 (2 · hidden,); None sends every
             row through input_ffn.

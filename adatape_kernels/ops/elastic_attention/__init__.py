@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from adatape_kernels.elastic import check_examples, check_offsets_tensor
+from adatape_kernels.offsets import check_examples, check_offsets_tensor
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.reference import wide_dtype

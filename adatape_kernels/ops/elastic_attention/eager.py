@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from adatape_kernels import reference
-from adatape_kernels.elastic import check_examples
+from adatape_kernels.offsets import check_examples
 from adatape_kernels.ops.implementation import implementation
 
 
