@@ -1,5 +1,6 @@
 """`adatape-kernels info`: versions, build facts, and which backend serves which calls."""
 
+import argparse
 import itertools
 import json
 import platform
@@ -19,9 +20,18 @@ _SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f1
 _OP_WIDTH, _CALL_WIDTH, _CELL_WIDTH = 24, 42, 22
 
 
-def run(*, as_json: bool) -> int:
-    """Print what is known, as text or as one JSON object; return the exit code."""
-    if as_json:
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "info", help="versions, build facts, and which backend serves which calls on which device"
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what is known, as text or as one JSON object."""
+    if arguments.json:
         print(json.dumps(facts(), indent=1))
         return 0
     known = facts()
