@@ -2,6 +2,7 @@
 #   make test ARGS="-k golden"      make demo PYTHON=python3.12 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST_VENV ?= .venv-newest
 ARGS ?=
 OUT ?= benchmarks/results
 
@@ -10,18 +11,24 @@ pip := $(bin)/python -m pip --disable-pip-version-check
 constraints := $(VENV)/adatape-constraints.txt
 ready := $(VENV)/.adatape-ready
 lint_ready := $(VENV)/.adatape-lint-ready
+docs_ready := $(VENV)/.adatape-docs-ready
 cpp_files := $(shell find csrc -type f)
 cuda_host := build/cuda_host/adatape_cuda_host.so
 cuda_host_files := $(wildcard tests/cuda_host/*)
 
-# What emulated threads take too long for, and Triton's interpreter, to which some calls fall back.
-not_slow := and not batch and not threads and not scalars and not many_tiles
-# A copy of the package whose compiled part is built with a sanitizer, and the ops' tests on it.
-# torch itself is not instrumented: its leaks and its pool's synchronisation are not ours to report.
-comma := ,
-site = build/$(2)/site
 kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py \
   elastic_attention_cuda.py dual_ffn.py)
+# Which of them a sanitizer runs: those that reach C++ or CUDA, and that do not take its emulated
+# threads too long.
+asan_tests := -k "not compile and not opcheck and (cpp or cpu-cuda and not batch and not threads \
+  and not scalars and not many_tiles)"
+tsan_tests := -k "not compile and not opcheck and (cpp and threads \
+  or cpu-cuda and matches_the_literal_loop and not any)"
+# $(call sanitized,FLAG,NAME,TESTS) builds a copy of the package, with a compiled part for which
+# -fsanitize=FLAG was given, into build/NAME, and runs TESTS on it. torch itself is not instrumented:
+# its leaks and its pool's synchronisation are not ours to report.
+comma := ,
+site = build/$(2)/site
 define sanitized
 	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/$(2) -G Ninja -DADATAPE_SANITIZE=$(1) \
 	  -DPython_EXECUTABLE=$(abspath $(bin))/python
@@ -32,12 +39,24 @@ define sanitized
 	  ASAN_OPTIONS=detect_leaks=0 \
 	  TSAN_OPTIONS="suppressions=tests/tsan.supp ignore_noninstrumented_modules=1" \
 	  ADATAPE_CUDA_HOST=build/$(2)/adatape_cuda_host.so \
-	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider $(kernel_tests) \
-	  -k "not compile and not opcheck and (cpp $(3) or cpu-cuda $(4))" $(ARGS)
+	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider $(kernel_tests) $(3) $(ARGS)
 endef
+
+newest := $(abspath $(NEWEST_VENV))/bin
+newest_constraints := $(NEWEST_VENV)/adatape-constraints.txt
+cuda_is_built := import json, sys; cuda = json.load(sys.stdin)['compiled_part']['cuda']; \
+  cuda.startswith('none') and sys.exit(f'CUDA ops: expected to be built, got {cuda}')
+# What a new torch is most likely to break. Without Triton, whose interpreter takes four times as
+# long as all the rest; then whole models, by Triton's kernels too, against the public code's values.
+sample := $(addprefix tests/test_,tape_select.py tape_gather.py tape_read.py elastic_attention.py \
+  dual_ffn.py add_layer_norm.py backend.py layers.py models.py export.py fake_cuda.py \
+  build.py::test_facts_of_the_compiled_part)
+golden := tests/test_scenic.py
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+
+venv: $(lint_ready)  ## make the environment that the other targets use, with the package built in place
 
 demo: $(ready)  ## train on real digits, compare elastic with padded, write adatape-demo/
 	$(bin)/adatape-kernels demo $(ARGS)
@@ -46,13 +65,30 @@ test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto $(ARGS)
 
 asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
-	$(call sanitized,address$(comma)undefined,asan,,$(not_slow))
+	$(call sanitized,address$(comma)undefined,asan,$(asan_tests))
 
 tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
-	$(call sanitized,thread,tsan,and threads,and matches_the_literal_loop and not any)
+	$(call sanitized,thread,tsan,$(tsan_tests))
 
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
-	$(bin)/python benchmarks/audit_cuda.py
+	$(bin)/python -m adatape_kernels.benchmarks.audit.cuda_audit
+
+# The package is installed as a user gets it, from a source distribution, and its tests are copied:
+# the working tree holds a module for another torch. pip's cache would keep the first build for ever.
+newest:  ## build for the newest torch with CUDA, in an environment of its own; run a sample of the tests
+	test -x $(newest)/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	sed '/^torch==/d; /^triton==/d' .ci/constraints.txt > $(newest_constraints)
+	$(newest)/python -m pip install -c $(newest_constraints) --upgrade \
+	  torch setuptools pybind11 cmake ninja
+	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
+	$(newest)/python setup.py --quiet sdist --dist-dir build/newest
+	ADATAPE_BUILD=require $(newest)/python -m pip install -c $(newest_constraints) \
+	  --no-build-isolation --no-cache-dir "$$(echo build/newest/*.tar.gz)[test]"
+	$(newest)/adatape-kernels info
+	$(newest)/adatape-kernels info --json | $(newest)/python -c "$(cuda_is_built)"
+	$(newest)/adatape-kernels check --device cpu
+	cd build/newest && TRITON_INTERPRET=0 $(newest)/pytest -q -n auto $(sample)
+	cd build/newest && $(newest)/pytest -q -n auto $(golden)
 
 # Not part of CI, which has no GPU.
 memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
@@ -61,29 +97,35 @@ memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
 	    $(bin)/pytest -q -n 0 $(kernel_tests) -k "cuda-cuda and matches_the_literal" || exit 1; \
 	done
 
-audit: $(ready)  ## compile all kernels for GPUs that are not here, and check what comes out
-	$(bin)/python benchmarks/audit.py $(ARGS)
+audit: $(ready)  ## compile the kernels for GPUs that are not here and look at what comes out; run nothing
+	$(bin)/python -m adatape_kernels.benchmarks.audit.triton_audit $(ARGS)
 
 bench: $(ready)  ## measure every op and the models beside their peers, on this machine
-	$(bin)/adatape-kernels bench $(ARGS)
+	$(bin)/adatape-kernels bench --out $(OUT) $(ARGS)
 
 # Takes $(PYTHON) as it is, so that nothing has to be installed where the GPU is.
 gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minutes, into OUT=
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(ARGS)
+	$(PYTHON) -m adatape_kernels.benchmarks.gpu --out $(OUT) $(ARGS)
 
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
-	$(bin)/python benchmarks/report.py $(ARGS)
+	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
+	  --results benchmarks/results --readme README.md $(ARGS)
 
-lint: $(lint_ready)  ## check style and types
+lint: $(lint_ready)  ## check style
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
+
+types: $(lint_ready)  ## check types
+	$(bin)/mypy
 
 format: $(lint_ready)  ## apply the style
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
+
+docs: $(docs_ready)  ## build the pages and the reference as a site, into build/site
+	$(bin)/python -m sphinx -W --keep-going -q docs build/site
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info adatape_kernels/*.so adatape_kernels/_build_note.txt $(ready)
@@ -112,4 +154,9 @@ $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
 
-.PHONY: help demo test asan tsan nvcc memcheck audit bench gpu report lint format clean
+$(docs_ready): $(ready)
+	$(pip) install -c $(constraints) furo myst-parser sphinx
+	touch $@
+
+
+.PHONY: help venv demo test asan tsan nvcc newest memcheck audit bench gpu report lint types format docs clean

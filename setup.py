@@ -1,7 +1,8 @@
 """Builds adatape_kernels._C with CMake, or says in one line why the package goes without it.
 
 ADATAPE_BUILD=auto (the default) installs plain Python where a tool is missing; `require` makes that
-an error, `python` skips the build. Everything else about the package stands in pyproject.toml.
+an error, `python` skips the build. The folder benchmarks/ becomes adatape_kernels.benchmarks. All
+else about the package stands in pyproject.toml.
 """
 
 import os
@@ -14,7 +15,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
@@ -109,7 +110,14 @@ class CMakeBuild(build_ext):
 
 # Nothing here is compiled by setuptools: `depends` puts the files into a source distribution.
 sources = [str(path) for path in Path("csrc").rglob("*") if path.is_file()]
+benchmarks = "adatape_kernels.benchmarks"
 setup(
+    packages=[
+        *find_packages(include=["adatape_kernels*"]),
+        benchmarks,
+        *(f"{benchmarks}.{folder}" for folder in find_packages("benchmarks")),
+    ],
+    package_dir={benchmarks: "benchmarks"},
     ext_modules=[Extension("adatape_kernels._C", sources=[], depends=["CMakeLists.txt", *sources])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,72 +1,27 @@
-"""ElasticBatch: a batch whose examples own different numbers of rows (SPEC section 5).
+"""ElasticBatch: a batch whose examples own different numbers of rows (SPEC 5).
 
 rows: | inputs of 0 | … | inputs of B-1 | tape of 0 | … | tape of B-1 | unused (capacity mode) |
       cu_inputs[0] = 0                   cu_tapes[0] = cu_inputs[B]
+
+It has more than 400 lines because every method has an example that a doctest runs.
 """
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from adatape_kernels.offsets import (
+    check_offsets,
+    check_offsets_tensor,
+    check_same_device,
+    cumulative,
+    packed_order,
+)
+
 Pooling = Literal["token", "mean", "max", "sum"]
-
-
-def cumulative(lens: Tensor, start: int = 0) -> Tensor:
-    """Return the int32 offsets (batch + 1,) of segments of these lengths (batch,), from `start`."""
-    return F.pad(lens.cumsum(0), (1, 0)).add(start).to(torch.int32)
-
-
-def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool = True) -> None:
-    """Check the values of int32 offsets: from `start`, never descending, to `end` (or before it).
-
-    Copies the offsets to the host. Raises ValueError.
-    """
-    values = offsets.tolist()
-    if values[0] != start:
-        raise ValueError(f"{name}: expected the first offset to be {start}, got {values[0]}")
-    for i, (low, high) in enumerate(itertools.pairwise(values)):
-        if high < low:
-            raise ValueError(
-                f"{name}: expected ascending offsets, got {low} then {high} at {i}, {i + 1}"
-            )
-    if values[-1] != end if exact else values[-1] > end:
-        bound = "" if exact else "at most "
-        raise ValueError(
-            f"{name}: expected the last offset to be {bound}{end} (the number of rows), "
-            f"got {values[-1]}"
-        )
-
-
-def check_examples(
-    cu_inputs: Tensor, cu_tapes: Tensor, num_rows: int, max_rows: int | None
-) -> None:
-    """Check the values of a layout's offsets, and that no example has more than `max_rows`.
-
-    Rows behind the last offset may be unused. Copies to the host. Raises ValueError.
-    """
-    check_offsets("cu_inputs", cu_inputs, 0, num_rows, exact=False)
-    check_offsets("cu_tapes", cu_tapes, int(cu_inputs[-1]), num_rows, exact=False)
-    longest = max((cu_inputs.diff() + cu_tapes.diff()).tolist(), default=0)
-    if max_rows is not None and longest > max_rows:
-        raise ValueError(f"max_rows: expected at least {longest} (the longest), got {max_rows}")
-
-
-def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
-    """Return the physical row of every row in example-after-example order, (total,) int64.
-
-    `total` is the number of rows that examples own; it is the caller's, so nothing synchronises.
-    """
-    input_lens = cu_inputs.diff()
-    lens = input_lens + cu_tapes.diff()
-    example = torch.repeat_interleave(lens, output_size=total)
-    row = torch.arange(total, device=lens.device) - cumulative(lens)[example]
-    in_tape = row - input_lens[example]
-    return torch.where(in_tape < 0, cu_inputs[example] + row, cu_tapes[example] + in_tape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +29,28 @@ class ElasticBatch:
     """A batch of token sequences of any lengths, each with input rows and tape rows.
 
     Make one with `from_padded`, `from_packed`, `from_nested` or `from_offsets`; the constructor
-    trusts its arguments.
+    trusts its arguments. The input rows of all examples come first, example after example, then
+    the tape rows of all examples. In capacity mode unused rows follow, which belong to no example.
 
     Attributes:
-        data: (rows, dim), laid out as above.
+        data: (rows, dim), of any floating dtype and on any device.
         cu_inputs: (batch + 1,) int32 on data's device, the bounds of each example's input rows.
-        cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows.
-        num_input_rows: rows of the input segment.
-        min_inputs: fewest input rows of an example (0 in an empty batch).
+        cu_tapes: (batch + 1,) int32 on data's device, the bounds of each example's tape rows.
+        num_input_rows: number of input rows, which is cu_inputs[batch].
+        min_inputs: fewest input rows of an example; 0 in an empty batch.
         max_inputs: most input rows of an example.
         max_tapes: a bound on the tape rows of an example.
-        exact: True when examples own every row; False in capacity mode, where rows behind
-            `cu_tapes[batch]` are unused.
+        exact: True when examples own every row; False in capacity mode, where the rows from
+            cu_tapes[batch] on are unused.
 
     Source: SPEC 5.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+        >>> batch = ak.ElasticBatch.from_padded(torch.randn(2, 4, 8), mask)
+        >>> batch.data.shape, batch.lens.tolist()
+        (torch.Size([6, 8]), [4, 2])
     """
 
     data: Tensor
@@ -99,19 +62,30 @@ class ElasticBatch:
     max_tapes: int = 0
     exact: bool = True
 
-    # Making one
-
     @classmethod
     def from_offsets(
         cls, data: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, *, exact: bool = True
     ) -> "ElasticBatch":
-        """Check a buffer (rows, dim) with its offsets (batch + 1,) int32, and wrap it.
+        """Wrap a buffer that is laid out already, after a check that synchronises.
 
-        Synchronises. `exact=False` allows unused rows behind the last offset (capacity mode).
+        Args:
+            data: (rows, dim).
+            cu_inputs: (batch + 1,) int32, the bounds of each example's input rows, from 0 on.
+            cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows, from the last
+                input row on.
+            exact: False allows unused rows behind the last tape row (capacity mode).
 
         Raises:
-            ValueError: a shape, dtype or device differs, or the offsets do not ascend, do not
-                join, or do not end at the number of rows.
+            ValueError: a shape, dtype or device differs from the above, or the offsets descend, do
+                not join, or do not end at the number of rows.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> cu_inputs = torch.tensor([0, 2, 3], dtype=torch.int32)
+            >>> cu_tapes = torch.tensor([3, 3, 5], dtype=torch.int32)
+            >>> batch = ak.ElasticBatch.from_offsets(torch.zeros(5, 8), cu_inputs, cu_tapes)
+            >>> batch.input_lens.tolist(), batch.tape_lens.tolist()
+            ([2, 1], [0, 2])
         """
         _check_layout(data, cu_inputs, cu_tapes)
         input_lens = cu_inputs.diff().tolist()
@@ -142,18 +116,25 @@ class ElasticBatch:
             tape_lens: (batch,) int32 or int64; so many of each example's last valid rows are tape.
 
         Raises:
-            ValueError: a shape, dtype or device differs from the above.
+            ValueError: a shape, dtype or device differs from the above, or an example has fewer
+                valid rows than tape_lens says.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 4))
+            >>> batch.lens.tolist()
+            [3, 3]
         """
         if padded.dim() != 3:
             raise ValueError(f"padded: expected (batch, seqlen, dim), got {tuple(padded.shape)}")
         batch, seqlen, dim = padded.shape
         if mask is None and tape_lens is None:
-            steps = torch.arange(batch + 1, device=padded.device, dtype=torch.int32)
-            cu_inputs = steps * seqlen
+            numbers = torch.arange(batch + 1, device=padded.device, dtype=torch.int32)
+            cu_inputs = numbers * seqlen
             rows = batch * seqlen
             data = padded.reshape(rows, dim)
-            # A capacity of tape starts where the inputs end, for every example.
-            return cls(data, cu_inputs, torch.full_like(steps, rows), rows, seqlen, seqlen)
+            # No example has tape rows, so that all of their bounds are the end of the input rows.
+            return cls(data, cu_inputs, torch.full_like(numbers, rows), rows, seqlen, seqlen)
         if mask is None:
             mask = torch.ones(batch, seqlen, dtype=torch.bool, device=padded.device)
         if mask.shape != (batch, seqlen) or mask.dtype != torch.bool:
@@ -161,7 +142,7 @@ class ElasticBatch:
                 f"mask: expected bool ({batch}, {seqlen}) like padded, "
                 f"got {mask.dtype} {tuple(mask.shape)}"
             )
-        _check_device("mask", mask, padded)
+        check_same_device("mask", mask, padded)
         return cls.from_packed(padded[mask], cumulative(mask.sum(1)), tape_lens)
 
     @classmethod
@@ -179,6 +160,15 @@ class ElasticBatch:
         Raises:
             ValueError: a shape, dtype or device differs, the offsets do not ascend or do not end
                 at the number of rows, or an example has fewer rows than tape_lens says.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+            >>> batch = ak.ElasticBatch.from_packed(
+            ...     torch.zeros(6, 8), cu_seqlens, tape_lens=torch.tensor([0, 3])
+            ... )
+            >>> batch.input_lens.tolist(), batch.tape_lens.tolist()
+            ([2, 1], [0, 3])
         """
         _check_layout(packed, cu_seqlens, cu_seqlens, "packed", "cu_seqlens")
         check_offsets("cu_seqlens", cu_seqlens, 0, len(packed))
@@ -190,7 +180,7 @@ class ElasticBatch:
                 f"tape_lens: expected int32 or int64 ({len(lens)},), "
                 f"got {tape_lens.dtype} {tuple(tape_lens.shape)}"
             )
-        _check_device("tape_lens", tape_lens, packed)
+        check_same_device("tape_lens", tape_lens, packed)
         wrong = ((tape_lens < 0) | (tape_lens > lens)).nonzero()
         if len(wrong):
             i = int(wrong[0])
@@ -206,14 +196,25 @@ class ElasticBatch:
 
     @classmethod
     def from_nested(cls, nested: Tensor, tape_lens: Tensor | None = None) -> "ElasticBatch":
-        """Take a jagged nested tensor (batch, *, dim); `tape_lens` as in `from_packed`.
+        """Take a nested tensor.
+
+        Args:
+            nested: (batch, *, dim), contiguous and of layout torch.jagged.
+            tape_lens: (batch,) int32 or int64; so many of each example's last rows are tape.
 
         Raises:
             ValueError: the tensor is not a contiguous jagged one, or as in `from_packed`.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> parts = [torch.zeros(2, 8), torch.zeros(5, 8)]
+            >>> nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+            >>> ak.ElasticBatch.from_nested(nested).lens.tolist()
+            [2, 5]
         """
         jagged: Any = nested
         shape = tuple(nested.shape) if nested.is_nested and nested.layout == torch.jagged else ()
-        # A transposed one has its ragged dimension last.
+        # A transposed nested tensor has its ragged dimension last.
         if len(shape) != 3 or not isinstance(shape[2], int) or jagged.lengths() is not None:
             raise ValueError(
                 "nested: expected a contiguous nested tensor (batch, *, dim) of layout "
@@ -221,10 +222,21 @@ class ElasticBatch:
             )
         return cls.from_packed(nested.values(), jagged.offsets().to(torch.int32), tape_lens)
 
-    # Taking it apart
-
     def to_padded(self) -> tuple[Tensor, Tensor]:
-        """Return (batch, longest, dim), zero where padded, and the bool mask (batch, longest)."""
+        """Return the examples' rows padded with zeros, and the mask of those that are valid.
+
+        Returns:
+            (batch, longest, dim), the input rows of each example before its tape rows, and
+            (batch, longest) bool. Copies the length of the longest example to the host.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> mask = torch.tensor([[True, False, True], [True, False, False]])
+            >>> batch = ak.ElasticBatch.from_padded(torch.ones(2, 3, 8), mask)
+            >>> padded, mask = batch.to_padded()
+            >>> padded.shape, mask.tolist()
+            (torch.Size([2, 2, 8]), [[True, True], [True, False]])
+        """
         packed, cu_seqlens = self.to_packed()
         lens = cu_seqlens.diff()
         longest = int(lens.max()) if self.batch else 0
@@ -233,50 +245,134 @@ class ElasticBatch:
         return padded.index_put((mask,), packed), mask
 
     def to_packed(self) -> tuple[Tensor, Tensor]:
-        """Return the rows (total, dim) example after example, and cu_seqlens (batch + 1,) int32."""
+        """Return the rows example after example, and their bounds.
+
+        Returns:
+            (total, dim), the input rows of each example before its tape rows, and cu_seqlens
+            (batch + 1,) int32. Copies the number of rows to the host.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 8))
+            >>> packed, cu_seqlens = batch.to_packed()
+            >>> packed.shape, cu_seqlens.tolist()
+            (torch.Size([6, 8]), [0, 3, 6])
+        """
         cu_seqlens = cumulative(self.lens)
         order = packed_order(self.cu_inputs, self.cu_tapes, int(cu_seqlens[-1]))
         return self.data.index_select(0, order), cu_seqlens
 
     def to_nested(self) -> Tensor:
-        """Return a jagged nested tensor (batch, *, dim)."""
+        """Return the examples as a nested tensor (batch, *, dim) of layout torch.jagged.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> nested = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 8)).to_nested()
+            >>> nested.layout, len(nested.unbind())
+            (torch.jagged, 2)
+        """
         packed, cu_seqlens = self.to_packed()
         return torch.nested.nested_tensor_from_jagged(packed, cu_seqlens.to(torch.int64))
 
-    # Looking at it
-
     @property
     def batch(self) -> int:
-        """Number of examples."""
+        """Number of examples.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(
+            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
+            ... )
+            >>> batch.batch
+            2
+        """
         return self.cu_inputs.shape[0] - 1
 
     @property
     def input_lens(self) -> Tensor:
-        """Input rows of each example, (batch,) int32."""
+        """Number of input rows of each example, (batch,) int32.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(
+            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
+            ... )
+            >>> batch.input_lens.tolist()
+            [3, 1]
+        """
         return self.cu_inputs.diff()
 
     @property
     def tape_lens(self) -> Tensor:
-        """Tape rows of each example, (batch,) int32."""
+        """Number of tape rows of each example, (batch,) int32.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(
+            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
+            ... )
+            >>> batch.tape_lens.tolist()
+            [0, 2]
+        """
         return self.cu_tapes.diff()
 
     @property
     def lens(self) -> Tensor:
-        """Rows of each example, (batch,) int32."""
+        """Number of rows of each example, input and tape, (batch,) int32.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(
+            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
+            ... )
+            >>> batch.lens.tolist()
+            [3, 3]
+        """
         return self.input_lens + self.tape_lens
 
     @property
     def max_rows(self) -> int:
-        """A bound on the rows of an example."""
+        """A bound on the number of rows of an example, known without synchronising.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(
+            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
+            ... )
+            >>> batch.max_rows
+            5
+        """
         return self.max_inputs + self.max_tapes
 
     @property
     def num_used_rows(self) -> Tensor | None:
-        """Rows that examples own, an int32 scalar on the device; None when that is all of them."""
+        """Number of rows that examples own, an int32 scalar on the device; None when they own all.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.zeros(1, 3, 8))
+            >>> batch.num_used_rows is None
+            True
+            >>> offsets = torch.tensor([0, 2], dtype=torch.int32)
+            >>> tape = torch.zeros(5, 8)
+            >>> batch.append_tape(tape, offsets, max_tapes=2, exact=False).num_used_rows
+            tensor(5, dtype=torch.int32)
+        """
         return None if self.exact else self.cu_tapes[-1]
 
     def example_of_rows(self) -> Tensor:
-        """Return the example that owns each row, (rows,) int64; `batch` for an unused row."""
+        """Return the number of the example that owns each row, (rows,) int64.
+
+        An unused row gets the number of examples, one more than the last example's.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(
+            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
+            ... )
+            >>> batch.example_of_rows().tolist()
+            [0, 0, 0, 1, 1, 1]
+        """
         row = torch.arange(self.data.shape[0], device=self.data.device)
         of_inputs, of_tapes = row[: self.num_input_rows], row[self.num_input_rows :]
         # The owner of a row is the number of examples that end at or before it.
@@ -287,14 +383,34 @@ class ElasticBatch:
             ]
         )
 
-    # Changing it
-
     def with_data(self, data: Tensor) -> "ElasticBatch":
-        """Return the same layout over another buffer (rows, any width)."""
+        """Return the same layout over another buffer.
+
+        Args:
+            data: (rows, any width), of any dtype.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.ones(2, 3, 8))
+            >>> batch.with_data(batch.data[:, :4]).data.shape
+            torch.Size([6, 4])
+        """
         return dataclasses.replace(self, data=data)
 
     def clear_unused(self, data: Tensor) -> Tensor:
-        """Return rows `data` of this layout with zeros in the unused ones (capacity mode)."""
+        """Return a buffer of this layout with zeros in the unused rows, which capacity mode has.
+
+        Args:
+            data: (rows, any width).
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.ones(1, 2, 1))
+            >>> offsets = torch.tensor([0, 1], dtype=torch.int32)
+            >>> batch = batch.append_tape(torch.ones(3, 1), offsets, max_tapes=1, exact=False)
+            >>> batch.clear_unused(batch.data).flatten().tolist()
+            [1.0, 1.0, 1.0, 0.0, 0.0]
+        """
         if self.exact:
             return data
         row = torch.arange(data.shape[0], device=data.device)
@@ -305,13 +421,20 @@ class ElasticBatch:
     ) -> "ElasticBatch":
         """Append tape tokens behind those that each example already has.
 
+        Does not synchronise, and moves no input row.
+
         Args:
             tape: (tape_rows, dim), packed example after example; unused rows last.
             offsets: (batch + 1,) int32, where example i appends rows offsets[i] to offsets[i + 1].
             max_tapes: a bound on the rows that one example appends.
             exact: False when `tape` may hold unused rows (capacity mode).
 
-        Does not synchronise, and moves no input row.
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 8))
+            >>> offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
+            >>> batch.append_tape(torch.ones(3, 8), offsets, max_tapes=2).lens.tolist()
+            [5, 4]
         """
         cu_tapes = self.cu_tapes + offsets
         layout = dataclasses.replace(
@@ -323,24 +446,36 @@ class ElasticBatch:
         rows = torch.cat([self.data, tape])
         if self.max_tapes == 0 and self.exact:
             return layout.with_data(rows)
-        # An old tape row moves back by what earlier examples append; a new one stands behind the
-        # old ones of its example. Unused rows, old then new, move behind both.
+        # An old tape row moves back by the number of rows that earlier examples append; a new tape
+        # row comes to lie behind the old ones of its example. Unused rows, first the old ones and
+        # then the new ones, end up behind all tape rows.
         old = torch.arange(self.num_input_rows, self.data.shape[0], device=tape.device)
         new = torch.arange(tape.shape[0], device=tape.device)
         old_example = torch.searchsorted(self.cu_tapes[1:], old, right=True)
         new_example = torch.searchsorted(offsets[1:], new, right=True)
         old_ends = torch.cat([self.cu_tapes[1:], self.cu_tapes.new_full((1,), self.data.shape[0])])
         inputs = torch.arange(self.num_input_rows, device=tape.device)
-        place = torch.cat([inputs, old + offsets[old_example], new + old_ends[new_example]])
-        return layout.with_data(torch.empty_like(rows).index_copy(0, place, rows))
+        target_row = torch.cat([inputs, old + offsets[old_example], new + old_ends[new_example]])
+        return layout.with_data(torch.empty_like(rows).index_copy(0, target_row, rows))
 
     def pool(self, kind: Pooling) -> Tensor:
-        """Reduce each example's rows, inputs and tape, to (batch, dim).
+        """Reduce each example's rows, inputs and tape, to one.
 
-        "mean", "max" and "sum" give 0 over no rows; "token" is the first input row.
+        Args:
+            kind: "mean", "max" or "sum", which give 0 over no rows, or "token", which takes the
+                first input row.
+
+        Returns:
+            (batch, dim), dtype of data; summed in float32, or in float64 for float64 data.
 
         Raises:
             ValueError: `kind` is none of these, or "token" meets an example without input rows.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.arange(6.0).view(2, 3, 1))
+            >>> batch.pool("mean").flatten().tolist(), batch.pool("token").flatten().tolist()
+            ([1.0, 4.0], [0.0, 3.0])
         """
         if kind == "token":
             if self.min_inputs == 0 and self.batch > 0:
@@ -352,7 +487,8 @@ class ElasticBatch:
         lens = self.lens.unsqueeze(1)
         if kind == "max":
             low = self.data.new_full((self.batch + 1, self.data.shape[1]), -torch.inf)
-            # An unused row that holds NaN would give itself a NaN gradient: 0 / 0 ties.
+            # scatter_reduce shares a gradient among the rows that equal the maximum. None equals a
+            # maximum of NaN, so that unused rows that hold NaN would get 0 / 0.
             rows = self.data.where((example < self.batch).unsqueeze(1), 0)
             index = example.unsqueeze(1).expand_as(rows)
             return low.scatter_reduce(0, index, rows, "amax")[:-1].where(lens > 0, 0)
@@ -372,6 +508,7 @@ def _check_layout(
     data_name: str = "data",
     offsets_name: str | None = None,
 ) -> None:
+    """Check shapes, dtypes and devices of a buffer and its offsets. Raises ValueError."""
     if data.dim() != 2:
         raise ValueError(f"{data_name}: expected (rows, dim), got {tuple(data.shape)}")
     for name, offsets in (("cu_inputs", cu_inputs), ("cu_tapes", cu_tapes)):
@@ -381,16 +518,3 @@ def _check_layout(
             f"cu_tapes: expected {tuple(cu_inputs.shape)} like cu_inputs, "
             f"got {tuple(cu_tapes.shape)}"
         )
-
-
-def check_offsets_tensor(name: str, offsets: Tensor, data: Tensor) -> None:
-    """Check that offsets are int32 (batch + 1,) on the device of `data`. Raises ValueError."""
-    shape = offsets.shape
-    if offsets.dtype != torch.int32 or len(shape) != 1 or shape[0] == 0:
-        raise ValueError(f"{name}: expected int32 (batch + 1,), got {offsets.dtype} {tuple(shape)}")
-    _check_device(name, offsets, data)
-
-
-def _check_device(name: str, tensor: Tensor, data: Tensor) -> None:
-    if tensor.device != data.device:
-        raise ValueError(f"{name}: expected a tensor on {data.device}, got {tensor.device}")

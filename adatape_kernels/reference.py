@@ -1,5 +1,7 @@
 """The eager definition of every op (SPEC sections 3, 4 and 6), in plain torch.
 
+It has more than 400 lines because whoever asks what an op computes should find all of it here.
+
 Each forward is differentiable by autograd and is the oracle that kernels are tested against. Each
 `…_bwd` states the derivative in closed form. The eager backend of the ops, which serves wherever no
 kernel does, runs both. Sums are float32, or float64 for float64 input.
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adatape_kernels.elastic import cumulative, packed_order
+from adatape_kernels.offsets import cumulative, packed_order
 
 LossType = Literal["entropy", "max"]
 
@@ -27,7 +29,16 @@ _SCORE_CHUNK = 1 << 22
 
 
 class TapeSelection(NamedTuple):
-    """What each example read: the result of `tape_select`."""
+    """What each example read: the result of `tape_select`.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> read = ak.ops.tape_select(
+        ...     torch.ones(1, 4), torch.ones(5, 4), num_tape_tokens=2, topk=1, halt_threshold=1.0
+        ... )
+        >>> read.indices.tolist(), read.weights.tolist(), read.ponder.tolist()
+        ([[[0], [-1]]], [[[1.0], [0.0]]], [0.0])
+    """
 
     indices: Tensor
     """(batch, num_tape_tokens, topk) int32 entries of the bank, best first; -1 in unused rows."""
@@ -43,6 +54,13 @@ class FFN(NamedTuple):
     """Parameters of a feed-forward, as `nn.Linear` holds them.
 
     A GLU's first layer yields [a, g]: w1 is (2 · hidden, dim), w2 (dim, hidden).
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> first, second = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        >>> ffn = ak.ops.FFN(first.weight, first.bias, second.weight, second.bias)
+        >>> ffn.w1.shape
+        torch.Size([8, 4])
     """
 
     w1: Tensor

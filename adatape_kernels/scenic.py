@@ -1,7 +1,8 @@
 """Parameters of the public JAX code (google-research/scenic, projects/adatape) in our models.
 
-Scenic's parameter tree comes flattened to `params/a/b/c` with its configuration as JSON (SPEC 10).
-`parameter_map` says for each of scenic's parameters which of ours it fills, and how it turns.
+Scenic's tree of parameters is given flattened, with names such as `params/a/b/c`, and its
+configuration as JSON (SPEC 10). `parameter_map` states for each of scenic's parameters which of our
+parameters it fills and how its axes are rearranged.
 """
 
 import json
@@ -29,26 +30,31 @@ _POOLINGS = {"token": "token", "gap": "mean", "gmp": "max", "gsp": "sum"}
 
 
 class Target(NamedTuple):
-    """Which of our parameters one of scenic's fills."""
+    """The parameter of ours, or the third of it, that one of scenic's parameters fills."""
 
     key: str
-    """The parameter's name in our state dict."""
+    """Name of our parameter in the model's state dict."""
     convert: Callable[[np.ndarray], np.ndarray]
-    """Turns scenic's array, or its gradient, into ours."""
+    """Rearranges scenic's array, or its gradient, to the shape of ours."""
     third: int | None = None
-    """Which third of our parameter's rows it fills, None for the whole."""
+    """Which third of our parameter's rows is filled, 0, 1 or 2; None where all rows are."""
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the part of our tensors, by parameter name, that scenic's array stands for."""
+        """Return what scenic's parameter fills: a view into the one of our tensors, by name."""
         tensor = tensors[self.key]
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
 def model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
-    """Translate scenic's configuration, as SPEC 10 names it, into ours.
+    """Translate scenic's configuration into ours.
+
+    Args:
+        config: entries by the names of SPEC 10.
 
     Raises:
         ValueError: an entry is missing or has a value that is not offered here.
+
+    Source: SPEC 9 and 10.
     """
     try:
         halting = config["dynamic_tape_length"]
@@ -106,15 +112,31 @@ def load(params: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdaTape
     """Build a model from scenic's flattened parameters and configuration.
 
     Args:
-        params: arrays by name, `a/b/c` or `params/a/b/c`.
-        config: as in SPEC 10.
+        params: float32 arrays by name, `a/b/c` or `params/a/b/c`.
+        config: entries by the names of SPEC 10.
 
     Returns:
-        An AdaTapeViT or AdaTapeParity in float32. Images are (batch, channels, height, width).
+        An AdaTapeViT or AdaTapeParity in float32 on torch's default device. Its images are
+        (batch, channels, height, width), whereas scenic has the channels last.
 
     Raises:
         ValueError: an entry of the configuration, or a parameter, is missing, left over or of
             another shape than the configuration says.
+
+    Source: SPEC 10; scenic adatape/layers.py.
+
+    The example reads a file of the repository, from the folder of a clone.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> path = "tests/golden/vit_input_token.npz"
+        >>> arrays = ak.scenic.read_npz(path)
+        >>> config = ak.scenic.read_config(arrays, path)
+        >>> params = {name: a for name, a in arrays.items() if name.startswith("params/")}
+        >>> model = ak.scenic.load(params, config)
+        >>> images = torch.tensor(arrays["inputs"]).permute(0, 3, 1, 2)
+        >>> bool(((model(images).logits - torch.tensor(arrays["logits"])).abs() < 1e-4).all())
+        True
     """
     try:
         model = _build(model_config(config))
@@ -141,10 +163,17 @@ def _build(config: AdaTapeViTConfig | AdaTapeParityConfig) -> AdaTape:
 
 
 def load_file(path: str | Path) -> AdaTape:
-    """Build a model from an .npz file with `config` and `params/…`, as in SPEC 10.
+    """Build a model from an .npz file that holds `config` and `params/…`, as in SPEC 10.
 
     Raises:
         ValueError: the file cannot be read, or as in `load`.
+
+    The example reads a file of the repository, from the folder of a clone.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> ak.scenic.load_file("tests/golden/vit_input_token.npz").config.num_tape_tokens
+        8
     """
     arrays = read_npz(path)
     config = read_config(arrays, path)
@@ -152,10 +181,16 @@ def load_file(path: str | Path) -> AdaTape:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Read every array of an .npz file; never unpickles.
+    """Read every array of an .npz file, and unpickle nothing.
 
     Raises:
         ValueError: the file is missing, cut, no .npz file, or holds pickled objects.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> ak.scenic.read_npz("absent.npz")
+        Traceback (most recent call last):
+        ValueError: absent.npz: expected a readable .npz file, got: no such file
     """
     if not zipfile.is_zipfile(path):
         reason = "not a zip archive" if Path(path).exists() else "no such file"
@@ -169,7 +204,20 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_config(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str, Any]:
-    """Parse the `config` entry, a JSON object. Raises ValueError, naming the file."""
+    """Parse the entry `config`, which is a JSON object.
+
+    Args:
+        arrays: the content of an .npz file.
+        path: the file's name in errors.
+
+    Raises:
+        ValueError: there is no such entry, or it is no JSON object.
+
+    Example:
+        >>> import numpy, adatape_kernels as ak
+        >>> ak.scenic.read_config({"config": numpy.array('{"num_classes": 10}')}, "model.npz")
+        {'num_classes': 10}
+    """
     try:
         config = json.loads(str(arrays["config"]))
     except (KeyError, ValueError):
@@ -180,7 +228,14 @@ def read_config(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str,
 
 
 def parameter_map(model: AdaTape) -> dict[str, Target]:
-    """Return what each of scenic's parameters, named without `params/`, fills in this model."""
+    """Return what each of scenic's parameters fills in a model, by its name without `params/`.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1)
+        >>> ak.scenic.parameter_map(model)["output_projection/kernel"].key
+        'head.weight'
+    """
     targets = {
         **_dense("output_projection", "head"),
         **_norm("Transformer/encoder_norm", "encoder.norm"),
@@ -215,6 +270,7 @@ def parameter_map(model: AdaTape) -> dict[str, Target]:
 
 
 def _reader(theirs: str, layer: int, reader: TapeReader) -> dict[str, Target]:
+    """Map a read, the norm, learnable bank and feed-forward that it has."""
     ours = f"encoder.readers.{layer}"
     targets = _norm(f"{theirs}/TapeBank_0/bank_norm", f"{ours}.bank_norm")
     if reader.tape_tokens is not None:
@@ -230,7 +286,7 @@ def _same(array: np.ndarray) -> np.ndarray:
 
 
 def _dense(theirs: str, ours: str) -> dict[str, Target]:
-    """Kernels are (in, out)."""
+    """Map a dense layer, whose kernel is (in, out)."""
     return {
         f"{theirs}/kernel": Target(f"{ours}.weight", np.transpose),
         f"{theirs}/bias": Target(f"{ours}.bias", _same),
@@ -238,7 +294,7 @@ def _dense(theirs: str, ours: str) -> dict[str, Target]:
 
 
 def _convolution(theirs: str, ours: str) -> dict[str, Target]:
-    """Kernels are (height, width, in, out)."""
+    """Map a convolution, whose kernel is (height, width, in, out)."""
     return {
         f"{theirs}/kernel": Target(f"{ours}.weight", lambda k: k.transpose(3, 2, 0, 1)),
         f"{theirs}/bias": Target(f"{ours}.bias", _same),
@@ -246,6 +302,7 @@ def _convolution(theirs: str, ours: str) -> dict[str, Target]:
 
 
 def _norm(theirs: str, ours: str) -> dict[str, Target]:
+    """Map a LayerNorm."""
     return {
         f"{theirs}/scale": Target(f"{ours}.weight", _same),
         f"{theirs}/bias": Target(f"{ours}.bias", _same),
@@ -253,7 +310,11 @@ def _norm(theirs: str, ours: str) -> dict[str, Target]:
 
 
 def _attention(theirs: str, ours: str) -> dict[str, Target]:
-    """Kernels of query, key and value are (dim, heads, head_dim), out's (heads, head_dim, dim)."""
+    """Map an attention.
+
+    Its kernels of query, key and value are (dim, heads, head_dim), that of the output projection
+    is (heads, head_dim, dim).
+    """
     targets = {
         f"{theirs}/out/kernel": Target(
             f"{ours}.out_proj.weight", lambda k: k.reshape(-1, k.shape[-1]).T

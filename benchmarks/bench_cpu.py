@@ -1,7 +1,9 @@
-"""The CPU kernels beside the goals that they were given: python benchmarks/bench_cpu.py [--quick].
+"""Measures the CPU kernels beside the goals that they were given.
 
-The cases are those of bench_<op>.py, with the peers that a goal names; ratios of medians are what
-counts, and a last column says which goals are met.
+    python -m adatape_kernels.benchmarks.bench_cpu --quick
+
+The cases are those of bench_<op>.py, with the peers that a goal names. What counts are ratios of
+medians, and the last column says which goals are met.
 """
 
 import argparse
@@ -10,24 +12,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench
-import bench_dispatch
-import bench_dual_ffn
-import bench_elastic_attention
-import bench_model
-import bench_tape_read
-import ceilings
-import records
 import torch
-from bench_model import ModelInputs
-from cases import OURS, Case, Effort, run
-from suites import Suite, for_products
+
+from adatape_kernels.benchmarks.harness import ceilings, command, records
+from adatape_kernels.benchmarks.harness.cases import OURS, BenchmarkCase, Effort, run
+from adatape_kernels.benchmarks.harness.suites import Suite, for_products
+from adatape_kernels.benchmarks.ops import (
+    bench_dispatch,
+    bench_dual_ffn,
+    bench_elastic_attention,
+    bench_model,
+    bench_tape_read,
+)
+from adatape_kernels.benchmarks.ops.bench_model import ModelInputs
 
 DISPATCH_LIMIT = 20e-6
 
 
-class Goal(NamedTuple):
-    """How many times faster than each peer ours is to be in one case."""
+class CpuGoal(NamedTuple):
+    """How many times faster than each peer ours has to be in one case."""
 
     suite: Suite
     shape: str
@@ -36,27 +39,31 @@ class Goal(NamedTuple):
     ratios: dict[str, float]
 
 
-class Outcome(NamedTuple):
+class GoalOutcome(NamedTuple):
+    """What was reached of a goal."""
+
     case: str
     ratio: float
     goal: float
 
     def line(self) -> str:
+        """Return the outcome as a line of the table."""
         verdict = "ok" if self.ratio >= self.goal else "MISSED"
         return f"{self.case:104} {self.ratio:7.2f} {self.goal:7.2f}  {verdict}"
 
 
-def goals(whole_models: bool) -> Iterator[Goal]:
+def goals(whole_models: bool) -> Iterator[CpuGoal]:
+    """Yield every goal, those of whole models only if asked."""
     for shape in bench_dispatch.SUITE.shapes("cpu").default:
-        yield Goal(bench_dispatch.SUITE, shape, "forward", torch.float32, {})
+        yield CpuGoal(bench_dispatch.SUITE, shape, "forward", torch.float32, {})
     for shape in ("B=64 M=784 bank=input", "B=64 M=10000 bank=learn"):
         read = bench_tape_read.SUITE
-        yield Goal(read, shape, "forward+backward", torch.float32, {"eager": 5.0})
+        yield CpuGoal(read, shape, "forward+backward", torch.float32, {"eager": 5.0})
     for heads in (6, 12):
         for rows, goal in (("50-246", 1.5), ("197", 0.95)):
             for dtype in for_products("cpu"):
                 for direction in bench_elastic_attention.DIRECTIONS:
-                    yield Goal(
+                    yield CpuGoal(
                         bench_elastic_attention.SUITE,
                         f"B=16 N={rows} T=10 H={heads}",
                         direction,
@@ -65,21 +72,23 @@ def goals(whole_models: bool) -> Iterator[Goal]:
                     )
     for dtype in for_products("cpu"):
         shape = "B=16 N=197 T=10"
-        yield Goal(bench_dual_ffn.SUITE, shape, "forward+backward", dtype, {"sliced": 1.0})
+        yield CpuGoal(bench_dual_ffn.SUITE, shape, "forward+backward", dtype, {"sliced": 1.0})
     models = ("V=S/16 B=8 T=10 k=5 tau=2", "V=B/32 B=8 T=64 k=2 tau=8 bank=learn")
     for shape in models if whole_models else ():
         for direction in bench_model.SUITE.directions:
-            # The ratio asked for follows from the rows that are saved.
-            yield Goal(bench_model.SUITE, shape, direction, torch.float32, {"padded": 0.95})
+            # The ratio that is asked for follows from the rows that are saved.
+            yield CpuGoal(bench_model.SUITE, shape, direction, torch.float32, {"padded": 0.95})
 
 
-def outcomes(goal: Goal, case: Case, rows: dict[str, records.Row]) -> Iterator[Outcome]:
-    """Compare a case's rows with the goal. A row without a time misses it."""
+def outcomes(
+    goal: CpuGoal, case: BenchmarkCase, rows: dict[str, records.ResultRow]
+) -> Iterator[GoalOutcome]:
+    """Compare a case's rows with the goal, which a row without a time misses."""
     name = " ".join(case.key)
     ours = rows[OURS]
     if goal.suite is bench_dispatch.SUITE:
         took = ours.median_s or float("inf")
-        yield Outcome(f"{name}: {took * 1e6:.1f} us, goal 20 us", DISPATCH_LIMIT / took, 1.0)
+        yield GoalOutcome(f"{name}: {took * 1e6:.1f} us, goal 20 us", DISPATCH_LIMIT / took, 1.0)
     for peer, ratio in goal.ratios.items():
         asked = ratio * saved_rows(case.inputs()) if goal.suite is bench_model.SUITE else ratio
         for quantity in ("median_s", "peak_bytes") if case.peaks else ("median_s",):
@@ -87,7 +96,7 @@ def outcomes(goal: Goal, case: Case, rows: dict[str, records.Row]) -> Iterator[O
             found = theirs / mine if mine and theirs else 0.0
             memory = quantity == "peak_bytes"
             label = f"{name}{' peak memory' if memory else ''} / {peer}"
-            yield Outcome(label, found, 1.0 if memory else asked)
+            yield GoalOutcome(label, found, 1.0 if memory else asked)
 
 
 def saved_rows(given: ModelInputs) -> float:
@@ -99,12 +108,13 @@ def saved_rows(given: ModelInputs) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print every goal with what was reached, and record the rows; 2 if they cannot be written."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    """Print every goal with what was reached, and record the rows.
+
+    Returns 2 if the rows cannot be written.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions, no whole models")
-    parser.add_argument(
-        "--out", type=Path, default=records.RESULTS, help="CSV file, or folder; default: results/"
-    )
+    parser.add_argument("--out", type=Path, default=records.DEFAULT_OUT, help=command.OUT_HELP)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -112,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = records.destination(arguments.out, "cpu")
     except ValueError as error:
         print(f"bench_cpu: {error}", file=sys.stderr)
-        return bench.EXIT_UNREADABLE
+        return command.EXIT_UNREADABLE
     effort = Effort(5, 1.0, quick=True) if arguments.quick else Effort(15, 6.0)
-    found: list[Outcome] = []
+    found: list[GoalOutcome] = []
     recorded = set()
     print(f"{'case / peer':104} {'ratio':>7} {'goal':>7}")
     for goal in goals(whole_models=not arguments.quick):

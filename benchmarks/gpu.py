@@ -1,10 +1,11 @@
-"""All that a machine with a GPU is asked: build, test, measure, within minutes: make gpu.
+"""Builds, tests and measures on a machine with a GPU, within minutes: make gpu.
 
-    python benchmarks/gpu.py --out results-of-this-machine --minutes 7.5
+    python -m adatape_kernels.benchmarks.gpu --out results-of-this-machine --minutes 7.5
 
-Needs a CUDA build of torch, nvcc, numpy and pytest; builds in place, installs nothing. Each step
-has its share of the time and is stopped at its end. What was measured until then stays: the rows
-of a case are written when it ends. Exits with 1 if a step failed, after the table.
+It runs in a clone and needs a CUDA build of torch, nvcc, numpy and pytest; it builds in place and
+installs nothing. Each step has its share of the time and is stopped at its end. What was measured
+until then stays, since the rows of a case are written when it ends. The exit code is 1 if a step
+failed; the table is printed all the same.
 """
 
 import argparse
@@ -19,29 +20,34 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from adatape_kernels.benchmarks.harness import records
+from adatape_kernels.benchmarks.reports import result_tables
+
 ROOT = Path(__file__).parents[1]
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 LAST_SECONDS = 10
-"""Kept for the table."""
+"""So much of the time is kept for the table."""
 
 SECONDS = "{seconds}"
-"""In a command: most of the time that its step has, so that it ends by itself."""
+"""In a command this stands for most of the time of its step, so that it ends by itself."""
 
 
-class Step(NamedTuple):
+class GpuStep(NamedTuple):
     """A command with its share of the time that is left when it starts."""
 
     name: str
     command: Sequence[str]
     share: float
     may_be_cut: bool
-    """Whether what it did until it was stopped is worth as much."""
+    """A step that may be cut has not failed when it was stopped: what it did is of use."""
 
 
-class Outcome(NamedTuple):
-    step: Step
+class StepOutcome(NamedTuple):
+    """How a step ended."""
+
+    step: GpuStep
     code: int | None
-    """None when it was stopped."""
+    """The exit code is None if the step was stopped."""
     seconds: float
 
     @property
@@ -49,11 +55,13 @@ class Outcome(NamedTuple):
         return not self.step.may_be_cut if self.code is None else self.code != 0
 
     def line(self) -> str:
+        """Return the outcome as a line of the last table."""
         state = "out of time" if self.code is None else f"exit {self.code}" if self.code else "ok"
         return f"{self.step.name:24} {state:12} {self.seconds:5.0f} s"
 
 
-def steps(device: str, out: Path, tests: str) -> list[Step]:
+def steps(device: str, out: Path, tests: str) -> list[GpuStep]:
+    """Return the steps in their order."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     if find_spec("xdist") and "-n" not in pytest:
@@ -61,18 +69,18 @@ def steps(device: str, out: Path, tests: str) -> list[Step]:
     bench = [python, "-m", "adatape_kernels.cli", "bench", "--device", device, "--out", str(out)]
     budget = ["--budget", SECONDS]
     return [
-        Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 0.35, False),
-        Step(
+        GpuStep("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 0.35, False),
+        GpuStep(
             "check", [python, "-m", "adatape_kernels.cli", "check", "--device", device], 0.2, False
         ),
-        Step("tests", pytest, 0.5, False),
-        Step("benchmarks", [*bench, "--compiled", "no", *budget], 0.65, True),
-        Step("compiled peers", [*bench, "--compiled", "only", *budget], 1.0, True),
+        GpuStep("tests", pytest, 0.5, False),
+        GpuStep("benchmarks", [*bench, "--compiled", "no", *budget], 0.65, True),
+        GpuStep("compiled peers", [*bench, "--compiled", "only", *budget], 1.0, True),
     ]
 
 
-def run(step: Step, log: Path, seconds: float) -> Outcome:
-    """Run a step in a process group of its own, which is ended when the time is over."""
+def run(step: GpuStep, log: Path, seconds: float) -> StepOutcome:
+    """Run a step in a process group of its own, which is killed when its time is over."""
     command = [part.replace(SECONDS, f"{0.9 * seconds:.0f}") for part in step.command]
     print(f"{step.name}: {shlex.join(command)}  (at most {seconds:.0f} s, {log})", flush=True)
     environment = {
@@ -99,7 +107,7 @@ def run(step: Step, log: Path, seconds: float) -> Outcome:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    outcome = Outcome(step, code, time.monotonic() - start)
+    outcome = StepOutcome(step, code, time.monotonic() - start)
     if outcome.failed:
         print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
     print(outcome.line(), flush=True)
@@ -108,18 +116,16 @@ def run(step: Step, log: Path, seconds: float) -> Outcome:
 
 def table(device: str, out: Path) -> str:
     """Return the Markdown table of the rows that are there."""
-    sys.path.insert(0, str(ROOT))
-    import records
-    import report
+    from adatape_kernels.benchmarks.harness import records
 
     path = records.destination(out, device)
-    return report.summary(report.entries(records.read(path))) + f"\nrows: {path}"
+    return result_tables.summary(result_tables.entries(records.read(path))) + f"\nrows: {path}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps and print the table, whatever happens."""
+    """Run the steps and print the table, whatever became of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=records.DEFAULT_OUT)
     parser.add_argument("--minutes", type=float, default=7.5, help="of everything together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tests", default="-m cuda", help="arguments of pytest; default: -m cuda")
@@ -127,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     end = time.monotonic() + 60 * arguments.minutes - LAST_SECONDS
     out = arguments.out.resolve()
+    if not (ROOT / "setup.py").exists():
+        print(f"gpu: expected a clone of the repository, got {ROOT}", file=sys.stderr)
+        return EXIT_UNREADABLE
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.log").touch()
@@ -147,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     try:
         print(table(arguments.device, out))
-    except Exception as error:  # e.g. torch cannot be imported; the steps said so
-        print(f"no table: {type(error).__name__}: {error}")
+    except ValueError as error:
+        print(f"no table: {error}")
     print("\n".join(outcome.line() for outcome in outcomes))
     return EXIT_FAILED if any(outcome.failed for outcome in outcomes) else 0
 

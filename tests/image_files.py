@@ -4,7 +4,6 @@ import gzip
 import struct
 
 import numpy as np
-from PIL import Image
 
 _NAMES = (
     ("train", "images", "idx3"),
@@ -20,7 +19,7 @@ def idx_bytes(array):
 
 
 def bars(count, classes=10, seed=0):
-    """Images (count, 28, 28) uint8 with a bright bar whose place is the label's, and noise."""
+    """Images (count, 28, 28) uint8 of noise with a bright bar at a height that tells the label."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=count, dtype=np.uint8)
     labels[:classes] = np.arange(min(count, classes))
@@ -44,6 +43,7 @@ def write_mnist(folder, train=60, test=20, compressed=False):
 
 
 def cifar_arrays(count, seed):
+    """Random images (count, 3072) and labels (count,), both uint8."""
     rng = np.random.default_rng(seed)
     images = rng.integers(256, size=(count, 3072), dtype=np.uint8)
     return images, rng.integers(10, size=count, dtype=np.uint8)
@@ -67,7 +67,7 @@ def write_cifar_python(folder, count=4):
 
 
 def cifar_pickle(images, labels, dtype=b"u1"):
-    """The opcodes that Python 2 wrote for {'batch_label', 'labels', 'data', 'filenames'}."""
+    """A published batch: the pickle that Python 2 wrote of its dictionary of four entries."""
 
     def short(text):
         return b"U" + bytes([len(text)]) + text
@@ -95,7 +95,9 @@ def cifar_pickle(images, labels, dtype=b"u1"):
 
 
 def write_folder(folder, classes=("cat", "dog"), count=5, size=(20, 16), suffixes=(".png", ".jpg")):
-    """One colour a class, with noise."""
+    """Write `count` images for each class, which has a colour of its own, with noise."""
+    from PIL import Image
+
     for number, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for image in range(count):

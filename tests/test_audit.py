@@ -1,4 +1,4 @@
-"""A sample of what `make audit` and benchmarks/roofline.py do; each needs a process of its own."""
+"""A sample of what `make audit` and the roofline do; each needs a process of its own."""
 
 import os
 import subprocess
@@ -9,23 +9,23 @@ import pytest
 
 from adatape_kernels.ops import triton_runtime
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not triton_runtime.INSTALLED, reason="triton is not installed")
 
 
-def run(script, *arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run(program, *arguments):
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        env=environment,
+        [sys.executable, "-m", f"adatape_kernels.benchmarks.audit.{program}", *arguments],
+        cwd=ROOT,
+        env=os.environ,
         capture_output=True,
         text=True,
     )
 
 
 def test_kernels_compile_for_a_gpu_within_its_limits():
-    result = run("audit.py", "--sample")
+    result = run("triton_audit", "--sample")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     for kernel in ("_tape_select_fwd", "_tape_gather_fwd", "_elastic_attention_fwd"):
         assert kernel in result.stdout
@@ -33,7 +33,7 @@ def test_kernels_compile_for_a_gpu_within_its_limits():
 
 
 def test_gathering_and_attention_move_no_more_than_they_should():
-    result = run("roofline.py", "--quick")
+    result = run("roofline", "--quick")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert result.stdout.count("elastic_attention") == 2
     assert result.stdout.endswith("0 over the limit of 1.3\n")

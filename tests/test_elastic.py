@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adatape_kernels import ElasticBatch
-from adatape_kernels.elastic import cumulative
+from adatape_kernels.offsets import cumulative
 
 OP = None  # no backend: every test runs once a device
 DIM = 3

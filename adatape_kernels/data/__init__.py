@@ -11,8 +11,9 @@ from adatape_kernels.data.image_set import ImageSet, Normaliser
 __all__ = ["NAMES", "ImageSet", "Normaliser", "digits", "load"]
 
 NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "imagefolder")
+"""The image sets that `load` knows."""
 
-# Where Debian's package dataset-fashion-mnist puts it.
+# The folder that Debian's package dataset-fashion-mnist installs its files in.
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -23,15 +24,21 @@ def load(
 
     Args:
         name: one of NAMES.
-        folder: where its files are. None for digits, which have none, and for fashion-mnist where
-            Debian's package dataset-fashion-mnist is installed.
-        image_size: side that imagefolder's images are brought to, in pixels.
-        seed: of the split, where the files have none.
+        folder: the folder that holds the set's files. It may be None for digits, which have no
+            files, and for fashion-mnist where Debian's package dataset-fashion-mnist is installed.
+        image_size: side in pixels that the images of an imagefolder are brought to.
+        seed: decides which images are for the test, where the files themselves do not.
 
     Raises:
         ValueError: the name is unknown, or the folder's content is not what the name says.
         RuntimeError: a package that this set needs is missing.
         OSError: a file cannot be read.
+
+    Example:
+        >>> from adatape_kernels.data import load
+        >>> digits = load("digits")
+        >>> digits.train_images.shape, digits.num_classes
+        (torch.Size([1437, 1, 8, 8]), 10)
     """
     if name not in NAMES:
         raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")

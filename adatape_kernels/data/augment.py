@@ -1,4 +1,7 @@
-"""Training images changed a little, at random: batches (n, channels, height, width) in 0 to 1."""
+"""Random changes of training images, which are batches (n, channels, height, width) in 0 to 1.
+
+A generator gives all random numbers; what comes back has the shape and the dtype of the images.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +9,10 @@ from torch import Generator, Tensor
 
 
 def turn_and_move(images: Tensor, generator: Generator) -> Tensor:
-    """Turn images by up to 11 degrees, scale by 15 %, move by 10 % of a side."""
+    """Turn images by up to 11 degrees, scale them by up to 15 %, move them by up to 10 % of a side.
+
+    Pixels from outside of an image take the colour of its border.
+    """
     batch = len(images)
 
     def symmetric(*shape: int) -> Tensor:
@@ -21,17 +27,20 @@ def turn_and_move(images: Tensor, generator: Generator) -> Tensor:
 
 
 def crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Move each image by up to `padding` pixels along both axes; black comes in."""
+    """Move each image by up to `padding` pixels along both axes.
+
+    Pixels from outside of an image are black, which is 0.
+    """
     batch, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
     top, left = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator)
     y, x = top + torch.arange(height), left + torch.arange(width)
     every = torch.arange(batch).view(-1, 1, 1)
-    # The slice between indices puts the channels last.
+    # Indexing with a slice between two index tensors puts the sliced axis, the channels, last.
     return padded[every, :, y.unsqueeze(2), x.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirror every other image, on average, left to right."""
+    """Mirror images left to right, each with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return images.flip(3).where(mirrored, images)

@@ -1,8 +1,9 @@
 """CIFAR-10 in its published formats: the binary batches and the "python" (pickled) ones.
 
 A pickle can run any code when it is loaded. The python batches are therefore read by an unpickler
-whose classes are all inert: it builds numbers, bytes, lists and dictionaries, and notes what a
-numpy array was made of without calling numpy. Any other class or function in the file is refused.
+that builds numbers, bytes, lists and dictionaries only. For a numpy array it keeps the arguments
+that numpy would have been called with, and calls nothing. Any other class or function that the
+file names is refused.
 """
 
 import pickle
@@ -70,7 +71,8 @@ def cifar10(folder: Path) -> ImageSet:
 def read_binary(file: Path) -> tuple[Tensor, Tensor]:
     """Return images (n, 3, 32, 32) uint8 and labels (n,) int64 of a binary batch.
 
-    A record is the label's byte, then 1,024 bytes each of red, green and blue.
+    A batch consists of records: one byte for the label, then 1,024 bytes each of red, green and
+    blue, row after row.
 
     Raises:
         ValueError: the file is cut, or a label is out of range.
@@ -98,7 +100,7 @@ def read_python(file: Path) -> tuple[Tensor, Tensor]:
             pixels, labels = batch[b"data"].content(), batch[b"labels"]
         except pickle.UnpicklingError as error:
             raise ValueError(f"{file}: expected a CIFAR-10 batch, got {_line(error)}") from None
-        # A pickle that is cut or made up fails in any of these ways while its stack is run.
+        # A cut or made-up pickle makes the unpickler's operations fail in any of these ways.
         except (
             EOFError,
             KeyError,
@@ -127,14 +129,14 @@ def read_python(file: Path) -> tuple[Tensor, Tensor]:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Builds plain containers, and notes in place of numpy arrays. Admits nothing else."""
+    """Builds plain containers, and stand-ins for numpy arrays; refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the inert stand-in of the three numpy names that a batch uses."""
+        """Return the stand-in for one of the three names of numpy that a batch uses."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _ArrayNote
+            return _ArrayStandIn
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return _DtypeNote
+            return _DtypeStandIn
         raise pickle.UnpicklingError(f"the forbidden name {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -142,8 +144,8 @@ class _InertUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a reference to an object outside the file")
 
 
-class _DtypeNote:
-    """Stands for numpy.dtype, and for the class numpy.ndarray where it is an argument."""
+class _DtypeStandIn:
+    """Stands for a numpy.dtype, and for the class numpy.ndarray where it is an argument."""
 
     __slots__ = ("code",)
 
@@ -151,11 +153,11 @@ class _DtypeNote:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and flags: single bytes have none."""
+        """Ignore byte order and flags, which do not matter to single bytes."""
 
 
-class _ArrayNote:
-    """Stands for an array that numpy would have rebuilt."""
+class _ArrayStandIn:
+    """Stands for an array; holds the state that numpy would have rebuilt it from."""
 
     __slots__ = ("state",)
 
@@ -163,16 +165,17 @@ class _ArrayNote:
         self.state: object = None
 
     def __setstate__(self, state: object) -> None:
-        """Keep the array's state: version, shape, dtype, whether columns come first, bytes."""
+        """Keep the state: version, shape, dtype, whether it is in column-major order, bytes."""
         self.state = state
 
     def content(self) -> bytes:
-        """Return the bytes of a uint8 array whose rows come first. Raises ValueError."""
+        """Return the bytes of a uint8 array in row-major order; raise ValueError for others."""
         match self.state:
-            case (int(), tuple(), _DtypeNote(code=b"u1" | "u1"), False | 0, bytes() as content):
+            case (int(), tuple(), _DtypeStandIn(code=b"u1" | "u1"), False | 0, bytes() as content):
                 return content
         raise ValueError("data that is not an array of unsigned bytes")
 
 
 def _line(error: Exception) -> str:
+    """Return an error's first line; an end of file has none."""
     return (str(error).splitlines() or ["a cut file"])[0]

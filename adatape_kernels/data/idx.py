@@ -28,16 +28,17 @@ FASHION_CLASSES = (
 DIGIT_CLASSES = tuple(str(digit) for digit in range(CLASSES))
 
 _UNSIGNED_BYTES = 8
-# Far above any published set; a header that asks for more is not one.
+# No published set is near this size: a header that states more is damaged.
 _MOST_BYTES = 1 << 33
 
 
 def mnist_layout(folder: Path, class_names: tuple[str, ...]) -> ImageSet:
-    """Load the four files of MNIST's layout, train and t10k, images and labels.
+    """Load images (1, 28, 28) uint8 from the four files that MNIST consists of.
 
     Args:
-        folder: holds train-images-idx3-ubyte and its three companions, each plain or .gz.
-        class_names: of the ten labels, in order.
+        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and
+            t10k-labels-idx1-ubyte, each as it is or compressed (.gz).
+        class_names: names of the labels 0 to 9.
 
     Raises:
         ValueError: a file is missing, damaged or not what its name says.
@@ -69,21 +70,23 @@ def check_labels(file: Path, labels: Tensor) -> None:
     """Raise ValueError unless every label is one of the ten classes."""
     wrong = (labels >= CLASSES).nonzero()
     if len(wrong):
-        place = int(wrong[0])
+        image = int(wrong[0])
         raise ValueError(
-            f"{file}: expected labels from 0 to {CLASSES - 1}, got {int(labels[place])} "
-            f"for image {place}"
+            f"{file}: expected labels from 0 to {CLASSES - 1}, got {int(labels[image])} "
+            f"for image {image}"
         )
 
 
 def read_idx(file: Path) -> Tensor:
-    """Read an idx file of unsigned bytes, plain or .gz, as a uint8 tensor.
+    """Read an idx file of unsigned bytes, as it is or compressed (.gz), as a uint8 tensor.
+
+    Such a file consists of two zero bytes, the type of the elements (8), the number of axes, the
+    length of each axis as a big-endian number of 4 bytes, and the elements.
 
     Raises:
-        ValueError: it is not such a file, or is cut or too long.
+        ValueError: the file is of another format, cut or too long.
 
-    Source: the format's description at the end of the MNIST database's page: two zero bytes, the
-    element type (8), the number of axes, each axis's length in 4 bytes, big-endian, the elements.
+    Source: the description of the format at the end of the MNIST database's page.
     """
     try:
         if file.suffix == ".gz":
@@ -96,6 +99,7 @@ def read_idx(file: Path) -> Tensor:
 
 
 def _parse(file: Path, stream: BinaryIO | gzip.GzipFile) -> Tensor:
+    """Read an uncompressed stream; `file` is its name in errors."""
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] != _UNSIGNED_BYTES or not magic[3]:
         raise ValueError(
@@ -117,7 +121,7 @@ def _parse(file: Path, stream: BinaryIO | gzip.GzipFile) -> Tensor:
 
 
 def _find(folder: Path, part: str, kind: str) -> Path:
-    """Return the file of one part, under the names that it is published by."""
+    """Return a file of one part, "train" or "t10k", under any of the names it is published by."""
     axes = 3 if kind == "images" else 1
     names = [f"{part}-{kind}-idx{axes}-ubyte", f"{part}-{kind}.idx{axes}-ubyte"]
     for name in (*names, *(f"{name}.gz" for name in names)):

@@ -1,4 +1,4 @@
-"""Folders of JPEG or PNG files, one folder a class, decoded when a batch asks for them."""
+"""Image sets of JPEG or PNG files, a folder for each class, decoded when a batch needs them."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +13,16 @@ from adatape_kernels.data.image_set import ImageSet
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 TEST_SHARE = 0.2
-# Pillow lets go of the interpreter while it decodes, so threads suffice; more gain nothing here.
+"""Share of each class that is for the test, where a folder has no train/."""
 DECODERS = 2
+"""Number of threads that decode; Pillow releases the interpreter's lock meanwhile."""
 
 
 class FolderImages:
-    """Image files as (n, 3, size, size) uint8, decoded on access: memory holds one batch.
+    """Image files that look like a uint8 tensor (n, 3, size, size), decoded on access.
 
-    An image is turned upright, scaled so that its shorter side is `size`, and cut to the square
-    in its middle.
+    Memory holds no more than the images that were asked for. An image is turned upright, scaled so
+    that its shorter side is `size` pixels, and cut to the square in its middle.
     """
 
     def __init__(self, files: Sequence[Path], size: int):
@@ -35,7 +36,7 @@ class FolderImages:
         """Decode the images at indices (batch,).
 
         Raises:
-            ValueError: a file is damaged or neither JPEG nor PNG; names it.
+            ValueError: a file is damaged or neither JPEG nor PNG; the error names it.
         """
         files = [self.files[index] for index in indices.tolist()]
         with ThreadPoolExecutor(DECODERS) as pool:
@@ -47,12 +48,14 @@ def image_folder(folder: Path, size: int, seed: int) -> ImageSet:
     """Find the images of a folder of classes.
 
     Args:
-        folder: holds a folder for each class, or train/ and one of val/ and test/ that each do.
-        size: side of the square that images are brought to, in pixels.
-        seed: of the split, a fifth of each class for the test, where there is no train/.
+        folder: holds a folder of image files for each class; or it holds train/ and one of val/
+            and test/, which each hold such folders.
+        size: side in pixels of the square that images are brought to.
+        seed: where there is no train/, decides which fifth of each class is for the test.
 
     Raises:
-        ValueError: no classes, a class without an image, or other classes in test than in train.
+        ValueError: there are fewer than two classes, a class has no image or too few to split, or
+            the test has other classes than the training.
         RuntimeError: Pillow is not installed.
     """
     _pillow()
@@ -82,7 +85,7 @@ def decode(file: Path, size: int) -> Tensor:
     """
     image_module, image_ops = _pillow()
     try:
-        # Only these two decoders run, whatever a file says it is.
+        # Only these two decoders run, whatever format a file claims to have.
         with image_module.open(file, formats=("JPEG", "PNG")) as image:
             image.draft("RGB", (size, size))
             upright = image_ops.exif_transpose(image).convert("RGB")
@@ -91,7 +94,7 @@ def decode(file: Path, size: int) -> Tensor:
         raise ValueError(f"{file}: expected a JPEG or PNG image, got no readable one") from None
     except FileNotFoundError:
         raise ValueError(f"{file}: expected an image, got no such file") from None
-    # Damaged files fail in the decoders' own ways: a cut one as OSError, a bad PNG as SyntaxError.
+    # Each decoder fails in a way of its own: over a cut file as OSError, a bad PNG as SyntaxError.
     except (
         OSError,
         SyntaxError,
@@ -105,7 +108,7 @@ def decode(file: Path, size: int) -> Tensor:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, by the class's name, both in order."""
+    """Return the image files of each class by its name, classes and files in alphabetical order."""
     classes = {}
     for inner in sorted(folder.iterdir()):
         if inner.is_dir() and not inner.name.startswith("."):
@@ -124,7 +127,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 def _split(
     folder: Path, classes: dict[str, list[Path]], seed: int
 ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Split every class by the same share, at least one image each way."""
+    """Return training and test files by class; of every class at least one image goes to each."""
     generator = torch.Generator().manual_seed(seed)
     train, test = {}, {}
     for name, files in classes.items():
@@ -140,12 +143,14 @@ def _split(
 
 
 def _labelled(classes: dict[str, list[Path]], size: int) -> tuple[FolderImages, Tensor]:
+    """Return the images of all classes, class after class, and their labels (n,) int64."""
     files = [file for names in classes.values() for file in names]
     counts = torch.tensor([len(names) for names in classes.values()])
     return FolderImages(files, size), torch.arange(len(counts)).repeat_interleave(counts)
 
 
 def _pillow() -> tuple[Any, Any]:
+    """Return Pillow's modules Image and ImageOps. Raises RuntimeError where it is missing."""
     try:
         from PIL import Image, ImageOps
     except ImportError:

@@ -1,4 +1,4 @@
-"""Images with labels, split in two, and the shift and scale that a model sees them through."""
+"""Sets of images with labels for training and for testing, and the normalisation of images."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 STATISTICS_IMAGES = 2000
-_AT_ONCE = 100
+"""Most images that mean and standard deviation are measured over."""
+_BATCH = 100
 
 
 class Images(Protocol):
@@ -27,21 +28,33 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Subset:
-    """Those of some images that stand at `chosen` (n,), still undecoded where they are files."""
+    """Some of the images of a set; where they are files they stay undecoded until they are used."""
 
     images: Images
+    """The images that are chosen from."""
     chosen: Tensor
+    """(n,) int64, the indices of those that are chosen."""
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return the chosen images at int64 indices (batch,)."""
         return self.images[self.chosen[indices]]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and labels (n,) int64, split in two; a label is an index of class_names."""
+    """Images for training and for testing, with labels (n,) int64 that index class_names.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.data import ImageSet
+        >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> data = ImageSet(images[:4], labels[:4], images[4:], labels[4:], ("cat", "dog"))
+        >>> data.num_classes, len(data.test_images)
+        (2, 2)
+    """
 
     train_images: Images
     train_labels: Tensor
@@ -51,14 +64,18 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
     def limited(self, train_images: int, seed: int) -> "ImageSet":
-        """Return the set with so many of its training images, drawn by seed.
+        """Return the set with some of its training images and all of its test images.
+
+        Args:
+            train_images: number of training images to keep.
+            seed: decides which.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: the set has fewer, or the number is not positive.
         """
         total = len(self.train_labels)
         if not 1 <= train_images <= total:
@@ -71,30 +88,43 @@ class ImageSet:
 
 
 def evenly_spaced(total: int, count: int) -> Tensor:
-    """Return `count` indices spread over range(total), or all of them where there are fewer."""
+    """Return int64 indices (min(total, count),) that are spread evenly over range(total)."""
     return torch.arange(min(total, count)) * total // max(1, min(total, count))
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """Return images as float32 in 0 to 1."""
+    """Return images, uint8 in 0 to 255 or float32 in 0 to 1, as float32 in 0 to 1."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Shifts and scales each channel; its numbers belong to the model that was trained with it."""
+    """Brings each channel to mean 0 and standard deviation 1.
+
+    A model needs the normaliser that it was trained with.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.data import Normaliser
+        >>> normalise = Normaliser(mean=(0.5,), std=(0.25,))
+        >>> normalise(torch.ones(1, 1, 1, 2)).tolist()
+        [[[[2.0, 2.0]]]]
+    """
 
     mean: tuple[float, ...]
+    """Mean of each channel, of images in 0 to 1."""
     std: tuple[float, ...]
+    """Standard deviation of each channel, of images in 0 to 1."""
 
     @classmethod
     def of(cls, images: Images) -> "Normaliser":
         """Measure mean and standard deviation over at most 2,000 images, evenly spaced.
 
-        Sums of bytes are exact, so a set has the same numbers whatever the number of threads.
+        The sums over uint8 images are computed in integers, so that the result does not depend on
+        the number of threads.
         """
         count, total, squares = 0, torch.tensor(0), torch.tensor(0)
-        for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(_AT_ONCE):
+        for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(_BATCH):
             batch = images[indices]
             scale = 255 if batch.dtype == torch.uint8 else 1
             batch = batch.transpose(0, 1).flatten(1)
@@ -103,11 +133,11 @@ class Normaliser:
             total, squares = total + batch.sum(1), squares + batch.square().sum(1)
         mean = total.double() / count
         variance = (squares.double() - count * mean.square()) / max(1, count - 1)
-        # An image set of one colour has no deviation to divide by.
+        # Images of one colour have a standard deviation of 0, which cannot be divided by.
         std = variance.clamp(min=0).sqrt().clamp(min=1e-3 * scale)
         return cls(tuple((mean / scale).tolist()), tuple((std / scale).tolist()))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return images (batch, channels, height, width) in 0 to 1 as the model sees them."""
+        """Return images (batch, channels, height, width), which are in 0 to 1, normalised."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std

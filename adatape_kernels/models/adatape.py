@@ -1,94 +1,44 @@
 """The AdaTape model, from tokens to logits and loss; what it is fed is left to its subclasses."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adatape_kernels.elastic import ElasticBatch, Pooling
-from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, QueryType, TapeReader
-from adatape_kernels.reference import LossType, TapeSelection
-
-if TYPE_CHECKING:
-    from adatape_kernels.models.padded import PaddedAdaTape
-
-
-@dataclass(frozen=True)
-class AdaTapeConfig:
-    """What every AdaTape model is made of; SPEC 1 to 7 define the terms.
-
-    Raises:
-        ValueError: a value is out of range, or values contradict one another.
-    """
-
-    num_classes: int
-    dim: int
-    depth: int
-    num_heads: int
-    ffn_dim: int
-    tape_ffn_dim: int = 0
-    """Hidden width of the tape rows' own feed-forward; 0 shares the input rows'."""
-    bank: Literal["input", "learn"] = "input"
-    bank_size: int = 10_000
-    """Tokens of a learnable bank."""
-    num_tape_tokens: int = 10
-    topk: int = 5
-    halt_threshold: float = 2.0
-    key_split: int = 1
-    average_query: bool = True
-    loss_type: LossType = "entropy"
-    query: QueryType = "token"
-    read_layers: tuple[int, ...] = (0,)
-    tape_mlp_dim: int = 0
-    pooling: Pooling = "token"
-    """What the head sees; with "token" the model has a class token, otherwise none."""
-    ponder_weight: float = 0.01
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    stochastic_depth: float = 0.0
-    query_noise: float = 0.0
-    bank_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check what the modules cannot see."""
-        if self.bank not in ("input", "learn"):
-            raise ValueError(f"bank: expected 'input' or 'learn', got {self.bank!r}")
-        if self.pooling not in ("token", "mean", "max", "sum"):
-            raise ValueError(f"pooling: expected token, mean, max or sum, got {self.pooling!r}")
-        if self.query == "token" and self.pooling != "token":
-            raise ValueError(
-                f"query: expected 'gap' with pooling {self.pooling!r}, which has no class token, "
-                "got 'token'"
-            )
-        if len(set(self.read_layers)) != len(self.read_layers):
-            raise ValueError(f"read_layers: expected distinct layers, got {self.read_layers}")
-        for name in ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 0 to below 1, got {getattr(self, name)}")
-
-
-@dataclass
-class AdaTapeOutput:
-    """What a model returns."""
-
-    logits: Tensor
-    """(batch, num_classes)."""
-    tape_lens: Tensor
-    """(batch,) int32 tape tokens of each example."""
-    ponder: Tensor
-    """(batch, reads) ponder loss of each read, in the order of the layers."""
-    reads: tuple[TapeSelection, ...]
-    """What each read selected."""
+from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
+from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
+from adatape_kernels.models.padded import PaddedAdaTape
 
 
 class AdaTape(nn.Module, ABC):
-    """An elastic encoder with a class token, a head and a loss; subclasses define `embed`."""
+    """An elastic encoder with a class token, a head and a loss; subclasses define `embed`.
 
-    # Equal bank rows tie exactly, and the padded model must then order them as the SPEC does.
+    Args:
+        config: sizes and choices.
+
+    Raises:
+        ValueError: sizes do not fit one another.
+
+    Source: SPEC 6 and 7.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> class Sentences(ak.models.AdaTape):
+        ...     def embed(self, inputs):  # (batch, seqlen, dim) embeddings are their own bank
+        ...         return self.with_class_token(inputs), inputs
+        >>> model = Sentences(ak.models.AdaTapeConfig(
+        ...     num_classes=3, dim=8, depth=2, num_heads=2, ffn_dim=16, topk=2
+        ... ))
+        >>> model(torch.randn(4, 20, 8)).logits.shape
+        torch.Size([4, 3])
+    """
+
     bank_repeats_rows = False
+    """Whether rows of a bank may be equal; the padded model then breaks ties as SPEC 3 does."""
 
     def __init__(self, config: AdaTapeConfig):
         super().__init__()
@@ -132,49 +82,96 @@ class AdaTape(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens (batch, seqlen, dim) and the bank (batch, bank_size, dim), if any."""
+        """Turn the model's inputs into tokens and a bank.
+
+        Returns:
+            The input tokens (batch, seqlen, dim), and the bank (batch, bank_size, dim) or None
+            where the readers have learnable ones.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1)
+            >>> tokens, bank = model.embed(torch.zeros(2, 3, 8, 8))
+            >>> tokens.shape, bank.shape  # 4 patches and the class token; 16 smaller patches
+            (torch.Size([2, 5, 192]), torch.Size([2, 16, 192]))
+        """
 
     def with_class_token(self, tokens: Tensor) -> Tensor:
-        """Put the class token, if the model has one, before tokens (batch, seqlen, dim)."""
+        """Put the class token, where the model has one, before each example's tokens.
+
+        Args:
+            tokens: (batch, seqlen, dim).
+
+        Returns:
+            (batch, seqlen + 1, dim), or the tokens as they are.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1)
+            >>> model.with_class_token(torch.zeros(2, 4, 192)).shape
+            torch.Size([2, 5, 192])
+        """
         if self.class_token is None:
             return tokens
         return torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], 1)
 
     def forward(self, inputs: Tensor, *, capacity: int | None = None) -> AdaTapeOutput:
-        """Run the model.
+        """Classify a batch.
 
         Args:
-            inputs: what the subclass embeds.
-            capacity: tape rows to reserve for each read (capacity mode, which never
-                synchronises); None computes exactly the rows that are read.
+            inputs: what the subclass embeds, on the parameters' device and in their dtype.
+            capacity: tape rows to reserve for each read, over the whole batch (capacity mode,
+                which never synchronises); None computes exactly the rows that are read.
 
         Raises:
             ValueError: the inputs do not fit the model, or the capacity is too small.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1, num_classes=5)
+            >>> model(torch.zeros(2, 3, 8, 8)).logits.shape
+            torch.Size([2, 5])
+            >>> model(torch.zeros(2, 3, 8, 8), capacity=20).logits.shape
+            torch.Size([2, 5])
         """
         tokens, bank = self.embed(inputs)
         x, reads = self.encoder(ElasticBatch.from_padded(tokens), bank, capacity=capacity)
         logits = self.head(x.pool(self.config.pooling))
         return AdaTapeOutput(logits, x.tape_lens, stack_ponder(reads, logits), reads)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def loss(
         self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
     ) -> Tensor:
-        """Return the cross entropy plus ponder_weight · mean_i Σ_reads p_i (SPEC 7).
+        """Return the cross entropy plus ponder_weight · mean_i Σ_reads p_i, a scalar.
 
-        `labels` are (batch,) int64.
+        Args:
+            output: what the model returned for the batch.
+            labels: (batch,) int64.
+            label_smoothing: the share of the target that is spread over all classes.
+
+        Source: SPEC 7.
+
+        Example:
+            >>> import math, torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, num_classes=5, ponder_weight=0)
+            >>> loss = model.loss(model(torch.zeros(2, 3, 8, 8)), torch.tensor([0, 4]))
+            >>> math.isclose(loss.item(), math.log(5), rel_tol=1e-6)  # a new head guesses
+            True
         """
         classification = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
         return classification + self.config.ponder_weight * output.ponder.sum(1).mean()
 
-    def padded(self) -> "PaddedAdaTape":
-        """Return the eager, padded and masked model on the same parameters."""
-        from adatape_kernels.models.padded import PaddedAdaTape
+    def padded(self) -> PaddedAdaTape:
+        """Return the eager, padded and masked model on the same parameters.
 
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1, num_classes=5)
+            >>> elastic, padded = model(images := torch.ones(2, 3, 8, 8)), model.padded()(images)
+            >>> torch.allclose(elastic.logits, padded.logits, atol=1e-5)
+            True
+        """
         return PaddedAdaTape(self)
-
-
-def stack_ponder(reads: tuple[TapeSelection, ...], logits: Tensor) -> Tensor:
-    """Return the ponder losses (batch, reads), also when there is no read."""
-    if not reads:
-        return logits.new_zeros(logits.shape[0], 0)
-    return torch.stack([read.ponder for read in reads], 1)

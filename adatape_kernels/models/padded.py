@@ -1,67 +1,140 @@
-"""The padded model: AdaTape in plain torch on dense tensors and a mask, as one would port it.
+"""The padded model: AdaTape in plain torch, on dense tensors and a mask.
 
-Every read appends num_tape_tokens positions to every example, a mask says which of them exist, and
-attention, feed-forwards and norms run over all of them. It shares the elastic model's parameters;
-that model's results and speed are compared with it.
+This is AdaTape as one would port it without kernels. Every read appends num_tape_tokens positions
+to every example, a mask says which of them exist, and attention, feed-forwards and norms run over
+all of them. The padded model shares the parameters of an elastic model, whose results and speed
+are compared with its own.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels import reference
-from adatape_kernels.layers import ElasticEncoderLayer, TapeReader
-from adatape_kernels.models.adatape import AdaTape, AdaTapeOutput, stack_ponder
+from adatape_kernels.elastic import Pooling
+from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
+from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.reference import FFN, TapeSelection
 
 
+class ElasticModel(Protocol):
+    """What the padded model uses of an elastic model, which is a torch module; AdaTape has it."""
+
+    encoder: ElasticEncoder
+    head: nn.Linear
+    bank_repeats_rows: bool
+
+    @property
+    def config(self) -> AdaTapeConfig:
+        """Sizes and choices."""
+        ...
+
+    def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tokens (batch, seqlen, dim) and the bank (batch, bank_size, dim), if any."""
+        ...
+
+    def loss(
+        self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """Return the loss of an output, a scalar."""
+        ...
+
+
 @dataclass(frozen=True)
-class _Padded:
-    """Tokens (batch, seqlen, dim), their mask (batch, seqlen), and how many of them are inputs."""
+class _PaddedTokens:
+    """A batch that has a position for every tape token that an example could have read."""
 
     data: Tensor
+    """(batch, positions, dim), the input positions before the tape positions."""
     mask: Tensor
+    """(batch, positions) bool, True where a token exists."""
     num_inputs: int
+    """Number of input positions."""
+
+    def pool(self, kind: Pooling) -> Tensor:
+        """Reduce the positions that exist to (batch, dim), as `ElasticBatch.pool` does."""
+        if kind == "token":
+            return self.data[:, 0]
+        mask, lens = self.mask.unsqueeze(2), self.mask.sum(1, keepdim=True)
+        if kind == "max":
+            return self.data.masked_fill(~mask, -torch.inf).amax(1).where(lens > 0, 0)
+        total = (self.data * mask).sum(1)
+        return total if kind == "sum" else total / lens.clamp(min=1)
 
 
 class PaddedAdaTape(nn.Module):
-    """The padded, masked counterpart of an AdaTape model, on the same parameters."""
+    """The padded, masked counterpart of an elastic model, on the same parameters.
 
-    def __init__(self, model: AdaTape):
+    Args:
+        model: the elastic model, whose parameters become parameters of this module too.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> padded = ak.models.adatape_vit("Ti/4", image_size=8, num_classes=5).padded()
+        >>> padded(torch.zeros(2, 3, 8, 8)).logits.shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, model: ElasticModel):
         super().__init__()
         self.model = model
         self.select = reference.tape_select if model.bank_repeats_rows else batched_topk_select
 
     def forward(self, inputs: Tensor) -> AdaTapeOutput:
-        """Return what the elastic model returns, computed over every position that could exist."""
+        """Return what the elastic model returns, computed over every position that could exist.
+
+        Args:
+            inputs: as for the elastic model.
+
+        Raises:
+            ValueError: the inputs do not fit the model.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> padded = ak.models.adatape_vit("Ti/4", image_size=8, num_classes=5).padded()
+            >>> padded(torch.zeros(2, 3, 8, 8)).tape_lens.dtype
+            torch.int32
+        """
         model = self.model
         tokens, bank = model.embed(inputs)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        x = _Padded(tokens, mask, tokens.shape[1])
+        x = _PaddedTokens(tokens, mask, tokens.shape[1])
         reads = []
         for layer, reader in model.encoder.stages():
             if reader is not None:
                 x, selection = self._read(reader, x, bank)
                 reads.append(selection)
             x = _encode(layer, x)
-        x = _Padded(model.encoder.norm(x.data), x.mask, x.num_inputs)
-        logits = model.head(_pool(x, model.config.pooling))
+        x = _PaddedTokens(model.encoder.norm(x.data), x.mask, x.num_inputs)
+        logits = model.head(x.pool(model.config.pooling))
         tape_lens = x.mask[:, x.num_inputs :].sum(1, dtype=torch.int32)
         return AdaTapeOutput(logits, tape_lens, stack_ponder(tuple(reads), logits), tuple(reads))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def loss(
         self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
     ) -> Tensor:
-        """Return the loss of the elastic model."""
+        """Return the loss of the elastic model, as `AdaTape.loss` defines it.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> padded = ak.models.adatape_vit("Ti/4", image_size=8, num_classes=5).padded()
+            >>> padded.loss(padded(torch.zeros(2, 3, 8, 8)), torch.tensor([0, 4])).shape
+            torch.Size([])
+        """
         return self.model.loss(output, labels, label_smoothing=label_smoothing)
 
     def _read(
-        self, reader: TapeReader, x: _Padded, bank: Tensor | None
-    ) -> tuple[_Padded, TapeSelection]:
-        pooled = _pool(x, "token" if reader.query == "token" else "mean")
+        self, reader: TapeReader, x: _PaddedTokens, bank: Tensor | None
+    ) -> tuple[_PaddedTokens, TapeSelection]:
+        pooled = x.pool("token" if reader.query == "token" else "mean")
         values, query, read_mask = reader.normalised(bank, pooled)
         selection = self.select(
             query[:, : reader.key_dim],
@@ -77,9 +150,9 @@ class PaddedAdaTape(nn.Module):
         tape = (selection.weights.unsqueeze(2) @ rows).squeeze(2).to(x.data.dtype)
         if reader.tape_mlp is not None:
             tape = reader.tape_mlp(tape)
-        steps = torch.arange(reader.num_tape_tokens, device=tape.device)
-        exists = steps < selection.counts.unsqueeze(1)
-        appended = _Padded(
+        positions = torch.arange(reader.num_tape_tokens, device=tape.device)
+        exists = positions < selection.counts.unsqueeze(1)
+        appended = _PaddedTokens(
             torch.cat([x.data, tape], 1), torch.cat([x.mask, exists], 1), x.num_inputs
         )
         return appended, selection
@@ -96,9 +169,10 @@ def batched_topk_select(
     loss_type: str,
     read_mask: Tensor | None = None,
 ) -> TapeSelection:
-    """Read the whole batch by one matrix product and one `torch.topk` a step.
+    """Select for the whole batch at once, by a matrix product and a `torch.topk` a tape token.
 
-    As `ops.tape_select`, except that equal scores come in any order.
+    Arguments and results are those of `ops.tape_select`, except that bank tokens of equal scores
+    may be selected in any order.
     """
     batch, key_dim = query.shape
     bank_size = keys.shape[-2]
@@ -111,7 +185,8 @@ def batched_topk_select(
         if read_mask is not None:
             reading = reading & ((~read).sum(1) >= topk)
         scores = query @ keys.T if keys.dim() == 2 else (keys @ query.unsqueeze(2)).squeeze(2)
-        # Not -inf: an example that has halted reads on unheard, and its bank may run out.
+        # The lowest finite number rather than -inf: an example that has halted goes on selecting,
+        # which is masked below, and where its bank runs out the softmax of -inf alone is NaN.
         best, indices = scores.masked_fill(read, torch.finfo(scores.dtype).min).topk(topk)
         weights = torch.softmax(best / math.sqrt(key_dim), 1)
         cost = 1 - (weights.square().sum(1) if loss_type == "entropy" else weights.amax(1))
@@ -126,14 +201,15 @@ def batched_topk_select(
     unused = num_tape_tokens - len(all_indices)
     empty = query.new_zeros(batch, unused, topk)
     return TapeSelection(
-        torch.cat([_steps(all_indices, empty), empty.to(torch.int32) - 1], 1).to(torch.int32),
-        torch.cat([_steps(all_weights, empty), empty], 1),
+        torch.cat([_stacked(all_indices, empty), empty.to(torch.int32) - 1], 1).to(torch.int32),
+        torch.cat([_stacked(all_weights, empty), empty], 1),
         counts,
         ponder,
     )
 
 
-def _steps(parts: list[Tensor], empty: Tensor) -> Tensor:
+def _stacked(parts: list[Tensor], empty: Tensor) -> Tensor:
+    """Stack parts (batch, topk) to (batch, parts, topk), also where there are none."""
     return torch.stack(parts, 1) if parts else empty[:, :0]
 
 
@@ -145,14 +221,15 @@ def _rows(bank: Tensor, indices: Tensor) -> Tensor:
     return bank[batch.view(-1, *[1] * (indices.dim() - 1)), indices]
 
 
-def _encode(layer: ElasticEncoderLayer, x: _Padded) -> _Padded:
+def _encode(layer: ElasticEncoderLayer, x: _PaddedTokens) -> _PaddedTokens:
     """Apply one pre-norm encoder layer to every position."""
     y = _add(layer, x.data, _attend(layer, layer.norm1(x.data), x.mask))
     y = _add(layer, y, _feed_forward(layer, layer.norm2(y), x.num_inputs))
-    return _Padded(y, x.mask, x.num_inputs)
+    return _PaddedTokens(y, x.mask, x.num_inputs)
 
 
 def _attend(layer: ElasticEncoderLayer, data: Tensor, mask: Tensor) -> Tensor:
+    """Let every position attend to those that exist; data and result (batch, positions, dim)."""
     attention = layer.self_attn
     qkv = F.linear(data, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -167,37 +244,29 @@ def _attend(layer: ElasticEncoderLayer, data: Tensor, mask: Tensor) -> Tensor:
 
 
 def _feed_forward(layer: ElasticEncoderLayer, data: Tensor, num_inputs: int) -> Tensor:
+    """Apply the feed-forward of input rows, and that of tape rows behind num_inputs positions."""
     tape_ffn = layer.tape_ffn
     inputs = data if tape_ffn is None else data[:, :num_inputs]
-    y = _ffn(layer, F.gelu(_first(inputs, layer.input_ffn), approximate="tanh"), layer.input_ffn)
+    gelu = F.gelu(_hidden(inputs, layer.input_ffn), approximate="tanh")
+    y = _project(layer, gelu, layer.input_ffn)
     if tape_ffn is None:
         return y
-    tape = _ffn(layer, F.glu(_first(data[:, num_inputs:], tape_ffn)), tape_ffn)
+    tape = _project(layer, F.glu(_hidden(data[:, num_inputs:], tape_ffn)), tape_ffn)
     return torch.cat([y, tape], 1)
 
 
-def _first(data: Tensor, ffn: FFN) -> Tensor:
+def _hidden(data: Tensor, ffn: FFN) -> Tensor:
     return F.linear(data, ffn.w1, ffn.b1)
 
 
-def _ffn(layer: ElasticEncoderLayer, activation: Tensor, ffn: FFN) -> Tensor:
+def _project(layer: ElasticEncoderLayer, activation: Tensor, ffn: FFN) -> Tensor:
     return F.linear(F.dropout(activation, layer.dropout, layer.training), ffn.w2, ffn.b2)
 
 
 def _add(layer: ElasticEncoderLayer, x: Tensor, branch: Tensor) -> Tensor:
+    """Add a branch (batch, positions, dim), in training after dropout and stochastic depth."""
     out = F.dropout(branch, layer.dropout, layer.training)
     if layer.training and layer.stochastic_depth > 0:
         keep = out.new_empty(len(out), 1, 1).bernoulli_(1 - layer.stochastic_depth)
         out = out * keep / (1 - layer.stochastic_depth)
     return x + out
-
-
-def _pool(x: _Padded, kind: str) -> Tensor:
-    """Pool over the positions that exist, as `ElasticBatch.pool` does."""
-    if kind == "token":
-        return x.data[:, 0]
-    mask, lens = x.mask.unsqueeze(2), x.mask.sum(1, keepdim=True)
-    if kind == "max":
-        return x.data.masked_fill(~mask, -torch.inf).amax(1).where(lens > 0, 0)
-    total = (x.data * mask).sum(1)
-    return total if kind == "sum" else total / lens.clamp(min=1)

@@ -4,26 +4,62 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adatape_kernels.models.adatape import AdaTape, AdaTapeConfig
+from adatape_kernels.models.adatape import AdaTape
+from adatape_kernels.models.config import AdaTapeConfig
 
 
 @dataclass(frozen=True)
 class AdaTapeParityConfig(AdaTapeConfig):
-    """An AdaTapeConfig with the sequence's length."""
+    """An AdaTapeConfig with the length of a sequence and the width of its elements.
+
+    Raises:
+        ValueError: as in AdaTapeConfig, or a sequence has fewer elements than topk.
+
+    Source: SPEC 2.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> ak.models.AdaTapeParityConfig(
+        ...     num_classes=2, dim=24, depth=2, num_heads=2, ffn_dim=32
+        ... ).seq_len
+        40
+    """
 
     seq_len: int = 40
+    """Number of elements of a sequence."""
     element_dim: int = 3
-    """Features of an element, a one-hot symbol."""
+    """Number of features of an element, which is a one-hot symbol."""
 
     def __post_init__(self) -> None:
-        """Check that the bank fills at least one tape token."""
+        """Check that a bank of the sequence fills at least one tape token."""
         super().__post_init__()
         if self.bank == "input" and self.seq_len < self.topk:
             raise ValueError(f"topk: expected at most seq_len = {self.seq_len}, got {self.topk}")
 
 
 class AdaTapeParity(AdaTape):
-    """A classifier of (batch, seq_len, element_dim) sequences that the tape shows in detail."""
+    """A classifier of sequences (batch, seq_len, element_dim).
+
+    One token stands for the whole sequence; single elements reach the model through the tape.
+
+    Args:
+        config: sizes and choices.
+
+    Raises:
+        ValueError: sizes do not fit one another.
+
+    Source: SPEC 2; scenic's AdaTape on the parity task.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> config = ak.models.AdaTapeParityConfig(
+        ...     num_classes=2, dim=24, depth=2, num_heads=2, ffn_dim=32
+        ... )
+        >>> symbols = torch.arange(5 * 40).view(5, 40) % 3
+        >>> sequences = torch.nn.functional.one_hot(symbols).float()
+        >>> ak.models.AdaTapeParity(config)(sequences).logits.shape
+        torch.Size([5, 2])
+    """
 
     bank_repeats_rows = True
 
@@ -37,8 +73,24 @@ class AdaTapeParity(AdaTape):
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Flatten each sequence into one token, and make each element a bank token.
 
+        Args:
+            inputs: (batch, seq_len, element_dim).
+
+        Returns:
+            Input tokens (batch, 1 (+ 1), dim), with the class token where the model has one, and
+            the bank (batch, seq_len, dim) or None where it is learnable.
+
         Raises:
             ValueError: the sequences' shape is not the configured one.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.AdaTapeParity(ak.models.AdaTapeParityConfig(
+            ...     num_classes=2, dim=24, depth=1, num_heads=2, ffn_dim=32
+            ... ))
+            >>> tokens, bank = model.embed(torch.zeros(5, 40, 3))
+            >>> tokens.shape, bank.shape
+            (torch.Size([5, 2, 24]), torch.Size([5, 40, 24]))
         """
         shape = (self.config.seq_len, self.config.element_dim)
         if inputs.dim() != 3 or inputs.shape[1:] != shape:
@@ -46,6 +98,6 @@ class AdaTapeParity(AdaTape):
         tokens = self.with_class_token(self.sequence_embed(inputs.flatten(1)).unsqueeze(1))
         if self.config.bank == "learn":
             return tokens, None
-        # One-hot elements pick a row of the weights and add zeros to it, which rounds nothing:
-        # equal elements give bank rows of equal bits, wherever they stand.
+        # The product with a one-hot element is a row of the weights plus zeros, which rounds
+        # nothing: equal elements give bank rows of equal bits, wherever they stand.
         return tokens, self.pre_bank(inputs)

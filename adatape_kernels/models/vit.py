@@ -2,31 +2,52 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adatape_kernels.models.adatape import AdaTape, AdaTapeConfig
+from adatape_kernels.models.adatape import AdaTape
+from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
 
-# dim, depth, num_heads, ffn_dim: the ViT papers' sizes.
+if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
+    from typing_extensions import Unpack
+
+# The sizes of the ViT papers.
 _SIZES = {
-    "Ti": (192, 12, 3, 768),
-    "S": (384, 12, 6, 1536),
-    "B": (768, 12, 12, 3072),
-    "L": (1024, 24, 16, 4096),
+    "Ti": {"dim": 192, "depth": 12, "num_heads": 3, "ffn_dim": 768},
+    "S": {"dim": 384, "depth": 12, "num_heads": 6, "ffn_dim": 1536},
+    "B": {"dim": 768, "depth": 12, "num_heads": 12, "ffn_dim": 3072},
+    "L": {"dim": 1024, "depth": 24, "num_heads": 16, "ffn_dim": 4096},
 }
 
 
 @dataclass(frozen=True)
 class AdaTapeViTConfig(AdaTapeConfig):
-    """An AdaTapeConfig with the image's and the patches' sizes, in pixels."""
+    """An AdaTapeConfig with the sizes of the images and of their patches, in pixels.
+
+    Raises:
+        ValueError: as in AdaTapeConfig, or patches do not tile the image.
+
+    Source: SPEC 2 and 6.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> config = ak.models.AdaTapeViTConfig(
+        ...     num_classes=10, dim=64, depth=2, num_heads=4, ffn_dim=128, image_size=32
+        ... )
+        >>> config.num_patches, config.bank_tokens
+        (4, 16)
+    """
 
     image_size: int = 224
+    """Height and width of an image."""
     in_channels: int = 3
+    """Channels of an image."""
     patch_size: int = 16
+    """Height and width of the patches that become input tokens; a divisor of image_size."""
     bank_patch_size: int = 8
-    """Side of the patches that an input-driven bank is made of."""
+    """Height and width of the patches that an input-driven bank is made of; likewise a divisor."""
 
     def __post_init__(self) -> None:
         """Check that patches tile the image and that a bank fills at least one tape token."""
@@ -44,19 +65,64 @@ class AdaTapeViTConfig(AdaTapeConfig):
 
     @property
     def num_patches(self) -> int:
-        """Input tokens without the class token."""
+        """Number of input tokens without the class token.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.models.adatape_vit("Ti/16", depth=1).config.num_patches
+            196
+        """
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def bank_tokens(self) -> int:
-        """Tokens of the bank, of either kind."""
+        """Number of tokens of the bank, be it learnable or input-driven.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.models.adatape_vit("Ti/16", depth=1).config.bank_tokens
+            784
+        """
         if self.bank == "learn":
             return self.bank_size
         return (self.image_size // self.bank_patch_size) ** 2
 
 
+class AdaTapeViTOptions(AdaTapeOptions, total=False):
+    """The fields of AdaTapeViTConfig as keyword arguments, for factories and type checkers.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> options: ak.models.AdaTapeViTOptions = {"image_size": 32, "depth": 1}
+        >>> ak.models.adatape_vit("Ti/4", **options).config.num_patches
+        64
+    """
+
+    image_size: int
+    in_channels: int
+    patch_size: int
+    bank_patch_size: int
+
+
 class AdaTapeViT(AdaTape):
-    """A ViT on (batch, in_channels, image_size, image_size) images with an elastic tape."""
+    """A ViT on images (batch, in_channels, image_size, image_size) with an elastic tape.
+
+    Args:
+        config: sizes and choices; `adatape_vit` fills them in by name.
+
+    Raises:
+        ValueError: sizes do not fit one another.
+
+    Source: SPEC 2 and 6.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> config = ak.models.AdaTapeViTConfig(
+        ...     num_classes=10, dim=64, depth=2, num_heads=4, ffn_dim=128, image_size=32
+        ... )
+        >>> ak.models.AdaTapeViT(config)(torch.zeros(2, 3, 32, 32)).logits.shape
+        torch.Size([2, 10])
+    """
 
     def __init__(self, config: AdaTapeViTConfig):
         super().__init__(config)
@@ -78,8 +144,22 @@ class AdaTapeViT(AdaTape):
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Cut images into input tokens and, for an input-driven bank, into bank tokens.
 
+        Args:
+            inputs: (batch, in_channels, image_size, image_size), normalised.
+
+        Returns:
+            Input tokens (batch, num_patches (+ 1), dim), with the class token where the model has
+            one, and the bank (batch, bank_tokens, dim) or None where it is learnable.
+
         Raises:
             ValueError: the images' shape is not the configured one.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/8", image_size=32, bank="learn", depth=1)
+            >>> tokens, bank = model.embed(torch.zeros(2, 3, 32, 32))
+            >>> tokens.shape, bank
+            (torch.Size([2, 17, 192]), None)
         """
         c = self.config
         shape = (c.in_channels, c.image_size, c.image_size)
@@ -94,19 +174,29 @@ class AdaTapeViT(AdaTape):
 
 
 def _patches(config: AdaTapeViTConfig, size: int) -> nn.Conv2d:
+    """Return the convolution that makes a token of every patch of `size` pixels square."""
     return nn.Conv2d(config.in_channels, config.dim, size, stride=size)
 
 
-def adatape_vit(variant: str = "S/16", **options: Any) -> AdaTapeViT:
+def adatape_vit(variant: str = "S/16", **options: "Unpack[AdaTapeViTOptions]") -> AdaTapeViT:
     """Build an AdaTape ViT by name: Ti, S, B or L, a slash, and any patch size.
 
     Args:
-        variant: "S/16" is the size S with patches of 16 pixels.
-        options: fields of AdaTapeViTConfig, over the variant's own. num_classes defaults to
-            1000, tape_ffn_dim to dim, bank_patch_size to half the patch size.
+        variant: a size and a patch size; "S/16" is the size S with patches of 16 pixels.
+        options: fields of AdaTapeViTConfig, which go before the variant's own. num_classes is
+            1000, tape_ffn_dim is dim and bank_patch_size half the patch size where they are not
+            given.
 
     Raises:
-        ValueError: the variant's name is malformed, an option is unknown or out of range.
+        ValueError: the variant's name is malformed, or an option is unknown or out of range.
+
+    Source: SPEC 2 and 6; the sizes are those of Dosovitskiy et al. and Touvron et al.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> model = ak.models.adatape_vit("Ti/16", num_classes=10, num_tape_tokens=4)
+        >>> model.config.dim, model.config.depth, model.config.patch_size
+        (192, 12, 16)
     """
     size, _, patch = variant.partition("/")
     if size not in _SIZES or not patch.isdecimal() or int(patch) < 1:
@@ -117,14 +207,10 @@ def adatape_vit(variant: str = "S/16", **options: Any) -> AdaTapeViT:
     for name in options:
         if name not in fields:
             raise ValueError(f"options: expected a field of AdaTapeViTConfig, got {name!r}")
-    dim, depth, num_heads, ffn_dim = _SIZES[size]
-    defaults = {
+    defaults: dict[str, Any] = {
+        **_SIZES[size],
         "num_classes": 1000,
-        "dim": dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "ffn_dim": ffn_dim,
-        "tape_ffn_dim": options.get("dim", dim),
+        "tape_ffn_dim": options.get("dim", _SIZES[size]["dim"]),
         "patch_size": int(patch),
         "bank_patch_size": max(1, int(patch) // 2),
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from adatape_kernels._build import build_facts
-from adatape_kernels.ops.op import HALF_AND_FLOAT, CompiledKernel, Statement
+from adatape_kernels.ops.implementation import HALF_AND_FLOAT, CompiledKernel, Statement
 
 FACTS = build_facts()
 

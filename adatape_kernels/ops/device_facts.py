@@ -19,7 +19,7 @@ class DeviceFacts(NamedTuple):
     multiprocessors: int
 
 
-EMULATED = DeviceFacts("compute capability 9.0, emulated", 227 * KIB, 228 * KIB, 4)
+EMULATED = DeviceFacts("no GPU is here: as compute capability 9.0", 227 * KIB, 228 * KIB, 4)
 """What stands in for a GPU where none is: in Triton's interpreter, and in what `info` says of one.
 
 The few multiprocessors let each program of a persistent kernel walk several tiles, as on a GPU.

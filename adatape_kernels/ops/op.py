@@ -9,10 +9,8 @@ graph honours the `use_backend` around its call.
 """
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from adatape_kernels.ops import fast_autograd
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
@@ -31,12 +30,6 @@ rows of data from a GPU say for which ops it should not. On a CPU, Triton's inte
 prove kernels, never to be fast: it serves only where it is asked for.
 """
 
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
-Statement = Callable[..., str | None]
-"""A function of the device's facts and the op's arguments: None, or the reason why not."""
-
 
 class NotServed(RuntimeError):
     """No backend that a call may go to serves it; the message says why, for each of them."""
@@ -47,93 +40,6 @@ class Ran(NamedTuple):
 
     op: str
     backend: str
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One backend's function for one op, with the statement of which calls it serves."""
-
-    function: Callable[..., Any]
-    """Takes the op's arguments in the order of its schema."""
-    devices: tuple[str, ...] | None = None
-    """Device types of the tensors that it takes; None for all."""
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
-    """Dtypes of the op's first argument that it takes."""
-    limits: Statement | None = None
-    """What else it asks of a call; None where device and dtype decide."""
-    absent: str | None = None
-    """Why this installation lacks it; None where it is there."""
-    checks_values: bool = False
-    """True where it refuses bad values itself, in a pass over them that it makes anyway."""
-
-    def refusal(
-        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
-    ) -> str | None:
-        """Return why a call with these arguments cannot be served, or None when it can.
-
-        `device_type` and `facts` stand in for the device of the first argument, so that what a GPU
-        would be offered can be read on a machine without one.
-        """
-        tensor = args[0]
-        reason = self.refusal_by_type(device_type or tensor.device.type, tensor.dtype)
-        if reason is None and self.limits is not None:
-            reason = self.limits(facts or facts_of(tensor.device), *args)
-        return reason
-
-    def refusal_by_type(self, device_type: str, dtype: torch.dtype) -> str | None:
-        """Return why no call on this device and of this dtype can be served, or None."""
-        if self.absent is not None:
-            return self.absent
-        if self.devices is not None and device_type not in self.devices:
-            return f"it runs on {' and '.join(self.devices)}"
-        if dtype not in self.dtypes:
-            return f"it takes {', '.join(map(short, self.dtypes))}"
-        return None
-
-
-def implementation(**statement: Any) -> Callable[[Callable[..., Any]], Implementation]:
-    """Make the decorated function an `Implementation` whose other fields are `statement`."""
-    return lambda function: Implementation(function, **statement)
-
-
-@dataclass(frozen=True)
-class CompiledKernel:
-    """An implementation in C++: the op of the same name and schema in another namespace.
-
-    csrc registers kernels for it and declares nothing; `Operation` declares it, from its schema.
-    """
-
-    namespace: str
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    absent: str | None
-    limits: Statement | None = None
-    checks_values: bool = False
-    flags: Mapping[str, Callable[[], bool]] | None = None
-    """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
-
-    def bind(self, name: str, schema: str, library: torch.library.Library) -> Implementation:
-        """Declare the op in the namespace, and return the implementation that calls it."""
-        flags = self.flags or {}
-        taken = "".join(f", bool {flag}" for flag in flags)
-        arguments, _, results = schema.partition(") -> ")
-        library.define(f"{arguments}{taken}) -> {results}")
-        call = getattr(getattr(torch.ops, self.namespace), name).default
-        values = tuple(flags.values())
-
-        def run(*args: Any) -> Any:
-            try:
-                return call(*args, *(value() for value in values)) if values else call(*args)
-            except RuntimeError as error:
-                # C++ has no ValueError to throw through torch, nor the op's name at hand.
-                message = str(error).partition("\n")[0]
-                if ": expected " in message:
-                    raise ValueError(f"{name}: {message}") from None
-                raise
-
-        return Implementation(
-            run, self.devices, self.dtypes, self.limits, self.absent, self.checks_values
-        )
 
 
 TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
@@ -221,7 +127,7 @@ class Operation:
         """Return why a backend does not serve a call, or None: see `Implementation.refusal`."""
         found = self.implementations.get(backend)
         if found is None:
-            return f"{self.name} has no such kernel"
+            return "there is no such kernel"
         return found.refusal(args, device_type, facts)
 
     def serving(
@@ -388,7 +294,7 @@ def why_absent(backend: str) -> str | None:
     there = [given for given in found if given is not None]
     if any(given.absent is None for given in there):
         return None
-    return there[0].absent if there else "no op has such a kernel"
+    return there[0].absent if there else "there is no such kernel"
 
 
 def current_backend() -> str | None:
@@ -434,7 +340,7 @@ def backend_order(device_type: str) -> tuple[str, ...]:
 def explain(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
     """Return for each backend "serves", or why it does not serve the first typical call of an op.
 
-    Of a device that is not here, the facts are those of `device_facts.FACTS`.
+    Of a device that is not here, the facts are those of `device_facts.EMULATED`.
     """
     found = operation(op)
     args = next(iter(found.typical.values()))(dtype)
@@ -445,12 +351,6 @@ def serving(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Return the backend that by default serves the first typical call of an op."""
     found = operation(op)
     return found.serving(next(iter(found.typical.values()))(dtype), device_type)
-
-
-@functools.cache
-def short(dtype: torch.dtype) -> str:
-    """Return a dtype's name without "torch."."""
-    return str(dtype).removeprefix("torch.")
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops.op import HALF_AND_FLOAT, Implementation, Statement
+from adatape_kernels.ops.implementation import HALF_AND_FLOAT, Implementation, Statement
 
 try:
     import triton

@@ -2,39 +2,39 @@
 
 A kernel's error may be at most twice that of plain torch in the same dtype, both measured against
 float64 on the same inputs; what is selected must be equal, an example's bits must not depend on its
-batch, and NaN in foreign rows must not show.
+batch, and NaN in foreign rows must not show. What each line says it checked is what the dispatcher
+recorded to have run, and a kernel that no case reached is a failure.
 """
 
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adatape_kernels import ops
-from adatape_kernels.elastic import cumulative
 from adatape_kernels.models import AdaTapeViT, adatape_vit
-from adatape_kernels.ops import FFN
-from adatape_kernels.ops.op import BACKENDS, FLOAT_DTYPES, explain, use_backend
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
+from adatape_kernels.ops.op import (
+    BACKENDS,
+    NotServed,
+    Ran,
+    operation,
+    record,
+    registered_ops,
+    use_backend,
+    why_absent,
+)
+from adatape_kernels.recipes.check_cases import CheckCase, check_cases, layout_of
 
 FLOOR = 2e-6
 """Error that is allowed beside twice that of plain torch, relative to the largest magnitude."""
 
-Results = tuple[Sequence[Tensor], Sequence[Tensor]]
-
-
-class Case(NamedTuple):
-    """An op at one shape."""
-
-    op: str
-    name: str
-    inputs: Callable[[], list[Tensor]]
-    """Makes the differentiable inputs, float32 on the default device."""
-    call: Callable[..., Results]
-    """Returns the differentiable results, and those that must be equal."""
+KERNEL_BACKENDS = BACKENDS[1:]
+"""The backends that are checked, against the first one."""
 
 
 class Finding(NamedTuple):
@@ -60,7 +60,7 @@ def run(device: str) -> bool:
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(0)
         for name, fault in findings(device):
-            print(f"{name:74} {'ok' if fault is None else 'FAILED: ' + fault}", flush=True)
+            print(f"{name:88} {'ok' if fault is None else 'FAILED: ' + fault}", flush=True)
             passed, faults = passed + (fault is None), faults + (fault is not None)
     if not passed + faults:
         raise RuntimeError(f"check: expected a kernel that serves {device}, got only eager")
@@ -72,41 +72,103 @@ def run(device: str) -> bool:
     return not faults
 
 
+class Kernel(NamedTuple):
+    """An implementation in one dtype."""
+
+    op: str
+    backend: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend} {short(self.dtype)}"
+
+
 def findings(device: str) -> Iterator[Finding]:
     """Run every check on the device, which must be torch's default."""
-    for case in _cases():
-        for backend, dtype in _kernels(case.op, device):
-            label = f"{case.op}, {case.name}, {backend} {_short(dtype)}"
-            yield Finding(label, _fault(_accuracy, case, backend, dtype))
+    reached: set[Kernel] = set()
+    for case in check_cases():
+        yield from _each_kernel(case.op, case.name, device, reached, _accuracy, case)
     for op, alone in (
         ("tape_select", _select_alone),
         ("tape_gather", _gather_alone),
         ("elastic_attention", _attention_alone),
     ):
-        for backend, dtype in _kernels(op, device):
-            label = f"{op}, alone as in its batch, beside NaN, {backend} {_short(dtype)}"
-            yield Finding(label, _fault(_invariance, alone, backend, dtype))
-    for backend, dtype in _kernels("elastic_attention", device):
-        if dtype == torch.float32:
-            yield Finding(f"model, elastic as padded, {backend}", _fault(_model, backend))
-    if device == "cuda":
-        for backend, dtype in _kernels("elastic_attention", device):
-            if dtype == torch.float32:
-                label = f"model, in a CUDA graph, {backend}"
-                yield Finding(label, _fault(_graph, backend))
+        name = "alone as in its batch, beside NaN"
+        yield from _each_kernel(op, name, device, reached, _invariance, alone)
+    for backend in KERNEL_BACKENDS:
+        if any(kernel.backend == backend for kernel in reached):
+            yield _model_finding("elastic as padded", _model, backend)
+            if device == "cuda":
+                yield _model_finding("in a CUDA graph", _graph, backend)
+    for kernel in _kernels(device):
+        if kernel not in reached:
+            yield Finding(f"{kernel.op}, {kernel}", "no case reached it")
 
 
-def _kernels(op: str, device: str) -> Iterator[tuple[str, torch.dtype]]:
-    for backend in BACKENDS[1:]:
-        for dtype in FLOAT_DTYPES:
-            if explain(op, device, dtype)[backend] == "serves":
-                yield backend, dtype
+def _kernels(device: str) -> Iterator[Kernel]:
+    """Yield what is there to be checked: this device's implementations, in each of their dtypes."""
+    for op in registered_ops():
+        for backend in KERNEL_BACKENDS:
+            given = operation(op).implementations.get(backend)
+            for dtype in FLOAT_DTYPES:
+                if given is not None and given.refusal_by_type(device, dtype) is None:
+                    yield Kernel(op, backend, dtype)
+
+
+def _each_kernel(
+    op: str,
+    name: str,
+    device: str,
+    reached: set[Kernel],
+    check: Callable[..., str | None],
+    subject: object,
+) -> Iterator[Finding]:
+    """Run a check on each kernel of an op that serves the calls of the check."""
+    for kernel in _kernels(device):
+        if kernel.op != op:
+            continue
+        with record() as ran:
+            try:
+                fault = _fault(check, subject, kernel.backend, kernel.dtype)
+            except NotServed:
+                continue
+        both = [entry for entry in ran if entry.op in (op, f"{op}_bwd")]
+        others = {entry.backend for entry in both} - {kernel.backend, "eager"}
+        if others or not any(entry.backend == kernel.backend for entry in both):
+            fault = fault or f"{_names(both)} ran in its place"
+        reached |= {kernel._replace(op=e.op) for e in both if e.backend == kernel.backend}
+        yield Finding(f"{op}, {name}, {kernel}", fault)
+
+
+def _names(ran: list[Ran]) -> str:
+    return " and ".join(sorted({entry.backend for entry in ran})) or "nothing"
+
+
+def _model_finding(name: str, check: Callable[..., str | None], backend: str) -> Finding:
+    """Check a model under a backend, and name what took the ops that the backend does not serve."""
+    fallback = [b for b in ("triton", "eager") if b != backend and why_absent(b) is None]
+    with record() as ran:
+        fault = _fault(check, backend, fallback)
+    others = sorted({e.backend for e in ran if e.op in _by_other_backends(ran, backend)})
+    beside = f" and {', '.join(others)}" if others else ""
+    return Finding(f"model, {name}, {backend}{beside} float32", fault)
+
+
+def _by_other_backends(ran: list[Ran], backend: str) -> set[str]:
+    """Return the ops of a model that the backend did not serve; the padded model calls none."""
+    return {entry.op for entry in ran} - {entry.op for entry in ran if entry.backend == backend}
 
 
 def _fault(check: Callable[..., str | None], *arguments: object) -> str | None:
-    """Run a check; an error of any kind is its fault, and the next check still runs."""
+    """Run a check; an error is its fault, and the next check still runs.
+
+    Raises:
+        NotServed: the kernel states that it does not serve the check's calls.
+    """
     try:
         return check(*arguments)
+    except NotServed:
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
@@ -114,7 +176,7 @@ def _fault(check: Callable[..., str | None], *arguments: object) -> str | None:
 # Accuracy
 
 
-def _accuracy(case: Case, backend: str, dtype: torch.dtype) -> str | None:
+def _accuracy(case: CheckCase, backend: str, dtype: torch.dtype) -> str | None:
     given = [x.to(dtype) for x in case.inputs()]
     ours, chosen = _evaluate(case, given, backend)
     plain, _ = _evaluate(case, given, "eager")
@@ -130,10 +192,12 @@ def _accuracy(case: Case, backend: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _evaluate(case: Case, inputs: list[Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def _evaluate(
+    case: CheckCase, inputs: list[Tensor], backend: str
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return results and gradients, and what must be equal."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    with use_backend(backend):
+    with use_backend(backend), _deterministic(case.deterministic):
         results, equal = case.call(*leaves)
         generator = torch.Generator(leaves[0].device).manual_seed(1)
         cotangents = [
@@ -144,127 +208,15 @@ def _evaluate(case: Case, inputs: list[Tensor], backend: str) -> tuple[list[Tens
     return [x.detach() for x in (*results, *grads)], list(equal)
 
 
-def _cases() -> Iterator[Case]:
-    for bank, batch, size, key_dim, topk, steps in (
-        ("input-driven", 8, 784, 64, 5, 10),
-        ("input-driven", 5, 75, 24, 1, 4),
-        ("input-driven", 2, 3000, 40, 32, 6),
-        ("learnable", 20, 2500, 64, 5, 10),
-        ("learnable", 3, 20000, 64, 8, 4),
-    ):
-        yield _select_case(bank, batch, size, key_dim, topk, steps)
-    for bank, batch, size, dim, capacity in (
-        ("input-driven", 8, 784, 384, None),
-        ("input-driven", 3, 60, 50, 40),
-        ("learnable", 20, 2500, 384, 130),
-        ("learnable", 9, 30, 8, None),
-    ):
-        yield _gather_case(bank, batch, size, dim, capacity)
-    for head_dim, lens in (
-        (64, ([197, 50, 1, 0, 256, 64, 100], [10, 3, 0, 0, 0, 1, 28])),
-        (32, ([17, 31, 0], [0, 2, 5])),
-        (128, ([300, 80], [7, 0])),
-        (24, ([130, 15, 16], [9, 0, 1])),
-        (8, ([70, 1], [0, 4])),
-        (64, ([1500, 3], [20, 2])),
-    ):
-        yield _attention_case(head_dim, *lens)
-    for dim, hidden, tape_hidden, rows, inputs, end in (
-        (384, 1536, 768, 500, 470, 490),
-        (48, 100, 50, 77, 70, 77),
-        (64, 256, 0, 130, 130, 130),
-    ):
-        for form in ("int", "tensor"):
-            yield _ffn_case(dim, hidden, tape_hidden, rows, inputs, end, form)
-
-
-def _select_case(bank: str, batch: int, size: int, key_dim: int, topk: int, steps: int) -> Case:
-    shape = (size, key_dim) if bank == "learnable" else (batch, size, key_dim)
-
-    def inputs() -> list[Tensor]:
-        return [torch.randn(batch, key_dim), torch.randn(shape)]
-
-    def call(query: Tensor, keys: Tensor) -> Results:
-        selection = ops.tape_select(
-            query, keys, num_tape_tokens=steps, topk=topk, halt_threshold=2.5
-        )
-        return (selection.weights, selection.ponder), (selection.indices, selection.counts)
-
-    return Case("tape_select", f"{bank} bank of {size}, k = {topk}", inputs, call)
-
-
-def _gather_case(bank: str, batch: int, size: int, dim: int, capacity: int | None) -> Case:
-    shape = (size, dim) if bank == "learnable" else (batch, size, dim)
-    steps, topk = 6, 4
-
-    def inputs() -> list[Tensor]:
-        return [torch.randn(shape), torch.rand(batch, steps, topk)]
-
-    def call(values: Tensor, weights: Tensor) -> Results:
-        generator = torch.Generator().manual_seed(2)
-        order = torch.rand(batch, size, generator=generator).argsort(1)[:, : steps * topk]
-        indices = order.view(batch, steps, topk).to(values.device, torch.int32)
-        counts = torch.arange(batch, dtype=torch.int32) % (steps + 1)
-        wide = torch.promote_types(values.dtype, torch.float32)
-        tape, offsets = ops.tape_gather(
-            values, indices, weights.to(wide), counts, capacity=capacity
-        )
-        return (tape,), (offsets,)
-
-    size_of = "exact" if capacity is None else f"capacity {capacity}"
-    return Case("tape_gather", f"{bank} bank of {size} × {dim}, {size_of}", inputs, call)
-
-
-def _attention_case(head_dim: int, input_lens: list[int], tape_lens: list[int]) -> Case:
-    cu_inputs, cu_tapes = _layout(input_lens, tape_lens)
-    rows = sum(input_lens) + sum(tape_lens) + 3
-
-    def inputs() -> list[Tensor]:
-        return list(torch.randn(rows, 3, 4, head_dim).unbind(1))
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Results:
-        return (ops.elastic_attention(q, k, v, cu_inputs, cu_tapes),), ()
-
-    longest = max(a + b for a, b in zip(input_lens, tape_lens, strict=True))
-    return Case("elastic_attention", f"heads of {head_dim}, up to {longest} rows", inputs, call)
-
-
-def _ffn_case(
-    dim: int, hidden: int, tape_hidden: int, rows: int, inputs: int, end: int, form: str
-) -> Case:
-    def make() -> list[Tensor]:
-        return [
-            torch.randn(rows, dim),
-            *_parameters(dim, hidden, hidden),
-            *(_parameters(dim, 2 * tape_hidden, tape_hidden) if tape_hidden else []),
-        ]
-
-    def call(x: Tensor, *parameters: Tensor) -> Results:
-        counts = (inputs, end) if form == "int" else map(torch.tensor, (inputs, end))
-        num_input_rows, num_rows = counts
-        tape_ffn = FFN(*parameters[4:]) if tape_hidden else None
-        return (
-            ops.dual_ffn(x, num_input_rows, FFN(*parameters[:4]), tape_ffn, num_rows=num_rows),
-        ), ()
-
-    where = "host" if form == "int" else "device"
-    return Case("dual_ffn", f"{dim} × {hidden} and {tape_hidden}, rows on the {where}", make, call)
-
-
-def _parameters(dim: int, wide: int, hidden: int) -> list[Tensor]:
-    return [
-        torch.randn(wide, dim) * dim**-0.5,
-        torch.randn(wide),
-        torch.randn(dim, hidden) * hidden**-0.5,
-        torch.randn(dim),
-    ]
-
-
-def _layout(input_lens: Sequence[int], tape_lens: Sequence[int]) -> tuple[Tensor, Tensor]:
-    tapes = torch.tensor(tape_lens, dtype=torch.int32)
-    return cumulative(torch.tensor(input_lens, dtype=torch.int32)), cumulative(
-        tapes, start=sum(input_lens)
-    )
+@contextlib.contextmanager
+def _deterministic(asked: bool) -> Iterator[None]:
+    """Ask torch for deterministic algorithms, or for any."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(asked)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 # An example's bits, in company and alone
@@ -325,7 +277,7 @@ def _attention_alone(dtype: torch.dtype, only: int | None) -> list[Tensor]:
         own = torch.arange(207)
     leaf = data.to(dtype).requires_grad_()
     q, k, v = leaf.unbind(1)
-    out = ops.elastic_attention(q, k, v, *_layout(input_lens, tape_lens))[own]
+    out = ops.elastic_attention(q, k, v, *layout_of(input_lens, tape_lens), max_rows=207)[own]
     (grad,) = torch.autograd.grad(out.float().square().sum(), leaf)
     return [out.detach(), grad[own]]
 
@@ -349,11 +301,11 @@ def _vit() -> AdaTapeViT:
     )
 
 
-def _model(backend: str) -> str | None:
+def _model(backend: str, fallback: list[str]) -> str | None:
     """The same logits and gradients as the padded, masked, eager model."""
     model = _vit()
     images = torch.randn(6, 3, 16, 16)
-    with use_backend(backend):
+    with use_backend(backend, fallback):
         ours = _logits_and_gradients(model, images)
     with use_backend("eager"):
         theirs = _logits_and_gradients(model.padded(), images)
@@ -370,7 +322,7 @@ def _logits_and_gradients(model: torch.nn.Module, images: Tensor) -> list[Tensor
     return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def _graph(backend: str) -> str | None:
+def _graph(backend: str, fallback: list[str]) -> str | None:
     """A step in capacity mode, captured once, replayed on other images."""
     model = _vit()
     images, others = torch.randn(2, 6, 3, 16, 16)
@@ -382,7 +334,7 @@ def _graph(backend: str) -> str | None:
         logits.square().sum().backward()
         return logits
 
-    with use_backend(backend), contextlib.ExitStack() as stack:
+    with use_backend(backend, fallback), contextlib.ExitStack() as stack:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         stack.enter_context(torch.cuda.stream(stream))
@@ -404,7 +356,3 @@ def _graph(backend: str) -> str | None:
         if not (a - b).abs().max() <= 1e-4 * max(1.0, b.abs().max().item()):
             return f"the replayed step differs by {(a - b).abs().max().item():.1e}"
     return None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,9 +1,10 @@
 """Checkpoints of a training run: checkpoint-N.safetensors and checkpoint.json, which names it.
 
-The tensors are written first, under the epoch's own name, then checkpoint.json, which holds their
-size and SHA-256; only then does the previous pair's file go. Each is written to a temporary file
-in the same folder, flushed to the disk and renamed, so that whenever the power fails, the process
-is killed or the disk is full, checkpoint.json names a whole file: the last good epoch's.
+The tensors are written first, to a file named after the epoch, then checkpoint.json, which holds
+the name, the size and the SHA-256 of that file; only then is the previous epoch's file removed.
+Each file is written under a temporary name in the same folder, flushed to the disk and renamed. So
+whenever the power fails, the process is killed or the disk is full, checkpoint.json names a whole
+file, that of the last epoch that was saved.
 """
 
 import contextlib
@@ -31,31 +32,31 @@ _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at the end of an epoch."""
+    """A training run at the end of an epoch."""
 
     epoch: int
-    """Epochs behind us."""
+    """Number of epochs that the run has behind it."""
     step: int
-    """Optimizer steps behind us."""
+    """Number of steps of the optimizer that the run has behind it."""
     config: dict[str, Any]
-    """What decides the curve."""
+    """The options that decide the curve, by name."""
     data: dict[str, Any]
     """Facts by which the image set is recognised."""
     history: list[dict[str, Any]]
-    """Each epoch's metrics."""
+    """The metrics of each epoch."""
     environment: dict[str, Any]
-    """Versions, threads and backend, on which the last bits depend."""
+    """Versions, threads and backend, on which the last bits of the curve depend."""
     tensors: dict[str, Tensor] = field(repr=False)
-    """Parameters, the optimizer's state and the random generator's, by name."""
+    """The parameters and the states of the optimizer and of torch's generator, by name."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; the folder's previous one stays whole until this one is.
+    """Write a checkpoint; the previous one in the folder stays whole until this one is.
 
     Raises:
-        OSError: a file cannot be written; names it.
+        OSError: a file cannot be written; the error names it.
     """
-    # One copy of the tensors in memory is what it costs to hash and to write the same bytes.
+    # The bytes are held in memory once, so that what is hashed is what is written.
     content = safetensors.torch.save(checkpoint.tensors)
     file = folder / f"checkpoint-{checkpoint.epoch}.safetensors"
     write_file(file, content)
@@ -74,10 +75,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read the folder's checkpoint.
+    """Read the checkpoint that a folder holds.
 
     Raises:
-        ValueError: there is none, or it is cut, altered or of another format; names the file.
+        ValueError: there is none, or it is cut, altered or of another format; the error names the
+            file.
     """
     index_file = folder / INDEX
     try:
@@ -95,7 +97,7 @@ def load(folder: Path) -> Checkpoint:
             raise ValueError(
                 f"{index_file}: expected {name} of type {kind.__name__}, got {index.get(name)!r}"
             )
-    # The name comes from a file: it must not lead out of the folder.
+    # The name comes from a file, which must not make us read outside of the folder.
     if not _TENSORS.fullmatch(index["file"]):
         raise ValueError(
             f"{index_file}: expected file of the form checkpoint-N.safetensors, "
@@ -125,6 +127,7 @@ _ENTRIES: dict[str, type] = {
 
 
 def _read_tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file of this size in bytes and this hash. Raises ValueError."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -143,7 +146,10 @@ def _read_tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return what a run needs to go on, the state of torch's generator included."""
+    """Return copies of the tensors that a run needs to go on, by name.
+
+    They are those of the model, of the optimizer's state, and the state of torch's generator.
+    """
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -157,8 +163,14 @@ def restore(
 ) -> None:
     """Put a checkpoint's tensors into the model, the optimizer and torch's generator.
 
+    Args:
+        folder: where the checkpoint was read, for errors.
+        tensors: as `tensors_of` returned them.
+        model: a model of the same configuration.
+        optimizer: an AdamW of the model's parameters.
+
     Raises:
-        ValueError: they are those of another model.
+        ValueError: the tensors are those of another model or optimizer.
     """
     weights = _below(tensors, _MODEL)
     expected = model.state_dict()
@@ -174,7 +186,7 @@ def restore(
     for index, (name, parameter) in enumerate(model.named_parameters()):
         entries = _below(tensors, f"{_OPTIMIZER}{name}.")
         if entries:
-            # The count of steps is a scalar; the moments have the parameter's shape.
+            # AdamW's count of steps is a scalar; its moments have the shape of the parameter.
             wrong = [k for k, v in entries.items() if v.dim() and v.shape != parameter.shape]
             if wrong or entries.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError(
@@ -195,7 +207,11 @@ def restore(
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix` and one more part, without it."""
+    """Return the tensors whose names begin with `prefix`, by the rest of their names.
+
+    Below a parameter of the optimizer's state only names without a further dot are returned, since
+    the name of one parameter may begin with that of another.
+    """
     found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if prefix.startswith(_OPTIMIZER):
         return {name: tensor for name, tensor in found.items() if "." not in name}
@@ -206,7 +222,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, and through to the disk.
 
     Raises:
-        OSError: it cannot be written; names the file. What was there before stays.
+        OSError: it cannot be written; the error names it, and an earlier file of that name stays.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -225,7 +241,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system lets a folder be opened."""
+    """Flush a folder to the disk, and so a rename within it; only POSIX systems can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""The demo: train a small AdaTape ViT on real digits, then set it beside its padded counterpart."""
+"""The demo: train a small AdaTape ViT on real digits, and compare it with the padded model."""
 
 import contextlib
 import tempfile
@@ -11,15 +11,16 @@ from adatape_kernels.data import Normaliser, digits
 from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
-from adatape_kernels.recipes.report import Results, write_report
-from adatape_kernels.recipes.training import Plan, train
+from adatape_kernels.recipes.model_comparison import ModelComparison
+from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.train_loop import TrainPlan, train
 
 EPOCHS = 50
 BATCH = 48
 LEARNING_RATE = 3e-3
 ROUNDS = 15
 
-# Four patches of 4 x 4 pixels go in; the 64 single pixels are the bank that a tape is read from.
+# The input is four patches of 4 x 4 pixels, the bank the 64 single pixels.
 CONFIG = AdaTapeViTConfig(
     num_classes=10,
     dim=64,
@@ -35,26 +36,29 @@ CONFIG = AdaTapeViTConfig(
 )
 
 
-def run(out: str | Path = "adatape-demo", *, epochs: int = EPOCHS, seed: int = 0) -> Results:
+def run(
+    out: str | Path = "adatape-demo", *, epochs: int = EPOCHS, seed: int = 0
+) -> ModelComparison:
     """Train, compare, print a table, and write report.json, the model and pictures into `out`.
 
     Args:
         out: a folder, made if it is missing.
-        epochs: passes over the 1,437 training images.
-        seed: of the split, the parameters and the batches.
+        epochs: number of passes over the 1,437 training images.
+        seed: decides the split, the parameters and the batches.
 
     Raises:
         ValueError: epochs is not positive, or `out` is a file.
         OSError: the folder cannot be made or written.
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
-    plan = Plan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
+    plan = TrainPlan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
     pictures.require("demo")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):  # better now than after a minute of training
+    # A folder that cannot be written shows here, before a minute of training.
+    with tempfile.TemporaryFile(dir=out):
         pass
     data = digits(seed)
     normalise = Normaliser.of(data.train_images)
@@ -68,7 +72,10 @@ def run(out: str | Path = "adatape-demo", *, epochs: int = EPOCHS, seed: int = 0
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Products this small gain nothing from a second thread, and lose much where a core is busy."""
+    """Run with one thread of torch.
+
+    Products this small gain nothing from a second thread, and lose much where a core is busy.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,15 +1,18 @@
-"""What a reader needs to place figures: the machine, the versions and the commit."""
+"""The machine, the versions, the commit and the backend that figures were measured with."""
 
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adatape_kernels.ops.op import record
+
 
 def environment() -> dict[str, Any]:
-    """Return machine, versions and commit."""
+    """Return machine, versions and commit, the last None outside a clone of the repository."""
     from adatape_kernels import __version__
 
     repository = Path(__file__).parents[2]
@@ -26,10 +29,17 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name."""
+    """Return the processor's name, as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
+
+
+def attention_backend(run: Callable[[], object]) -> str:
+    """Call a function that runs a model; return the backend that served the model's attention."""
+    with record() as ran:
+        run()
+    return next((call.backend for call in ran if call.op == "elastic_attention"), "none")

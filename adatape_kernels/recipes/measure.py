@@ -1,4 +1,4 @@
-"""Measure runs of a model side by side: time, FLOPs and peak memory on the CPU."""
+"""Measurements of a function on the CPU: its time, its FLOPs and the memory that it holds."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: the median and the 20th and 80th percentile of its repetitions."""
+    """Seconds that a function took: the median and the 20th and 80th percentile."""
 
     median: float
     p20: float
@@ -26,13 +26,19 @@ class Timing:
 
     @classmethod
     def of(cls, times: list[float]) -> "Timing":
-        """Summarise the seconds of single repetitions."""
+        """Return the timing of repetitions that took `times` seconds each."""
         cuts = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
         return cls(median(times), cuts[0], cuts[3])
 
 
 def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Time every run `rounds` times in turn, so that a busy machine is busy for all of them."""
+    """Time functions in turn, so that a machine that is busy for a while is so for all of them.
+
+    Args:
+        runs: functions by name.
+        rounds: number of times that each is timed.
+        warmup: number of times that each is called before.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warmup + rounds):
         for name, run in runs.items():
@@ -44,7 +50,7 @@ def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, 
 
 
 def flops(run: Run) -> int:
-    """Count the floating-point operations of the products in a run, our ops included."""
+    """Return the floating-point operations of a function's products, our ops included."""
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         run()
     return counter.get_total_flops()
@@ -59,7 +65,7 @@ def _attention_bwd_flops(dout: Any, q: torch.Size, k: torch.Size, *rest: Any, **
     return _attention_flops(q, k) * 5 // 2
 
 
-# The counter knows the fused attentions of GPUs only.
+# torch's counter knows the fused attentions of GPUs only.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_bwd_flops,
@@ -67,7 +73,7 @@ _CPU_ATTENTION = {
 
 
 def peak_bytes(run: Run) -> int:
-    """Return the most memory that a run holds at a time, beyond what it started with."""
+    """Return the most bytes that a function holds at a time, beyond what was held before."""
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -80,7 +86,7 @@ def peak_bytes(run: Run) -> int:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Drop what libraries write to file descriptor 2: the profiler greets there, unasked."""
+    """Drop what is written to file descriptor 2, where the profiler writes a greeting."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

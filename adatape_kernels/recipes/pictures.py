@@ -1,26 +1,25 @@
-"""Pictures of what a model read: where, how much, and at what cost."""
+"""Pictures of what a model read: which patches, how many, and at what cost."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adatape_kernels.data.image_set import ImageSet, unit_range
 from adatape_kernels.models import AdaTapeOutput
-
-if TYPE_CHECKING:
-    from adatape_kernels.recipes.report import Results
+from adatape_kernels.recipes.model_comparison import Cost, ModelComparison
 
 _ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
 
-# A mean image is clear after so many; more classes than these would be too small to see.
+# The number of images that a mean image is made of, which more would not make clearer.
 _MEAN_IMAGES = 200
+# The number of classes that are drawn, since more would be too small to see.
 _MOST_CLASSES = 11
 
 
 def require(command: str) -> None:
-    """Fail early, and in one line, where matplotlib or tqdm is missing. Raises RuntimeError."""
+    """Raise RuntimeError where matplotlib or tqdm, which `command` needs, is not installed."""
     from importlib.util import find_spec
 
     for package in ("matplotlib", "tqdm"):
@@ -32,31 +31,40 @@ def require(command: str) -> None:
 
 
 def draw_all(
-    out: Path, data: ImageSet, output: AdaTapeOutput, results: "Results", bank_patch: int
+    out: Path,
+    data: ImageSet,
+    output: AdaTapeOutput,
+    comparison: ModelComparison,
+    bank_patch_size: int,
 ) -> None:
     """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`.
 
-    `output` is the model's for every test image, its bank made of patches of `bank_patch` pixels.
+    Args:
+        out: an existing folder.
+        data: its test half is drawn.
+        output: the model's output for every test image.
+        comparison: the costs and tape lengths to draw.
+        bank_patch_size: side in pixels of the patches that the model's bank is made of.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch
+    side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch_size
     read = patches_read(output, side)
     for name, figure in (
         ("heatmap", heatmap(data, read)),
-        ("tape_lengths", tape_lengths(results.tape_lens)),
-        ("shortest_longest", shortest_longest(data, output, read, bank_patch)),
-        ("costs", costs(results)),
+        ("tape_lengths", tape_lengths(comparison.images_by_tape_length)),
+        ("shortest_longest", shortest_longest(data, output, read, bank_patch_size)),
+        ("costs", cost_shares(comparison.costs())),
     ):
         figure.savefig(out / f"{name}.png", dpi=130)
 
 
 def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
-    """Return which of side · side bank patches each image read, (images, side, side) bool."""
+    """Return which patches of a bank of side · side each image read, (images, side, side) bool."""
     indices = output.reads[0].indices.flatten(1).long()
     read = torch.zeros(len(indices), side * side + 1, dtype=torch.bool)
-    # The unused rows' -1 goes to a column of its own.
+    # The index -1, where nothing was read, goes to a column of its own, which is dropped.
     read.scatter_(1, indices.where(indices >= 0, side * side), True)
     return read[:, :-1].view(-1, side, side)
 
@@ -95,11 +103,12 @@ def _shown(image: Tensor) -> Any:
     return image.permute(1, 2, 0).squeeze(2).numpy()
 
 
-def tape_lengths(counts: list[int]) -> Any:
-    """Draw how many test images have each tape length."""
+def tape_lengths(images_by_tape_length: list[int]) -> Any:
+    """Draw how many test images read each number of tape tokens."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    counts = images_by_tape_length
     bars = axis.bar(range(len(counts)), counts, color=_ELASTIC)
     axis.bar_label(bars, labels=[str(count) if count else "" for count in counts], padding=2)
     axis.axvline(len(counts) - 1, color=_PADDED, linestyle="--")
@@ -120,27 +129,35 @@ def tape_lengths(counts: list[int]) -> Any:
 
 
 def shortest_longest(
-    data: ImageSet, output: AdaTapeOutput, read: Tensor, bank_patch: int, columns: int = 8
+    data: ImageSet, output: AdaTapeOutput, read: Tensor, bank_patch_size: int, columns: int = 8
 ) -> Any:
-    """Draw the test images with the shortest and the longest tapes, and what they read."""
+    """Draw the test images with the shortest and the longest tapes, and what they read.
+
+    Args:
+        data: its test half is drawn.
+        output: the model's output for every test image.
+        read: (images, side, side) bool, the bank patches that each image read.
+        bank_patch_size: side of a bank patch in pixels.
+        columns: number of images with short tapes, and of images with long ones.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
-    # Among equal tapes the one with the lower, or higher, ponder loss.
+    # Images are ordered by tape length, and among equal lengths by ponder loss.
     score = output.tape_lens + output.ponder.sum(1) / (1 + output.ponder.sum(1))
     order = score.argsort()
     columns = min(columns, len(order))
     figure, axes = plt.subplots(
         2, columns, figsize=(1.5 * columns, 4.3), layout="constrained", squeeze=False
     )
-    margin, width = 0.06 - 0.5, bank_patch - 0.12
+    margin, width = 0.06 - 0.5, bank_patch_size - 0.12
     for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
         images = unit_range(data.test_images[chosen])
         for axis, pixels, image in zip(axis_row, images, chosen.tolist(), strict=True):
             axis.imshow(_shown(pixels), cmap="gray")
             axis.axis("off")
             for y, x in read[image].nonzero().tolist():
-                corner = (x * bank_patch + margin, y * bank_patch + margin)
+                corner = (x * bank_patch_size + margin, y * bank_patch_size + margin)
                 axis.add_patch(Rectangle(corner, width, width, fill=False, color="#ff9f1c", lw=1.2))
             label, guess = int(data.test_labels[image]), int(output.logits[image].argmax())
             wrong = "" if label == guess else f"\ntaken for {data.class_names[guess]}"
@@ -152,19 +169,17 @@ def shortest_longest(
     return figure
 
 
-def costs(results: "Results") -> Any:
-    """Draw each cost of the elastic model as a share of the padded one's."""
+def cost_shares(costs: list[Cost]) -> Any:
+    """Draw each cost of the elastic model as a share of that of the padded model."""
     import matplotlib.pyplot as plt
 
-    from adatape_kernels.recipes.report import cost_rows
-
-    rows = cost_rows(results)[::-1]
-    shares = [pair["elastic"] / pair["padded"] for _, pair, _ in rows]
+    costs = costs[::-1]  # bars are drawn from the bottom upwards
+    shares = [cost.elastic / cost.padded for cost in costs]
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    bars = axis.barh([label for label, _, _ in rows], shares, color=_ELASTIC)
+    bars = axis.barh([cost.label for cost in costs], shares, color=_ELASTIC)
     texts = [
-        f"{share:.2f}  ({pair['elastic'] / unit:,.4g} : {pair['padded'] / unit:,.4g})"
-        for share, (_, pair, unit) in zip(shares, rows, strict=True)
+        f"{share:.2f}  ({cost.elastic / cost.unit:,.4g} : {cost.padded / cost.unit:,.4g})"
+        for share, cost in zip(shares, costs, strict=True)
     ]
     axis.axvline(1, color=_PADDED, linestyle="--")
     for text in axis.bar_label(bars, texts, padding=4):

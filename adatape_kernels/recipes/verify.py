@@ -1,4 +1,8 @@
-"""Check this package against files of results that the public JAX code computed (SPEC 10)."""
+"""Check this package against files of results that the public JAX code computed (SPEC 10).
+
+`check` compares kernels with float64 on this machine; this compares the package with what others
+computed.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from adatape_kernels import ops, scenic
 from adatape_kernels.layers import NORM_EPS
+from adatape_kernels.ops.op import NotServed, Ran, record
 from adatape_kernels.reference import TapeSelection
 
 OUTPUT_TOLERANCE = 2e-5
@@ -44,17 +49,27 @@ class FileReport:
     path: Path
     counts_agree: bool
     comparisons: tuple[Comparison, ...]
+    ran: tuple[Ran, ...]
+    """The ops that were called, each with the backend that served it."""
 
     @property
     def passed(self) -> bool:
         """Whether the counts agree and every tensor is within tolerance."""
         return self.counts_agree and all(c.passed for c in self.comparisons)
 
+    @property
+    def served(self) -> str:
+        """Which backend served which ops, as it was recorded."""
+        ops_of: dict[str, list[str]] = {}
+        for op, backend in dict.fromkeys(self.ran):
+            ops_of.setdefault(backend, []).append(op)
+        return "; ".join(f"{backend} ran {', '.join(names)}" for backend, names in ops_of.items())
+
     def lines(self) -> list[str]:
         """Return the report as text, a line for each output and gradient."""
         agree = "agree" if self.counts_agree else "DIFFER"
         verdict = "ok" if self.passed else "FAILED"
-        lines = [f"{self.path}: {verdict}, counts {agree}"]
+        lines = [f"{self.path}: {verdict}, counts {agree}, {self.served}"]
         width = max(len(c.name) for c in self.comparisons)
         for c in self.comparisons:
             kind = "abs" if c.absolute else "rel"
@@ -78,13 +93,15 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
     config = scenic.read_config(arrays, path)
     try:
         check = _verify_read if config["kind"] == "tape_read" else _verify_model
-        with torch.device(device), _without_tf32():
+        with torch.device(device), _without_tf32(), record() as ran:
             counts_agree, comparisons = check(arrays, config)
     except KeyError as error:
         raise ValueError(f"{path}: expected an entry {error}, got none") from None
+    except NotServed:
+        raise  # the file is not to blame
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    return FileReport(path, counts_agree, tuple(comparisons))
+    return FileReport(path, counts_agree, tuple(comparisons), tuple(ran))
 
 
 @contextlib.contextmanager
@@ -109,20 +126,20 @@ def _verify_read(
     leaves = {name: _leaf(arrays[name]) for name in names}
     query, bank, scale, bias = leaves.values()
     dim = query.shape[1]
-    key_dim, steps = dim // config["split"], config["max_tape_tokens"]
+    key_dim, num_tape_tokens = dim // config["split"], config["max_tape_tokens"]
     values = F.layer_norm(bank, (dim,), scale, bias, NORM_EPS)
     selection = ops.tape_select(
         F.layer_norm(query, (dim,), scale, bias, NORM_EPS)[:, :key_dim],
         values[..., :key_dim],
-        num_tape_tokens=steps,
+        num_tape_tokens=num_tape_tokens,
         topk=config["tokens_merged_per_step"],
         halt_threshold=config["halt_threshold"],
         average_query=config["average_query"],
         loss_type=config["loss_type"],
     )
     tape, _ = ops.tape_gather(values, selection.indices, selection.weights, selection.counts)
-    exists = torch.arange(steps) < selection.counts.unsqueeze(1)
-    tokens = tape.new_zeros(len(query), steps, dim).index_put((exists,), tape)
+    exists = torch.arange(num_tape_tokens) < selection.counts.unsqueeze(1)
+    tokens = tape.new_zeros(len(query), num_tape_tokens, dim).index_put((exists,), tape)
     objective = (tokens * torch.tensor(arrays["cotangent_tokens"])).sum()
     objective = objective + (selection.ponder * torch.tensor(arrays["cotangent_loss"])).sum()
     objective.backward()
@@ -163,8 +180,9 @@ def _verify_model(
 
 def _counts_agree(reads: tuple[TapeSelection, ...], mask: np.ndarray) -> bool:
     """Compare the counts of each read with the mask's blocks, which follow the input positions."""
-    steps = reads[0].indices.shape[1]
-    blocks = mask[:, mask.shape[1] - steps * len(reads) :].reshape(len(mask), len(reads), steps)
+    num_tape_tokens = reads[0].indices.shape[1]
+    blocks = mask[:, mask.shape[1] - num_tape_tokens * len(reads) :]
+    blocks = blocks.reshape(len(mask), len(reads), num_tape_tokens)
     ours = torch.stack([read.counts for read in reads], 1).cpu().numpy()
     return np.array_equal(ours, blocks.sum(2))
 

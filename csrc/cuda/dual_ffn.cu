@@ -64,11 +64,10 @@ Tensor without_unused(const FFNRows& rows, const Tensor& x) {
   return copy;
 }
 
-// Sends the rows x (count, dim) through a feed-forward; writes the result to y, and returns the
-// pre-activations.
-Tensor forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Tensor& y) {
-  const Tensor hidden = torch::stable::new_empty(x, {rows.count, ffn.w1.size(0)}, x.scalar_type());
-  if (rows.count == 0) return hidden;
+// Sends the rows x (count, dim) through a feed-forward; writes the pre-activations and the result.
+void forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Tensor& hidden,
+             const Tensor& y) {
+  if (rows.count == 0) return;
   const Tensor act = torch::stable::new_empty(x, {rows.count, ffn.w2.size(1)}, x.scalar_type());
   multiply(x, transposed(ffn.w1), hidden);
   const Tensor b1 = dense(ffn.b1);
@@ -89,7 +88,6 @@ Tensor forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const T
   });
   linear(act, ffn.w2, ffn.b2, y);
   clear_unused(rows, y);
-  return hidden;
 }
 
 Tensor product(const Tensor& a, const Tensor& b) {
@@ -161,6 +159,21 @@ FFNRowKinds row_kinds(const Tensor& x, std::optional<int64_t> num_input_rows, in
           .tapes = {.first = inputs, .count = tapes, .num_rows = num_rows}};
 }
 
+struct CudaDualFFNOutputs {
+  Tensor y;            // (rows, dim)
+  Tensor hidden;       // (input rows, columns of w1's product)
+  Tensor tape_hidden;  // (tape rows, columns of tape_w1's product), or (0, 0)
+};
+
+CudaDualFFNOutputs allocate_outputs(const Tensor& x, const FFNRowKinds& rows, const Tensor& w1,
+                                    const std::optional<Tensor>& tape_w1) {
+  using torch::stable::new_empty;
+  const int64_t tape_columns = tape_w1 ? tape_w1->size(0) : 0;
+  return {.y = new_empty(x, {x.size(0), x.size(1)}, x.scalar_type()),
+          .hidden = new_empty(x, {rows.inputs.count, w1.size(0)}, x.scalar_type()),
+          .tape_hidden = new_empty(x, {rows.tapes.count, tape_columns}, x.scalar_type())};
+}
+
 std::tuple<Tensor, Tensor, Tensor> dual_ffn(
     const Tensor& x_any, std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
     const std::optional<Tensor>& bounds_any, const Tensor& w1, const Tensor& b1, const Tensor& w2,
@@ -170,16 +183,15 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
   std::optional<Tensor> bounds;
   if (bounds_any) bounds = dense(*bounds_any);
   const FFNRowKinds rows = row_kinds(x, num_input_rows, max_tape_rows, bounds, tape_w1.has_value());
-  const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+  const auto [y, hidden, tape_hidden] = allocate_outputs(x, rows, w1, tape_w1);
   zero_rows_from(y, rows.end());
-  const Tensor hidden =
-      forward(rows.inputs, rows.inputs.of(x),
-              {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .gated = false}, rows.inputs.of(y));
-  if (!tape_w1) return {y, hidden, torch::stable::new_empty(x, {0, 0}, x.scalar_type())};
-  const Tensor tape_hidden =
-      forward(rows.tapes, rows.tapes.of(x),
-              {.w1 = *tape_w1, .b1 = *tape_b1, .w2 = *tape_w2, .b2 = *tape_b2, .gated = true},
-              rows.tapes.of(y));
+  forward(rows.inputs, rows.inputs.of(x), {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .gated = false},
+          hidden, rows.inputs.of(y));
+  if (tape_w1) {
+    forward(rows.tapes, rows.tapes.of(x),
+            {.w1 = *tape_w1, .b1 = *tape_b1, .w2 = *tape_w2, .b2 = *tape_b2, .gated = true},
+            tape_hidden, rows.tapes.of(y));
+  }
   return {y, hidden, tape_hidden};
 }
 

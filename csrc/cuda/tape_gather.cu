@@ -31,6 +31,14 @@ CudaTapeGatherParams reading_params(const Tensor& bank, const Tensor& indices,
   };
 }
 
+Tensor allocate_offsets(const Tensor& counts) {
+  return torch::stable::new_empty(counts, {counts.size(0) + 1});
+}
+
+Tensor allocate_tape(const Tensor& bank, int64_t rows) {
+  return torch::stable::new_empty(bank, {rows, bank.size(bank.dim() - 1)});
+}
+
 void write_offsets(const CudaTapeGatherParams& p, const LaunchStream& stream) {
   launch(tape_gather_offsets_kernel,
          {.grid = {.x = 1}, .block_threads = kGatherThreads, .stream = stream}, p);
@@ -60,7 +68,7 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   const Tensor bank = with_dense_rows(bank_any), indices = dense(indices_any);
   const Tensor weights = dense(weights_any), counts = dense(counts_any);
   const LaunchStream stream = stream_of(bank);
-  const Tensor offsets = torch::stable::new_empty(counts, {indices.size(0) + 1});
+  const Tensor offsets = allocate_offsets(counts);
   CudaTapeGatherParams p = reading_params(bank, indices, weights, counts, offsets);
   const bool empty = indices.numel() == 0 || bank.numel() == 0;
   p.fused = capacity && !empty && p.batch <= kGatherFusedBatch;
@@ -72,7 +80,7 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   }
   if (empty) return {torch::stable::new_zeros(bank, {p.rows, p.dim}), offsets};
 
-  const Tensor tape = torch::stable::new_empty(bank, {p.rows, p.dim});
+  const Tensor tape = allocate_tape(bank, p.rows);
   p.tape = tape.data_ptr();
   p.stride_tape = p.dim;
   const LaunchConfig config{
@@ -115,7 +123,7 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
             torch::stable::new_zeros(weights, weights.sizes())};
   }
   const LaunchStream stream = stream_of(bank);
-  const Tensor offsets = torch::stable::new_empty(counts, {indices.size(0) + 1});
+  const Tensor offsets = allocate_offsets(counts);
   const bool own_banks = bank.dim() == 3, atomic = !own_banks && !deterministic;
   const CudaTapeGatherGradients gradients = allocate_gradients(bank, indices, weights, atomic);
 

@@ -7,18 +7,13 @@ import torch
 
 from adatape_kernels import __version__
 from adatape_kernels.cli import main
-from adatape_kernels.ops.op import registered_ops
 
 
-def test_info_names_versions_and_what_serves_each_op(capsys):
+def test_info_names_versions_and_facts_of_the_build(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert f"adatape-kernels {__version__}" in out
     assert "compiled" in out
-    for op in registered_ops():
-        line = next(line for line in out.splitlines() if line.split()[:1] == [op])
-        assert line.count("*") == 1
-    assert "(1) " in out
 
 
 def test_an_unknown_backend_gets_one_line(capsys):

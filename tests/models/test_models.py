@@ -90,7 +90,8 @@ def assert_same_results(model, inputs, run, other):
     ours, theirs = gradients(model, a, labels), gradients(model, b, labels)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        # Softmax does not see the keys' bias: a third of in_proj_bias has a gradient of rounding.
+        # The exact gradient of the keys' bias, a third of in_proj_bias, is 0, since softmax cancels
+        # a bias of the keys; what the models compute there is rounding, within this bound.
         assert_close(ours[name], theirs[name], 1e-4)
 
 
@@ -310,8 +311,8 @@ def test_the_base_class_is_abstract():
         models.AdaTape(BASE)
 
 
-def test_the_padded_reader_outlives_its_bank():
-    """An example without a token left to read goes on unheard, and nothing of it is NaN."""
+def test_the_padded_model_masks_an_example_whose_bank_is_exhausted():
+    """The padded model goes on selecting for such an example; none of that is counted or NaN."""
     query, keys = torch.randn(2, 8, requires_grad=True), torch.randn(2, 9, 8, requires_grad=True)
     read_mask = torch.arange(9) >= torch.tensor([[0], [4]])
     options = {"num_tape_tokens": 4, "topk": 2, "halt_threshold": 9.0, "read_mask": read_mask}

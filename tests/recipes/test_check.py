@@ -5,7 +5,8 @@ import torch
 
 from adatape_kernels import backend
 from adatape_kernels.cli import main
-from adatape_kernels.ops.op import Implementation, explain
+from adatape_kernels.ops.implementation import Implementation
+from adatape_kernels.ops.op import explain
 from adatape_kernels.recipes import check
 
 

@@ -14,7 +14,13 @@ from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
-from adatape_kernels.recipes.training import Plan, epoch_generator, predict, repeatable, train
+from adatape_kernels.recipes.train_loop import (
+    TrainPlan,
+    epoch_generator,
+    predict,
+    repeatable,
+    train,
+)
 
 # Everything that draws from torch's generator in training is on.
 CONFIG = AdaTapeViTConfig(
@@ -36,7 +42,7 @@ CONFIG = AdaTapeViTConfig(
     query_noise=0.1,
     bank_dropout=0.1,
 )
-PLAN = Plan(epochs=3, batch=24, learning_rate=3e-3, max_grad_norm=1.0)
+PLAN = TrainPlan(epochs=3, batch=24, learning_rate=3e-3, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +315,7 @@ def test_epochs_and_seeds_draw_differently():
 
 
 def test_the_learning_rate_rises_and_falls():
-    plan = Plan(epochs=1, batch=1, learning_rate=2.0, warmup_share=0.1)
+    plan = TrainPlan(epochs=1, batch=1, learning_rate=2.0, warmup_share=0.1)
     rates = [plan.learning_rate_at(step, 100) for step in range(100)]
     assert rates.index(max(rates)) == 9 and 1.9 < max(rates) <= 2.0
     assert rates[0] == pytest.approx(0.2) and 0 < rates[-1] < 0.01
@@ -328,7 +334,7 @@ def test_the_learning_rate_rises_and_falls():
 )
 def test_a_plan_checks_its_numbers(name, values):
     with refused(name):
-        Plan(**{"epochs": 1, "batch": 1, "learning_rate": 0.1, **values})
+        TrainPlan(**{"epochs": 1, "batch": 1, "learning_rate": 0.1, **values})
 
 
 def test_repeatable_puts_torch_back_as_it_was():

@@ -10,8 +10,10 @@ from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser, digits
 from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.ops.op import BACKENDS, use_backend
 from adatape_kernels.recipes import demo, measure
-from adatape_kernels.recipes.training import Plan, train
+from adatape_kernels.recipes.machine import attention_backend
+from adatape_kernels.recipes.train_loop import TrainPlan, train
 
 PAIRS = ("forward_seconds", "train_step_seconds", "rows", "flops", "peak_bytes")
 PICTURES = ("heatmap", "tape_lengths", "shortest_longest", "costs")
@@ -31,12 +33,14 @@ def test_the_report_has_its_keys_and_is_plausible(short_demo):
     for name in PAIRS:
         assert set(report[name]) == {"elastic", "padded"}
         assert all(value > 0 for value in report[name].values())
-    assert sum(report["tape_lens"]) == 360
-    tape = sum(length * count for length, count in enumerate(report["tape_lens"]))
+    lengths = report["images_by_tape_length"]
+    assert sum(lengths) == 360
+    tape = sum(length * images for length, images in enumerate(lengths))
     assert report["rows"] == {"elastic": 360 * 5 + tape, "padded": 360 * 15}
     for name in ("rows", "flops", "peak_bytes"):
         assert report[name]["elastic"] < report[name]["padded"]
     assert report["torch"] == torch.__version__
+    assert report["attention_backend"] in BACKENDS
 
 
 def test_the_pictures_show_something(short_demo):
@@ -59,7 +63,7 @@ def test_a_second_run_with_the_same_seed_repeats_the_first(tmp_path, short_demo)
         json.loads((folder / "report.json").read_text()) for folder in (short_demo, tmp_path)
     )
     assert first["test_accuracy"] == second["test_accuracy"]
-    assert first["tape_lens"] == second["tape_lens"]
+    assert first["images_by_tape_length"] == second["images_by_tape_length"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_bad_arguments_get_one_line_before_any_training(capsys, arguments, words
 def test_a_loss_that_is_not_finite_stops_the_training():
     data = digits()
     data.train_images.fill_(math.nan)
-    plan = Plan(epochs=1, batch=48, learning_rate=1e-3)
+    plan = TrainPlan(epochs=1, batch=48, learning_rate=1e-3)
     with refused("loss", "epoch 1, step 0", "nan", error=RuntimeError):
         train(AdaTapeViT(demo.CONFIG), data, plan, Normaliser.of(data.train_images), turn_and_move)
 
@@ -95,7 +99,7 @@ def test_flops_of_both_models_agree_with_a_count_by_hand():
             "elastic": measure.flops(lambda: model(images)),
             "padded": measure.flops(lambda: model.padded()(images)),
         }
-    dim, steps = config.dim, config.num_tape_tokens
+    dim = config.dim
     embed = 2 * batch * dim * (4 * 16 + 64 * 1 + 64 * dim + config.num_classes)
 
     def by_hand(tape, squares, read, scored):
@@ -109,11 +113,21 @@ def test_flops_of_both_models_agree_with_a_count_by_hand():
     assert counted["elastic"] == by_hand(
         tape, sum(n * n for n in lens), merged * tape, scores * tape
     )
-    # The padded model takes every step for every example, and merges each step's keys by a product.
-    padded = batch * steps
+    # The padded model computes every tape token for every example, and merges keys by a product.
+    padded = batch * config.num_tape_tokens
     assert counted["padded"] == by_hand(
-        padded, batch * (5 + steps) ** 2, merged * padded, (scores + 2 * topk * key_dim) * padded
+        padded,
+        batch * (5 + config.num_tape_tokens) ** 2,
+        merged * padded,
+        (scores + 2 * topk * key_dim) * padded,
     )
+
+
+def test_the_backend_is_the_one_that_ran():
+    model, images = AdaTapeViT(demo.CONFIG), torch.zeros(1, 1, 8, 8)
+    with use_backend("eager"):
+        assert attention_backend(lambda: model(images)) == "eager"
+    assert attention_backend(lambda: model.padded()(images)) == "none"
 
 
 def test_peak_bytes_is_what_a_run_holds_at_once():

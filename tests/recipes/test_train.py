@@ -18,16 +18,17 @@ from adatape_kernels.data import NAMES, augment
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
-from adatape_kernels.recipes.train import METRICS, Config, augmentation
+from adatape_kernels.recipes.train import METRICS
+from adatape_kernels.recipes.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
-TINY += ["--ffn", "16", "--tape", "3", "--topk", "2", "--batch", "20"]
+TINY += ["--ffn", "16", "--num-tape-tokens", "3", "--topk", "2", "--batch", "20"]
 EPOCHS = ["--epochs", "3"]
 
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """What comes after the training takes seconds, and one test looks at it."""
+    """Leaves out the report, which takes seconds and which other tests look at."""
     monkeypatch.setattr(recipe, "write_report", lambda *arguments, **options: None)
 
 
@@ -43,7 +44,7 @@ def arguments(mnist, out, *more):
 
 
 def metrics(out):
-    """The rows, without what a clock decides."""
+    """The rows of metrics.csv without the speed, which differs from run to run."""
     with open(out / "metrics.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     for row in rows:
@@ -71,15 +72,16 @@ def unbroken(mnist, tmp_path_factory):
 
 def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
     found = json.loads((unbroken / "report.json").read_text())
-    assert sum(found["tape_lens"]) == found["compared_images"] == 40
+    lengths = found["images_by_tape_length"]
+    assert sum(lengths) == found["compared_images"] == 40
     assert found["config"]["dim"] == 16 and found["data"]["train_images"] == 1200
     rows = metrics(unbroken)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["test_accuracy"]) == found["test_accuracy"] > 0.15
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    mean = sum(length * count for length, count in enumerate(found["tape_lens"])) / 40
+    mean = sum(length * count for length, count in enumerate(lengths)) / 40
     assert float(rows[-1]["mean_tape_length"]) == pytest.approx(mean)
-    model = Config(**found["config"]).model(10, 1)
+    model = TrainConfig(**found["config"]).model(10, 1)
     model.load_state_dict(load_file(unbroken / "model.safetensors"))
     for name in ("heatmap", "tape_lengths", "shortest_longest", "costs"):
         assert (unbroken / f"{name}.png").stat().st_size > 5000
@@ -87,7 +89,7 @@ def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
 
 
 def command(*arguments):
-    """The command in a process of its own, whose arithmetic no earlier test has touched."""
+    """Start the command in a process of its own, where no earlier test has changed a setting."""
     return subprocess.Popen(
         [sys.executable, "-m", "adatape_kernels.cli", *arguments],
         stdout=subprocess.DEVNULL,
@@ -234,6 +236,24 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(unbroken, tmp_path, capsys)
         one_line(capsys, *words)
 
 
+def test_a_checkpoint_of_the_former_option_names_resumes(unbroken, tmp_path, no_report, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    for file in (INDEX, "checkpoint-3.safetensors"):
+        (out / file).write_bytes((unbroken / file).read_bytes())
+    index = json.loads((out / INDEX).read_text())
+    config = index["config"]
+    config["tape"], config["threshold"] = (
+        config.pop("num_tape_tokens"),
+        config.pop("halt_threshold"),
+    )
+    (out / INDEX).write_text(json.dumps(index))
+    resume = ["train", "--out", str(out), "--resume"]
+    assert main([*resume, "--num-tape-tokens", "3", "--halt-threshold", "2"]) == 0
+    assert main([*resume, "--num-tape-tokens", "4"]) == 2
+    one_line(capsys, "num-tape-tokens: expected 3", "got 4")
+
+
 def test_other_versions_are_noted(unbroken, tmp_path, no_report, capsys):
     out = tmp_path / "run"
     out.mkdir()
@@ -256,7 +276,7 @@ def test_other_versions_are_noted(unbroken, tmp_path, no_report, capsys):
         (["--lr", "-1"], "lr: expected a number above 0"),
         (["--lr", "nan"], "lr: expected a number above 0"),
         (["--weight-decay", "-1"], "weight-decay: expected 0 or more"),
-        (["--threshold", "0"], "threshold: expected a number above 0"),
+        (["--halt-threshold", "0"], "halt-threshold: expected a number above 0"),
         (["--seed", "-1"], "seed: expected 0"),
         (["--limit", "1201"], "limit: expected 1 to 1200"),
         (["--image-size", "32"], "image-size: expected 28"),
@@ -278,6 +298,8 @@ def test_bad_options_get_one_line_and_leave_no_folder(mnist, tmp_path, capsys, m
     [
         (["--epoch-count", "3"], "--epoch-count"),
         (["--epochs", "many"], "--epochs"),
+        (["--tape", "3"], "--tape"),
+        (["--threshold", "3"], "--threshold"),
         (["extra"], "extra"),
     ],
 )
@@ -325,24 +347,25 @@ def test_coloured_images_are_drawn(tmp_path, monkeypatch):
     run = ["train", "--data", "imagefolder", "--data-dir", str(tmp_path / "data"), *TINY]
     run += ["--image-size", "14", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(run) == 0
-    assert sum(json.loads((tmp_path / "run" / "report.json").read_text())["tape_lens"]) == 3
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert sum(report["images_by_tape_length"]) == 3
     assert (tmp_path / "run" / "heatmap.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_defaults_of_every_set_fit_together(name):
-    config = Config.of({"data": name})
+    config = TrainConfig.of({"data": name})
     channels = 3 if name in ("cifar10", "imagefolder") else 1
     images = torch.rand(4, channels, config.image_size, config.image_size)
-    images = augmentation(config)(images, torch.Generator().manual_seed(0))
+    images = config.augmentation()(images, torch.Generator().manual_seed(0))
     model = config.model(7, channels)
     assert model(images).logits.shape == (4, 7)
 
 
 def test_a_variant_gives_the_sizes_and_options_go_before_it():
-    config = Config.of({"data": "cifar10", "variant": "Ti/4", "depth": 1})
+    config = TrainConfig.of({"data": "cifar10", "variant": "Ti/4", "depth": 1})
     found = config.model(10, 3).config
     assert (found.dim, found.depth, found.num_heads, found.ffn_dim) == (192, 1, 3, 768)
     assert (found.patch_size, found.image_size) == (4, 32)
     with refused("image-size", "32"):
-        Config.of({"data": "cifar10", "image_size": 64})
+        TrainConfig.of({"data": "cifar10", "image_size": 64})

@@ -33,6 +33,13 @@ def add_layer_norm(
 
     Differentiable in x, branch, weight and bias.
 
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> x, branch = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+        >>> total, normed = ak.ops.add_layer_norm(x, branch, torch.ones(2), torch.zeros(2))
+        >>> total.tolist(), normed.round().tolist()
+        ([[1.0, 3.0]], [[-1.0, 1.0]])
+
     Source: SPEC 6.
     """
     if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():

@@ -30,7 +30,7 @@ def dual_ffn(
     Args:
         x: (rows, dim); float32, float16, bfloat16 or float64; under autocast, cast like a linear
             layer's input.
-        num_input_rows: rows of the input segment, an int or an integer scalar on x's device.
+        num_input_rows: how many rows are inputs, an int or an integer scalar on x's device.
         input_ffn: (w1, b1, w2, b2) of shapes (hidden, dim), (hidden,), (dim, hidden), (dim,).
         tape_ffn: the same for a GLU, w1 (2 · hidden, dim) and b1 (2 · hidden,); None sends every
             row through input_ffn.
@@ -45,6 +45,14 @@ def dual_ffn(
 
     Differentiable in x and all parameters; saves the pre-activations and recomputes the
     activations.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> x = torch.zeros(5, 4)
+        >>> inputs = ak.ops.FFN(torch.ones(8, 4), torch.zeros(8), torch.ones(4, 8), torch.ones(4))
+        >>> tapes = ak.ops.FFN(torch.ones(6, 4), torch.zeros(6), torch.ones(4, 3), torch.zeros(4))
+        >>> ak.ops.dual_ffn(x, 3, inputs, tapes)[:, 0].tolist()
+        [1.0, 1.0, 1.0, 0.0, 0.0]
 
     Source: SPEC 6; scenic adatape/layers.py, MlpBlock.
     """

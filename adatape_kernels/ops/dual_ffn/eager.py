@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adatape_kernels import reference
 from adatape_kernels.ops.dual_ffn.parameters import as_ffns
-from adatape_kernels.ops.op import implementation
+from adatape_kernels.ops.implementation import implementation
 from adatape_kernels.reference import FFN
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from adatape_kernels.elastic import check_examples, check_offsets_tensor
+from adatape_kernels.offsets import check_examples, check_offsets_tensor
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.reference import wide_dtype
@@ -46,6 +46,15 @@ def elastic_attention(
             than max_rows gets what it should or, from CUDA C++, NaN.
 
     Differentiable in q, k and v.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> q = torch.zeros(3, 1, 2)  # two input rows, then a tape row of the first example
+        >>> v = torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]], [[3.0, 3.0]]])
+        >>> cu_inputs = torch.tensor([0, 1, 2], dtype=torch.int32)
+        >>> cu_tapes = torch.tensor([2, 3, 3], dtype=torch.int32)
+        >>> ak.ops.elastic_attention(q, q, v, cu_inputs, cu_tapes)[:, 0].tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
 
     Source: SPEC 6.
     """

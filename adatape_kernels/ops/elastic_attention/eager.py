@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from adatape_kernels import reference
-from adatape_kernels.elastic import check_examples
-from adatape_kernels.ops.op import implementation
+from adatape_kernels.offsets import check_examples
+from adatape_kernels.ops.implementation import implementation
 
 
 @implementation(checks_values=True)

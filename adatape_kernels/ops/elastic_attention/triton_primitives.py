@@ -60,7 +60,7 @@ def options_of(q: Tensor, strides: tuple[HeadStrides, ...], *, backward: bool) -
     }
 
 
-class ExampleRows(NamedTuple):
+class ExamplePlace(NamedTuple):
     """Where an example's rows lie in the buffer; in kernels, of scalars."""
 
     first_input: Any
@@ -124,7 +124,7 @@ def find_tile(
     num_tapes = tl.minimum(tl.maximum(end_tape, first_tape), rows) - first_tape
     num_rows = num_inputs + tl.minimum(num_tapes, rows - num_inputs)
     exists = (tile >= 0) & (tile < tl.cdiv(num_rows, BLOCK))
-    place = ExampleRows(
+    place = ExamplePlace(
         first_input=first_input, num_inputs=num_inputs, first_tape=first_tape, num_rows=num_rows
     )
     return example, tl.where(exists, tile, -1), place

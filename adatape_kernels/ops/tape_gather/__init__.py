@@ -49,6 +49,16 @@ def tape_gather(
     Differentiable in bank and weights. Under `torch.compile(fullgraph=True)` without a capacity,
     torch needs `torch._dynamo.config.capture_dynamic_output_shape_ops = True`.
 
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> bank = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> indices = torch.tensor([[[0, 1]], [[1, 0]]], dtype=torch.int32)
+        >>> weights = torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]])
+        >>> counts = torch.tensor([1, 1], dtype=torch.int32)
+        >>> tape, offsets = ak.ops.tape_gather(bank, indices, weights, counts)
+        >>> tape.tolist(), offsets.tolist()
+        ([[2.0, 3.0], [3.0, 4.0]], [0, 1, 2])
+
     Source: SPEC 4; scenic adatape/layers.py, ACTFunction.act_step.
     """
     bank_shape, shape, dtype = bank.shape, indices.shape, bank.dtype

@@ -51,6 +51,14 @@ def tape_read(
 
     Differentiable in query and bank, through tape, weights and ponder.
 
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> tape, offsets, read = ak.ops.tape_read(
+        ...     torch.ones(2, 4), torch.ones(9, 8), num_tape_tokens=3, topk=2, halt_threshold=1.0
+        ... )
+        >>> tape.shape, offsets.tolist(), read.counts.tolist()
+        (torch.Size([4, 8]), [0, 2, 4], [2, 2])
+
     Source: SPEC 3 and 4.
     """
     key_dim = query.shape[1] if query.dim() == 2 else 0

@@ -52,6 +52,17 @@ def tape_select(
 
     Differentiable in query and keys, through weights and ponder.
 
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> query, keys = torch.tensor([[1.0, 0.0]]), torch.eye(2).repeat(3, 1)
+        >>> read = ak.ops.tape_select(
+        ...     query, keys, num_tape_tokens=3, topk=2, halt_threshold=1.0
+        ... )
+        >>> read.indices.tolist()  # equal scores go to the lower index
+        [[[0, 2], [4, 1], [-1, -1]]]
+        >>> read.counts.tolist()
+        [2]
+
     Source: SPEC 3; scenic adatape/layers.py, ACTFunction.act_step.
     """
     check_selection(

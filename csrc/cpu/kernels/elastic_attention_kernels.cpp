@@ -105,6 +105,7 @@ float softmax_row(float* s, int64_t count, int64_t width, float* largest, float*
   return kept;
 }
 
+// Attends from kQueryBlock queries at most, which begin at row `first` of the example.
 template <class T>
 void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, int64_t first) {
   const ExampleRows e(p, example);
@@ -129,7 +130,17 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
     pack<T>(p.v, e, head, key, keys, dim, width, 1.0f, v);
     for (int64_t r = 0; r < queries; r += kTileQueries) {
       const int64_t count = queries - r < kTileQueries ? queries - r : kTileQueries;
-      gemm(count, columns, dim, q + r * width, width, 1, kt, columns, scores, columns, false);
+      gemm({.rows = count,
+            .cols = columns,
+            .depth = dim,
+            .a = q + r * width,
+            .stride_a_row = width,
+            .stride_a_col = 1,
+            .b = kt,
+            .stride_b = columns,
+            .c = scores,
+            .stride_c = columns,
+            .accumulate = false});
       for (int64_t t = 0; t < count; ++t) {
         const float kept =
             softmax_row(scores + t * columns, keys, columns, largest + r + t, total + r + t);
@@ -138,7 +149,17 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
           for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * kept);
         }
       }
-      gemm(count, width, keys, scores, columns, 1, v, width, out + r * width, width, key > 0);
+      gemm({.rows = count,
+            .cols = width,
+            .depth = keys,
+            .a = scores,
+            .stride_a_row = columns,
+            .stride_a_col = 1,
+            .b = v,
+            .stride_b = width,
+            .c = out + r * width,
+            .stride_c = width,
+            .accumulate = key > 0});
     }
   }
   for (int64_t r = 0; r < queries; ++r) {
@@ -150,6 +171,7 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
   unpack<T>(out, width, p.out, e, head, first, queries, dim);
 }
 
+// Computes the gradients block by block: for each block of keys all blocks of queries.
 template <class T>
 void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
   const ExampleRows e(p, example);
@@ -188,8 +210,28 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
       const int64_t queries = rows - query < block ? rows - query : block;
       pack<T>(p.q, e, head, query, queries, dim, width, p.softmax_scale, q);
       pack<T>(p.dout, e, head, query, queries, dim, width, 1.0f, dout);
-      gemm(queries, columns, dim, q, width, 1, kt, columns, weights, columns, false);
-      gemm(queries, columns, dim, dout, width, 1, vt, columns, ds, columns, false);
+      gemm({.rows = queries,
+            .cols = columns,
+            .depth = dim,
+            .a = q,
+            .stride_a_row = width,
+            .stride_a_col = 1,
+            .b = kt,
+            .stride_b = columns,
+            .c = weights,
+            .stride_c = columns,
+            .accumulate = false});
+      gemm({.rows = queries,
+            .cols = columns,
+            .depth = dim,
+            .a = dout,
+            .stride_a_row = width,
+            .stride_a_col = 1,
+            .b = vt,
+            .stride_b = columns,
+            .c = ds,
+            .stride_c = columns,
+            .accumulate = false});
       for (int64_t r = 0; r < queries; ++r) {
         const float lse = p.lse[head * p.rows + e.at(query + r)], shift = delta[query + r];
         float* const w_row = weights + r * columns;
@@ -203,9 +245,39 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
       // The packed q has been multiplied by the scale, so that dk is complete; dq is scaled at the
       // end.
       const bool later_query = query > 0, later_key = key > 0;
-      gemm(keys, width, queries, ds, 1, columns, q, width, dk, width, later_query);
-      gemm(keys, width, queries, weights, 1, columns, dout, width, dv, width, later_query);
-      gemm(queries, width, keys, ds, columns, 1, k, width, dq + query * width, width, later_key);
+      gemm({.rows = keys,
+            .cols = width,
+            .depth = queries,
+            .a = ds,
+            .stride_a_row = 1,
+            .stride_a_col = columns,
+            .b = q,
+            .stride_b = width,
+            .c = dk,
+            .stride_c = width,
+            .accumulate = later_query});
+      gemm({.rows = keys,
+            .cols = width,
+            .depth = queries,
+            .a = weights,
+            .stride_a_row = 1,
+            .stride_a_col = columns,
+            .b = dout,
+            .stride_b = width,
+            .c = dv,
+            .stride_c = width,
+            .accumulate = later_query});
+      gemm({.rows = queries,
+            .cols = width,
+            .depth = keys,
+            .a = ds,
+            .stride_a_row = columns,
+            .stride_a_col = 1,
+            .b = k,
+            .stride_b = width,
+            .c = dq + query * width,
+            .stride_c = width,
+            .accumulate = later_key});
     }
     unpack<T>(dk, width, p.dk, e, head, key, keys, dim);
     unpack<T>(dv, width, p.dv, e, head, key, keys, dim);

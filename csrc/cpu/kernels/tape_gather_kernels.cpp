@@ -28,6 +28,7 @@ void merge(const CpuTapeGatherParams& p, int64_t example, const int32_t* entries
   for (int v = 0; v < vecs; ++v) store(to + v * kLanes, sums[v]);
 }
 
+// Writes the tape tokens of example i.
 template <class T>
 void forward(const CpuTapeGatherParams& p, int64_t i) {
   constexpr int kVecs = 8;  // so many vectors of a row are served by one lookup of its place
@@ -52,6 +53,7 @@ void forward(const CpuTapeGatherParams& p, int64_t i) {
   }
 }
 
+// Writes the gradients of the weights of example i, zeros where it has no such tape token.
 template <class T>
 void backward(const CpuTapeGatherParams& p, int64_t i) {
   const int64_t count = p.offsets[i + 1] - p.offsets[i], width = p.bank.width;

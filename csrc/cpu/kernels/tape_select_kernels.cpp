@@ -111,6 +111,8 @@ void by_column(const CpuTapeSelectParams& p, int64_t example, float* to, int64_t
   }
 }
 
+// Reads all tape tokens of `count` examples from `first` on. While one of them reads on, the scores
+// of all are computed together.
 template <class T>
 void forward(const CpuTapeSelectParams& p, int64_t first, int64_t count) {
   const int64_t width = p.keys.width, columns = round_up(p.keys.bank_size, kColumnMultiple);
@@ -153,7 +155,17 @@ void forward(const CpuTapeSelectParams& p, int64_t first, int64_t count) {
       nobody &= !reading[e];
     }
     if (nobody) break;
-    gemm(count, columns, width, queries, width, 1, keys, columns, scores, columns, false);
+    gemm({.rows = count,
+          .cols = columns,
+          .depth = width,
+          .a = queries,
+          .stride_a_row = width,
+          .stride_a_col = 1,
+          .b = keys,
+          .stride_b = columns,
+          .c = scores,
+          .stride_c = columns,
+          .accumulate = false});
     for (int64_t e = 0; e < count; ++e) {
       if (!reading[e]) continue;
       const int64_t i = first + e, out = (i * p.num_tape_tokens + token) * p.topk;
@@ -175,9 +187,12 @@ void forward(const CpuTapeSelectParams& p, int64_t first, int64_t count) {
   }
 }
 
+// Computes the queries of example i once more, and then the gradients from its last tape token to
+// its first. dq is the gradient of the query that follows the token.
 template <class T>
 void backward(const CpuTapeSelectParams& p, int64_t i) {
   const int64_t width = p.keys.width, tokens = p.counts[i], topk = p.topk;
+  // The next query is keep · query + take · merged keys.
   const float keep = p.average_query ? 0.5f : 0.0f, take = p.average_query ? 0.5f : 1.0f;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width));
   Scratch scratch;

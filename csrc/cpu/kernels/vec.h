@@ -1,31 +1,30 @@
-// Vectors of float for one instruction set. Included by kernels only, which are compiled once for
-// each set with ADATAPE_ISA naming it; everything lies in a namespace of that name, so that no
-// inline function built for one processor is linked into code for another.
+// Vectors of float for one instruction set.
+//
+// Only kernels include this header. They are compiled once for each instruction set, with
+// ADATAPE_ISA naming it. Everything here lies in a namespace of that name, so that no inline
+// function that was built for one processor is linked into code for another.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace adatape::ADATAPE_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;
-constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
+constexpr int kTileRows = 6, kTileVecs = 4;  // of 32 registers 24 hold the tile of a product
 #elif defined(__AVX2__)
 constexpr int kVecBytes = 32;
-constexpr int kTileRows = 4, kTileVecs = 3;  // 12 of 16
+constexpr int kTileRows = 4, kTileVecs = 3;  // of 16 registers 12 do
 #else
 constexpr int kVecBytes = 16;
-constexpr int kTileRows = 4, kTileVecs = 2;  // 8 of 16
+constexpr int kTileRows = 4, kTileVecs = 2;  // of 16 registers 8 do
 #endif
 constexpr int kLanes = kVecBytes / 4;
 
-// Without attributes that allow aliasing: elements are loaded and stored by memcpy.
+// These types have no attribute that lets them alias others, because elements are loaded and stored
+// by memcpy.
 using Vec = float __attribute__((vector_size(kVecBytes)));
 using IntVec = uint32_t __attribute__((vector_size(kVecBytes)));
 using HalfVec = uint16_t __attribute__((vector_size(kVecBytes / 2)));
@@ -53,7 +52,7 @@ inline bfloat16 from_float<bfloat16>(float x) {
   if (x != x) return {0x7fc0};
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  bits += 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  bits += 0x7fff + ((bits >> 16) & 1);  // rounds to nearest, and ties to even
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
@@ -79,13 +78,14 @@ inline void store(bfloat16* to, Vec x) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// The first `count` elements, zeros behind them.
+// Loads the first `count` elements, with zeros behind them.
 template <class T>
 inline Vec load_some(const T* from, int count) {
   float lanes[kLanes] = {};
   for (int i = 0; i < count; ++i) lanes[i] = to_float(from[i]);
   return load(lanes);
 }
+// Stores the first `count` elements.
 template <class T>
 inline void store_some(T* to, Vec x, int count) {
   float lanes[kLanes];
@@ -110,12 +110,13 @@ inline float max(Vec x) {
   return result;
 }
 
-// e^x within 2 units in the last place; 0 below -87, e^88 above 88, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; a polynomial gives e^r, the exponent's bits 2^n.
+// Returns e^x within 2 units in the last place. The result is 0 below -87, e^88 above 88, and NaN
+// for NaN. With x = n ln 2 + r and |r| <= ln 2 / 2, a polynomial gives e^r, and the bits of the
+// exponent give 2^n.
 inline Vec exp(Vec x) {
   constexpr float kLowest = -87.0f, kHighest = 88.0f, kLog2e = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23; to add it rounds to an integer
   const Vec above = x < kLowest ? broadcast(kLowest) : x;
   const Vec clamped = above > kHighest ? broadcast(kHighest) : above;
   const Vec shifted = clamped * kLog2e + kRound;

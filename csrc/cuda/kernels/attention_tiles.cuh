@@ -91,10 +91,9 @@ struct SharedRows {
   __device__ __forceinline__ char* chunk(int row, int c) const {
     return dynamic_shared() + place(row, c);
   }
-  // Loads rows `row` to row + 16 at columns 16 * step to 16 * step + 16, as four quarters of (8,
-  // 8): the upper and the lower half of the left columns, then those of the right columns. The
-  // quarters are the first operand of mma; with kTranspose they are the second operand of two
-  // products.
+  // Loads rows `row` to row + 16 at columns 16 * step to 16 * step + 16, as four (8, 8) quarters.
+  // These are the upper and the lower half of the left columns, then those of the right columns.
+  // They are the first operand of mma; with kTranspose they are the second operand of two products.
   template <bool kTranspose>
   __device__ __forceinline__ void quarters(uint32_t (&to)[4], int row, int step) const {
     const int lane = threadIdx.x % kWarpSize;

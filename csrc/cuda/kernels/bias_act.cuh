@@ -12,16 +12,17 @@ namespace adatape::cuda {
 // All matrices are contiguous. They have `width` columns, save for hidden and dhidden, which have
 // twice as many where the activation is gated (a GLU).
 struct CudaBiasActParams {
-  void* hidden;                       // (rows, width or 2 · width), the pre-activations
-  const void* bias = nullptr;         // (columns of hidden,), forward only
-  void* act = nullptr;                // (rows, width), the activations
-  const void* dact = nullptr;         // (rows, width), backward only
-  void* dhidden = nullptr;            // shaped as hidden, backward only
-  float* dbias_parts = nullptr;       // (blocks of kBiasActRows rows, columns of hidden), backward
-                                      // only: the sum over each block's rows
-  const int64_t* num_rows = nullptr;  // on the device, how many rows of the buffer are in use; null
-                                      // where all are
-  int64_t first_row;                  // of the buffer, which is row 0 here
+  void* hidden;                // (rows, width or 2 · width), the pre-activations
+  const void* bias = nullptr;  // (columns of hidden,), forward only
+  void* act = nullptr;         // (rows, width), the activations
+  const void* dact = nullptr;  // (rows, width), backward only
+  void* dhidden = nullptr;     // shaped as hidden, backward only
+  // The sums of dhidden over every kBiasActRows rows, (blocks of rows, columns of hidden), backward
+  // only.
+  float* dbias_parts = nullptr;
+  // How many rows of the buffer are in use, on the device; null where the host knows that all are.
+  const int64_t* num_rows = nullptr;
+  int64_t first_row;  // the row of the buffer that is row 0 here
   int64_t rows;
   int64_t width;
 };

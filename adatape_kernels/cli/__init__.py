@@ -1,0 +1,57 @@
+"""The `adatape-kernels` command: a file a command, each of which declares its options and runs."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from adatape_kernels import __version__
+from adatape_kernels.cli import (
+    check_command,
+    demo_command,
+    info_command,
+    train_command,
+    verify_command,
+)
+from adatape_kernels.cli.options import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_UNREADABLE,
+    OneLineParser,
+)
+
+COMMANDS = (info_command, check_command, verify_command, demo_command, train_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = OneLineParser(prog="adatape-kernels", description="Elastic AdaTape for PyTorch.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    # The benchmarks have arguments of their own, in their folder.
+    commands.add_parser("bench", help="measure every op beside its peers", add_help=False)
+
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv[:1] if argv[:1] == ["bench"] else argv)
+    try:
+        if arguments.command == "bench":
+            return _run_bench(argv[1:])
+        return arguments.run(arguments)
+    except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"adatape-kernels: {error}", file=sys.stderr)
+        return EXIT_UNREADABLE
+    except KeyboardInterrupt as stop:
+        print(": ".join(["adatape-kernels: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run_bench(argv: Sequence[str]) -> int:
+    """Run the benchmarks, which have arguments of their own."""
+    # By name, since type checkers do not see that a clone has this package in a folder of its own.
+    command = importlib.import_module("adatape_kernels.benchmarks.harness.command")
+    return command.main(argv)

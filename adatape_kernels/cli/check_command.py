@@ -1,0 +1,27 @@
+"""`adatape-kernels check`: every kernel beside float64 on this machine."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from adatape_kernels.cli.options import EXIT_FAILED, check_device
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "check",
+        help="compare every kernel with float64 here: can this machine's results be trusted?",
+    )
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if it is there")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check every kernel on a device; 0 all passed, 1 one did not."""
+    from adatape_kernels.recipes import check
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return 0 if check.run(device) else EXIT_FAILED

@@ -1,0 +1,67 @@
+"""`adatape-kernels train`: training on an image set from local files."""
+
+import argparse
+from typing import Any
+
+from adatape_kernels.cli.options import add_backend, chosen_backend
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "train", help="train on an image set from local files, with checkpoints"
+    )
+    _add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `train`, whose defaults depend on the image set and stand with it."""
+    add = parser.add_argument
+    add("--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10 or imagefolder")
+    add(
+        "--data-dir",
+        metavar="FOLDER",
+        help="the set's files; default for fashion-mnist: where Debian's package puts them",
+    )
+    add("--out", default="adatape-train", metavar="FOLDER", help="default: %(default)s")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add_backend(parser)
+    model = parser.add_argument_group("model", "by default a small one that suits the set")
+    model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
+    for name, kind, text in (
+        ("image-size", int, "imagefolder: side that images are brought to, in pixels"),
+        ("patch", int, "side of an input patch, in pixels"),
+        ("bank-patch", int, "side of a bank patch, in pixels"),
+        ("dim", int, "width of a token"),
+        ("depth", int, "number of encoder layers"),
+        ("heads", int, "number of attention heads"),
+        ("ffn", int, "hidden width of the feed-forward for input rows"),
+        ("num-tape-tokens", int, "most tape tokens that an image reads"),
+        ("topk", int, "number of bank tokens that are merged into a tape token"),
+        ("halt-threshold", float, "an image reads on while its halting score is below this"),
+    ):
+        model.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    training = parser.add_argument_group("training", "by default what suits the set")
+    for name, kind, text in (
+        ("epochs", int, "number of passes over the training images"),
+        ("batch", int, "number of images in a step of the optimizer"),
+        ("lr", float, "the highest learning rate"),
+        ("weight-decay", float, "AdamW's weight decay"),
+        ("seed", int, "decides the split, the parameters, the order and the augmentation"),
+        ("limit", int, "number of training images that are used; default: all"),
+    ):
+        training.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or go on with a run."""
+    from adatape_kernels.recipes import train
+
+    options = {**vars(arguments)}
+    for name in ("command", "run", "backend"):
+        options.pop(name)
+    out, data_dir, resume = (options.pop(name) for name in ("out", "data_dir", "resume"))
+    with chosen_backend(arguments.backend):
+        train.run(out, options, data_dir=data_dir, resume=resume)
+    return 0

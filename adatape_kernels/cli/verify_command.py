@@ -1,0 +1,70 @@
+"""`adatape-kernels verify`: this package beside results of the public JAX code."""
+
+import argparse
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from adatape_kernels.cli.options import (
+    EXIT_FAILED,
+    EXIT_UNREADABLE,
+    add_backend,
+    check_device,
+    chosen_backend,
+)
+from adatape_kernels.ops import triton_runtime
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "verify", help="compare with files of results that the public JAX code computed"
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE.npz")
+    add_backend(parser)
+    parser.add_argument(
+        "--device", help="cpu or cuda; default: cuda for the backends triton and cuda, if there"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare every file; 0 all pass, 1 one is over tolerance, 2 one cannot be read."""
+    from adatape_kernels.recipes.verify import verify_file
+
+    files, backend = arguments.files, arguments.backend
+    forced = "" if backend is None else backend.partition(",")[0]
+    on_gpu = forced in ("triton", "cuda") and torch.cuda.is_available()
+    device = arguments.device or ("cuda" if on_gpu else "cpu")
+    check_device(device)
+    interpreter_is_off = triton_runtime.INSTALLED and not triton_runtime.INTERPRETED
+    if forced == "triton" and device == "cpu" and interpreter_is_off:
+        print("triton on the CPU: its interpreter runs the kernels", flush=True)
+        return _in_interpreter("verify", *files, "--backend", backend, "--device", "cpu")
+    code = 0
+    with chosen_backend(backend):
+        for file in files:
+            try:
+                report = verify_file(file, device)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                code = EXIT_UNREADABLE
+                continue
+            print("\n".join(report.lines()))
+            if not report.passed:
+                code = max(code, EXIT_FAILED)
+    return code
+
+
+def _in_interpreter(*argv: str) -> int:
+    """Run the command again where Triton's kernels run on the CPU; return its exit code.
+
+    A process of its own, since triton decides when it is imported.
+    """
+    command = [sys.executable, "-m", "adatape_kernels.cli", *argv]
+    # The interpreter's numpy warns of every NaN and infinity, which kernels have on purpose.
+    settings = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    return subprocess.run(command, env={**os.environ, **settings}).returncode

@@ -1,0 +1,199 @@
+"""The Transformer encoder over elastic batches: one layer, and a stack with reads in between."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adatape_kernels import ops
+from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.feed_forward import DualFFN
+from adatape_kernels.layers.reader import TapeReader
+from adatape_kernels.layers.self_attention import ElasticAttention
+from adatape_kernels.layers.torch_modules import NORM_EPS
+from adatape_kernels.reference import TapeSelection
+
+
+class ElasticEncoderLayer(DualFFN):
+    """A pre-norm encoder layer: x + Attention(LN(x)), then x + DualFFN(LN(x)).
+
+    Its parameters are named as in `torch.nn.TransformerEncoderLayer` (self_attn, linear1, linear2,
+    norm1, norm2), which is why it extends DualFFN rather than holding one; tape_linear1 and
+    tape_linear2 come on top.
+
+    Args:
+        dim: width of a token.
+        num_heads: number of attention heads, a divisor of dim.
+        ffn_dim: hidden width of the feed-forward for input rows.
+        tape_ffn_dim: hidden width of the feed-forward for tape rows; 0 shares that of input rows.
+        dropout: probability with which training drops an activation or an output of a branch.
+        attention_dropout: probability with which training drops an attention weight.
+        stochastic_depth: probability with which training drops a whole branch of an example.
+        norm_eps: epsilon of both LayerNorms.
+
+    Raises:
+        ValueError: num_heads does not divide dim.
+
+    Source: SPEC 6.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> layer = ak.layers.ElasticEncoderLayer(dim=8, num_heads=2, ffn_dim=16, tape_ffn_dim=4)
+        >>> x = ak.ElasticBatch.from_padded(torch.randn(2, 3, 8))
+        >>> layer(x).data.shape
+        torch.Size([6, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        tape_ffn_dim: int = 0,
+        *,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        norm_eps: float = NORM_EPS,
+    ):
+        super().__init__(dim, ffn_dim, tape_ffn_dim, dropout=dropout)
+        self.self_attn = ElasticAttention(dim, num_heads, dropout=attention_dropout)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.stochastic_depth = stochastic_depth
+
+    def forward(self, x: ElasticBatch) -> ElasticBatch:
+        """Apply the layer.
+
+        Args:
+            x: rows (rows, dim) of the parameters' dtype.
+
+        Returns:
+            A batch of the same layout and shape.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> layer = ak.layers.ElasticEncoderLayer(dim=8, num_heads=2, ffn_dim=16)
+            >>> theirs = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+            >>> layer.load_state_dict(theirs.state_dict())
+            <All keys matched successfully>
+            >>> y, mask = layer(ak.ElasticBatch.from_padded(torch.randn(2, 3, 8))).to_padded()
+            >>> y.shape
+            torch.Size([2, 3, 8])
+        """
+        branch = self._dropped(x, self.self_attn(x.with_data(self.norm1(x.data))))
+        norm = self.norm2
+        data, normed = ops.add_layer_norm(x.data, branch, norm.weight, norm.bias, norm.eps)
+        return x.with_data(data + self._dropped(x, self.feed_forward(x.with_data(normed))))
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _dropped(self, x: ElasticBatch, branch: ElasticBatch) -> Tensor:
+        """Return the branch's rows (rows, dim), in training after dropout and stochastic depth."""
+        out = F.dropout(branch.data, self.dropout, self.training)
+        if self.training and self.stochastic_depth > 0:
+            # The last entry is for unused rows, which belong to no example.
+            keep = out.new_empty(x.batch + 1).bernoulli_(1 - self.stochastic_depth)
+            scale = keep / (1 - self.stochastic_depth)
+            out = out * scale[x.example_of_rows()].unsqueeze(1)
+        return out
+
+
+class ElasticEncoder(nn.Module):
+    """A stack of encoder layers, some of which are preceded by a read, and a final LayerNorm.
+
+    Args:
+        layers: the layers, in order.
+        dim: width of a token.
+        readers: readers by the index of the layer that they run before.
+        norm_eps: epsilon of the final LayerNorm.
+
+    Raises:
+        ValueError: a reader's layer does not exist.
+
+    Source: SPEC 6.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> layers = [ak.layers.ElasticEncoderLayer(8, 2, 16) for _ in range(3)]
+        >>> reader = ak.layers.TapeReader(8, num_tape_tokens=2, topk=3, halt_threshold=9.0)
+        >>> encoder = ak.layers.ElasticEncoder(layers, 8, readers={1: reader})
+        >>> x = ak.ElasticBatch.from_padded(torch.randn(2, 4, 8))
+        >>> y, reads = encoder(x, bank=torch.randn(2, 30, 8))
+        >>> y.lens.tolist(), len(reads)
+        ([6, 6], 1)
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[ElasticEncoderLayer],
+        dim: int,
+        readers: Mapping[int, TapeReader] | None = None,
+        *,
+        norm_eps: float = NORM_EPS,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        readers = readers or {}
+        for layer in readers:
+            if not 0 <= layer < len(self.layers):
+                raise ValueError(
+                    f"readers: expected layers from 0 to {len(self.layers) - 1}, got {layer}"
+                )
+        self.readers = nn.ModuleDict({str(layer): reader for layer, reader in readers.items()})
+        self.norm = nn.LayerNorm(dim, norm_eps)
+
+    def stages(self) -> Iterator[tuple[ElasticEncoderLayer, TapeReader | None]]:
+        """Yield each layer with the reader that runs before it, or with None.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> layers = [ak.layers.ElasticEncoderLayer(8, 2, 16) for _ in range(3)]
+            >>> reader = ak.layers.TapeReader(8, num_tape_tokens=2, topk=3, halt_threshold=9.0)
+            >>> encoder = ak.layers.ElasticEncoder(layers, 8, readers={1: reader})
+            >>> [reader is not None for _, reader in encoder.stages()]
+            [False, True, False]
+        """
+        for index, layer in enumerate(self.layers):
+            name = str(index)
+            reader = self.readers[name] if name in self.readers else None
+            yield cast(ElasticEncoderLayer, layer), cast(TapeReader | None, reader)
+
+    def forward(
+        self, x: ElasticBatch, bank: Tensor | None = None, *, capacity: int | None = None
+    ) -> tuple[ElasticBatch, tuple[TapeSelection, ...]]:
+        """Encode a batch.
+
+        Args:
+            x: rows (rows, dim) of the parameters' dtype.
+            bank: (batch, bank_size, dim) or (bank_size, dim), for the readers without a learnable
+                bank of their own.
+            capacity: tape rows that each read reserves for the whole batch (capacity mode); None
+                computes exactly the rows that are read.
+
+        Returns:
+            The encoded batch, and what each read selected, in the order of the layers.
+
+        Raises:
+            ValueError: as in `TapeReader.forward`.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> layers = [ak.layers.ElasticEncoderLayer(8, 2, 16) for _ in range(2)]
+            >>> encoder = ak.layers.ElasticEncoder(layers, 8)
+            >>> y, reads = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
+            >>> y.data.shape, reads
+            (torch.Size([8, 8]), ())
+        """
+        reads = []
+        for layer, reader in self.stages():
+            if reader is not None:
+                x, selection = reader(x, bank, capacity=capacity)
+                reads.append(selection)
+            x = layer(x)
+        return x.with_data(self.norm(x.data)), tuple(reads)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,0 +1,196 @@
+"""Reading a tape from a bank of tokens and appending it to each example (SPEC 2 to 5)."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adatape_kernels import ops
+from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
+from adatape_kernels.reference import LossType, TapeSelection
+
+QueryType = Literal["token", "gap"]
+"""What a read looks for: the class token, or the mean over the example's rows."""
+
+_POOLING: dict[str, Literal["token", "mean"]] = {"token": "token", "gap": "mean"}
+
+
+class TapeReader(nn.Module):
+    """Reads tape tokens from a bank and appends them to each example.
+
+    Args:
+        dim: width of a token.
+        num_tape_tokens: most tape tokens that one read appends to an example.
+        topk: number of bank tokens that are merged into one tape token.
+        halt_threshold: an example reads on while its halting score is below this.
+        bank_size: number of tokens of a learnable bank, the parameter `tape_tokens`; 0 when the
+            caller brings banks.
+        key_split: the key of a bank token is its first dim // key_split features.
+        query: "token" reads with the class token, "gap" with the mean over the example's rows.
+        average_query: whether a new query is the mean of the last one and of what it read, or
+            what it read alone.
+        loss_type: how a read is charged, "entropy" or "max", as in `ops.tape_select`.
+        tape_mlp_dim: hidden width of a GLU feed-forward, the module `tape_mlp`, that tape tokens
+            pass before they are appended; 0 for none.
+        query_noise: standard deviation of the noise that training adds to the query.
+        bank_dropout: probability with which training hides a bank token from an example.
+
+    Raises:
+        ValueError: query is neither "token" nor "gap", or key_split is not within 1 to dim.
+
+    Source: SPEC 2 to 5.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> reader = ak.layers.TapeReader(
+        ...     dim=8, num_tape_tokens=4, topk=2, halt_threshold=99.0, bank_size=30
+        ... )
+        >>> x, selection = reader(ak.ElasticBatch.from_padded(torch.randn(3, 5, 8)))
+        >>> x.lens.tolist(), selection.indices.shape
+        ([9, 9, 9], torch.Size([3, 4, 2]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_tape_tokens: int,
+        topk: int,
+        halt_threshold: float,
+        bank_size: int = 0,
+        key_split: int = 1,
+        query: QueryType = "token",
+        average_query: bool = True,
+        loss_type: LossType = "entropy",
+        tape_mlp_dim: int = 0,
+        query_noise: float = 0.0,
+        bank_dropout: float = 0.0,
+    ):
+        super().__init__()
+        if query not in ("token", "gap"):
+            raise ValueError(f"query: expected 'token' or 'gap', got {query!r}")
+        if not 1 <= key_split <= dim:
+            raise ValueError(f"key_split: expected 1 to dim = {dim}, got {key_split}")
+        self.num_tape_tokens = num_tape_tokens
+        self.topk = topk
+        self.halt_threshold = halt_threshold
+        self.key_dim = dim // key_split
+        self.query = query
+        self.average_query = average_query
+        self.loss_type = loss_type
+        self.query_noise = query_noise
+        self.bank_dropout = bank_dropout
+        self.bank_norm = nn.LayerNorm(dim, NORM_EPS)
+        self.tape_tokens: nn.Parameter | None = None
+        if bank_size:
+            self.tape_tokens = nn.Parameter(torch.empty(bank_size, dim))
+            nn.init.normal_(self.tape_tokens, std=0.02)
+        self.tape_mlp = (
+            nn.Sequential(
+                xavier_linear(dim, 2 * tape_mlp_dim), nn.GLU(), xavier_linear(tape_mlp_dim, dim)
+            )
+            if tape_mlp_dim
+            else None
+        )
+
+    def forward(
+        self,
+        x: ElasticBatch,
+        bank: Tensor | None = None,
+        *,
+        bank_lens: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> tuple[ElasticBatch, TapeSelection]:
+        """Read from the bank and append the tape tokens that were read.
+
+        Args:
+            x: the batch (rows, dim), with no norm applied to it.
+            bank: (batch, bank_size, dim) or (bank_size, dim), with no norm applied to it; None
+                for the learnable bank.
+            bank_lens: (batch,) integers, how many leading tokens of each example's bank are
+                valid; None when all are.
+            capacity: number of tape rows to reserve for the whole batch (capacity mode, which
+                never synchronises); None for exactly those that are read, which copies one number
+                to the host.
+
+        Returns:
+            The batch with the tape appended, and what was read: indices and weights
+            (batch, num_tape_tokens, topk), counts and ponder losses (batch,).
+
+        Raises:
+            ValueError: there is no bank, or as in `ops.tape_read`.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=99.0)
+            >>> x = ak.ElasticBatch.from_padded(torch.randn(2, 5, 8))
+            >>> bank, bank_lens = torch.randn(2, 30, 8), torch.tensor([30, 5])
+            >>> x, selection = reader(x, bank, bank_lens=bank_lens)
+            >>> selection.counts.tolist()  # five tokens give two pairs
+            [4, 2]
+        """
+        values, query, read_mask = self.normalised(bank, x.pool(_POOLING[self.query]))
+        tape, offsets, selection = ops.tape_read(
+            query[:, : self.key_dim],
+            values,
+            num_tape_tokens=self.num_tape_tokens,
+            topk=self.topk,
+            halt_threshold=self.halt_threshold,
+            average_query=self.average_query,
+            loss_type=self.loss_type,
+            read_mask=read_mask,
+            bank_lens=bank_lens,
+            capacity=capacity,
+        )
+        tape = tape.to(x.data.dtype)
+        if self.tape_mlp is not None:
+            tape = self.tape_mlp(tape)
+        x = x.append_tape(tape, offsets, max_tapes=self.num_tape_tokens, exact=capacity is None)
+        if self.tape_mlp is not None:
+            x = x.with_data(x.clear_unused(x.data))
+        return x, selection
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def normalised(
+        self, bank: Tensor | None, query: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what the ops take: a normalised bank, a normalised query and a mask.
+
+        Args:
+            bank: as in `forward`.
+            query: (batch, dim), pooled from the examples.
+
+        Returns:
+            The bank, in its own shape; the query (batch, dim), in training with noise added to it
+            before the norm; and the mask (batch, bank_size) of the bank tokens that training hides
+            from an example, or None.
+
+        Raises:
+            ValueError: there is no bank, or its shape does not fit the query's.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=2.0)
+            >>> bank, query, mask = reader.normalised(torch.randn(30, 8), torch.randn(2, 8))
+            >>> bank.shape, query.shape, mask
+            (torch.Size([30, 8]), torch.Size([2, 8]), None)
+        """
+        bank = self.tape_tokens if bank is None else bank
+        if bank is None:
+            raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
+        if bank.dim() not in (2, 3) or (bank.dim() == 3 and bank.shape[0] != query.shape[0]):
+            raise ValueError(
+                f"bank: expected ([{query.shape[0]},] bank_size, {query.shape[1]}), "
+                f"got {tuple(bank.shape)}"
+            )
+        if self.training and self.query_noise > 0:
+            query = query + self.query_noise * torch.randn_like(query)
+        read_mask = None
+        if self.training and self.bank_dropout > 0:
+            chance = torch.rand(query.shape[0], bank.shape[-2], device=query.device)
+            read_mask = chance < self.bank_dropout
+        values, query = self.bank_norm(bank), self.bank_norm(query)
+        return values, query.to(values.dtype), read_mask

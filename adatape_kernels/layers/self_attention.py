@@ -1,0 +1,79 @@
+"""Multi-head self-attention over elastic batches (SPEC 6)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adatape_kernels import ops, reference
+from adatape_kernels.elastic import ElasticBatch
+
+
+class ElasticAttention(nn.Module):
+    """Multi-head self-attention within each example, over its input rows and its tape rows.
+
+    The parameters are named as in `torch.nn.MultiheadAttention`: in_proj_weight (3 · dim, dim),
+    in_proj_bias (3 · dim,) and out_proj, a linear module from dim to dim.
+
+    Args:
+        dim: width of a token.
+        num_heads: number of heads; each takes dim / num_heads features.
+        dropout: probability with which training drops an attention weight.
+
+    Raises:
+        ValueError: num_heads does not divide dim.
+
+    Source: SPEC 6.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> attention = ak.layers.ElasticAttention(dim=8, num_heads=2)
+        >>> x = ak.ElasticBatch.from_padded(torch.randn(2, 3, 8))
+        >>> attention(x).data.shape
+        torch.Size([6, 8])
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        for weight in (*self.in_proj_weight.detach().chunk(3), self.out_proj.weight):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: ElasticBatch) -> ElasticBatch:
+        """Attend within each example.
+
+        Args:
+            x: rows (rows, dim) of the parameters' dtype.
+
+        Returns:
+            A batch of the same layout and shape, whose unused rows are zero.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> attention = ak.layers.ElasticAttention(8, 2)
+            >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+            >>> x = ak.ElasticBatch.from_padded(torch.randn(2, 3, 8), mask)
+            >>> attention(x).lens.tolist()
+            [3, 1]
+        """
+        rows, dim = x.data.shape
+        qkv = F.linear(x.data, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(rows, 3, self.num_heads, dim // self.num_heads).unbind(1)
+        if self.training and self.dropout > 0:
+            out, _ = reference.elastic_attention(
+                q, k, v, x.cu_inputs, x.cu_tapes, dropout=self.dropout
+            )
+        else:
+            out = ops.elastic_attention(q, k, v, x.cu_inputs, x.cu_tapes, max_rows=x.max_rows)
+        return x.with_data(x.clear_unused(self.out_proj(out.view(rows, dim))))
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,0 +1,127 @@
+"""Offsets of rows that follow each other: made from lengths, checked, turned into row numbers."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cumulative(lens: Tensor, start: int = 0) -> Tensor:
+    """Return the offsets of consecutive segments.
+
+    Args:
+        lens: (batch,) integers, the segments' lengths.
+        start: where the first segment starts.
+
+    Returns:
+        (batch + 1,) int32, from `start`; segment i stretches from offset i to offset i + 1.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.offsets import cumulative
+        >>> cumulative(torch.tensor([3, 0, 2]), start=10).tolist()
+        [10, 13, 13, 15]
+    """
+    return F.pad(lens.cumsum(0), (1, 0)).add(start).to(torch.int32)
+
+
+def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool = True) -> None:
+    """Check that offsets begin at `start`, never descend and end at `end`; copies them to the host.
+
+    Args:
+        name: the offsets' name in an error.
+        offsets: (batch + 1,) int32.
+        start: the first offset.
+        end: the last offset.
+        exact: whether the last offset must be `end`; otherwise it may be smaller.
+
+    Raises:
+        ValueError: they do not.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.offsets import check_offsets
+        >>> check_offsets("cu_inputs", torch.tensor([0, 3, 2], dtype=torch.int32), 0, 2)
+        Traceback (most recent call last):
+        ValueError: cu_inputs: expected ascending offsets, got 3 then 2 at 1, 2
+    """
+    values = offsets.tolist()
+    if values[0] != start:
+        raise ValueError(f"{name}: expected the first offset to be {start}, got {values[0]}")
+    for i, (low, high) in enumerate(itertools.pairwise(values)):
+        if high < low:
+            raise ValueError(
+                f"{name}: expected ascending offsets, got {low} then {high} at {i}, {i + 1}"
+            )
+    if values[-1] != end if exact else values[-1] > end:
+        bound = "" if exact else "at most "
+        raise ValueError(
+            f"{name}: expected the last offset to be {bound}{end} (the number of rows), "
+            f"got {values[-1]}"
+        )
+
+
+def check_examples(
+    cu_inputs: Tensor, cu_tapes: Tensor, num_rows: int, max_rows: int | None
+) -> None:
+    """Check the values of a layout's offsets; copies them to the host.
+
+    Args:
+        cu_inputs: (batch + 1,) int32, the bounds of each example's input rows.
+        cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows.
+        num_rows: number of rows of the buffer; those behind the last offset may be unused.
+        max_rows: a bound on the rows of an example, or None.
+
+    Raises:
+        ValueError: the offsets do not ascend, do not join or exceed the buffer, or an example has
+            more than max_rows rows.
+    """
+    check_offsets("cu_inputs", cu_inputs, 0, num_rows, exact=False)
+    check_offsets("cu_tapes", cu_tapes, int(cu_inputs[-1]), num_rows, exact=False)
+    longest = max((cu_inputs.diff() + cu_tapes.diff()).tolist(), default=0)
+    if max_rows is not None and longest > max_rows:
+        raise ValueError(f"max_rows: expected at least {longest} (the longest), got {max_rows}")
+
+
+def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
+    """Return where the rows of a layout lie, in the order of the examples.
+
+    Args:
+        cu_inputs: (batch + 1,) int32, the bounds of each example's input rows.
+        cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows.
+        total: number of rows that examples own. The caller states it, since reading it from the
+            offsets would synchronise.
+
+    Returns:
+        (total,) int64 row numbers: first the input rows and tape rows of example 0, then those of
+        example 1, and so on.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.offsets import cumulative, packed_order
+        >>> cu_inputs = cumulative(torch.tensor([2, 1]))
+        >>> cu_tapes = cumulative(torch.tensor([1, 1]), start=3)
+        >>> packed_order(cu_inputs, cu_tapes, total=5).tolist()
+        [0, 1, 3, 2, 4]
+    """
+    input_lens = cu_inputs.diff()
+    lens = input_lens + cu_tapes.diff()
+    example = torch.repeat_interleave(lens, output_size=total)
+    row = torch.arange(total, device=lens.device) - cumulative(lens)[example]
+    in_tape = row - input_lens[example]
+    return torch.where(in_tape < 0, cu_inputs[example] + row, cu_tapes[example] + in_tape)
+
+
+def check_offsets_tensor(name: str, offsets: Tensor, data: Tensor) -> None:
+    """Check that offsets are int32 (batch + 1,) on the device of `data`. Raises ValueError."""
+    shape = offsets.shape
+    if offsets.dtype != torch.int32 or len(shape) != 1 or shape[0] == 0:
+        raise ValueError(f"{name}: expected int32 (batch + 1,), got {offsets.dtype} {tuple(shape)}")
+    check_same_device(name, offsets, data)
+
+
+def check_same_device(name: str, tensor: Tensor, data: Tensor) -> None:
+    """Check that a tensor is on the device of `data`. Raises ValueError."""
+    if tensor.device != data.device:
+        raise ValueError(f"{name}: expected a tensor on {data.device}, got {tensor.device}")

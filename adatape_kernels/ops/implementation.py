@@ -1,0 +1,113 @@
+"""An implementation: one backend's function for one op, and the statement of which calls it serves.
+
+A statement is a function of the call that returns None or the reason why not, in words. What reads
+them, to serve calls or to print a table, stands in op.py and support.py.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+Statement = Callable[..., str | None]
+"""A function of the device's facts and the op's arguments: None, or the reason why not."""
+
+
+@functools.cache
+def short(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's function for one op, with the statement of which calls it serves."""
+
+    function: Callable[..., Any]
+    """Takes the op's arguments in the order of its schema."""
+    devices: tuple[str, ...] | None = None
+    """Device types of the tensors that it takes; None for all."""
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    """Dtypes of the op's first argument that it takes."""
+    limits: Statement | None = None
+    """What else it asks of a call; None where device and dtype decide."""
+    absent: str | None = None
+    """Why this installation lacks it; None where it is there."""
+    checks_values: bool = False
+    """True where it refuses bad values itself, in a pass over them that it makes anyway."""
+
+    def refusal(
+        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+    ) -> str | None:
+        """Return why a call with these arguments cannot be served, or None when it can.
+
+        `device_type` and `facts` stand in for the device of the first argument, so that what a GPU
+        would be offered can be read on a machine without one.
+        """
+        tensor = args[0]
+        reason = self.refusal_by_type(device_type or tensor.device.type, tensor.dtype)
+        if reason is None and self.limits is not None:
+            reason = self.limits(facts or facts_of(tensor.device), *args)
+        return reason
+
+    def refusal_by_type(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Return why no call on this device and of this dtype can be served, or None."""
+        if self.absent is not None:
+            return self.absent
+        if self.devices is not None and device_type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}"
+        if dtype not in self.dtypes:
+            return f"it takes {', '.join(map(short, self.dtypes))}"
+        return None
+
+
+def implementation(**statement: Any) -> Callable[[Callable[..., Any]], Implementation]:
+    """Make the decorated function an `Implementation` whose other fields are `statement`."""
+    return lambda function: Implementation(function, **statement)
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """An implementation in C++: the op of the same name and schema in another namespace.
+
+    csrc registers kernels for it and declares nothing; `Operation` declares it, from its schema.
+    """
+
+    namespace: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    absent: str | None
+    limits: Statement | None = None
+    checks_values: bool = False
+    flags: Mapping[str, Callable[[], bool]] | None = None
+    """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
+
+    def bind(self, name: str, schema: str, library: torch.library.Library) -> Implementation:
+        """Declare the op in the namespace, and return the implementation that calls it."""
+        flags = self.flags or {}
+        taken = "".join(f", bool {flag}" for flag in flags)
+        arguments, _, results = schema.partition(") -> ")
+        library.define(f"{arguments}{taken}) -> {results}")
+        call = getattr(getattr(torch.ops, self.namespace), name).default
+        values = tuple(flags.values())
+
+        def run(*args: Any) -> Any:
+            try:
+                return call(*args, *(value() for value in values)) if values else call(*args)
+            except RuntimeError as error:
+                # C++ has no ValueError to throw through torch, nor the op's name at hand.
+                message = str(error).partition("\n")[0]
+                if ": expected " in message:
+                    raise ValueError(f"{name}: {message}") from None
+                raise
+
+        return Implementation(
+            run, self.devices, self.dtypes, self.limits, self.absent, self.checks_values
+        )

@@ -1,0 +1,56 @@
+"""Which backend serves which calls, as the implementations themselves state it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from adatape_kernels.ops.device_facts import EMULATED, DeviceFacts, facts_of
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
+from adatape_kernels.ops.op import BACKENDS, operation, registered_ops
+
+DEVICES = ("cpu", "cuda")
+
+
+class Support(NamedTuple):
+    """What one backend states of one typical call of an op."""
+
+    op: str
+    call: str
+    """What is typical of the call, in words."""
+    device: str
+    dtype: str
+    backend: str
+    reason: str | None
+    """Why the backend does not serve the call; None where it does."""
+    default: bool
+    """Whether the call goes to it where `use_backend` names none."""
+
+
+def facts_for(device_type: str) -> DeviceFacts:
+    """Return the facts of a device, or of the GPU that stands in for one that is not here."""
+    if device_type == "cuda" and torch.cuda.is_available():
+        return facts_of(torch.device("cuda", torch.cuda.current_device()))
+    return EMULATED
+
+
+def supported(device_type: str) -> Iterator[Support]:
+    """Ask every implementation about every typical call of its op on a device, here or not.
+
+    Example:
+        >>> from adatape_kernels.ops.support import supported
+        >>> {e.backend for e in supported("cpu") if e.dtype == "float64" and e.default}
+        {'eager'}
+    """
+    facts = facts_for(device_type)
+    for name in registered_ops():
+        op = operation(name)
+        for call, make in op.typical.items():
+            for dtype in FLOAT_DTYPES:
+                args = make(dtype)
+                default = op.serving(args, device_type, facts)
+                for backend in BACKENDS:
+                    reason = op.refusal(backend, args, device_type, facts)
+                    yield Support(
+                        name, call, device_type, short(dtype), backend, reason, backend == default
+                    )

@@ -1,0 +1,147 @@
+"""A trained model beside its padded counterpart: do they agree, and what does each cost?"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
+from adatape_kernels.models import AdaTape, AdaTapeOutput
+from adatape_kernels.recipes import measure
+from adatape_kernels.recipes.machine import attention_backend
+from adatape_kernels.recipes.train_loop import accuracy, predict
+
+COMPARED_IMAGES = 360
+
+
+class Cost(NamedTuple):
+    """What both models spend on the same images, and how to show it."""
+
+    label: str
+    """Name of the cost and of the unit that it is shown in."""
+    elastic: float
+    padded: float
+    unit: float
+    """Size of one shown unit: 1e-3 shows seconds as milliseconds."""
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """What was measured; a cost is a dictionary with the keys "elastic" and "padded"."""
+
+    test_accuracy: float
+    """Share of the whole test set that is classified right, 0 to 1."""
+    compared_images: int
+    """Number of test images, in one batch, over which the two models are compared."""
+    max_abs_logit_difference: float
+    """Largest difference between the two models' logits, over the compared images."""
+    images_that_read_differently: int
+    """Number of compared images for which the two models read different bank tokens."""
+    forward_seconds: dict[str, measure.Timing]
+    """Time of a forward pass over the compared images."""
+    train_step_seconds: dict[str, measure.Timing]
+    """Time of a forward and backward pass over the compared images."""
+    rows: dict[str, int]
+    """Number of rows that a layer behind every read computes, over the compared images."""
+    flops: dict[str, int]
+    """Floating-point operations of the products of a forward pass."""
+    peak_bytes: dict[str, int]
+    """Most memory that a training step holds at a time."""
+    attention_backend: str
+    """Name of the backend that served the elastic model's attention."""
+    images_by_tape_length: list[int]
+    """Entry n is the number of images of the whole test set that read n tape tokens."""
+
+    def report(self) -> dict[str, Any]:
+        """Return the entries of report.json.
+
+        A timing becomes its median under the plain name, and the 20th and 80th percentile under
+        the name with the suffix _p20_p80.
+        """
+        entries = asdict(self)
+        for name in ("forward_seconds", "train_step_seconds"):
+            timings = entries.pop(name)
+            entries[name] = {kind: t["median"] for kind, t in timings.items()}
+            entries[f"{name}_p20_p80"] = {k: [t["p20"], t["p80"]] for k, t in timings.items()}
+        return entries
+
+    def costs(self) -> list[Cost]:
+        """Return each cost as tables and pictures show it."""
+        forward, step = (
+            {kind: timing.median for kind, timing in timings.items()}
+            for timings in (self.forward_seconds, self.train_step_seconds)
+        )
+        return [
+            Cost("forward, ms", **forward, unit=1e-3),
+            Cost("training step, ms", **step, unit=1e-3),
+            Cost("rows computed", **self.rows, unit=1),
+            Cost("forward, MFLOP", **self.flops, unit=1e6),
+            Cost("training step, peak MB", **self.peak_bytes, unit=1e6),
+        ]
+
+
+def compare(
+    model: AdaTape, data: ImageSet, normalise: Normaliser, rounds: int
+) -> tuple[ModelComparison, AdaTapeOutput]:
+    """Set an elastic model beside the padded one on the same weights.
+
+    The costs are those of one batch of at most 360 test images, spread over the set.
+
+    Args:
+        model: the elastic model.
+        data: its test half is used.
+        normalise: what the model was trained with.
+        rounds: number of times that each timing is repeated.
+
+    Returns:
+        What was measured, and the elastic model's output for every test image.
+    """
+    every = predict(model, data.test_images, normalise)
+    sample = evenly_spaced(len(data.test_labels), COMPARED_IMAGES)
+    images = normalise(unit_range(data.test_images[sample]))
+    labels = data.test_labels[sample]
+    padded = model.padded()
+    models = {"elastic": model, "padded": padded}
+
+    def forward(kind: str) -> AdaTapeOutput:
+        with torch.no_grad():
+            return models[kind](images)
+
+    def step(kind: str) -> None:
+        model.loss(models[kind](images), labels).backward()
+        model.zero_grad()
+
+    padded.eval()
+    elastic, other = (forward(kind) for kind in models)
+    backend = attention_backend(lambda: forward("elastic"))
+    same = torch.stack(
+        [
+            (a.indices == b.indices).flatten(1).all(1)
+            for a, b in zip(elastic.reads, other.reads, strict=True)
+        ]
+    ).all(0)
+    forwards = {kind: lambda kind=kind: forward(kind) for kind in models}
+    forward_seconds = measure.seconds(forwards, rounds)
+    flops = {kind: measure.flops(run) for kind, run in forwards.items()}
+    padded.train()
+    steps = {kind: lambda kind=kind: step(kind) for kind in models}
+    train_step_seconds = measure.seconds(steps, rounds)
+    peak_bytes = {kind: measure.peak_bytes(run) for kind, run in steps.items()}
+    padded.eval()
+    inputs = len(images) * model.embed(images[:1])[0].shape[1]
+    possible = len(images) * model.config.num_tape_tokens * len(elastic.reads)
+    lengths = every.tape_lens.bincount(minlength=model.config.num_tape_tokens + 1)
+    comparison = ModelComparison(
+        test_accuracy=accuracy(every, data.test_labels),
+        compared_images=len(images),
+        max_abs_logit_difference=(elastic.logits - other.logits).abs().max().item(),
+        images_that_read_differently=int((~same).sum()),
+        forward_seconds=forward_seconds,
+        train_step_seconds=train_step_seconds,
+        rows={"elastic": inputs + int(elastic.tape_lens.sum()), "padded": inputs + possible},
+        flops=flops,
+        peak_bytes=peak_bytes,
+        attention_backend=backend,
+        images_by_tape_length=lengths.tolist(),
+    )
+    return comparison, every

@@ -1,0 +1,76 @@
+"""The report of a trained model: accuracy, and its cost beside that of the padded model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from adatape_kernels.data.image_set import ImageSet, Normaliser
+from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.checkpoint import write_file
+from adatape_kernels.recipes.machine import environment
+from adatape_kernels.recipes.model_comparison import ModelComparison, compare
+
+
+def write_report(
+    out: Path,
+    model: AdaTapeViT,
+    data: ImageSet,
+    normalise: Normaliser,
+    entries: dict[str, Any],
+    *,
+    rounds: int,
+) -> ModelComparison:
+    """Compare, print a table, and write report.json, model.safetensors and pictures into `out`.
+
+    Args:
+        out: an existing folder.
+        model: the trained model.
+        data: its test half is used.
+        normalise: what the model was trained with.
+        entries: what else report.json should hold.
+        rounds: number of times that each timing is repeated.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    comparison, output = compare(model, data, normalise, rounds)
+    report = {**comparison.report(), **entries, **environment()}
+    write_file(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_file(out / "model.safetensors", safetensors.torch.save(weights))
+    pictures.draw_all(out, data, output, comparison, model.config.bank_patch_size)
+    print(table(comparison))
+    print(f"pictures, report and model: {out}{os.sep}")
+    return comparison
+
+
+def table(comparison: ModelComparison) -> str:
+    """Return the comparison as text."""
+    batch = f"{comparison.compared_images} test images, one batch"
+    lines = [
+        "",
+        f"test accuracy                  {comparison.test_accuracy:8.2%}",
+        f"largest difference of logits   {comparison.max_abs_logit_difference:8.1e}"
+        f"   ({comparison.images_that_read_differently} images read differently)",
+        f"images x tape tokens           {_describe(comparison.images_by_tape_length)}",
+        "",
+        f"{batch:30} {'elastic':>10} {'padded':>10} {'padded/elastic':>15}",
+    ]
+    for cost in comparison.costs():
+        shown = f"{cost.elastic / cost.unit:10,.1f} {cost.padded / cost.unit:10,.1f}"
+        lines.append(f"{cost.label:30} {shown} {cost.padded / cost.elastic:14.2f}x")
+    if comparison.attention_backend == "eager":
+        lines += [
+            "",
+            "The ops ran on the eager reference, an exact loop over the examples: times show its",
+            "overhead, rows and FLOPs the work that is saved.",
+        ]
+    return "\n".join(lines)
+
+
+def _describe(images_by_tape_length: list[int]) -> str:
+    return ", ".join(f"{n} x {length}" for length, n in enumerate(images_by_tape_length) if n)

@@ -1,0 +1,259 @@
+"""The training loop that the demo and `train` share, and predictions over a whole set.
+
+The order and the augmentation of an epoch depend on its number and the seed alone; everything else
+that is random comes from torch's own generator, whose state a checkpoint holds. A run that goes on
+from the end of an epoch therefore repeats the curve of an unbroken one.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
+from adatape_kernels.models import AdaTape, AdaTapeOutput
+from adatape_kernels.reference import TapeSelection
+
+Augment = Callable[[Tensor, Generator], Tensor]
+"""Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""
+
+PREDICT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """How to train: with AdamW, whose learning rate rises linearly and falls as a cosine to 0.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    epochs: int
+    """Number of passes over the training images."""
+    batch: int
+    """Number of images in a step of the optimizer."""
+    learning_rate: float
+    """The highest learning rate."""
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+    """Share of the target that is spread over all classes."""
+    warmup_share: float = 0.02
+    """Share of all steps in which the learning rate rises."""
+    max_grad_norm: float = math.inf
+    """Norm that the gradient of all parameters is scaled down to where it is larger."""
+    seed: int = 0
+    """Decides, with the number of the epoch, the order and the augmentation of the images."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers before any training."""
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Return the number of steps that an epoch over so many images takes.
+
+        Images that do not fill a last batch are left out, save where they are all there are.
+        """
+        return max(1, images // self.batch)
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """Return the learning rate of step `step`, counted from 0, of a run of `steps` steps."""
+        warm_up = min(1.0, (step + 1) / max(1.0, self.warmup_share * steps))
+        return self.learning_rate * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def optimizer(self, model: nn.Module) -> AdamW:
+        """Return a new optimizer of the model's parameters."""
+        return AdamW(
+            model.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Results of one epoch of training.
+
+    Loss and accuracy are means over the images, each measured in training mode and before the step
+    that the image takes part in.
+    """
+
+    epoch: int
+    """Number of the epoch, from 1 on."""
+    loss: float
+    accuracy: float
+    images_per_second: float
+    learning_rate: float
+    """Learning rate of the epoch's last step."""
+
+
+def train(
+    model: AdaTape,
+    data: ImageSet,
+    plan: TrainPlan,
+    normalise: Normaliser,
+    augment: Augment,
+    *,
+    optimizer: Optimizer | None = None,
+    epochs_done: int = 0,
+    title: str = "training",
+    after_epoch: Callable[[EpochResult], str] | None = None,
+) -> None:
+    """Train the model in place, with a progress bar on stderr.
+
+    Args:
+        model: the model, new or as the last epoch left it.
+        data: its training half is used.
+        plan: how to train.
+        normalise: applied to the images after `augment`.
+        augment: applied to the images first.
+        optimizer: the optimizer as the last epoch left it; None for a new one.
+        epochs_done: number of epochs that model and optimizer have behind them.
+        title: a few words that stand beside the progress bar.
+        after_epoch: called with each epoch's result; returns a line to print.
+
+    Raises:
+        RuntimeError: the loss is not finite; the error names epoch and step.
+    """
+    from tqdm import tqdm
+
+    optimizer = plan.optimizer(model) if optimizer is None else optimizer
+    per_epoch = plan.steps_per_epoch(len(data.train_labels))
+    size = min(plan.batch, len(data.train_labels))
+    # A log file gets a line every few seconds instead of a moving bar.
+    interval = 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(
+        total=plan.epochs * per_epoch * size,
+        initial=epochs_done * per_epoch * size,
+        desc=title,
+        unit=" images",
+        mininterval=interval,
+        dynamic_ncols=True,
+    )
+    with bar, repeatable():
+        for epoch in range(epochs_done, plan.epochs):
+            model.train()
+            result = _train_epoch(model, data, plan, normalise, augment, optimizer, epoch, bar)
+            if after_epoch is not None:
+                bar.write(after_epoch(result))
+
+
+def _train_epoch(
+    model: AdaTape,
+    data: ImageSet,
+    plan: TrainPlan,
+    normalise: Normaliser,
+    augment: Augment,
+    optimizer: Optimizer,
+    epoch: int,
+    bar: Any,
+) -> EpochResult:
+    """Train for one epoch, whose number `epoch` counts from 0, and move the progress bar `bar`."""
+    images = len(data.train_labels)
+    per_epoch = plan.steps_per_epoch(images)
+    generator = epoch_generator(plan.seed, epoch)
+    order = torch.randperm(images, generator=generator)
+    start, seen, loss_sum, right, tape_tokens = time.perf_counter(), 0, 0.0, 0, 0
+    for step in range(per_epoch):
+        batch = order[step * plan.batch :][: plan.batch]
+        labels = data.train_labels[batch]
+        rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        output = model(normalise(augment(unit_range(data.train_images[batch]), generator)))
+        loss = model.loss(output, labels, label_smoothing=plan.label_smoothing)
+        if not loss.isfinite():
+            raise RuntimeError(
+                f"loss: expected a finite value at epoch {epoch + 1}, step {step}, got {loss}"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        if plan.max_grad_norm < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+        optimizer.step()
+        seen += len(batch)
+        loss_sum += loss.item() * len(batch)
+        right += int((output.logits.argmax(1) == labels).sum())
+        tape_tokens += int(output.tape_lens.sum())
+        bar.set_postfix(
+            epoch=f"{epoch + 1}/{plan.epochs}",
+            loss=f"{loss_sum / seen:.2f}",
+            accuracy=f"{right / seen:.1%}",
+            tape_tokens=f"{tape_tokens / seen:.1f}",
+            refresh=False,
+        )
+        bar.update(len(batch))
+    speed = seen / (time.perf_counter() - start)
+    return EpochResult(epoch + 1, loss_sum / seen, right / seen, speed, rate)
+
+
+def predict(model: AdaTape, images: Images, normalise: Normaliser) -> AdaTapeOutput:
+    """Return a model's output for all images, computed in evaluation mode and in batches.
+
+    Args:
+        model: the model, which is left in the mode that it was in.
+        images: uint8 or float32.
+        normalise: what the model was trained with.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = [
+            model(normalise(unit_range(images[batch])))
+            for batch in torch.arange(len(images)).split(PREDICT_BATCH)
+        ]
+    model.train(was_training)
+    return AdaTapeOutput(
+        torch.cat([output.logits for output in outputs]),
+        torch.cat([output.tape_lens for output in outputs]),
+        torch.cat([output.ponder for output in outputs]),
+        tuple(
+            TapeSelection(*(torch.cat(parts) for parts in zip(*selections, strict=True)))
+            for selections in zip(*(output.reads for output in outputs), strict=True)
+        ),
+    )
+
+
+def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
+    """Return the share of examples, 0 to 1, whose largest logit is that of their label."""
+    return (output.logits.argmax(1) == labels).double().mean().item()
+
+
+def epoch_generator(seed: int, epoch: int) -> Generator:
+    """Return a generator that is independent of those of other seeds and other epochs."""
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+    return Generator().manual_seed(int(state[0]))
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Run with torch's deterministic algorithms.
+
+    Without them a sum whose addends two threads compute, such as the gradient of a bank, may be
+    added in another order on each run, and two equal runs differ in the last bit.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # mypy does not know the property of this module
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Deterministic mode would also fill new memory with NaN, to show bugs, which takes time.
+    memory.fill_uninitialized_memory = before and fill
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill

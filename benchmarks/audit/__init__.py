@@ -1,0 +1,1 @@
+"""Compilers asked about kernels: these programs look at compiled code and time nothing."""

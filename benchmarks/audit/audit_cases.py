@@ -1,0 +1,191 @@
+"""What the audit compiles: each op, forward and backward, at sizes that pick all its kernels."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops import ffn_products
+from adatape_kernels.ops.op import operation
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+
+
+@dataclass(frozen=True)
+class AuditCase:
+    """A call of one op's launchers on tensors without data."""
+
+    name: str
+    run: Callable[[], None]
+    instructions: dict[str, tuple[str, ...]]
+    """The instructions that each kernel's code must hold; "tensor" is the chip's matrix unit."""
+    sample: bool = False
+    """The tests compile the cases of the sample only."""
+
+    def required(self, kernel: str, arch: int) -> tuple[str, ...]:
+        """Return the instructions that a kernel must hold on a chip."""
+        units = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+        names = self.instructions.get(kernel, ())
+        return tuple(units[arch] if name == "tensor" else name for name in names)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _launcher(op: str) -> Callable[..., Any]:
+    """Return the function that serves an op in Triton, whatever the call."""
+    return operation(op).implementations["triton"].function
+
+
+def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -> None:
+    steps, key_dim = 10, shape[-1]
+    query, keys = torch.empty(batch, key_dim, dtype=dtype), torch.empty(shape, dtype=dtype)
+    options = (steps, topk, 2.0, True, "entropy", None, None)
+    weights, ponder, indices, counts = _launcher("tape_select")(query, keys, *options)
+    for deterministic in (False, True):
+        with _deterministic(deterministic):
+            _launcher("tape_select_bwd")(
+                query, keys, weights, ponder, indices, counts, True, "entropy"
+            )
+
+
+def _gather(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> None:
+    """Launch both ways of the segmented sum: with atomics, and the one that repeats its bits."""
+    bank = torch.empty(shape, dtype=dtype)
+    indices = torch.empty(batch, 10, 5, dtype=torch.int32)
+    weights, counts = torch.empty(batch, 10, 5), torch.empty(batch, dtype=torch.int32)
+    tape, _ = _launcher("tape_gather")(bank, indices, weights, counts, 10 * batch)
+    for deterministic in (False, True):
+        with _deterministic(deterministic):
+            _launcher("tape_gather_bwd")(tape, bank, indices, weights, counts)
+
+
+def _attention(head_dim: int, dtype: torch.dtype) -> None:
+    batch, rows = 256, 256 * 207
+    q, k, v = torch.empty(rows, 3, 6, head_dim, dtype=dtype).unbind(1)
+    offsets = torch.empty(2, batch + 1, dtype=torch.int32).unbind(0)
+    out, lse = _launcher("elastic_attention")(q, k, v, *offsets, 206, None)
+    _launcher("elastic_attention_bwd")(
+        torch.empty_like(out), q, k, v, out, lse, *offsets, 206, None
+    )
+
+
+def _ffn(dim: int, hidden: int, tape_hidden: int, products: str, dtype: torch.dtype) -> None:
+    def parameters(wide: int, narrow: int) -> list[Tensor]:
+        shapes = ((wide, dim), (wide,), (dim, narrow), (dim,))
+        return [torch.empty(shape, dtype=dtype) for shape in shapes]
+
+    x, bounds = torch.empty(52000, dim, dtype=dtype), torch.empty(2, dtype=torch.int64)
+    every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
+    with ffn_products(products):
+        y, *saved = _launcher("dual_ffn")(x, 50000, 2000, bounds, *every)
+        _launcher("dual_ffn_bwd")(y, x, *saved, 50000, bounds, *every)
+
+
+def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
+    x, weight = torch.empty(4096, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
+    total, normed, *saved = _launcher("add_layer_norm")(x, x, weight, weight, 1e-6)
+    _launcher("add_layer_norm_bwd")(total, normed, total, weight, *saved)
+
+
+def _select_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    for bank, shape, batch, topk in (
+        ("input 784 × 64", (256, 784, 64), 256, 5),
+        ("input 196 × 192", (256, 196, 192), 256, 5),
+        ("input 5000 × 100", (8, 5000, 100), 8, 32),
+        ("learn 10000 × 64", (10_000, 64), 256, 5),
+        ("learn 100000 × 64", (100_000, 64), 256, 5),
+        ("learn 500 × 24", (500, 24), 64, 1),
+    ):
+        yield AuditCase(
+            f"{bank}, k={topk}, {_short(dtype)}",
+            partial(_select, shape, batch, topk, dtype),
+            {},
+            sample=dtype == torch.bfloat16 and bank in ("input 784 × 64", "learn 10000 × 64"),
+        )
+
+
+def _gather_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    wide = {
+        "_tape_gather_fwd_kernel": ("load128", "store128"),
+        "_tape_gather_bwd_kernel": ("load128",),
+        "_segment_sum_own_kernel": ("load128", "store128"),
+        "_segment_sum_shared_kernel": ("load128", "store128"),
+    }
+    for bank, shape, batch in (
+        ("input 784 × 384", (256, 784, 384), 256),
+        ("learn 10000 × 768", (10_000, 768), 256),
+        ("input 196 × 1000", (256, 196, 1000), 256),
+        ("learn 500 × 50", (500, 50), 64),
+    ):
+        aligned = shape[-1] * dtype.itemsize % 16 == 0
+        yield AuditCase(
+            f"{bank}, {_short(dtype)}",
+            partial(_gather, shape, batch, dtype),
+            wide if aligned else {},
+            sample=dtype == torch.bfloat16 and aligned,
+        )
+
+
+def _attention_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    kernels = ("_elastic_attention_fwd_kernel", "_elastic_attention_bwd_kernel")
+    for head_dim in (8, 24, 32, 64, 80, 96, 128):
+        yield AuditCase(
+            f"{head_dim} a head, {_short(dtype)}",
+            partial(_attention, head_dim, dtype),
+            dict.fromkeys(kernels, ("tensor", "load128")) if dtype in HALF else {},
+            sample=dtype == torch.bfloat16 and head_dim == 64,
+        )
+
+
+def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    kernels = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
+    for products in ("grouped", "cublas"):
+        for dim, hidden, tape_hidden in ((384, 1536, 768), (100, 200, 60)):
+            on_tensor_cores = dtype in HALF and dim == 384
+            yield AuditCase(
+                f"{dim} × {hidden}, {tape_hidden}, {products}, {_short(dtype)}",
+                partial(_ffn, dim, hidden, tape_hidden, products, dtype),
+                dict.fromkeys(kernels, ("tensor",)) if on_tensor_cores else {},
+                sample=dtype == torch.bfloat16 and dim == 384,
+            )
+
+
+def _add_layer_norm_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    for dim in (192, 384, 768, 1000):
+        yield AuditCase(
+            f"dim {dim}, {_short(dtype)}",
+            partial(_add_layer_norm, dim, dtype),
+            {},
+            sample=dtype == torch.bfloat16 and dim == 384,
+        )
+
+
+CASES = tuple(
+    case
+    for dtype in DTYPES
+    for cases in (
+        _select_cases,
+        _gather_cases,
+        _attention_cases,
+        _ffn_cases,
+        _add_layer_norm_cases,
+    )
+    for case in cases(dtype)
+)

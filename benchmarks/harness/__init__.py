@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases, clocks, the machine's ceilings, rows, and the command."""

@@ -1,0 +1,119 @@
+"""Clocks: providers take turns on inputs that no cache holds; a GPU has events and CUDA graphs."""
+
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adatape_kernels.recipes import measure
+from adatape_kernels.recipes.measure import Run, Timing
+
+SAMPLE_SECONDS = {"cpu": 2e-3, "cuda": 2e-4}
+"""A sample repeats a run until it lasts about so long, so that the clock's own step is small."""
+
+LEAST_ROUNDS = 3
+"""Each provider gets at least so many samples, however long they take."""
+
+SLOW_SECONDS = 0.1
+"""A run that takes longer is warm after one turn."""
+
+
+def interleaved(
+    runs: Mapping[str, Sequence[Run]], device_type: str, *, rounds: int, seconds: float
+) -> dict[str, Timing]:
+    """Time every provider in turn, so that a busy machine is busy for all of them.
+
+    Args:
+        runs: each provider's runs, one for each set of inputs, which are taken in rotation.
+        device_type: "cpu" or "cuda".
+        rounds: most samples of each provider.
+        seconds: after so long no new round begins, save for the first few.
+    """
+    sample = _sample_cuda if device_type == "cuda" else _sample_cpu
+    rotations = {name: itertools.cycle(turns) for name, turns in runs.items()}
+    repeats = {}
+    for name, turns in runs.items():
+        once = sample(rotations[name], len(turns))
+        if once < SLOW_SECONDS:
+            once = sample(rotations[name], len(turns))
+        repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS[device_type] / once)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        for name, rotation in rotations.items():
+            samples[name].append(sample(rotation, repeats[name]))
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def _sample_cpu(runs: Iterator[Run], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        next(runs)()
+    return (time.perf_counter() - start) / repeats
+
+
+def _sample_cuda(runs: Iterator[Run], repeats: int) -> float:
+    """Return the device's time from idle on, in which a host that launches too slowly counts."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        next(runs)()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+@functools.cache
+def _pool() -> Any:
+    """Return memory that all graphs share, since they run one after another."""
+    return torch.cuda.graph_pool_handle()
+
+
+def captured(run: Run) -> Run:
+    """Return the run as a CUDA graph; its replay returns the tensors that the capture made."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool()):
+        result = run()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def peak_bytes(run: Run, device_type: str) -> int:
+    """Return the most memory that a run holds at a time, beyond what it started with."""
+    if device_type == "cpu":
+        return measure.peak_bytes(run)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cache_bytes(device_type: str) -> int:
+    """Return the size of the last-level cache; 32 MiB where the system does not tell."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text[:-1].isdecimal() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) * (1024 if text[-1] == "K" else 1024**2))
+    return max(sizes) or 32 * 1024**2

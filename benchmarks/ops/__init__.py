@@ -1,0 +1,1 @@
+"""One file an op, bench_<op>.py, and the peers that several of them share."""

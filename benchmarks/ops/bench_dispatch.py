@@ -1,0 +1,163 @@
+"""What each op costs on an input so small that only its overhead is left.
+
+    adatape-kernels bench dispatch
+
+"ours" calls the public function with all its checks. "ours, op alone" calls the torch op below it,
+whose derivative is attached through private names of torch (ops/fast_autograd.py). "ours, public
+autograd" calls a twin of that op, whose derivative `torch.library.register_autograd` attaches. On a
+GPU calls follow each other without waiting, so that the host's time a call is what shows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adatape_kernels import ElasticBatch, ops, use_backend
+from adatape_kernels.benchmarks.harness.cases import (
+    ANY_BACKEND,
+    OURS,
+    BenchmarkCase,
+    Prepared,
+    Provider,
+)
+from adatape_kernels.benchmarks.harness.suites import Selection, Suite, for_reading, shape_text
+from adatape_kernels.ops import FFN, fast_autograd
+from adatape_kernels.ops.op import operation
+
+OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
+OP_ALONE, PUBLIC = f"{OURS}, op alone", f"{OURS}, public autograd"
+
+
+class DispatchedOp(str):
+    """The name of an op."""
+
+    meaning = f"one of {', '.join(OPS)}"
+
+    def __new__(cls, value: object) -> "DispatchedOp":
+        text = super().__new__(cls, value)
+        if text not in OPS:
+            raise ValueError(value)
+        return text
+
+
+class DispatchShape(NamedTuple):
+    op: DispatchedOp = DispatchedOp(OPS[0])
+
+
+def tiny(op: str, device_type: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Return a call of the op on a few numbers, which returns the op's first result."""
+    torch.manual_seed(0)
+    with torch.device(device_type):
+        query, keys = torch.randn(1, 8).to(dtype), torch.randn(1, 4, 8).to(dtype)
+        q, padded = torch.randn(2, 1, 8).to(dtype), torch.randn(1, 2, 8).to(dtype)
+        ffn = FFN(*(torch.randn(s).to(dtype) for s in ((8, 8), (8,), (8, 8), (8,))))
+    options = {"num_tape_tokens": 1, "topk": 1, "halt_threshold": 1.0}
+    selection = ops.tape_select(query, keys, **options)
+    x = ElasticBatch.from_padded(padded)
+    read = (selection.indices, selection.weights, selection.counts)
+    return {
+        "tape_select": lambda: ops.tape_select(query, keys, **options).weights,
+        "tape_gather": lambda: ops.tape_gather(keys, *read, capacity=1)[0],
+        "elastic_attention": lambda: ops.elastic_attention(q, q, q, x.cu_inputs, x.cu_tapes),
+        "dual_ffn": lambda: ops.dual_ffn(x.data, 2, ffn),
+    }[op]
+
+
+class _SeenArguments(TorchDispatchMode):
+    """Notes the arguments with which an op of torch is called inside."""
+
+    def __init__(self, overload: Any):
+        super().__init__()
+        self.overload = overload
+        self.arguments: tuple[Any, ...] = ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self.overload:
+            self.arguments = args
+        return function(*args, **(kwargs or {}))
+
+
+_public_library = torch.library.Library("adatape_public", "DEF")
+
+
+@functools.cache
+def public_twin(op: str) -> Any:
+    """Declare an op with the schema and the implementations of ours, and a public derivative.
+
+    The calls that are timed record no gradient, so the derivative is never computed.
+    """
+    ours = operation(op)
+    _public_library.define(ours.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _public_library.impl(op, ours._run, "CompositeExplicitAutograd")
+
+    def no_derivative(*args: Any) -> Any:
+        raise NotImplementedError(f"{op}: expected a call that records no gradient")
+
+    fast_autograd.attach(_public_library, op, ours._run, no_derivative, no_derivative, public=True)
+    return getattr(torch.ops.adatape_public, op).default
+
+
+def public_function(call: Callable[[], Tensor]) -> Prepared:
+    """Prepare a call of the public function."""
+    return Prepared(call, lambda found: [found])
+
+
+def below_function(op: str, overload: Any) -> Callable[[Callable[[], Tensor]], Prepared]:
+    """Return a provider that calls an op of torch as the public function calls ours."""
+
+    def prepare(call: Callable[[], Tensor]) -> Prepared:
+        with _SeenArguments(operation(op).overload) as seen:
+            call()
+        return Prepared(lambda: overload(*seen.arguments), lambda found: [found[0]])
+
+    return prepare
+
+
+def case(
+    shape: DispatchShape, direction: str, dtype: torch.dtype, device_type: str
+) -> BenchmarkCase:
+    op = str(shape.op)
+
+    def reference(call: Callable[[], Tensor]) -> list[Tensor]:
+        with use_backend("eager"):
+            return [call()]
+
+    alone, twin = below_function(op, operation(op).overload), below_function(op, public_twin(op))
+    return BenchmarkCase(
+        op=SUITE.op,
+        direction=direction,
+        dtype=dtype,
+        shape=shape_text(shape),
+        device_type=device_type,
+        inputs=lambda: tiny(op, device_type, dtype),
+        reference=reference,
+        providers=[
+            Provider(OURS, public_function, ANY_BACKEND, graph=False),
+            Provider(OP_ALONE, alone, ANY_BACKEND, graph=False),
+            Provider(PUBLIC, twin, ANY_BACKEND, graph=False),
+        ],
+        flops=0,
+        bytes=0,
+        measured_ops=[op],
+        sets=1,
+    )
+
+
+def shapes(device_type: str) -> Selection:
+    every = [f"op={op}" for op in OPS]
+    return Selection(every, every, every)
+
+
+SUITE = Suite(
+    op="dispatch",
+    shape=DispatchShape,
+    directions=("forward",),
+    providers=[OURS, OP_ALONE, PUBLIC],
+    shapes=shapes,
+    dtypes=for_reading,
+    case=case,
+)

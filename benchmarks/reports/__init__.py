@@ -1,0 +1,1 @@
+"""Tables, plots and comparisons that are made of recorded rows."""

@@ -1,0 +1,97 @@
+"""`adatape-kernels info`: what it says of backends is what the implementations state."""
+
+import json
+
+import pytest
+import torch
+
+from adatape_kernels.cli import info_command, main
+from adatape_kernels.ops.device_facts import EMULATED
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
+from adatape_kernels.ops.op import BACKENDS, operation, registered_ops
+from adatape_kernels.ops.support import Support, supported
+
+
+@pytest.fixture
+def told(capsys):
+    def run(*argv):
+        assert main(["info", *argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_json_holds_every_typical_call_with_its_reason(told):
+    found = [Support(**entry) for entry in json.loads(told("--json"))["calls"]]
+    assert {(s.op, s.device, s.dtype, s.backend) for s in found} == {
+        (op, device, short(dtype), backend)
+        for op in registered_ops()
+        for device in ("cpu", "cuda")
+        for dtype in FLOAT_DTYPES
+        for backend in BACKENDS
+    }
+    for entry in found:
+        op = operation(entry.op)
+        args = op.typical[entry.call](getattr(torch, entry.dtype))
+        assert entry.reason == op.refusal(entry.backend, args, entry.device)
+        assert entry.default == (op.serving(args, entry.device) == entry.backend)
+    defaults = [s for s in found if s.default]
+    assert len({(s.op, s.call, s.device, s.dtype) for s in found}) == len(defaults)
+
+
+def test_the_table_shows_each_op_and_one_default_a_dtype(told):
+    text = told()
+    for op in registered_ops():
+        assert op.removesuffix("_bwd") in text
+    rows = [line for line in text.splitlines() if "f64*" in line or "f64 " in line]
+    assert rows and all(row.count("*") == len(FLOAT_DTYPES) for row in rows)
+
+
+def test_the_table_is_made_of_the_statements():
+    entries = [
+        Support("op", "short rows", "cpu", "float32", "eager", None, False),
+        Support("op", "short rows", "cpu", "float32", "cpp", None, True),
+        Support("op", "short rows", "cpu", "float32", "triton", "why not", False),
+        Support("op", "short rows", "cpu", "float32", "cuda", "why not", False),
+        Support("op", "long rows", "cpu", "float32", "eager", None, True),
+        Support("op", "long rows", "cpu", "float32", "cpp", "too long", False),
+        Support("op", "long rows", "cpu", "float32", "triton", "why not", False),
+        Support("op", "long rows", "cpu", "float32", "cuda", "why not", False),
+    ]
+    lines = [line.split() for line in info_command.table(entries)]
+    assert lines == [
+        ["op", "call", *BACKENDS],
+        ["op", "short", "rows", "f32", "f32*", "(1)", "(1)"],
+        ["long", "rows", "f32*", "(2)", "(1)", "(1)"],
+        ["(1)", "why", "not"],
+        ["(2)", "too", "long"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "max_rows", "shared_memory", "reason"),
+    [
+        (64, 512, 228, None),
+        (64, 256, 100, None),
+        (64, 512, 100, "up to 256 rows"),
+        (64, 513, 228, "up to 512 rows"),
+        (64, None, 228, "max_rows, which is unknown"),
+        (32, 512, 228, "heads of 64 features, not 32"),
+    ],
+)
+@pytest.mark.parametrize("direction", ["elastic_attention", "elastic_attention_bwd"])
+def test_cuda_attention_states_what_it_serves(direction, head_dim, max_rows, shared_memory, reason):
+    """By the device's facts, so that what a GPU would get can be read on any machine."""
+    rows = torch.empty(600, 3, head_dim, dtype=torch.float16, device="meta")
+    given = operation(direction).implementations["cuda"]
+    facts = EMULATED._replace(shared_memory_per_multiprocessor=shared_memory * 1024)
+    others = (None,) * (4 if direction == "elastic_attention" else 7)
+    found = given.limits(facts, rows, *others, max_rows, None)
+    assert (found is None) if reason is None else reason in found
+    assert given.dtypes == (torch.bfloat16, torch.float16)
+
+
+def test_what_a_gpu_would_get_is_told_without_one():
+    served = {(s.op, s.backend) for s in supported("cuda") if s.reason is None}
+    for op in registered_ops():
+        assert (op, "eager") in served and (op, "cpp") not in served

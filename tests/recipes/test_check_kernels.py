@@ -1,0 +1,87 @@
+"""Every case of `check` enters the kernel that its line names, and no kernel is left out.
+
+Kernels are noted when they are launched and not run, so that sizes meant for a GPU cost nothing
+here; what the calls return is meaningless then.
+"""
+
+import ctypes
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+
+from adatape_kernels import ops
+from adatape_kernels.ops import triton_runtime
+from adatape_kernels.ops.op import NotServed
+from adatape_kernels.recipes import check
+from adatape_kernels.recipes.check_cases import check_cases
+
+CUDA_SOURCES = Path(__file__).parents[2] / "csrc/cuda"
+
+
+def kernels_of(backend):
+    return [kernel for kernel in check._kernels("cpu") if kernel.backend == backend]
+
+
+def entered(backend, note):
+    """Yield each case that a kernel of the backend serves, with what it launched, by `note`."""
+    for case in check_cases():
+        for kernel in kernels_of(backend):
+            if kernel.op == case.op:
+                given = [x.to(kernel.dtype) for x in case.inputs()]
+                try:
+                    yield case, note(lambda: check._evaluate(case, given, backend))  # noqa: B023
+                except NotServed:
+                    continue
+
+
+@pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="Triton's kernels serve no CPU here")
+def test_every_triton_kernel_is_entered():
+    def note(call):
+        with triton_runtime.recording() as launches:
+            call()
+        return {launch.kernel.__name__ for launch in launches}
+
+    seen = set()
+    for case, names in entered("triton", note):
+        ours = {n for n in names if not re.match(r"_(segment_sum|count|place)_", n)}
+        assert ours and all(name.startswith(f"_{case.op}_") for name in ours), (case.name, names)
+        seen |= names
+    every = set()
+    for found in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        module = importlib.import_module(found.name)
+        every |= {name for name in vars(module) if name.endswith("_kernel") and name[0] == "_"}
+    assert seen == every
+
+
+@pytest.mark.skipif(emulation.cuda_host_library() is None, reason="the CUDA host was not built")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the CUDA kernels run on the GPU that is here"
+)
+def test_every_launch_in_csrc_cuda_is_entered():
+    library = ctypes.CDLL(str(emulation.cuda_host_library()))
+    library.adatape_cuda_host_note_launches.restype = ctypes.c_char_p
+
+    def note(call):
+        library.adatape_cuda_host_note_launches(True)
+        try:
+            call()
+        finally:
+            launched = library.adatape_cuda_host_note_launches(False).decode().split()
+        return set(launched)
+
+    seen = set()
+    for case, places in entered("cuda", note):
+        assert {place.partition(":")[0] for place in places} == {f"{case.op}.cu"}, case.name
+        seen |= places
+    every = {
+        f"{path.name}:{number}"
+        for path in CUDA_SOURCES.glob("*.cu")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if re.search(r"\blaunch\(", line)
+    }
+    assert seen == every
