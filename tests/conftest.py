@@ -100,7 +100,8 @@ def device(request):
     """The device. Its backend serves the test, and every call of the module's op went to it.
 
     The dispatcher's record says so after the test, of forward and backward: an id that names
-    another backend than the one that ran is a failure. `runs_no_op` marks a test without a call.
+    another backend than the one that ran is a failure. `runs_no_op` marks a test without a
+    call, `checks_what_ran` one that looks at a record of its own.
     """
     device, backend = request.param
     if backend is None:
@@ -108,7 +109,7 @@ def device(request):
         return
     with use_backend(backend), record() as ran:
         yield device
-    if request.node.get_closest_marker("runs_no_op"):
+    if any(request.node.get_closest_marker(name) for name in ("runs_no_op", "checks_what_ran")):
         return
     ops = selection.with_backwards(selection.ops_of(request.module))
     backends = {each.backend for each in ran if each.op in ops}

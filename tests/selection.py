@@ -20,7 +20,8 @@ import os
 import pytest
 import torch
 
-from adatape_kernels.ops.op import BACKENDS, FLOAT_DTYPES, explain
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
+from adatape_kernels.ops.op import BACKENDS, explain
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -3,16 +3,14 @@
 Faults are planted in copies of a kernel, each of which a sanitizer or the harness must report.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HOST = Path(__file__).parent / "cuda_host"
-CUDA = Path(__file__).parents[1] / "csrc/cuda"
+HOST = Path(__file__).parents[1] / "cuda_host"
+CUDA = Path(__file__).parents[2] / "csrc/cuda"
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ was not found")
 
@@ -128,22 +126,3 @@ def test_a_shuffle_that_some_lanes_skip_is_caught(run):
     process = run("address", shuffle, skipped)
     assert process.returncode != 0
     assert "__shfl_up_sync of mask 4294967295" in process.stderr
-
-
-@pytest.mark.skipif("ADATAPE_CUDA_HOST" not in os.environ, reason="the harness was not built")
-def test_every_op_registers_where_the_kernels_are_linked_for_a_gpu():
-    """As on a GPU machine: the package imports, and the backend serves CUDA tensors."""
-    script = """
-import torch
-asks = torch._C._dispatch_has_kernel_for_dispatch_key
-torch._C._dispatch_has_kernel_for_dispatch_key = lambda name, key: (
-    key == "CUDA" if name.startswith("adatape_cuda::") else asks(name, key)
-)
-from adatape_kernels.ops.op import explain, registered_ops
-for op in registered_ops():
-    print(op, explain(op, "cuda", torch.bfloat16)["cuda"])
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    served = dict(line.split(" ", 1) for line in result.stdout.splitlines())
-    assert len(served) >= 10 and set(served.values()) == {"serves"}

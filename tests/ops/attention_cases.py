@@ -3,7 +3,7 @@
 import torch
 
 from adatape_kernels import reference
-from adatape_kernels.elastic import cumulative
+from adatape_kernels.offsets import cumulative
 from adatape_kernels.ops.op import meta, operation
 
 INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]

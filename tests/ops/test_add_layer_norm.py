@@ -283,7 +283,7 @@ def test_bad_input_is_refused(argument, value, parts):
 
 
 @pytest.mark.backends("triton")
-@pytest.mark.runs_no_op
+@pytest.mark.checks_what_ran
 def test_rows_wider_than_a_program_are_not_served(device):
     """The forced backend says why; where a fallback is named, that one serves, both ways."""
     x, branch, weight, bias = (t.requires_grad_() for t in stream(device, rows=2, dim=4097))

@@ -138,6 +138,7 @@ def grouped(device, backend, products, **parameters):
 
 
 @pytest.mark.backends("triton", "cuda")
+@pytest.mark.checks_what_ran
 @pytest.mark.absent_if(reason=grouped)
 def test_products_on_slices_serve_a_count_on_the_host_only(device):
     """A forced backend says why; where a fallback is named, that one serves."""

@@ -9,8 +9,7 @@ import torch
 
 from adatape_kernels.ops import fast_autograd
 
-# One module of ours sees a torch without these names. Torch itself, which uses them too, has them: one
-# that lacked them would do without.
+# One module of ours sees a torch without these names. Torch itself, which uses them too, has them.
 SCRIPT = """
 import hashlib, importlib.util, pathlib, sys, torch
 

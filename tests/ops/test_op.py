@@ -1,4 +1,4 @@
-"""What an op and an implementation are, and who serves a call: adatape_kernels/ops/op.py."""
+"""What an op is, who serves a call by default, and what ran: adatape_kernels/ops/op.py."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from checks import refused
+from dispatch_cases import WITH_BACKWARDS, given, only, select
 
 import adatape_kernels
 from adatape_kernels import use_backend
@@ -20,15 +21,11 @@ from adatape_kernels.ops import (
     tape_select,
 )
 from adatape_kernels.ops import op as dispatcher
-from adatape_kernels.ops.device_facts import EMULATED, facts_of
+from adatape_kernels.ops.implementation import FLOAT_DTYPES, Implementation
 from adatape_kernels.ops.op import (
     BACKENDS,
-    FLOAT_DTYPES,
-    CompiledKernel,
-    Implementation,
     NotServed,
     Ran,
-    current_backend,
     explain,
     operation,
     record,
@@ -36,50 +33,6 @@ from adatape_kernels.ops.op import (
     serving,
     why_absent,
 )
-
-OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
-WITH_BACKWARDS = [f"{op}{direction}" for op in OPS for direction in ("", "_bwd")]
-
-
-def select(query, keys):
-    return tape_select(query, keys, num_tape_tokens=2, topk=2, halt_threshold=1.0)
-
-
-def given():
-    return torch.randn(3, 4), torch.randn(5, 4)
-
-
-@pytest.fixture
-def restored():
-    """Puts every implementation back after the test."""
-    before = {name: dict(operation(name).implementations) for name in registered_ops()}
-    yield
-    for name, found in before.items():
-        for backend in BACKENDS:
-            operation(name).replace(backend, found.get(backend))
-
-
-@pytest.fixture
-def eager_only(restored):
-    for name in registered_ops():
-        for backend in BACKENDS[1:]:
-            operation(name).replace(backend, None)
-
-
-@pytest.fixture
-def replaced(eager_only):
-    """Puts the eager code under another backend's name, with a statement of its own."""
-
-    def replace(backend, *, ops=("tape_select", "tape_select_bwd"), **statement):
-        for name in ops:
-            eager = operation(name).implementations["eager"]
-            operation(name).replace(backend, Implementation(eager.function, **statement))
-
-    return replace
-
-
-def only(op, *backends):
-    return [Ran(op, backend) for backend in backends]
 
 
 def test_every_op_and_its_backward_has_the_eager_reference_everywhere():
@@ -98,42 +51,6 @@ def test_an_op_is_found_by_its_name():
         operation("tape_read")  # a composition, which no backend serves
 
 
-# Statements: which calls an implementation serves
-
-
-def one(**statement):
-    return Implementation(lambda x: x, **statement)
-
-
-@pytest.mark.parametrize(
-    ("statement", "reason"),
-    [
-        ({}, None),
-        (dict(devices=("cpu",)), None),
-        (dict(devices=("cuda", "xpu")), "it runs on cuda and xpu"),
-        (dict(dtypes=(torch.float16, torch.bfloat16)), "it takes float16, bfloat16"),
-        (dict(limits=lambda device, x: None), None),
-        (dict(limits=lambda device, x: f"{len(x)} rows on {device.name}"), "3 rows on"),
-        (dict(absent="not built"), "not built"),
-        (dict(absent="not built", devices=("cuda",)), "not built"),
-        (dict(devices=("cuda",), dtypes=(torch.float16,)), "it runs on cuda"),
-        (dict(dtypes=(torch.float16,), limits=lambda device, x: "no"), "it takes float16"),
-    ],
-)
-def test_an_implementation_states_why_it_does_not_serve_a_call(statement, reason):
-    found = one(**statement).refusal((torch.zeros(3),))
-    assert found == reason if reason is None else found.startswith(reason)
-
-
-def test_a_statement_can_be_asked_about_a_device_that_is_not_here():
-    facts = EMULATED._replace(multiprocessors=99)
-    limits = one(devices=("cuda",), limits=lambda device, x: f"{device.multiprocessors} of them")
-    assert limits.refusal((torch.zeros(3),)) == "it runs on cuda"
-    assert limits.refusal((torch.zeros(3),), "cuda") == f"{EMULATED.multiprocessors} of them"
-    assert limits.refusal((torch.zeros(3),), "cuda", facts) == "99 of them"
-    assert facts_of(torch.device("cpu")) is EMULATED
-
-
 def test_an_op_states_it_for_its_backends(replaced):
     replaced("cuda", devices=("cuda",))
     query, keys = given()
@@ -142,12 +59,12 @@ def test_an_op_states_it_for_its_backends(replaced):
     assert op.refusal("eager", args) is None
     assert op.refusal("cuda", args) == "it runs on cuda"
     assert op.refusal("cuda", args, "cuda") is None
-    assert op.refusal("triton", args) == "tape_select has no such kernel"
+    assert op.refusal("triton", args) == "there is no such kernel"
     assert op.serving(args) == "eager" and op.serving(args, "cuda") == "cuda"
     assert explain("tape_select", "cpu", torch.float32) == {
         "eager": "serves",
-        "cpp": "tape_select has no such kernel",
-        "triton": "tape_select has no such kernel",
+        "cpp": "there is no such kernel",
+        "triton": "there is no such kernel",
         "cuda": "it runs on cuda",
     }
 
@@ -167,9 +84,6 @@ def test_typical_calls_are_calls_of_the_op(op, dtype):
         assert all(result.device.type == "meta" for result in results)
         assert len(args) == len(found.overload._schema.arguments)
         found.overload(*args)
-
-
-# Order: who serves by default
 
 
 def test_the_default_is_the_first_in_the_device_s_order_that_serves(replaced):
@@ -239,166 +153,6 @@ def test_all_ops_run_on_the_forced_backend(replaced):
     assert sorted(ran) == sorted(Ran(op, "cuda") for op in WITH_BACKWARDS)
 
 
-# Refusals in words, and fallbacks by name
-
-
-def test_a_backend_without_the_op_device_or_dtype_says_so(replaced):
-    replaced("cpp", dtypes=(torch.float32,), devices=("cpu",))
-    replaced("cuda", devices=("cuda",))
-    query, keys = given()
-    with use_backend("cpp"):
-        message = refusal(lambda: select(query.double(), keys.double()))
-        assert message == (
-            "tape_select: cpp cannot serve torch.float64 on cpu (cpp: it takes float32)"
-        )
-        indices, counts = torch.zeros(1, 1, 1).int(), torch.ones(1).int()
-        message = refusal(lambda: tape_gather(keys, indices, torch.ones(1, 1, 1), counts))
-        assert message.startswith("tape_gather: cpp cannot serve")
-        assert "cpp: tape_gather has no such kernel" in message
-    with use_backend("cuda"):
-        message = refusal(lambda: select(query, keys))
-        assert message.startswith("tape_select: cuda cannot serve torch.float32 on cpu")
-        assert "cuda: it runs on cuda" in message
-
-
-def test_an_absent_implementation_says_why(replaced):
-    replaced("cpp", absent="no compiler was found")
-    replaced("cpp", ops=("tape_gather",))
-    query, keys = given()
-    assert why_absent("cpp") is None and serving("tape_select", "cpu", torch.float32) == "eager"
-    with use_backend("cpp"):
-        assert "cpp: no compiler was found" in refusal(lambda: select(query, keys))
-
-
-def test_a_dtype_that_no_backend_serves_is_refused():
-    query = torch.zeros(2, 4, dtype=torch.float8_e4m3fn)
-    message = refusal(lambda: select(query, query))
-    assert message.startswith("tape_select: every backend cannot serve torch.float8_e4m3fn on cpu")
-    assert "eager: it takes float64, float32, bfloat16, float16" in message
-
-
-def refusal(run):
-    with pytest.raises(NotServed) as info:
-        run()
-    assert isinstance(info.value, RuntimeError) and "\n" not in str(info.value)
-    return str(info.value)
-
-
-@pytest.mark.parametrize(
-    ("fallback", "served"),
-    [
-        ("eager", "eager"),
-        (["cpp", "eager"], "cpp"),
-        (("triton", "cpp"), "cpp"),
-        (["eager", "cpp"], "eager"),
-    ],
-)
-def test_a_fallback_by_name_serves_what_the_backend_does_not(replaced, fallback, served):
-    replaced("cuda", dtypes=(torch.float16,))
-    replaced("triton", devices=("cuda",))
-    replaced("cpp")
-    query, keys = given()
-    with use_backend("cuda", fallback=fallback), record() as ran:
-        assert current_backend() == "cuda"
-        select(query, keys)
-        select(query.half(), keys.half())
-    assert ran == only("tape_select", served, "cuda")
-
-
-def test_nobody_else_serves_what_neither_backend_nor_fallback_does(replaced):
-    replaced("cuda", dtypes=(torch.float16,))
-    replaced("triton", devices=("cuda",))
-    query, keys = given()
-    with use_backend("cuda", fallback="triton"):
-        assert refusal(lambda: select(query, keys)) == (
-            "tape_select: cuda and triton cannot serve torch.float32 on cpu "
-            "(cuda: it takes float16; triton: it runs on cuda)"
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "fallback"),
-    [("numpy", None), ("Eager", None), ("", None), (3, None), ("eager", ["numpy"]), ("eager", [3])],
-)
-def test_an_unknown_backend_is_refused(name, fallback):
-    wrong = repr(next(n for n in (name, *(fallback or ())) if n not in BACKENDS))
-    with refused("use_backend", "eager, cpp, triton, cuda", wrong), use_backend(name, fallback):
-        raise AssertionError("entered an unknown backend")
-    assert current_backend() is None
-
-
-def test_a_fallback_without_a_backend_is_refused():
-    with refused("fallback", "None without a backend", "'eager'"), use_backend(None, "eager"):
-        raise AssertionError("entered without a backend")
-
-
-@pytest.mark.parametrize("name", [b for b in BACKENDS if b != "eager"])
-@pytest.mark.parametrize("as_fallback", [False, True], ids=["backend", "fallback"])
-def test_a_backend_that_is_not_installed_is_refused(eager_only, name, as_fallback):
-    operation("tape_select").replace(name, one(absent="it was left out"))
-    assert why_absent(name) == "it was left out"
-    arguments = ("eager", name) if as_fallback else (name,)
-    with pytest.raises(RuntimeError) as info, use_backend(*arguments):
-        raise AssertionError("entered an absent backend")
-    expected = f"use_backend: backend {name!r} is not available: it was left out"
-    assert str(info.value) == expected
-    assert current_backend() is None
-
-
-def test_a_backend_that_no_op_has_is_absent(eager_only):
-    assert why_absent("triton") == "no op has such a kernel" and why_absent("eager") is None
-
-
-# use_backend: nesting, exceptions, threads
-
-
-def test_use_backend_nests_and_restores():
-    assert current_backend() is None
-    with use_backend("eager"):
-        assert current_backend() == "eager"
-        with use_backend(None):
-            assert current_backend() is None
-            with use_backend("eager"):
-                assert current_backend() == "eager"
-            assert current_backend() is None
-        assert current_backend() == "eager"
-    assert current_backend() is None
-
-
-def test_use_backend_restores_after_an_exception():
-    with use_backend("eager"):
-        with pytest.raises(KeyError), use_backend(None):
-            raise KeyError
-        assert current_backend() == "eager"
-        with contextlib.suppress(ValueError), use_backend("numpy"):
-            raise AssertionError("entered an unknown backend")
-        assert current_backend() == "eager"
-    assert current_backend() is None
-
-
-def test_use_backend_is_per_thread():
-    seen, entered, left = [], threading.Event(), threading.Event()
-
-    def other():
-        seen.append(current_backend())
-        with use_backend("eager"):
-            entered.set()
-            left.wait(10)
-            seen.append(current_backend())
-
-    with use_backend("eager"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert entered.wait(10)
-    assert current_backend() is None  # while the other thread is still inside its own
-    left.set()
-    thread.join(10)
-    assert seen == [None, "eager"]
-
-
-# The record of what ran
-
-
 def test_a_record_holds_what_every_thread_ran(replaced):
     replaced("triton")
 
@@ -461,9 +215,6 @@ def test_a_compiled_graph_takes_the_backend_around_its_call(fresh_compiler, repl
     assert torch.equal(actual.weights, expected.weights)
 
 
-# Backward
-
-
 def test_the_backward_takes_the_backend_around_its_call(replaced):
     replaced("triton")
     query, keys = given()
@@ -487,9 +238,6 @@ def test_the_backward_otherwise_takes_its_forward_s_with_the_fallback(replaced, 
     assert ran == only("tape_select_bwd", "triton" if dtype == torch.float32 else "eager")
 
 
-# Checks of values
-
-
 @pytest.mark.parametrize("checks_values", [False, True])
 def test_the_dispatcher_looks_at_values_for_those_that_do_not(eager_only, checks_values):
     def run(query, keys, *options):
@@ -507,63 +255,13 @@ def test_the_dispatcher_looks_at_values_for_those_that_do_not(eager_only, checks
 def test_nobody_copies_values_from_another_device(eager_only):
     """Tensors without data stand in for a GPU's: to look at a value of theirs is an error."""
     op = operation("tape_select")
-    op.replace("eager", dataclasses.replace(one(), function=lambda *args: op.fake(*args)))
+    op.replace("eager", Implementation(lambda *args: op.fake(*args)))
     query, keys = (x.to("meta") for x in given())
     lens = torch.ones(3, dtype=torch.int32, device="meta")
     sel = tape_select(query, keys, num_tape_tokens=2, topk=2, halt_threshold=1.0, bank_lens=lens)
     assert sel.counts.shape == (3,)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         op.check_values(query, keys, lens)
-
-
-# Kernels in C++
-
-
-@pytest.fixture
-def toy():
-    """Lets an op of a library do what the test says; returns the implementation bound to it."""
-    library = torch.library.Library("adatape_toy", "FRAGMENT")
-    kernel = CompiledKernel(
-        "adatape_toy", ("cpu",), (torch.float32,), None, flags={"ordered": lambda: True}
-    )
-    bound = kernel.bind("toy", "toy(Tensor x) -> Tensor", library)
-
-    def does(function):
-        library.impl("toy", function, "CPU")
-        return bound
-
-    yield does
-    library._destroy()
-
-
-def test_a_compiled_kernel_is_the_op_of_its_name_with_its_flags(toy):
-    bound = toy(lambda x, ordered: x + 1 if ordered else x)
-    assert torch.ops.adatape_toy.toy.default._schema.arguments[1].name == "ordered"
-    assert bound.function(torch.zeros(2)).tolist() == [1, 1]
-    assert bound.devices == ("cpu",) and bound.dtypes == (torch.float32,)
-
-
-def raising(error):
-    def kernel(x, ordered):
-        raise error
-
-    return kernel
-
-
-def test_what_a_compiled_kernel_refuses_names_the_op(toy):
-    bound = toy(raising(RuntimeError("x: expected 2 rows, got 3\nException raised from here")))
-    with pytest.raises(ValueError) as info:
-        bound.function(torch.zeros(3))
-    assert str(info.value) == "toy: x: expected 2 rows, got 3"
-
-
-def test_another_error_of_a_compiled_kernel_stays_as_it_is(toy):
-    bound = toy(raising(RuntimeError("no kernel image is available")))
-    with pytest.raises(RuntimeError, match="^no kernel image is available"):
-        bound.function(torch.zeros(3))
-
-
-# The ops as torch sees them
 
 
 def test_ops_infer_shapes_on_the_meta_device():

@@ -1,39 +1,39 @@
 """`adatape-kernels check`: it trusts right kernels, and finds each kind of wrong one."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from adatape_kernels import backend
 from adatape_kernels.cli import main
-from adatape_kernels.ops.implementation import Implementation
-from adatape_kernels.ops.op import explain
+from adatape_kernels.ops.op import operation, why_absent
 from adatape_kernels.recipes import check
 
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_only(monkeypatch):
     """Triton's interpreter would take minutes over sizes meant for a processor."""
-    if explain("tape_select", "cpu", torch.float32)["cpp"] != "serves":
-        pytest.skip("the compiled part is not there")
-    monkeypatch.setattr(check, "BACKENDS", ("eager", "cpp"))
+    if reason := why_absent("cpp"):
+        pytest.skip(f"no compiled part: {reason}")
+    monkeypatch.setattr(check, "KERNEL_BACKENDS", ("cpp",))
 
 
 @pytest.fixture
-def altered(monkeypatch):
-    """Put a function around a compiled op."""
+def altered():
+    """Puts a function around a compiled kernel."""
+    right = {}
 
     def alter(op, change):
-        right = backend._implementations[op]["cpp"]
+        right[op] = given = operation(op).implementations["cpp"]
 
         def wrong(*args):
-            return change(right.function(*args), args)
+            return change(given.function(*args), args)
 
-        monkeypatch.setitem(
-            backend._implementations[op], "cpp", Implementation(wrong, right.devices, right.dtypes)
-        )
-        monkeypatch.setattr(backend, "_chosen", {})
+        operation(op).replace("cpp", dataclasses.replace(given, function=wrong))
 
-    return alter
+    yield alter
+    for op, given in right.items():
+        operation(op).replace("cpp", given)
 
 
 def test_right_kernels_are_trusted_in_one_line(capsys):

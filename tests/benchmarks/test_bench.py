@@ -18,7 +18,7 @@ from adatape_kernels.benchmarks.harness.cases import (
     Skipped,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = {
     "tape_select": "B=3 M=40 K=8 k=2 T=3 tau=1",
     "tape_gather": "B=3 M=40 D=16 k=2 T=3 tape=uniform",

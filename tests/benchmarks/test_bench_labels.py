@@ -19,7 +19,7 @@ from adatape_kernels.benchmarks.harness.cases import (
 )
 from adatape_kernels.ops.op import Ran, operation
 
-README = Path(__file__).parents[1] / "benchmarks" / "README.md"
+README = Path(__file__).parents[2] / "benchmarks" / "README.md"
 EFFORT = Effort(rounds=3, seconds=0.1, quick=True)
 FORWARD, BACKWARD = Ran("tape_select", "cpp"), Ran("tape_select_bwd", "cpp")
 BOTH = ("tape_select", "tape_select_bwd")

@@ -12,7 +12,7 @@ import pytest
 from adatape_kernels import cli
 from adatape_kernels.benchmarks.harness import records
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REPORT = (
     "import sys; from adatape_kernels.benchmarks.harness import command; code = command.main("
     "['dispatch', '--shape', 'op=dual_ffn', '--quick', '--device', 'cpu']); "

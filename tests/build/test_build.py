@@ -10,7 +10,7 @@ import torch
 import adatape_kernels
 from adatape_kernels._build import build_facts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(build_facts()["compiled"] == "no", reason="no compiled part")
 
 
