@@ -100,7 +100,7 @@ def _why_there_is_no_such_case(item):
                 return f"it is about {' and '.join(marker.args)}"
         if parameters.get("threads", 1) > 1 and interpreted(device, backend):
             return "what runs kernels for a GPU on the host does not use torch's threads"
-        dtype = parameters.get("dtype", getattr(item.module, "DTYPE", torch.float32))
+        dtype = parameters.get("dtype", _dtype_of(item.module, backend))
         reason = _refusal(ops, device, backend, dtype)
         if reason is not None:
             return reason
@@ -109,6 +109,12 @@ def _why_there_is_no_such_case(item):
         if reason is not None:
             return reason
     return None
+
+
+def _dtype_of(module, backend):
+    """What tests without a `dtype` use: the module's DTYPE, perhaps by backend; else float32."""
+    given = getattr(module, "DTYPE", torch.float32)
+    return given.get(backend, torch.float32) if isinstance(given, dict) else given
 
 
 def mark_for_other_runs(item):

@@ -3,31 +3,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from checks import assert_close, assert_low_precision, assert_same_bits
+from norm_cases import not_served, stream
 
 from adatape_kernels import reference
 from adatape_kernels.ops import add_layer_norm, triton_runtime
-from adatape_kernels.ops.op import NotServed, current_backend, meta, operation, record, use_backend
+from adatape_kernels.ops.op import operation
 
 OP = "add_layer_norm"
 
 
-def not_served(device, backend, dim=12, dtype=torch.float32, **parameters):
-    """For `absent_if`: why a backend does not serve the calls that a test's parameters make."""
-    if backend is None:
-        return None
-    x, weight = meta(7, dim, dtype=dtype), meta(dim, dtype=dtype)
-    return operation(OP).refusal(backend, (x, x, weight, weight, 1e-6), device)
-
-
 pytestmark = pytest.mark.absent_if(reason=not_served)
-
-
-def stream(device, rows=7, dim=12, dtype=torch.float32):
-    """x, branch, weight and bias; rows away from zero, as a residual stream's are."""
-    x = torch.randn(rows, dim, device=device) + torch.randn(rows, 1, device=device)
-    branch, weight, bias = (torch.randn(*s, dim, device=device) for s in ([rows], [], []))
-    return [t.to(dtype) for t in (x, branch, weight, bias)]
 
 
 def cotangents(x):
@@ -255,40 +241,3 @@ def test_any_width_is_one_launch_each_way():
             total, normed, mean, rstd = forward(*given, 1e-6)
             backward(total, normed, total, given[2], mean, rstd)
         assert len(launches) == 2
-
-
-GOOD = dict(zip(("x", "branch", "weight", "bias"), stream("cpu"), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "parts"),
-    [
-        ("x", torch.zeros(12), ["rows, dim", "(12,)"]),
-        ("x", torch.zeros(7, 0), ["dim at least 1", "(7, 0)"]),
-        ("x", torch.zeros(7, 12, dtype=torch.int32), ["floating-point", "int32"]),
-        ("branch", torch.zeros(7, 11), ["(7, 12)", "(7, 11)"]),
-        ("branch", torch.zeros(7, 12, dtype=torch.int32), ["floating-point", "int32"]),
-        ("branch", torch.zeros(7, 12, device="meta"), ["cpu", "meta"]),
-        ("weight", torch.zeros(11), ["(12,)", "(11,)"]),
-        ("weight", torch.zeros(12, dtype=torch.float16), ["float32", "float16"]),
-        ("weight", torch.zeros(12, device="meta"), ["cpu", "meta"]),
-        ("bias", torch.zeros(1, 12), ["(12,)", "(1, 12)"]),
-        ("bias", torch.zeros(12, dtype=torch.float64), ["float32", "float64"]),
-        ("bias", torch.zeros(12, device="meta"), ["cpu", "meta"]),
-    ],
-)
-def test_bad_input_is_refused(argument, value, parts):
-    with refused(argument, *parts):
-        add_layer_norm(**{**GOOD, argument: value})
-
-
-@pytest.mark.backends("triton")
-@pytest.mark.checks_what_ran
-def test_rows_wider_than_a_program_are_not_served(device):
-    """The forced backend says why; where a fallback is named, that one serves, both ways."""
-    x, branch, weight, bias = (t.requires_grad_() for t in stream(device, rows=2, dim=4097))
-    with pytest.raises(NotServed, match=r"triton: it takes rows of up to 4096 features, not 4097"):
-        add_layer_norm(x, branch, weight, bias)
-    with use_backend(current_backend(), fallback="eager"), record() as ran:
-        add_layer_norm(x, branch, weight, bias)[1].sum().backward()
-    assert [*map(tuple, ran)] == [(OP, "eager"), (f"{OP}_bwd", "eager")]

@@ -14,7 +14,7 @@ from adatape_kernels.ops.op import (
     why_absent,
 )
 
-OP = "elastic_attention"
+OP, DTYPE = "elastic_attention", {"cuda": torch.float16}
 
 
 def offsets(*values, **options):
@@ -70,9 +70,8 @@ bad_values = pytest.mark.parametrize(("argument", "value", "parts"), BAD_VALUES)
 
 
 def served(device, **changes):
-    """A call that every backend serves: heads of 64 in float16, and a bound on the rows."""
-    dtype = torch.float32 if current_backend() == "cpp" else torch.float16
-    q = torch.zeros(6, 2, 64, dtype=dtype, device=device)
+    """A call that every backend serves: heads of 64, and a bound on the rows."""
+    q = torch.zeros(6, 2, 64, dtype=DTYPE.get(current_backend(), torch.float32), device=device)
     given = {**GOOD, "q": q, "k": q, "v": q, "max_rows": 3, **changes}
     return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
 
@@ -107,6 +106,30 @@ def test_kernels_refuse_an_lse_that_does_not_fit(device, lse):
     q, k, v, *rest = served(device).values()
     with refused("lse", "(2, 6)"):
         kernel("elastic_attention_bwd")(q, q, k, v, q, torch.zeros(lse, device=device), *rest, None)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.runs_no_op
+@pytest.mark.parametrize("direction", [OP, f"{OP}_bwd"])
+@pytest.mark.parametrize(
+    ("argument", "head_dim", "q_dtype", "max_rows"),
+    [
+        ("q", 32, torch.float16, 3),
+        ("q", 64, torch.float32, 3),
+        ("max_rows", 64, torch.float16, 513),
+        ("max_rows", 64, torch.float16, None),
+        ("max_rows", 64, torch.bfloat16, -1),
+    ],
+)
+def test_cuda_kernels_refuse_what_they_cannot_take(
+    device, direction, argument, head_dim, q_dtype, max_rows
+):
+    """Below the dispatcher, which asks their statement before."""
+    q = torch.zeros(6, 2, head_dim, dtype=q_dtype, device=device)
+    bounds = GOOD["cu_inputs"].to(device), GOOD["cu_tapes"].to(device)
+    given = (q, q, q) if direction == OP else (q, q, q, q, q, torch.zeros(2, 6, device=device))
+    with refused(argument):
+        kernel(direction)(*given, *bounds, max_rows, None)
 
 
 UNSERVED = [
