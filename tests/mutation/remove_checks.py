@@ -24,11 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-CHECKED = (
-    "adatape_kernels/ops/**/*.py",
-    "adatape_kernels/elastic.py",
-    "adatape_kernels/offsets.py",
-)
+PACKAGE = ROOT / "adatape_kernels"
+CHECKED = [*sorted(PACKAGE.glob("ops/**/*.py")), PACKAGE / "elastic.py", PACKAGE / "offsets.py"]
 CUDA_HOST = "build/cuda_host/adatape_cuda_host.so"
 # The tests of a site take this many seconds at most; some mutants would run for ever.
 TIMEOUT = 300
