@@ -15,24 +15,28 @@ OP = "dual_ffn"
 pytestmark = [pytest.mark.usefixtures("products"), pytest.mark.absent_if(reason=not_served)]
 
 
-def op_args(x, max_input_rows, max_tape_rows, bounds, *ffns):
-    return (x, max_input_rows, max_tape_rows, bounds, *(p for f in ffns for p in f))
+def op_args(x, num_input_rows, max_tape_rows, bounds, *ffns):
+    return (x, num_input_rows, max_tape_rows, bounds, *(p for f in ffns for p in f))
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
 @pytest.mark.parametrize("rows", [0, 9])
-def test_opcheck(device, rows, two, requires_grad):
+@pytest.mark.parametrize("on_device", [False, True], ids=["ints", "scalars"])
+def test_opcheck(device, on_device, rows, two, requires_grad):
     x, input_ffn, tape_ffn, _ = inputs(rows, device=device)
     ffns = input_ffn, tape_ffn if two else [None] * 4
     for p in (x, *input_ffn, *(tape_ffn if two else ())):
         p.requires_grad_(requires_grad)
     middle = min(rows, 5) if two else rows
     op = torch.ops.adatape.dual_ffn.default
-    torch.library.opcheck(op, op_args(x, middle, rows - middle, None, *ffns))
+    if not on_device:
+        torch.library.opcheck(op, op_args(x, middle, rows - middle, None, *ffns))
+        return
     bounds = torch.tensor([min(middle, 4), min(rows, 7 if two else 4)], device=device)
-    torch.library.opcheck(op, op_args(x, rows, rows if two else 0, bounds, *ffns))
+    split = (None, rows) if two else (rows, 0)
+    torch.library.opcheck(op, op_args(x, *split, bounds, *ffns))
 
 
 @pytest.mark.compiles
@@ -42,7 +46,7 @@ def test_opcheck_of_the_backward(device, two):
     ffns = input_ffn, tape_ffn if two else [None] * 4
     args = op_args(x, 5 if two else 9, 4 if two else 0, None, *ffns)
     _, hidden, tape_hidden = torch.ops.adatape.dual_ffn.default(*args)
-    back = (dy, x, hidden, tape_hidden, *args[3:])
+    back = (dy, x, hidden, tape_hidden, args[1], *args[3:])
     torch.library.opcheck(torch.ops.adatape.dual_ffn_bwd.default, back)
 
 
