@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import adatape_kernels
 from adatape_kernels import ops, use_backend
 from adatape_kernels.benchmarks.harness import cases, command, labels, records, suites
 from adatape_kernels.benchmarks.harness.cases import (
@@ -19,7 +20,7 @@ from adatape_kernels.benchmarks.harness.cases import (
 )
 from adatape_kernels.ops.op import Ran, operation
 
-README = Path(__file__).parents[1] / "benchmarks" / "README.md"
+README = Path(adatape_kernels.__file__).parents[1] / "benchmarks" / "README.md"
 EFFORT = Effort(rounds=3, seconds=0.1, quick=True)
 FORWARD, BACKWARD = Ran("tape_select", "cpp"), Ran("tape_select_bwd", "cpp")
 BOTH = ("tape_select", "tape_select_bwd")
