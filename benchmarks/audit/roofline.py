@@ -246,9 +246,8 @@ def reading(
     )
     gather_bwd, _ = measured("tape_gather_bwd", tape, bank, indices, weights, counts)
 
-    read = (
-        num_tape_tokens * topk * batch
-    )  # Each entry that is read has an index and a weight of 4 bytes.
+    # Each entry that is read has an index and a weight of 4 bytes.
+    read = num_tape_tokens * topk * batch
     offset = 0 if shared else bank_size * torch.arange(batch).view(-1, 1, 1)
     touched = (indices + offset).unique().numel()
     key, row, entries = key_dim * SIZE, dim * SIZE, keys.numel() // key_dim
