@@ -142,7 +142,8 @@ def imported(note, package, terminal):
     # An editable install's finder would bring the compiled part of this checkout.
     script = (
         "import sys\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "editable = lambda finder: 'Editable' in getattr(finder, '__name__', '')\n"
+        "sys.meta_path = [f for f in sys.meta_path if not editable(f)]\n"
         "import adatape_kernels"
     )
     command = [sys.executable, "-c", script]
