@@ -38,7 +38,7 @@ define sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=lib$(2).so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 \
 	  TSAN_OPTIONS="suppressions=tests/tsan.supp ignore_noninstrumented_modules=1" \
-	  ADATAPE_CUDA_HOST=build/$(2)/adatape_cuda_host.so \
+	  ADATAPE_SANITIZER=$(2) ADATAPE_CUDA_HOST=build/$(2)/adatape_cuda_host.so \
 	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider $(kernel_tests) $(3) $(ARGS)
 endef
 
@@ -157,6 +157,5 @@ $(lint_ready): $(ready)
 $(docs_ready): $(ready)
 	$(pip) install -c $(constraints) furo myst-parser sphinx
 	touch $@
-
 
 .PHONY: help venv demo test asan tsan nvcc newest memcheck audit bench gpu report lint types format docs clean

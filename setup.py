@@ -1,8 +1,10 @@
 """Builds adatape_kernels._C with CMake, or says in one line why the package goes without it.
 
 ADATAPE_BUILD=auto (the default) installs plain Python where a tool is missing; `require` makes that
-an error, `python` skips the build. The folder benchmarks/ becomes adatape_kernels.benchmarks. All
-else about the package stands in pyproject.toml.
+an error, `python` skips the build. ADATAPE_CUDA=auto (the default) leaves out the kernels for GPUs
+alone where torch has no CUDA or they cannot be built; `require` makes that an error, `skip` leaves
+them out. The folder benchmarks/ becomes adatape_kernels.benchmarks. All else about the package
+stands in pyproject.toml.
 """
 
 import os
@@ -33,10 +35,13 @@ def missing_tool() -> str | None:
         return f"no C++ compiler was found ({asked_for[0] if asked_for else 'c++, g++, clang++'})"
     cmake = find_tool("cmake")
     if cmake is None:
-        return "CMake was not found"
+        return "CMake was not found (pip install cmake ninja)"
     version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 25):
-        return f"CMake 3.25 or newer is needed, and {cmake} is older"
+    numbers = re.findall(r"\d+", version)[:3]
+    # 3.25.1, which is Debian 12's, does not know how nvcc is told to compile C++20.
+    if tuple(map(int, numbers)) < (3, 25, 2):
+        found = ".".join(numbers)
+        return f"CMake 3.25.2 or newer is needed, and {cmake} is {found} (pip install cmake ninja)"
     if find_spec("pybind11") is None and not torch_has_pybind11():
         return "pybind11 is not installed"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -53,14 +58,29 @@ def torch_has_pybind11() -> bool:
     )
 
 
+def torch_has_cuda() -> bool:
+    """Whether torch, which is not imported for it, was built with CUDA."""
+    torch = find_spec("torch")
+    facts = Path(torch.origin).with_name("version.py") if torch and torch.origin else None
+    return bool(facts and re.search(r"^cuda\b.*= '", facts.read_text(), re.MULTILINE))
+
+
+def one_of(variable: str, *values: str) -> str:
+    """The value of an environment variable, by default the first of those that it may have."""
+    value = os.environ.get(variable, values[0])
+    if value not in values:
+        known = f"{', '.join(values[:-1])} or {values[-1]}"
+        raise SetupError(f"{variable} must be {known}, not {value!r}")
+    return value
+
+
 class CMakeBuild(build_ext):
     """Builds the extension with CMake, or leaves a note that says why there is none."""
 
     def run(self) -> None:
         """Decide by ADATAPE_BUILD and by the tools at hand."""
-        mode = os.environ.get("ADATAPE_BUILD", "auto")
-        if mode not in ("auto", "require", "python"):
-            raise SetupError(f"ADATAPE_BUILD must be auto, require or python, not {mode!r}")
+        mode = one_of("ADATAPE_BUILD", "auto", "require", "python")
+        one_of("ADATAPE_CUDA", "auto", "require", "skip")
         why = "ADATAPE_BUILD=python asked for it" if mode == "python" else missing_tool()
         if why and mode == "require":
             raise SetupError(f"ADATAPE_BUILD=require, but {why}")
@@ -83,10 +103,26 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        """Build with CMake, without the kernels for GPUs where those are what cannot be built."""
+        cuda = one_of("ADATAPE_CUDA", "auto", "require", "skip")
+        if cuda == "skip":
+            self.cmake(ext, why_no_cuda="ADATAPE_CUDA=skip asked for it")
+            return
+        try:
+            self.cmake(ext, require_cuda=cuda == "require")
+        except CompileError:
+            required = "require" in (cuda, os.environ.get("ADATAPE_BUILD"))
+            if required or not torch_has_cuda():
+                raise
+            self.cmake(ext, why_no_cuda="it could not be built here, `pip install -v` shows why")
+
+    def cmake(self, ext: Extension, why_no_cuda: str = "", require_cuda: bool = False) -> None:
         """Configure, build and install with CMake, in a tree that the next build takes up again."""
         tree = Path("build", f"cmake-{sys.implementation.cache_tag}")
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         configure = [cmake, "-S", ".", "-B", tree, f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DADATAPE_WITHOUT_CUDA={why_no_cuda}"]
+        configure += [f"-DADATAPE_REQUIRE_CUDA={'ON' if require_cuda else 'OFF'}"]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # CMake's cache keeps the tools of its first run, which may have changed or gone since.
@@ -104,7 +140,8 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError:
             raise CompileError(
                 "the compiled part could not be built, see the messages above; "
-                "ADATAPE_BUILD=python installs without it"
+                "ADATAPE_CUDA=skip installs without its kernels for GPUs, ADATAPE_BUILD=python "
+                "without all of it"
             ) from None
 
 

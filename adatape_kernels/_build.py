@@ -1,7 +1,12 @@
 """What the compiled part was built with, or why there is none."""
 
+import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
+
+ASKED_FOR = "ADATAPE_BUILD=python asked for it"
+"""The reason of setup.py for what a user wants."""
 
 
 def build_facts() -> dict[str, str]:
@@ -18,6 +23,26 @@ def build_facts() -> dict[str, str]:
         return {"compiled": "no", "why": _note() if absent else _first_line(error)}
     except Exception as error:  # e.g. the undefined symbols of a _C that is older than torch
         return {"compiled": "no", "why": _first_line(error)}
+
+
+def warn_of_plain_python(facts: dict[str, str]) -> None:
+    """Tell somebody at a terminal, once, that the compiled kernels are missing, and why.
+
+    pip shows no output of an installation that succeeds, so nobody has heard of it before.
+    """
+    why = facts.get("why", ASKED_FOR)
+    if why != ASKED_FOR and _at_a_terminal():
+        warnings.warn(
+            f"adatape_kernels runs as plain Python, without its compiled kernels: {why}",
+            stacklevel=3,
+        )
+
+
+def _at_a_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it was closed
+        return False
 
 
 def _note() -> str:

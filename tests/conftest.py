@@ -92,9 +92,14 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("device", cases, indirect=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    made = yield
+    return selection.existing(made) if isinstance(made, list) else made
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    items[:] = selection.existing(items)
     for item in items:
         selection.mark_for_other_runs(item)
 

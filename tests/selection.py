@@ -63,27 +63,24 @@ def interpreted(device, backend):
 
 
 def existing(items):
-    """Drop the cases that cannot exist; of a test that keeps none, one says why, as a skip."""
-    kept, reasons, alive = [], {}, set()
+    """The cases of a test without those that cannot exist; if none is left, one says why, skipped.
+
+    What is about a sanitizer is not even that where there is none.
+    """
+    kept, reasons = [], []
     for item in items:
-        test = item.nodeid.partition("[")[0]
         if item.get_closest_marker("needs_sanitizer") and not _watched(item):
             continue
         reason = _why_there_is_no_such_case(item)
         if reason is None:
-            alive.add(test)
-        elif test not in reasons:
-            reasons[test] = item, reason
+            kept.append(item)
         else:
-            continue
+            reasons.append((item, reason))
+    if not kept and reasons:
+        item, reason = reasons[0]
+        item.add_marker(pytest.mark.skip(reason=f"no backend here serves it ({reason})"))
         kept.append(item)
-    dropped = set()
-    for test, (item, reason) in reasons.items():
-        if test in alive:
-            dropped.add(item)
-        else:
-            item.add_marker(pytest.mark.skip(reason=f"no backend here serves it ({reason})"))
-    return [item for item in kept if item not in dropped]
+    return kept
 
 
 def _watched(item):

@@ -54,9 +54,9 @@ def _launcher(op: str) -> Callable[..., Any]:
 
 
 def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -> None:
-    steps, key_dim = 10, shape[-1]
+    num_tape_tokens, key_dim = 10, shape[-1]
     query, keys = torch.empty(batch, key_dim, dtype=dtype), torch.empty(shape, dtype=dtype)
-    options = (steps, topk, 2.0, True, "entropy", None, None)
+    options = (num_tape_tokens, topk, 2.0, True, "entropy", None, None)
     weights, ponder, indices, counts = _launcher("tape_select")(query, keys, *options)
     for deterministic in (False, True):
         with _deterministic(deterministic):

@@ -224,35 +224,44 @@ def attention(
 
 
 def reading(
-    batch: int, bank_size: int, dim: int, key_dim: int, topk: int, steps: int, shared: bool
+    batch: int,
+    bank_size: int,
+    dim: int,
+    key_dim: int,
+    topk: int,
+    num_tape_tokens: int,
+    shared: bool,
 ) -> Iterator[RooflineLine]:
     """Select and gather, forward and backward; no example halts before its tape is full."""
     wide = (bank_size, dim)
     bank = torch.randn(wide if shared else (batch, *wide)).to(HALF)
     query, keys = torch.randn(batch, key_dim).to(HALF), bank[..., :key_dim].contiguous()
-    options = (steps, topk, float(steps), True, "entropy", None, None)
+    options = (num_tape_tokens, topk, float(num_tape_tokens), True, "entropy", None, None)
     select, (weights, ponder, indices, counts) = measured("tape_select", query, keys, *options)
     select_bwd, _ = measured(
         "tape_select_bwd", query, keys, weights, ponder, indices, counts, True, "entropy"
     )
-    gather, (tape, _) = measured("tape_gather", bank, indices, weights, counts, steps * batch)
+    gather, (tape, _) = measured(
+        "tape_gather", bank, indices, weights, counts, num_tape_tokens * batch
+    )
     gather_bwd, _ = measured("tape_gather_bwd", tape, bank, indices, weights, counts)
 
-    read = steps * topk * batch  # Each entry that is read has an index and a weight of 4 bytes.
+    # Each entry that is read has an index and a weight of 4 bytes.
+    read = num_tape_tokens * topk * batch
     offset = 0 if shared else bank_size * torch.arange(batch).view(-1, 1, 1)
     touched = (indices + offset).unique().numel()
     key, row, entries = key_dim * SIZE, dim * SIZE, keys.numel() // key_dim
     merged = 2 * read * key_dim
-    scores = 2 * batch * steps * bank_size * key_dim
+    scores = 2 * batch * num_tape_tokens * bank_size * key_dim
     kind = f"B={batch}, {'learnable' if shared else 'input-driven'}, M={bank_size}"
-    shape = f"{kind}, K={key_dim}, k={topk}, T={steps}"
+    shape = f"{kind}, K={key_dim}, k={topk}, T={num_tape_tokens}"
     yield RooflineLine(
         "tape_select", shape, CountedWork(entries * key + 8 * read, scores + merged), select
     )
     needed = CountedWork((touched + entries) * key + 8 * read, 4 * merged)
     yield RooflineLine("tape_select_bwd", shape, needed, select_bwd)
-    shape = f"{kind}, D={dim}, k={topk}, T={steps}"
-    written = steps * batch * row
+    shape = f"{kind}, D={dim}, k={topk}, T={num_tape_tokens}"
+    written = num_tape_tokens * batch * row
     yield RooflineLine(
         "tape_gather", shape, CountedWork(touched * row + written + 8 * read), gather, limited=True
     )

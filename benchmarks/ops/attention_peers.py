@@ -72,9 +72,9 @@ def blocks(given: AttentionInputs, members: Sequence[Sequence[int]]) -> list[Pad
     made = []
     for examples in members:
         chosen = torch.tensor(examples, device=device)
-        steps = torch.arange(int(lens[chosen].max()), device=device)
-        mask = steps < lens[chosen].unsqueeze(1)
-        rows = (starts[chosen].unsqueeze(1) + steps)[mask]
+        places = torch.arange(int(lens[chosen].max()), device=device)
+        mask = places < lens[chosen].unsqueeze(1)
+        rows = (starts[chosen].unsqueeze(1) + places)[mask]
         padded = [
             x.new_zeros(*mask.shape, *x.shape[1:]).index_put((mask,), x[rows])
             for x in (qkv.detach(), dout)

@@ -167,13 +167,16 @@ def case(shape: GatherShape, direction: str, dtype: torch.dtype, device_type: st
     backward = direction == "forward+backward"
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
-    steps, shared = len(given.dtape), given.bank.dim() == 2
+    tape_rows, shared = len(given.dtape), given.bank.dim() == 2
     used = given.indices[given.exists]
     touched = len(used.unique()) if shared else used.numel()
     row, entries = shape.D * dtype.itemsize, given.bank.numel() // shape.D
-    flops, moved = 2.0 * steps * shape.k * shape.D, (touched + steps) * row + 8 * used.numel()
+    flops, moved = (
+        2.0 * tape_rows * shape.k * shape.D,
+        (touched + tape_rows) * row + 8 * used.numel(),
+    )
     if backward:
-        flops, moved = 3 * flops, moved + (touched + steps + entries) * row + 12 * used.numel()
+        flops, moved = 3 * flops, moved + (touched + tape_rows + entries) * row + 12 * used.numel()
     eager, plain, packing, compiled, bag = PEERS
     return BenchmarkCase(
         op=SUITE.op,

@@ -120,15 +120,15 @@ def case(shape: ReadShape, direction: str, dtype: torch.dtype, device_type: str)
     bank = given.bank
     with torch.no_grad():
         selection, _ = one_op(given)
-    steps = int(selection.counts.sum())
-    read, size, shared = steps * shape.k, dtype.itemsize, bank.dim() == 2
+    tape_tokens = int(selection.counts.sum())
+    read, size, shared = tape_tokens * shape.k, dtype.itemsize, bank.dim() == 2
     entries, touched = bank.numel() // shape.D, min(read, shape.M) if shared else read
     # The keys once, the rows that are read, and the tape; then the same rows and a whole gradient.
-    flops = 2.0 * steps * shape.M * shape.K + 2 * read * (shape.K + shape.D)
-    moved = (entries * shape.K + (touched + steps) * shape.D) * size + 8 * read
+    flops = 2.0 * tape_tokens * shape.M * shape.K + 2 * read * (shape.K + shape.D)
+    moved = (entries * shape.K + (touched + tape_tokens) * shape.D) * size + 8 * read
     if backward:
         flops += 8 * read * shape.K + 4 * read * shape.D
-        moved += (touched + steps + entries) * shape.D * size + 12 * read
+        moved += (touched + tape_tokens + entries) * shape.D * size + 12 * read
     return BenchmarkCase(
         op=SUITE.op,
         direction=direction,

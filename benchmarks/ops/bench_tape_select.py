@@ -82,12 +82,17 @@ def case(shape: SelectShape, direction: str, dtype: torch.dtype, device_type: st
     torch.manual_seed(0)
     given = inputs(shape, dtype, device_type, backward)
     keys = given.bank
-    steps = int(ops.tape_select(given.query.detach(), keys.detach(), **given.options).counts.sum())
-    read = steps * shape.k
+    tape_tokens = int(
+        ops.tape_select(given.query.detach(), keys.detach(), **given.options).counts.sum()
+    )
+    read = tape_tokens * shape.k
     key = shape.K * dtype.itemsize
     shared = keys.dim() == 2
     touched = min(read, shape.M) if shared else read
-    flops, moved = 2.0 * steps * shape.M * shape.K + 2 * read * shape.K, nbytes([keys]) + 8 * read
+    flops, moved = (
+        2.0 * tape_tokens * shape.M * shape.K + 2 * read * shape.K,
+        nbytes([keys]) + 8 * read,
+    )
     if backward:
         flops += 8 * read * shape.K
         moved += touched * key + nbytes([keys]) + 8 * read

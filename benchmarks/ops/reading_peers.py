@@ -101,14 +101,14 @@ def read_inputs(
     backward: bool,
     gathers: bool,
 ) -> ReadInputs:
-    steps, topk = options["num_tape_tokens"], options["topk"]
+    num_tape_tokens, topk = options["num_tape_tokens"], options["topk"]
     with torch.device(device_type):
         query, values = (
             F.layer_norm(torch.randn(shape), shape[-1:]).to(dtype).requires_grad_(backward)
             for shape in ((batch, key_dim), bank)
         )
-        dtape = torch.randn(batch, steps, bank[-1]).to(dtype) if gathers else None
-        dweights, dponder = torch.randn(batch, steps, topk), torch.randn(batch)
+        dtape = torch.randn(batch, num_tape_tokens, bank[-1]).to(dtype) if gathers else None
+        dweights, dponder = torch.randn(batch, num_tape_tokens, topk), torch.randn(batch)
     return ReadInputs(query, values, options, dweights, dponder, dtape, backward)
 
 

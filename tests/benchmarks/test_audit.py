@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import adatape_kernels
 from adatape_kernels.ops import triton_runtime
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(adatape_kernels.__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not triton_runtime.INSTALLED, reason="triton is not installed")
 

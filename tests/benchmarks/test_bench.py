@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import adatape_kernels
 from adatape_kernels.benchmarks import bench_cpu
 from adatape_kernels.benchmarks.harness import cases, ceilings, command, records, timing
 from adatape_kernels.benchmarks.harness.cases import (
@@ -18,7 +19,7 @@ from adatape_kernels.benchmarks.harness.cases import (
     Skipped,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(adatape_kernels.__file__).parents[1]
 TINY = {
     "tape_select": "B=3 M=40 K=8 k=2 T=3 tau=1",
     "tape_gather": "B=3 M=40 D=16 k=2 T=3 tape=uniform",

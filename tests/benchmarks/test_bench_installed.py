@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import adatape_kernels
 from adatape_kernels import cli
 from adatape_kernels.benchmarks.harness import records
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(adatape_kernels.__file__).parents[1]
 REPORT = (
     "import sys; from adatape_kernels.benchmarks.harness import command; code = command.main("
     "['dispatch', '--shape', 'op=dual_ffn', '--quick', '--device', 'cpu']); "

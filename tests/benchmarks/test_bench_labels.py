@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import adatape_kernels
 from adatape_kernels import ops, use_backend
 from adatape_kernels.benchmarks.harness import cases, command, labels, records, suites
 from adatape_kernels.benchmarks.harness.cases import (
@@ -19,7 +20,7 @@ from adatape_kernels.benchmarks.harness.cases import (
 )
 from adatape_kernels.ops.op import Ran, operation
 
-README = Path(__file__).parents[2] / "benchmarks" / "README.md"
+README = Path(adatape_kernels.__file__).parents[1] / "benchmarks" / "README.md"
 EFFORT = Effort(rounds=3, seconds=0.1, quick=True)
 FORWARD, BACKWARD = Ran("tape_select", "cpp"), Ran("tape_select_bwd", "cpp")
 BOTH = ("tape_select", "tape_select_bwd")
@@ -132,6 +133,21 @@ def test_every_backend_with_a_kernel_here_has_a_provider(op):
     default = "cpp" if "cpp" in here else "eager"
     assert forced == here - {"eager", default}
     assert all(provider.name == f"{OURS} {provider.backend}" for provider in found[1:])
+
+
+@pytest.mark.parametrize(("head_dim", "status"), [(64, "ok"), (8, "skipped")])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_attention_in_cuda_c_plus_plus_runs_or_says_why_not(head_dim, status, direction):
+    kernel = operation("elastic_attention").implementations["cuda"]
+    reason = kernel.refusal_by_type("cpu", torch.float16)
+    if reason is not None:
+        pytest.skip(f"the CUDA kernels are not built for the host: {reason}")
+    suite = command.suites(["elastic_attention"])["elastic_attention"]
+    shape = suite.parse(f"B=3 N=5-9 T=3 H=2 d={head_dim}")
+    only = EFFORT._replace(providers=frozenset([f"{OURS} cuda"]))
+    (row,) = cases.run(suite.case(shape, direction, torch.float16, "cpu"), only)
+    assert row.status == status, row.note
+    assert status == "ok" or f"not {head_dim}" in row.note
 
 
 def test_every_letter_of_a_shape_is_in_the_legend_of_help_and_readme():

@@ -252,7 +252,6 @@ def reads(draw):
     )
 
 
-@pytest.mark.few_emulated_threads
 @given(case=reads())
 def test_one_step_with_any_ties_matches_the_literal_loop(device, case):
     """One step: after it, a merged query may tie in exact arithmetic and differ by rounding."""
