@@ -154,7 +154,12 @@ class Copy:
             self.build()
 
     def call(self, *command):
-        result = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
+        # The environment's own CMake, also where that is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path}
+        result = subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True
+        )
         if result.returncode:
             raise RuntimeError(f"{command[0]}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
 
@@ -185,7 +190,8 @@ class Copy:
             result = subprocess.run(command, env=environment, **how)
         except subprocess.TimeoutExpired:
             return True
-        if result.returncode not in (0, 1, 2):  # 2: a test module cannot be imported
+        # 2: a test module cannot be imported; below 0: a signal ended it.
+        if result.returncode not in (0, 1, 2) and result.returncode >= 0:
             raise RuntimeError(f"pytest: {result.stdout[-2000:]}{result.stderr[-2000:]}")
         return result.returncode != 0
 
