@@ -16,16 +16,9 @@ cpp_files := $(shell find csrc -type f)
 cuda_host := build/cuda_host/adatape_cuda_host.so
 cuda_host_files := $(wildcard tests/cuda_host/*)
 
-kernel_tests := $(addprefix tests/test_,tape_select.py tape_gather.py elastic_attention.py \
-  elastic_attention_cuda.py dual_ffn.py)
-# Which of them a sanitizer runs: those that reach C++ or CUDA, and that do not take its emulated
-# threads too long.
-asan_tests := -k "not compile and not opcheck and (cpp or cpu-cuda and not batch and not threads \
-  and not scalars and not many_tiles)"
-tsan_tests := -k "not compile and not opcheck and (cpp and threads \
-  or cpu-cuda and matches_the_literal_loop and not any)"
-# $(call sanitized,FLAG,NAME,TESTS) builds a copy of the package, with a compiled part for which
-# -fsanitize=FLAG was given, into build/NAME, and runs TESTS on it. torch itself is not instrumented:
+# $(call sanitized,FLAG,NAME,MARKER) builds a copy of the package, with a compiled part for which
+# -fsanitize=FLAG was given, into build/NAME, and runs the ops' tests with MARKER, which
+# tests/selection.py gives, on it. torch itself is not instrumented:
 # its leaks and its pool's synchronisation are not ours to report.
 comma := ,
 site = build/$(2)/site
@@ -39,18 +32,16 @@ define sanitized
 	  ASAN_OPTIONS=detect_leaks=0 \
 	  TSAN_OPTIONS="suppressions=tests/tsan.supp ignore_noninstrumented_modules=1" \
 	  ADATAPE_SANITIZER=$(2) ADATAPE_CUDA_HOST=build/$(2)/adatape_cuda_host.so \
-	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider $(kernel_tests) $(3) $(ARGS)
+	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider tests/ops -m $(3) $(ARGS)
 endef
 
 newest := $(abspath $(NEWEST_VENV))/bin
 newest_constraints := $(NEWEST_VENV)/adatape-constraints.txt
-cuda_is_built := import json, sys; cuda = json.load(sys.stdin)['compiled_part']['cuda']; \
-  cuda.startswith('none') and sys.exit(f'CUDA ops: expected to be built, got {cuda}')
-# What a new torch is most likely to break. Without Triton, whose interpreter takes four times as
+# What a new torch is most likely to break: not what we refuse, nor the choice of instructions, which
+# are ours alone. Without Triton, whose interpreter takes four times as
 # long as all the rest; then whole models, by Triton's kernels too, against the public code's values.
-sample := $(addprefix tests/test_,tape_select.py tape_gather.py tape_read.py elastic_attention.py \
-  dual_ffn.py add_layer_norm.py backend.py layers.py models.py export.py fake_cuda.py \
-  build.py::test_facts_of_the_compiled_part)
+sample := tests/ops tests/layers tests/models tests/build/test_build.py::test_facts_of_the_compiled_part \
+  --ignore=tests/ops/test_instruction_sets.py --ignore-glob='*_refusals.py'
 golden := tests/test_scenic.py
 
 help:  ## show this list
@@ -65,10 +56,10 @@ test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto $(ARGS)
 
 asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
-	$(call sanitized,address$(comma)undefined,asan,$(asan_tests))
+	$(call sanitized,address$(comma)undefined,asan,sanitize)
 
 tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
-	$(call sanitized,thread,tsan,$(tsan_tests))
+	$(call sanitized,thread,tsan,sanitize_threads)
 
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
 	$(bin)/python -m adatape_kernels.benchmarks.audit.cuda_audit
@@ -82,10 +73,10 @@ newest:  ## build for the newest torch with CUDA, in an environment of its own; 
 	  torch setuptools pybind11 cmake ninja
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
 	$(newest)/python setup.py --quiet sdist --dist-dir build/newest
-	ADATAPE_BUILD=require $(newest)/python -m pip install -c $(newest_constraints) \
-	  --no-build-isolation --no-cache-dir "$$(echo build/newest/*.tar.gz)[test]"
+	ADATAPE_BUILD=require ADATAPE_CUDA=require $(newest)/python -m pip install \
+	  -c $(newest_constraints) --no-build-isolation --no-cache-dir \
+	  "$$(echo build/newest/*.tar.gz)[test]"
 	$(newest)/adatape-kernels info
-	$(newest)/adatape-kernels info --json | $(newest)/python -c "$(cuda_is_built)"
 	$(newest)/adatape-kernels check --device cpu
 	cd build/newest && TRITON_INTERPRET=0 $(newest)/pytest -q -n auto $(sample)
 	cd build/newest && $(newest)/pytest -q -n auto $(golden)
@@ -94,7 +85,7 @@ newest:  ## build for the newest torch with CUDA, in an environment of its own; 
 memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-	    $(bin)/pytest -q -n 0 $(kernel_tests) -k "cuda-cuda and matches_the_literal" || exit 1; \
+	    $(bin)/pytest -q -n 0 tests/ops -m "cuda and sanitize_threads" || exit 1; \
 	done
 
 audit: $(ready)  ## compile the kernels for GPUs that are not here and look at what comes out; run nothing
