@@ -172,3 +172,8 @@ def test_corrupt_counts_lead_out_of_no_tensor(device, on_device, bounds):
     y, hidden, tape_hidden = forward(x, num_input_rows, sizes[1], *rest)
     grads = backward(dy, x, hidden, tape_hidden, num_input_rows, *rest)
     assert all(result.isfinite().all() for result in (y, hidden, tape_hidden, *grads))
+
+
+def test_an_unknown_form_is_refused():
+    with refused("ffn_products", "cublas, grouped", "'cutlass'"), ffn_products("cutlass"):
+        raise AssertionError("entered an unknown form")
