@@ -39,6 +39,11 @@ class Skipped:
         """Note an entry."""
         self.paths.setdefault(reason, []).append(path)
 
+    def add_all(self, others: "Skipped") -> None:
+        """Note the entries of another one."""
+        for reason, paths in others.paths.items():
+            self.paths.setdefault(reason, []).extend(paths)
+
     def line(self, folder: Path) -> str | None:
         """Return one line that says what was skipped below a folder, or None for nothing."""
         parts = []
@@ -76,9 +81,11 @@ def class_files(folder: Path, skipped: Skipped) -> dict[str, list[Path]]:
         elif _is_run(inner):
             skipped.add("folder of a run", inner)
         else:
-            files = _images(inner, skipped)
+            inside = Skipped()
+            files = _images(inner, inside)
             if files:
                 classes[inner.name] = files
+                skipped.add_all(inside)
             elif _holds_runs(inner):
                 skipped.add("folder of runs", inner)
             else:

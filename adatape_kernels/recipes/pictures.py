@@ -18,8 +18,11 @@ _ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
 _MEAN_IMAGES = 200
 # The number of classes that are drawn, since more would be too small to see.
 _MOST_CLASSES = 11
-# The number of characters of a class's name that fit above a picture.
+# The number of characters of a class's name that fit above a picture, alone and behind other words.
 _MOST_CHARACTERS = 16
+_FEWER_CHARACTERS = 10
+# The number of tape lengths that fit below an axis.
+_MOST_TICKS = 21
 
 
 def require(command: str) -> None:
@@ -77,9 +80,9 @@ def draw_all(
             figure.savefig(out / f"{name}.png", dpi=130)
 
 
-def drawn_name(name: str) -> str:
+def drawn_name(name: str, most: int = _MOST_CHARACTERS) -> str:
     """Return a class's name as pictures show it: printable, in one line, and not too long."""
-    return printable(name, _MOST_CHARACTERS)
+    return printable(name, most)
 
 
 def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -111,11 +114,10 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
     """Draw how often each bank patch is read, for every class and over all, above mean images."""
     labels = data.test_labels
     panels = [
-        (f"{drawn_name(name)}: mean", (labels == c).nonzero()[:, 0])
-        for c, name in enumerate(data.class_names)
+        (drawn_name(name), (labels == c).nonzero()[:, 0]) for c, name in enumerate(data.class_names)
     ]
     panels = [(name, chosen) for name, chosen in panels if len(chosen)][:_MOST_CLASSES]
-    panels.append(("all: mean", torch.arange(len(labels))))
+    panels.append(("all", torch.arange(len(labels))))
     rows = -(-len(panels) // 4)
     figure, axes = _axes(rows, 8, 13, 1.8 * rows + 0.5)
     for axis in axes.flat:
@@ -130,8 +132,12 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
         image = heat_axis.imshow(
             read[chosen].float().mean(0).numpy(), cmap="viridis", vmin=0, vmax=1
         )
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images that read this patch")
-    figure.suptitle("Which bank patches are read, by class and over all test images")
+    # In two lines the label is no longer than the bar, even beside a single row of pictures.
+    label = "share of the images\nthat read this patch"
+    figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    figure.suptitle(
+        "Mean image, and which bank patches are read, by class and over all test images"
+    )
     return figure
 
 
@@ -145,18 +151,24 @@ def tape_lengths(images_by_tape_length: list[int]) -> Any:
     figure, ((axis,),) = _axes(1, 1, 6, 3.6)
     counts = images_by_tape_length
     bars = axis.bar(range(len(counts)), counts, color=_ELASTIC)
-    axis.bar_label(bars, labels=[str(count) if count else "" for count in counts], padding=2)
     axis.axvline(len(counts) - 1, color=_PADDED, linestyle="--")
+    for text in axis.bar_label(bars, [str(count) if count else "" for count in counts], padding=3):
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    # The text stands to the right of the last bar, where no bar can be behind it.
     axis.annotate(
         "padded: always this long",
-        (len(counts) - 1.1, 0.5),
+        (len(counts) - 1 + bars[0].get_width() / 2, 0.5),
+        xytext=(4, 0),
+        textcoords="offset points",
         xycoords=("data", "axes fraction"),
-        ha="right",
+        ha="left",
         va="center",
         rotation=90,
-        color="0.4",
+        color="0.2",
+        annotation_clip=False,
     )
-    axis.set(xlabel="tape tokens read", ylabel="test images", xticks=range(len(counts)))
+    ticks = range(0, len(counts), -(-len(counts) // _MOST_TICKS))
+    axis.set(xlabel="tape tokens read", ylabel="test images", xticks=ticks)
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Each image reads as much as it needs")
@@ -192,7 +204,8 @@ def shortest_longest(
                 corner = (x * bank_patch_size + margin, y * bank_patch_size + margin)
                 axis.add_patch(Rectangle(corner, width, width, fill=False, color="#ff9f1c", lw=1.2))
             label, guess = int(data.test_labels[image]), int(output.logits[image].argmax())
-            name, taken_for = (drawn_name(data.class_names[index]) for index in (label, guess))
+            name = drawn_name(data.class_names[label])
+            taken_for = drawn_name(data.class_names[guess], _FEWER_CHARACTERS)
             wrong = "" if label == guess else f"\ntaken for {taken_for}"
             _title(axis, f"{name}{wrong}\n{int(output.tape_lens[image])} tokens")
     figure.suptitle("The shortest tapes (above) and the longest (below); outlined: patches read")
