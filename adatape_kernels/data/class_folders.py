@@ -29,7 +29,7 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+\.safetensors(\.part)?|checkpoint\.json
 _SHOWN_CHARACTERS = 40
 
 
-class Skipped:
+class SkippedEntries:
     """Entries of folders that are neither classes nor images, by the reason why."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Skipped:
         """Note an entry."""
         self.paths.setdefault(reason, []).append(path)
 
-    def add_all(self, others: "Skipped") -> None:
+    def add_all(self, others: "SkippedEntries") -> None:
         """Note the entries of another one."""
         for reason, paths in others.paths.items():
             self.paths.setdefault(reason, []).extend(paths)
@@ -54,7 +54,7 @@ class Skipped:
         return f"skipped in {printable(folder)}: {', '.join(parts)}" if parts else None
 
 
-def class_files(folder: Path, skipped: Skipped) -> dict[str, list[Path]]:
+def class_files(folder: Path, skipped: SkippedEntries) -> dict[str, list[Path]]:
     """Return the image files of each class by its name, classes and files in alphabetical order.
 
     Nothing is opened but folders. Names that are hidden or belong to a system, folders that a run
@@ -81,7 +81,7 @@ def class_files(folder: Path, skipped: Skipped) -> dict[str, list[Path]]:
         elif _is_run(inner):
             skipped.add("folder of a run", inner)
         else:
-            inside = Skipped()
+            inside = SkippedEntries()
             files = _images(inner, inside)
             if files:
                 classes[inner.name] = files
@@ -101,7 +101,7 @@ def class_files(folder: Path, skipped: Skipped) -> dict[str, list[Path]]:
     return classes
 
 
-def _images(folder: Path, skipped: Skipped) -> list[Path]:
+def _images(folder: Path, skipped: SkippedEntries) -> list[Path]:
     """Return the image files of a class in alphabetical order."""
     files = []
     for inner, mode in _visible(folder, skipped):
@@ -118,7 +118,7 @@ def _images(folder: Path, skipped: Skipped) -> list[Path]:
     return files
 
 
-def _visible(folder: Path, skipped: Skipped) -> Iterator[tuple[Path, int]]:
+def _visible(folder: Path, skipped: SkippedEntries) -> Iterator[tuple[Path, int]]:
     """Yield the entries of a folder that are not hidden, and what they are, links followed."""
     try:
         entries = sorted(folder.iterdir())

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adatape_kernels.data.class_folders import Skipped, class_files
+from adatape_kernels.data.class_folders import SkippedEntries, class_files
 from adatape_kernels.data.image_file import decode, pillow
 from adatape_kernels.data.image_set import ImageSet
 from adatape_kernels.data.printable import printable
@@ -61,7 +61,7 @@ def image_folder(folder: Path, size: int, seed: int) -> ImageSet:
         RuntimeError: Pillow is not installed.
     """
     pillow()
-    skipped = Skipped()
+    skipped = SkippedEntries()
     train = folder / "train"
     if train.is_dir():
         test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)

@@ -57,11 +57,11 @@ def run(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
+    data = digits(seed)
     out.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written shows here, before a minute of training.
     with tempfile.TemporaryFile(dir=out):
         pass
-    data = digits(seed)
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(seed)
     model = AdaTapeViT(CONFIG)

@@ -139,10 +139,12 @@ def train(
         after_epoch: called with each epoch's result; returns a line to print.
 
     Raises:
+        ValueError: the last batch is one image, which a batch norm of the model cannot train on.
         RuntimeError: the loss is not finite; the error names epoch and step.
     """
     from tqdm import tqdm
 
+    _check_batches(model, plan, len(data.train_labels))
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))
     with lenient_output(), repeatable():
@@ -161,6 +163,19 @@ def train(
                 result = _train_epoch(model, data, plan, normalise, augment, optimizer, epoch, bar)
                 if after_epoch is not None:
                     bar.write(after_epoch(result))
+
+
+def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
+    """Raise ValueError where a module needs the statistics of a batch that has one image."""
+    smallest = plan.images_per_epoch(images) % plan.batch or min(plan.batch, images)
+    if smallest > 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+            raise ValueError(
+                f"batch: expected a size that leaves no single image of {images} over, which the "
+                f"batch norm {name} cannot train on, got {plan.batch}"
+            )
 
 
 def _train_epoch(

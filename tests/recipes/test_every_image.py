@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
-from checks import assert_same_bits
+from checks import assert_same_bits, refused
 from image_files import write_mnist
 
 from adatape_kernels.cli import main
-from adatape_kernels.data import augment
-from adatape_kernels.recipes import checkpoint, train_config
+from adatape_kernels.data import ImageSet, Normaliser, augment
+from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.recipes import checkpoint, demo, train_config
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import TrainPlan
+from adatape_kernels.recipes.train_loop import TrainPlan, train
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
 TINY += ["--ffn", "16", "--num-tape-tokens", "3", "--topk", "2", "--epochs", "3"]
@@ -60,7 +61,6 @@ def test_every_image_is_trained_on_in_every_epoch(mnist, tmp_path, monkeypatch, 
     assert main(arguments(mnist, tmp_path / "run", "--batch", "50")) == 0
     assert sizes == [50, 50, 44] * 3
     assert checkpoint.load(tmp_path / "run").step == 9
-    assert "144 training images, 20 test images, 10 classes; batch 50, 3 steps an epoch, the last "
     first = capsys.readouterr().out.splitlines()[0]
     assert first == (
         "144 training images, 20 test images, 10 classes; batch 50, 3 steps an epoch, "
@@ -137,3 +137,25 @@ def test_the_tried_step_leaves_no_trace(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
         assert_same_bits(tensor, before[name])
+
+
+class WithBatchNorm(AdaTapeViT):
+    """A model that needs the statistics of a batch."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = torch.nn.BatchNorm2d(1)
+
+    def embed(self, inputs):
+        return super().embed(self.norm(inputs))
+
+
+def test_a_batch_norm_is_named_where_one_image_is_left_over():
+    images, labels = torch.rand(9, 1, 8, 8), torch.arange(9) % 10
+    data = ImageSet(images, labels, images, labels, tuple("0123456789"))
+    model, normalise = WithBatchNorm(demo.CONFIG), Normaliser.of(images)
+    plan = TrainPlan(epochs=1, batch=4, learning_rate=1e-3)
+    with refused("batch", "9", "batch norm norm", "got 4"):
+        train(model, data, plan, normalise, augment.turn_and_move)
+    plan = TrainPlan(epochs=1, batch=5, learning_rate=1e-3)
+    train(model, data, plan, normalise, augment.turn_and_move)

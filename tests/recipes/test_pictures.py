@@ -1,5 +1,7 @@
 """Pictures show what they say: no text is cut off or lies on a bar."""
 
+import itertools
+
 import matplotlib
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_the_words_about_the_padded_length_lie_on_no_bar(lengths):
     for bar in axis.patches:
         assert not box.overlaps(bar.get_window_extent(renderer))
     ticks = [label.get_window_extent(renderer) for label in axis.get_xticklabels()]
-    assert not any(a.overlaps(b) for a, b in zip(ticks, ticks[1:], strict=False))
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(ticks))
 
 
 def test_pictures_repeat_to_the_byte(tmp_path):
