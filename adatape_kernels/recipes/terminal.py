@@ -1,16 +1,21 @@
 """Output of long runs: whatever is wrong with a terminal, the run goes on.
 
-A stream may be closed, a pipe without a reader, a full disk, or of an encoding that lacks a
-character; none of this is a reason to lose hours of training.
+A stream may be closed, a pipe without a reader or with one that does not read, a full disk, or of
+an encoding that lacks a character; none of this is a reason to lose hours of training.
 """
 
 import contextlib
 import os
+import select
+import stat
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 _STREAMS = ("stdout", "stderr")
+# How long a reader of a full pipe may take before texts are dropped; once they are, it is not
+# waited for again until it reads.
+_PATIENCE_MS = 1000
 
 
 class LenientStream:
@@ -21,10 +26,11 @@ class LenientStream:
 
     def __init__(self, stream: Any):
         self.stream = stream
+        self.patience_ms = _PATIENCE_MS
 
     def write(self, text: str) -> int:
         """Write a text; return its length, whatever became of it."""
-        if self.stream is None:
+        if self.stream is None or not self._takes_more():
             return len(text)
         try:
             try:
@@ -40,7 +46,7 @@ class LenientStream:
 
     def flush(self) -> None:
         """Pass on what is held back."""
-        if self.stream is not None:
+        if self.stream is not None and self._takes_more():
             with contextlib.suppress(OSError, ValueError):
                 self.stream.flush()
 
@@ -50,6 +56,12 @@ class LenientStream:
             return self.stream is not None and self.stream.isatty()
         except ValueError:
             return False
+
+    def _takes_more(self) -> bool:
+        """Return whether a line can be written now without waiting for a reader."""
+        ready = _takes_more(self.stream, self.patience_ms)
+        self.patience_ms = _PATIENCE_MS if ready else 0
+        return ready
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -68,7 +80,7 @@ def lenient_output() -> Iterator[None]:
     finally:
         for name, stream in before.items():
             setattr(sys, name, stream)
-            if not isinstance(stream, LenientStream):
+            if stream is not None and not isinstance(stream, LenientStream):
                 _settle(stream)
 
 
@@ -94,13 +106,27 @@ def _settle(stream: Any) -> None:
 
     The interpreter flushes again when it ends, and a failure then would change the exit code.
     """
-    if stream is None:
-        return
-    try:
-        stream.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+    with contextlib.suppress(OSError, ValueError):
+        if _takes_more(stream, 0):
+            try:
+                stream.flush()
+                return
+            except OSError:
+                pass
+        with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
-            stream.flush()
-    except ValueError:
-        pass
+        stream.flush()
+
+
+def _takes_more(stream: Any, patience_ms: int) -> bool:
+    """Return whether a stream can take a line at once; only a full pipe or socket cannot."""
+    try:
+        descriptor = stream.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (OSError, ValueError, AttributeError):
+        return True
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) or not hasattr(select, "poll"):
+        return True
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLOUT)
+    return bool(waiting.poll(patience_ms))

@@ -18,7 +18,8 @@ from adatape_kernels.data.image_folder import FolderImages
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MUTATIONS = 640
+# More are tried by ADATAPE_MUTATIONS=8000 pytest tests/data/test_damaged_images.py.
+MUTATIONS = int(os.environ.get("ADATAPE_MUTATIONS", "640"))
 
 
 def colours(mode):

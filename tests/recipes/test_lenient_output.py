@@ -128,6 +128,27 @@ def test_no_error_of_a_stream_gets_through(monkeypatch, error):
     assert isinstance(sys.stdout, Failing) and sys.stderr is None
 
 
+@pytest.fixture
+def full_pipe():
+    """The writing end of a pipe that nobody reads and that takes no more."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_run_does_not_wait_for_the_reader_of_a_full_pipe(photos, tmp_path, full_pipe):
+    words = [sys.executable, "-m", "adatape_kernels.cli", "train", "--data", "imagefolder", *TINY]
+    words += ["--data-dir", str(photos), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    assert subprocess.run(words, stdout=full_pipe, stderr=full_pipe, timeout=200).returncode == 0
+    assert (tmp_path / "run" / "report.json").exists()
+
+
 def test_what_can_be_written_is(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
