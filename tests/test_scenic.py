@@ -147,7 +147,7 @@ def test_verify_exits_with_2_for_an_unreadable_file(tmp_path, capsys, write):
         (set_config(bank_norm=False), "bank_norm"),
         (set_config(add_tape_token_to_layers=[-1]), "-1"),
         (set_config(num_heads=5), "num_heads"),
-        (set_config(hidden_size="48"), "entries"),
+        (set_config(hidden_size="48"), "dim: expected an integer"),
         (set_config(dynamic_tape_length=3), "entries"),
     ],
 )
