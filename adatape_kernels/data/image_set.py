@@ -9,8 +9,8 @@ from torch import Tensor
 STATISTICS_IMAGES = 2000
 """Most images that mean and standard deviation are measured over."""
 _BATCH = 100
-# Few, since all of them are in memory at a time.
-_LOOKED_AT = 16
+# The number of files that are decoded at a time outside of training; they may be large.
+_DECODED = 16
 
 
 class Images(Protocol):
@@ -79,7 +79,7 @@ class ImageSet:
         """
         for images in (self.train_images, self.test_images):
             if not isinstance(images, Tensor):
-                for indices in torch.arange(len(images)).split(_LOOKED_AT):
+                for indices in torch.arange(len(images)).split(_DECODED):
                     images[indices]
 
     def limited(self, train_images: int, seed: int) -> "ImageSet":
@@ -139,7 +139,10 @@ class Normaliser:
         the number of threads.
         """
         count, total, squares = 0, torch.tensor(0), torch.tensor(0)
-        for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(_BATCH):
+        # Sums of integers do not depend on how many images are taken at a time; files are uint8.
+        exact = images[torch.zeros(1, dtype=torch.long)].dtype == torch.uint8
+        size = _DECODED if exact else _BATCH
+        for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(size):
             batch = images[indices]
             scale = 255 if batch.dtype == torch.uint8 else 1
             batch = batch.transpose(0, 1).flatten(1)

@@ -90,12 +90,12 @@ def _run(
         data = data.limited(config.limit, config.seed)
     for note in data.notes:
         say(f"adatape-kernels: note: {note}")
-    data.look()
     chosen = config.batch is None
     config = config.with_batch_for(len(data.train_labels))
-    normalise = Normaliser.of(data.train_images)
     plan = config.plan()
     print(_plan_line(data, plan, chosen))
+    data.look()
+    normalise = Normaliser.of(data.train_images)
     torch.manual_seed(config.seed)
     model = config.model(data.num_classes, len(normalise.mean))
     optimizer = plan.optimizer(model)

@@ -33,6 +33,8 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULT_BATCHES = {"digits": 48}
 _DEFAULT_BATCH = 128
 _LEAST_STEPS = 10
+# Most numbers that the images of a batch consist of: 16 GiB in float32.
+_MOST_BATCH_VALUES = 1 << 32
 
 _DEFAULT_MODELS: dict[str, dict[str, int]] = {
     "digits": {"patch": 4, "bank_patch": 1, "dim": 64, "depth": 2, "heads": 4, "ffn": 128},
@@ -151,11 +153,20 @@ class TrainConfig:
 
         The default batch is that of the set, or fewer images where an epoch would otherwise have
         fewer than ten steps.
+
+        Raises:
+            ValueError: the images of a batch would take more than 16 GiB.
         """
-        if self.batch is not None:
-            return self
         usual = _DEFAULT_BATCHES.get(self.data, _DEFAULT_BATCH)
-        return replace(self, batch=max(1, min(usual, images // _LEAST_STEPS)))
+        chosen = max(1, min(usual, images // _LEAST_STEPS))
+        batch = chosen if self.batch is None else self.batch
+        most = _MOST_BATCH_VALUES // (3 * self.image_size**2)
+        if min(batch, images) > most:
+            raise ValueError(
+                f"image-size: expected a size at which a batch of {min(batch, images)} images "
+                f"takes up to 16 GiB, got {self.image_size}"
+            )
+        return replace(self, batch=batch)
 
     def plan(self) -> TrainPlan:
         """Return how to train. Raises ValueError where no batch is chosen yet."""

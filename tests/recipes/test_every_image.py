@@ -88,6 +88,13 @@ def test_the_default_batch_leaves_ten_steps(name, images, batch):
     assert given.with_batch_for(images).batch == 99
 
 
+def test_a_batch_that_no_memory_holds_is_named():
+    config = TrainConfig.of({"data": "imagefolder", "image_size": 8000, "patch": 80})
+    assert config.with_batch_for(144).batch == 14
+    with refused("image-size", "a batch of 100 images", "8000"):
+        config.with_batch_for(1000)
+
+
 def test_the_chosen_batch_is_said_and_saved(mnist, tmp_path, capsys):
     assert main(arguments(mnist, tmp_path / "run")) == 0
     first = capsys.readouterr().out.splitlines()[0]
