@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.registration import Namespace
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,13 +90,12 @@ class CompiledKernel:
     flags: Mapping[str, Callable[[], bool]] | None = None
     """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
 
-    def bind(self, name: str, schema: str, library: torch.library.Library) -> Implementation:
+    def bind(self, name: str, schema: str, namespace: Namespace) -> Implementation:
         """Declare the op in the namespace, and return the implementation that calls it."""
         flags = self.flags or {}
         taken = "".join(f", bool {flag}" for flag in flags)
         arguments, _, results = schema.partition(") -> ")
-        library.define(f"{arguments}{taken}) -> {results}")
-        call = getattr(getattr(torch.ops, self.namespace), name).default
+        call = namespace.define(f"{arguments}{taken}) -> {results}")
         values = tuple(flags.values())
 
         def run(*args: Any) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels import reference
 from adatape_kernels.ops.add_layer_norm import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.reference import wide_dtype
 
 
@@ -136,4 +138,25 @@ def _backward(ctx: Any, dtotal: Tensor, dnormed: Tensor, dmean: Any, drstd: Any)
     return dx, dx.to(ctx.branch_dtype), dweight, dbias.to(ctx.bias_dtype), None
 
 
-_FORWARD.differentiable(_backward, _setup_context)
+def _plain_torch(inputs: tuple, output: tuple) -> tuple:
+    return reference.add_layer_norm(*inputs)
+
+
+def _gradients(
+    dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = wide_dtype(total.dtype)
+
+    def normed(total: Tensor, weight: Tensor) -> Tensor:
+        total, weight = total.to(wide), weight.to(wide)
+        variance = total.var(-1, correction=0)
+        eps = (rstd**-2 - variance).detach()
+        centred = total - total.mean(-1, keepdim=True)
+        return weight * centred * (variance + eps).rsqrt().unsqueeze(-1)
+
+    dx, dweight = gradient_of(normed, (total, weight), (dnormed.to(wide),))
+    return dtotal + dx, dweight, dnormed.to(wide).sum(0).to(weight.dtype)
+
+
+_FORWARD.differentiable(_backward, _setup_context, _plain_torch)
+twice_differentiable(_BACKWARD, _gradients)
