@@ -34,9 +34,9 @@ class ElasticBatch:
     trusts its arguments. The input rows of all examples come first, example after example, then
     the tape rows of all examples. In capacity mode unused rows follow, which belong to no example.
 
-    It is a pytree node of torch, whose leaves are its attributes in their order. Checkpointing takes
-    one with use_reentrant=False; the reentrant form, which finds gradients of bare tensors only,
-    raises RuntimeError.
+    It is a pytree node of torch, whose leaves are its attributes in their order. A checkpoint takes
+    one with use_reentrant=False; the reentrant form, which gives gradients to bare tensors only, is
+    refused with RuntimeError.
 
     Attributes:
         data: (rows, dim), of any floating dtype and on any device.
@@ -522,7 +522,7 @@ def _refuse_reentrant_checkpoint(batch: ElasticBatch) -> None:
     """
     if not batch.data.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return  # as nearly always: what is computed without autograd requires no gradient
-    checkpoints = sys.modules.get("torch.utils.checkpoint")
+    checkpoints: Any = sys.modules.get("torch.utils.checkpoint")
     frame = sys._getframe() if checkpoints is not None else None
     while frame is not None:
         if frame.f_code is checkpoints.CheckpointFunction.forward.__code__:

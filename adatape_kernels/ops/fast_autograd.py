@@ -9,7 +9,7 @@ public way serves, which refuses forward mode.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ PRIVATE_NAMES = (
 )
 """Members of torch._C that the fast path needs."""
 
-PlainTorch = Callable[[tuple, tuple], tuple]
+PlainTorch = Callable[[tuple, tuple], Sequence[torch.Tensor | None]]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
 op's results say what has no derivative, such as the indices that were selected."""
 
@@ -213,7 +213,7 @@ def _tangent_or_zero(computed: torch.Tensor | None, result: torch.Tensor) -> tor
     if not result.is_floating_point():
         return None
     tangent = _tangent(computed)
-    return torch.zeros_like(result) if tangent is None else tangent
+    return torch.zeros_like(result) if tangent is None else tangent.to(result.dtype)
 
 
 def _at_one_level(function: Any, keys: Any, args: tuple) -> Any:

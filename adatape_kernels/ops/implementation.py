@@ -90,12 +90,15 @@ class CompiledKernel:
     flags: Mapping[str, Callable[[], bool]] | None = None
     """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
 
-    def bind(self, name: str, schema: str, namespace: Namespace) -> Implementation:
+    def bind(
+        self, name: str, schema: str, library: Namespace | torch.library.Library
+    ) -> Implementation:
         """Declare the op in the namespace, and return the implementation that calls it."""
         flags = self.flags or {}
         taken = "".join(f", bool {flag}" for flag in flags)
         arguments, _, results = schema.partition(") -> ")
-        call = namespace.define(f"{arguments}{taken}) -> {results}")
+        library.define(f"{arguments}{taken}) -> {results}")
+        call = getattr(getattr(torch.ops, self.namespace), name).default
         values = tuple(flags.values())
 
         def run(*args: Any) -> Any:

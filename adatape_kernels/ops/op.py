@@ -275,7 +275,7 @@ class _Derivative:
         with _choice.only(_choice.value or ctx.forced_backends):
             return self.backward(ctx, *grads)
 
-    def _by_plain_torch(self, inputs: tuple, output: Any) -> tuple:
+    def _by_plain_torch(self, inputs: tuple, output: Any) -> Sequence[Tensor | None]:
         if self.plain_torch is None:
             raise NotImplementedError(
                 f"{self.name}: expected no dual tensors, as it has no tangents"

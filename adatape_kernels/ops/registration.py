@@ -43,7 +43,7 @@ class Namespace:
             RuntimeError: an earlier import defined it by another schema.
         """
         name = schema[: schema.index("(")]
-        schemas = kept(f"{self.name}.schemas", dict)
+        schemas: dict[str, str] = kept(f"{self.name}.schemas", dict)
         if schemas.setdefault(name, schema) != schema:
             raise RuntimeError(
                 f"{name}: expected one schema in a process, got another version of the package, "
@@ -69,7 +69,7 @@ def _library(namespace: str, kind: str) -> Any:
     return torch.library.Library(namespace, kind)
 
 
-def flop_formula(op: Any, *, get_raw: bool = False) -> Callable[[_T], _T]:
+def flop_formula(op: Any, *, get_raw: bool = False) -> Callable[..., Any]:
     """Register what counts the FLOPs of an op, as torch's `register_flop_formula` does.
 
     The formula takes the place of one that an earlier import of the package registered.

@@ -18,13 +18,17 @@ Gradients = Callable[..., Sequence[Tensor]]
 """Takes the arguments of a backward op and returns its results as functions of those."""
 
 
-def twice_differentiable(backward_op: Operation, gradients: Gradients) -> None:
+def twice_differentiable(
+    backward_op: Operation, gradients: Gradients, closed_form: Gradients | None = None
+) -> None:
     """Let autograd differentiate a backward op, as often as one likes.
 
     Args:
-        backward_op: one that has an eager implementation, of which forward mode takes tangents.
+        backward_op: the op.
         gradients: its results by torch's own ops. Every floating-point tensor among its arguments
             requires a gradient, so that `gradient_of` applies to each.
+        closed_form: its results as formulas over all of its arguments, of which forward mode takes
+            tangents; None for the op's eager implementation.
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -49,8 +53,8 @@ def twice_differentiable(backward_op: Operation, gradients: Gradients) -> None:
         by_argument = dict(zip(wanted, found, strict=True))
         return tuple(by_argument.get(i) for i in range(len(args)))
 
-    def plain_torch(inputs: tuple, output: tuple) -> tuple:
-        return backward_op.implementations["eager"].function(*inputs)
+    def plain_torch(inputs: tuple, output: tuple) -> Sequence[Tensor]:
+        return (closed_form or backward_op.implementations["eager"].function)(*inputs)
 
     backward_op.differentiable(backward, setup_context, plain_torch)
 
