@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.registration import Namespace
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +90,9 @@ class CompiledKernel:
     flags: Mapping[str, Callable[[], bool]] | None = None
     """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
 
-    def bind(self, name: str, schema: str, library: torch.library.Library) -> Implementation:
+    def bind(
+        self, name: str, schema: str, library: Namespace | torch.library.Library
+    ) -> Implementation:
         """Declare the op in the namespace, and return the implementation that calls it."""
         flags = self.flags or {}
         taken = "".join(f", bool {flag}" for flag in flags)

@@ -9,7 +9,6 @@ graph honours the `use_backend` around its call.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,11 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
+from adatape_kernels.ops.registration import Namespace, kept
+from adatape_kernels.ops.vmap_rule import one_by_one
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
@@ -45,22 +47,13 @@ class Ran(NamedTuple):
 TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
 """By a description in words, what makes the arguments of such a call, on the meta device."""
 
-_library = torch.library.Library("adatape", "DEF")
-_compiled_libraries = {
-    namespace: torch.library.Library(namespace, "FRAGMENT")
-    for namespace in ("adatape_cpu", "adatape_cuda")
-}
+_namespace = Namespace("adatape")
+_compiled = {name: Namespace(name) for name in ("adatape_cpu", "adatape_cuda")}
 _operations: dict[str, "Operation"] = {}
 
-
-class _Choice(threading.local):
-    """The backends that this thread's calls may go to, in this order; none: the device's order."""
-
-    backends: tuple[str, ...] = ()
-
-
-_choice = _Choice()
-_recorders: list[list[Ran]] = []
+_choice: Choice[tuple[str, ...]] = kept("backends", lambda: Choice[tuple[str, ...]](()))
+"""The backends that this thread's calls may go to, in this order; none: the device's order."""
+_recorders: list[list[Ran]] = kept("recorders", list)
 
 
 class Operation:
@@ -94,17 +87,28 @@ class Operation:
         self.implementations: dict[str, Implementation] = {}
         for backend, given in implementations.items():
             if isinstance(given, CompiledKernel):
-                given = given.bind(self.name, schema, _compiled_libraries[given.namespace])
+                given = given.bind(self.name, schema, _compiled[given.namespace])
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
         self.overload = _declare(schema, self._run, fake)
+        self._derivative = _Derivative(self.name)
+        self._derivative.attach(self._run)
         _operations[self.name] = self
 
     def differentiable(
-        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        plain_torch: fast_autograd.PlainTorch | None = None,
     ) -> None:
-        """Attach the derivative; both functions as `torch.library.register_autograd` has them."""
-        _differentiable(self.name, self._run, backward, setup_context)
+        """Give the op its derivative, without which a backward pass through it raises.
+
+        Args:
+            backward: as `torch.library.register_autograd` has it.
+            setup_context: likewise.
+            plain_torch: the op by torch's own ops, for forward mode: see `fast_autograd.attach`.
+        """
+        self._derivative.set(backward, setup_context, plain_torch)
 
     def replace(self, backend: str, given: Implementation | None) -> None:
         """Put another implementation in a backend's place, or take it away: for tests and trials.
@@ -140,7 +144,7 @@ class Operation:
     def _run(self, *args: Any) -> Any:
         """Serve a call: the op's only kernel below autograd."""
         tensor = args[0]
-        device, backends = tensor.device, _choice.backends
+        device, backends = tensor.device, _choice.value
         key = backends, device.type, tensor.dtype
         candidates = self._candidates.get(key)
         if candidates is None:
@@ -172,7 +176,7 @@ class Operation:
         return tuple(found)
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
-        tensor, backends = args[0], _choice.backends
+        tensor, backends = args[0], _choice.value
         asked = backends or BACKENDS
         why = "; ".join(f"{backend}: {self.refusal(backend, args)}" for backend in asked)
         who = " and ".join(backends) if backends else "every backend"
@@ -205,57 +209,88 @@ class Composition:
     def differentiable(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
     ) -> None:
-        """Attach the derivative, as `Operation.differentiable` does."""
-        _differentiable(self.name, self.function, backward, setup_context)
+        """Give the op its derivative, as `Operation.differentiable` does."""
+        derivative = _Derivative(self.name)
+        derivative.set(backward, setup_context, None)
+        derivative.attach(self.function, composed=True)
 
 
 def _declare(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adatape::{name}", fake, lib=_library)
-    return getattr(torch.ops.adatape, name).default
+    name, library = schema[: schema.index("(")], _namespace.kernels
+    overload = _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, _kernel(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adatape::{name}", fake, lib=library)
+    torch.library.register_vmap(f"adatape::{name}", one_by_one(name, overload), lib=library)
+    return overload
 
 
-def _differentiable(
-    name: str,
-    run: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-) -> None:
-    """Attach a derivative that runs on the backends that were forced around it.
+def _kernel(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel of the dispatcher, which `torch.compile` does not trace."""
+    return fast_autograd.untraced(lambda *args: run(*args))
+
+
+class _Derivative:
+    """The derivative of an op, which runs on the backends that were forced around it.
 
     Where nothing is forced there, as on the threads that autograd has for a GPU, it runs on those
     that were forced around the forward.
     """
 
-    def noting_backends(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.forced_backends = _choice.backends
-        setup_context(ctx, inputs, output)
+    def __init__(self, name: str):
+        self.name = name
+        self.backward: Callable[..., Any] | None = None
+        self.setup_context: Callable[..., None] | None = None
+        self.plain_torch: fast_autograd.PlainTorch | None = None
 
-    def on_its_backends(ctx: Any, *grads: Any) -> Any:
+    def set(
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        plain_torch: fast_autograd.PlainTorch | None,
+    ) -> None:
+        self.backward, self.setup_context = backward, setup_context
+        self.plain_torch = plain_torch
+
+    def attach(self, run: Callable[..., Any], *, composed: bool = False) -> None:
+        fast_autograd.attach(
+            _namespace.kernels,
+            self.name,
+            run,
+            self._on_its_backends,
+            self._noting_backends,
+            plain_torch=self._by_plain_torch,
+            composed=composed,
+        )
+
+    def _noting_backends(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.forced_backends = _choice.value
+        if self.setup_context is not None:
+            self.setup_context(ctx, inputs, output)
+
+    def _on_its_backends(self, ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        with _only(_choice.backends or ctx.forced_backends):
-            return backward(ctx, *grads)
+        if self.backward is None:
+            raise NotImplementedError(f"{self.name}: expected no backward pass, as it has none")
+        with _choice.only(_choice.value or ctx.forced_backends):
+            return self.backward(ctx, *grads)
 
-    fast_autograd.attach(_library, name, run, on_its_backends, noting_backends)
-
-
-@contextlib.contextmanager
-def _only(backends: tuple[str, ...]) -> Iterator[None]:
-    previous, _choice.backends = _choice.backends, backends
-    try:
-        yield
-    finally:
-        _choice.backends = previous
+    def _by_plain_torch(self, inputs: tuple, output: Any) -> Sequence[Tensor | None]:
+        if self.plain_torch is None:
+            raise NotImplementedError(
+                f"{self.name}: expected no dual tensors, as it has no tangents"
+            )
+        return self.plain_torch(inputs, output)
 
 
-@contextlib.contextmanager
-def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -> Iterator[None]:
+def use_backend(
+    name: str | None, fallback: str | Sequence[str] | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Serve every op on this thread from one backend: eager, cpp, triton or cuda.
 
     A call that the backend does not serve raises the reason, unless `fallback` names who takes it.
+    The choice is made when an op runs: around a compiled function it governs the ops inside, while
+    inside one it ends the graph, or, with fullgraph=True, compiling fails.
 
     Args:
         name: the backend; None restores the default, the fastest that serves a call.
@@ -284,8 +319,7 @@ def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -
             raise RuntimeError(f"use_backend: backend {given!r} is not available: {reason}")
     if name is None and further:
         raise ValueError(f"fallback: expected None without a backend, got {fallback!r}")
-    with _only(() if name is None else (name, *further)):
-        yield
+    return Chosen(_choice, () if name is None else (name, *further), "use_backend")
 
 
 def why_absent(backend: str) -> str | None:
@@ -307,7 +341,7 @@ def current_backend() -> str | None:
         ...     current_backend()
         'eager'
     """
-    return _choice.backends[0] if _choice.backends else None
+    return _choice.value[0] if _choice.value else None
 
 
 @contextlib.contextmanager
