@@ -1,4 +1,4 @@
-"""A thread's choice among kernels, which a context manager makes, and which no graph can hold.
+"""A choice among kernels, which a context manager makes, and which no graph can hold.
 
 The choice counts when an op runs. Where `torch.compile` or an exporter traces a program, entering
 such a context would change nothing in the graph, so that the graph ends there or tracing fails.
@@ -6,8 +6,8 @@ such a context would change nothing in the graph, so that the graph ends there o
 
 import contextlib
 import sys
-import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,26 +15,41 @@ import torch
 _T = TypeVar("_T")
 
 
-class Choice(threading.local, Generic[_T]):
-    """What this thread chose last and has not yet left."""
+class Choice(Generic[_T]):
+    """What was chosen last, and not yet left, on this thread or in this task of an event loop."""
 
     def __init__(self, value: _T):
-        self.value = value
-        self.outer: list[_T] = []
-        """The values to go back to, the last one first to return to."""
+        self._value: ContextVar[_T] = ContextVar("chosen", default=value)
+        self._outer: ContextVar[tuple[_T, ...]] = ContextVar("chosen_outside", default=())
+
+    @property
+    def value(self) -> _T:
+        """The present choice."""
+        return self._value.get()
+
+    def enter(self, value: _T) -> None:
+        """Choose, until `leave` returns to the choice before."""
+        self._outer.set((*self._outer.get(), self._value.get()))
+        self._value.set(value)
+
+    def leave(self) -> None:
+        """Return to the choice before the last `enter`."""
+        *outer, value = self._outer.get()
+        self._outer.set(tuple(outer))
+        self._value.set(value)
 
     @contextlib.contextmanager
     def only(self, value: _T) -> Iterator[None]:
         """Choose for the time of a `with` in the package itself, which may be traced."""
-        previous, self.value = self.value, value
+        self.enter(value)
         try:
             yield
         finally:
-            self.value = previous
+            self.leave()
 
 
 class Chosen(contextlib.ContextDecorator, Generic[_T]):
-    """A context, or a decorator, in which a thread's choice is `value`.
+    """A context, or a decorator, in which the choice is `value`.
 
     Args:
         choice: the choice.
@@ -49,11 +64,10 @@ class Chosen(contextlib.ContextDecorator, Generic[_T]):
 
     def __enter__(self) -> None:
         _leave_graph(self.name)
-        self.choice.outer.append(self.choice.value)
-        self.choice.value = self.value
+        self.choice.enter(self.value)
 
     def __exit__(self, *exception: Any) -> None:
-        self.choice.value = self.choice.outer.pop()
+        self.choice.leave()
 
 
 def _leave_graph(name: str) -> None:

@@ -35,8 +35,8 @@ class Implementation:
     """Takes the op's arguments in the order of its schema."""
     devices: tuple[str, ...] | None = None
     """Device types of the tensors that it takes; None for all."""
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
-    """Dtypes of the op's first argument that it takes."""
+    dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES
+    """Dtypes of the op's first argument that it takes; by device type where they differ."""
     limits: Statement | None = None
     """What else it asks of a call; None where device and dtype decide."""
     absent: str | None = None
@@ -45,27 +45,37 @@ class Implementation:
     """True where it refuses bad values itself, in a pass over them that it makes anyway."""
 
     def refusal(
-        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+        self,
+        args: Sequence[Any],
+        device_type: str | None = None,
+        facts: DeviceFacts | None = None,
+        *,
+        installed: bool = False,
     ) -> str | None:
         """Return why a call with these arguments cannot be served, or None when it can.
 
-        `device_type` and `facts` stand in for the device of the first argument, so that what a GPU
-        would be offered can be read on a machine without one.
+        `device_type` and `facts` stand in for the device of the first argument, and `installed`
+        passes over what this installation lacks, so that what a GPU would be offered can be read
+        on a machine without one.
         """
         tensor = args[0]
-        reason = self.refusal_by_type(device_type or tensor.device.type, tensor.dtype)
+        device_type = device_type or tensor.device.type
+        reason = self.refusal_by_type(device_type, tensor.dtype, installed=installed)
         if reason is None and self.limits is not None:
             reason = self.limits(facts or facts_of(tensor.device), *args)
         return reason
 
-    def refusal_by_type(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def refusal_by_type(
+        self, device_type: str, dtype: torch.dtype, *, installed: bool = False
+    ) -> str | None:
         """Return why no call on this device and of this dtype can be served, or None."""
-        if self.absent is not None:
+        if self.absent is not None and not installed:
             return self.absent
         if self.devices is not None and device_type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}"
-        if dtype not in self.dtypes:
-            return f"it takes {', '.join(map(short, self.dtypes))}"
+        dtypes = self.dtypes if isinstance(self.dtypes, tuple) else self.dtypes[device_type]
+        if dtype not in dtypes:
+            return f"it takes {', '.join(map(short, dtypes))}"
         return None
 
 
@@ -107,7 +117,7 @@ class CompiledKernel:
             except RuntimeError as error:
                 # C++ has no ValueError to throw through torch, nor the op's name at hand.
                 message = str(error).partition("\n")[0]
-                if ": expected " in message:
+                if ": expected " in message and not message.startswith("ADATAPE_"):
                     raise ValueError(f"{name}: {message}") from None
                 raise
 

@@ -51,8 +51,13 @@ _namespace = Namespace("adatape")
 _compiled = {name: Namespace(name) for name in ("adatape_cpu", "adatape_cuda")}
 _operations: dict[str, "Operation"] = {}
 
-_choice: Choice[tuple[str, ...]] = kept("backends", lambda: Choice[tuple[str, ...]](()))
-"""The backends that this thread's calls may go to, in this order; none: the device's order."""
+_choice: Choice[tuple[str, ...] | None] = kept(
+    "backends", lambda: Choice[tuple[str, ...] | None](None)
+)
+"""The backends that calls may go to, in this order; none of them: the device's order.
+
+None says that nothing was asked for, () that `use_backend(None)` asked for the default.
+"""
 _recorders: list[list[Ran]] = kept("recorders", list)
 
 
@@ -127,24 +132,33 @@ class Operation:
         args: Sequence[Any],
         device_type: str | None = None,
         facts: DeviceFacts | None = None,
+        *,
+        installed: bool = False,
     ) -> str | None:
         """Return why a backend does not serve a call, or None: see `Implementation.refusal`."""
         found = self.implementations.get(backend)
         if found is None:
             return "there is no such kernel"
-        return found.refusal(args, device_type, facts)
+        return found.refusal(args, device_type, facts, installed=installed)
 
     def serving(
-        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+        self,
+        args: Sequence[Any],
+        device_type: str | None = None,
+        facts: DeviceFacts | None = None,
+        *,
+        installed: bool = False,
     ) -> str | None:
         """Return the backend that serves a call by default, None if there is none."""
-        order = backend_order(device_type or args[0].device.type)
-        return next((b for b in order if self.refusal(b, args, device_type, facts) is None), None)
+        for backend in backend_order(device_type or args[0].device.type):
+            if self.refusal(backend, args, device_type, facts, installed=installed) is None:
+                return backend
+        return None
 
     def _run(self, *args: Any) -> Any:
         """Serve a call: the op's only kernel below autograd."""
         tensor = args[0]
-        device, backends = tensor.device, _choice.value
+        device, backends = tensor.device, _choice.value or ()
         key = backends, device.type, tensor.dtype
         candidates = self._candidates.get(key)
         if candidates is None:
@@ -155,12 +169,13 @@ class Operation:
                 break
         else:
             raise self._not_served(args)
+        if candidate.check_values is not None:
+            candidate.check_values(*args)
+        results = candidate.function(*args)
         if _recorders:
             for recorder in tuple(_recorders):
                 recorder.append(Ran(self.name, candidate.backend))
-        if candidate.check_values is not None:
-            candidate.check_values(*args)
-        return candidate.function(*args)
+        return results
 
     def _candidates_for(
         self, backends: tuple[str, ...], device_type: str, dtype: torch.dtype
@@ -176,7 +191,7 @@ class Operation:
         return tuple(found)
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
-        tensor, backends = args[0], _choice.value
+        tensor, backends = args[0], _choice.value or ()
         asked = backends or BACKENDS
         why = "; ".join(f"{backend}: {self.refusal(backend, args)}" for backend in asked)
         who = " and ".join(backends) if backends else "every backend"
@@ -272,7 +287,8 @@ class _Derivative:
             return (None,) * len(ctx.needs_input_grad)
         if self.backward is None:
             raise NotImplementedError(f"{self.name}: expected no backward pass, as it has none")
-        with _choice.only(_choice.value or ctx.forced_backends):
+        around = _choice.value
+        with _choice.only(ctx.forced_backends if around is None else around):
             return self.backward(ctx, *grads)
 
     def _by_plain_torch(self, inputs: tuple, output: Any) -> Sequence[Tensor | None]:
@@ -290,7 +306,9 @@ def use_backend(
 
     A call that the backend does not serve raises the reason, unless `fallback` names who takes it.
     The choice is made when an op runs: around a compiled function it governs the ops inside, while
-    inside one it ends the graph, or, with fullgraph=True, compiling fails.
+    inside one it ends the graph, or, with fullgraph=True, compiling fails. A backward pass runs on
+    what is forced around it, else on what was forced around its forward, which a compiled one does
+    not know: it runs on the default unless the thread that runs it is inside a `use_backend`.
 
     Args:
         name: the backend; None restores the default, the fastest that serves a call.
@@ -298,7 +316,8 @@ def use_backend(
             not serve.
 
     Raises:
-        ValueError: a name is none of the four, or there is a fallback without a backend.
+        ValueError: a name is none of the four or comes twice, or there is a fallback without a
+            backend.
         RuntimeError: a backend has no implementation in this installation.
 
     Example:
@@ -310,6 +329,8 @@ def use_backend(
         >>> read.counts.tolist()
         [2, 2]
     """
+    if not isinstance(fallback, str | list | tuple | None):
+        raise ValueError(f"fallback: expected a name or a list of names, got {fallback!r}")
     further = (fallback,) if isinstance(fallback, str) else tuple(fallback or ())
     for given in (*(() if name is None else (name,)), *further):
         if given not in BACKENDS:
@@ -319,6 +340,11 @@ def use_backend(
             raise RuntimeError(f"use_backend: backend {given!r} is not available: {reason}")
     if name is None and further:
         raise ValueError(f"fallback: expected None without a backend, got {fallback!r}")
+    if len({name, *further}) <= len(further):
+        raise ValueError(
+            f"fallback: expected backends that differ from {name!r} and from each other, "
+            f"got {fallback!r}"
+        )
     return Chosen(_choice, () if name is None else (name, *further), "use_backend")
 
 
@@ -341,7 +367,8 @@ def current_backend() -> str | None:
         ...     current_backend()
         'eager'
     """
-    return _choice.value[0] if _choice.value else None
+    backends = _choice.value
+    return backends[0] if backends else None
 
 
 @contextlib.contextmanager

@@ -186,7 +186,8 @@ twice_differentiable(_BACKWARD, _gradients)
 @flop_formula(torch.ops.adatape.tape_gather, get_raw=True)
 def _flops(bank: Tensor, indices: Tensor, *rest: Any, out_val: tuple, **names: Any) -> int:
     """One multiply-add a feature and bank token that is merged."""
-    return 2 * int(out_val[1][-1]) * indices.shape[2] * bank.shape[-1]
+    _, offsets = out_val
+    return 2 * int(offsets[-1]) * indices.shape[2] * bank.shape[-1]
 
 
 @flop_formula(torch.ops.adatape.tape_gather_bwd, get_raw=True)

@@ -156,5 +156,5 @@ def _flops(
     **kw: Any,
 ) -> int:
     """A product of the query with every key for each step; one multiply-add a merged feature."""
-    steps = int(out_val[5].sum())
-    return 2 * steps * (bank.shape[-2] * query.shape[1] + topk * bank.shape[-1])
+    *_, counts = out_val
+    return 2 * int(counts.sum()) * (bank.shape[-2] * query.shape[1] + topk * bank.shape[-1])

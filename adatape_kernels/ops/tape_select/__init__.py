@@ -186,5 +186,5 @@ twice_differentiable(_BACKWARD, _gradients)
 @flop_formula(torch.ops.adatape.tape_select, get_raw=True)
 def _flops(query: Tensor, keys: Tensor, *options: Any, out_val: tuple, **names: Any) -> int:
     """One product of the query with every key of the bank, for each step that an example takes."""
-    steps = int(out_val[3].sum())
-    return 2 * steps * keys.shape[-2] * keys.shape[-1]
+    _, _, _, counts = out_val
+    return 2 * int(counts.sum()) * keys.shape[-2] * keys.shape[-1]
