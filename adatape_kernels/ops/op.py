@@ -271,7 +271,9 @@ class _Derivative:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if self.backward is None:
-            raise NotImplementedError(f"{self.name}: expected no backward pass, as it has none")
+            raise NotImplementedError(
+                f"{self.name}: expected no backward pass, as it has no derivative, got one"
+            )
         with _choice.only(_choice.value or ctx.forced_backends):
             return self.backward(ctx, *grads)
 
