@@ -24,6 +24,16 @@ from adatape_kernels.offsets import cumulative, packed_order
 
 LossType = Literal["entropy", "max"]
 
+Activation = Literal["gelu_tanh", "gelu", "relu"]
+"""What the feed-forward for input rows has between its products; "gelu" is GELU's exact form."""
+
+ACTIVATIONS: tuple[Activation, ...] = ("gelu_tanh", "gelu", "relu")
+"""The names of the activations."""
+
+# The exact GELU of a number above this is the number itself, and that of its negative is 0, even
+# in float64.
+_GELU_END = 40.0
+
 # Scores are an elementwise product and a row sum, in chunks that bound the product's memory.
 _SCORE_CHUNK = 1 << 22
 
@@ -375,6 +385,7 @@ def dual_ffn(
     *,
     num_rows: int | None = None,
     dropout: float = 0.0,
+    activation: Activation = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Send input rows through one feed-forward and tape rows through the other.
 
@@ -390,7 +401,7 @@ def dual_ffn(
     end = len(x) if num_rows is None else num_rows
     middle = end if tape_ffn is None else num_input_rows
     hidden = F.linear(x[:middle], input_ffn.w1, input_ffn.b1)
-    act = F.dropout(F.gelu(hidden, approximate="tanh"), dropout)
+    act = F.dropout(activate(hidden, activation), dropout)
     parts = [F.linear(act, input_ffn.w2, input_ffn.b2)]
     tape_hidden = x.new_empty(0, 0)
     if tape_ffn is not None:
@@ -406,13 +417,13 @@ def dual_ffn_bwd(
     tape_hidden: Tensor,
     input_ffn: FFN,
     tape_ffn: FFN | None,
+    activation: Activation = "gelu_tanh",
 ) -> tuple[Tensor, FFN, FFN | None]:
     """Return the gradients of x and of both parameter sets; recomputes the activations."""
     middle, end = len(hidden), len(hidden) + len(tape_hidden)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dact = dy[:middle] @ input_ffn.w2
-    dhidden = torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
-    act = F.gelu(hidden, approximate="tanh")
+    dhidden, act = _activate_bwd(dact, hidden, activation), activate(hidden, activation)
     dx[:middle], dinput = _linear_pair_bwd(dy[:middle], dhidden, act, x[:middle], input_ffn.w1)
     if tape_ffn is None:
         return dx, dinput, None
@@ -422,6 +433,27 @@ def dual_ffn_bwd(
         dy_tape, dhidden, F.glu(tape_hidden), x_tape, tape_ffn.w1
     )
     return dx, dinput, dtape
+
+
+def activate(hidden: Tensor, activation: Activation) -> Tensor:
+    """Return the activation of an input row's pre-activations, of any shape.
+
+    The exact GELU has its limits at ±infinity, where torch's product of infinity and 0 is NaN.
+    """
+    if activation == "relu":
+        return F.relu(hidden)
+    if activation == "gelu":
+        return hidden.where(hidden > _GELU_END, F.gelu(hidden.clamp(-_GELU_END, _GELU_END)))
+    return F.gelu(hidden, approximate="tanh")
+
+
+def _activate_bwd(dact: Tensor, hidden: Tensor, activation: Activation) -> Tensor:
+    """Return the gradient of the pre-activations."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dact, hidden, 0)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dact, hidden.clamp(-_GELU_END, _GELU_END))
+    return torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
 
 
 def _linear_pair_bwd(
