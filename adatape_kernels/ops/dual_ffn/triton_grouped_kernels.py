@@ -211,11 +211,11 @@ def _dual_ffn_up_kernel(
                 _store_bwd(acc, *tensors, row, column, used, width, ACTIVATION, TAPE=0)
         else:
             acc += tl.load(_of(tape, b_ptrs) + offs_w, mask_n, other=0.0).to(tl.float32)
-            tensors = hidden_ptrs, act_ptrs
+            outputs = hidden_ptrs, act_ptrs
             if tape:
-                _store_fwd(acc, *tensors, row, column, used, own_rows, width, ACTIVATION, TAPE=1)
+                _store_fwd(acc, *outputs, row, column, used, own_rows, width, ACTIVATION, TAPE=1)
             else:
-                _store_fwd(acc, *tensors, row, column, used, own_rows, width, ACTIVATION, TAPE=0)
+                _store_fwd(acc, *outputs, row, column, used, own_rows, width, ACTIVATION, TAPE=0)
 
 
 @triton.jit
