@@ -71,8 +71,7 @@ class DualFFN(nn.Module):
             >>> ak.layers.DualFFN(dim=8, ffn_dim=16).input_ffn.w1.shape
             torch.Size([16, 8])
         """
-        first, second = self.linear1, self.linear2
-        return FFN(first.weight, bias_of(first), second.weight, bias_of(second))
+        return _ffn(self.linear1, self.linear2)
 
     @property
     def tape_ffn(self) -> FFN | None:
@@ -87,8 +86,7 @@ class DualFFN(nn.Module):
         """
         if not self.has_tape_ffn:
             return None
-        first, second = self.tape_linear1, self.tape_linear2
-        return FFN(first.weight, bias_of(first), second.weight, bias_of(second))
+        return _ffn(self.tape_linear1, self.tape_linear2)
 
     def feed_forward(self, x: ElasticBatch) -> ElasticBatch:
         """Apply the feed-forwards alone, without what a subclass puts around them.
@@ -106,30 +104,27 @@ class DualFFN(nn.Module):
             >>> layer.feed_forward(x).data.shape  # neither attention, nor norms, nor residuals
             torch.Size([6, 8])
         """
-        if (self.training and self.dropout > 0) or not self._is_plain():
+        input_ffn, tape_ffn = self._plain_ffns()
+        if input_ffn is None or (self.training and self.dropout > 0):
             return x.with_data(self._by_modules(x))
         y = ops.dual_ffn(
             x.data,
             x.num_input_rows,
-            self.input_ffn,
-            self.tape_ffn,
+            input_ffn,
+            tape_ffn,
             num_rows=x.num_used_rows,
             activation=self.activation,
         )
         return x.with_data(y)
 
-    def _is_plain(self) -> bool:
-        return (
-            is_plain(self.linear1, nn.Linear)
-            and is_plain(self.linear2, nn.Linear)
-            and (
-                not self.has_tape_ffn
-                or (
-                    is_plain(self.tape_linear1, nn.Linear)
-                    and is_plain(self.tape_linear2, nn.Linear)
-                )
-            )
-        )
+    def _plain_ffns(self) -> tuple[FFN | None, FFN | None]:
+        """Return `input_ffn` and `tape_ffn`; both are None if a linear module is not plain."""
+        input_ffn, tape_ffn = _plain_ffn(self.linear1, self.linear2), None
+        if self.has_tape_ffn:
+            tape_ffn = _plain_ffn(self.tape_linear1, self.tape_linear2)
+            if tape_ffn is None:
+                return None, None
+        return input_ffn, tape_ffn
 
     def _by_modules(self, x: ElasticBatch) -> Tensor:
         """Return what the op does, by calling each module, in training with dropout."""
@@ -163,3 +158,12 @@ class DualFFN(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _ffn(first: nn.Linear, second: nn.Linear) -> FFN:
+    return FFN(first.weight, bias_of(first), second.weight, bias_of(second))
+
+
+def _plain_ffn(first: nn.Linear, second: nn.Linear) -> FFN | None:
+    plain = is_plain(first, nn.Linear) and is_plain(second, nn.Linear)
+    return _ffn(first, second) if plain else None

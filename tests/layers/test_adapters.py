@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import assert_close
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import adatape_kernels as ak
@@ -306,6 +307,24 @@ def test_quantize_dynamic(tape_lens):
     exact, y = module(x).data, quantised(x).data
     error = (y - exact).abs().max() / exact.abs().max()
     assert 0 < error < 0.05
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_linear_modules_can_be_sharded_one_by_one(tmp_path):
+    module, x = layer(), batch()
+    plain = gradients(module, x)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for path in (*LINEAR, *NORMS):
+            fully_shard(module.get_submodule(path), mesh=mesh)
+        assert not is_plain(module.linear1, nn.Linear)
+        for a, e in zip(gradients(module, x), plain, strict=True):
+            assert_close(a, e, 1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_module_that_was_compiled_by_itself_is_called(fresh_compiler):
