@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
-from adatape_kernels.ops.op import BACKENDS, explain
+from adatape_kernels.ops.op import BACKENDS, explain, registered_ops
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -33,7 +33,9 @@ def ops_of(module):
 
 
 def with_backwards(ops):
-    return [f"{op}{direction}" for op in ops for direction in ("", "_bwd")]
+    """Ops and, where they have one, the ops of their backwards."""
+    names = [f"{op}{direction}" for op in ops for direction in ("", "_bwd")]
+    return [name for name in names if name in registered_ops()]
 
 
 def devices_and_backends(module, plain=False):

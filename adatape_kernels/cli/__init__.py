@@ -19,6 +19,8 @@ from adatape_kernels.cli.options import (
     EXIT_UNREADABLE,
     OneLineParser,
 )
+from adatape_kernels.data.printable import printable
+from adatape_kernels.recipes.terminal import say
 
 COMMANDS = (info_command, check_command, verify_command, demo_command, train_command)
 
@@ -42,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"adatape-kernels: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        say(f"adatape-kernels: {printable(str(error) or type(error).__name__)}")
         return EXIT_UNREADABLE
     except KeyboardInterrupt as stop:
-        print(": ".join(["adatape-kernels: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        say(": ".join(["adatape-kernels: interrupted", *map(printable, stop.args)]))
         return EXIT_INTERRUPTED
 
 

@@ -45,7 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training", "by default what suits the set")
     for name, kind, text in (
         ("epochs", int, "number of passes over the training images"),
-        ("batch", int, "number of images in a step of the optimizer"),
+        ("batch", int, "number of images in a step; at most a tenth of the set by default"),
         ("lr", float, "the highest learning rate"),
         ("weight-decay", float, "AdamW's weight decay"),
         ("seed", int, "decides the split, the parameters, the order and the augmentation"),

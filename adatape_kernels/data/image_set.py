@@ -9,6 +9,8 @@ from torch import Tensor
 STATISTICS_IMAGES = 2000
 """Most images that mean and standard deviation are measured over."""
 _BATCH = 100
+# The number of files that are decoded at a time outside of training; they may be large.
+_DECODED = 16
 
 
 class Images(Protocol):
@@ -61,11 +63,24 @@ class ImageSet:
     test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the set was found, a line each; files that were skipped."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    def look(self) -> None:
+        """Decode every image that is a file once, so that a damaged one shows now, not mid-epoch.
+
+        Raises:
+            ValueError: an image cannot be decoded; the error names the file.
+        """
+        for images in (self.train_images, self.test_images):
+            if not isinstance(images, Tensor):
+                for indices in torch.arange(len(images)).split(_DECODED):
+                    images[indices]
 
     def limited(self, train_images: int, seed: int) -> "ImageSet":
         """Return the set with some of its training images and all of its test images.
@@ -124,7 +139,10 @@ class Normaliser:
         the number of threads.
         """
         count, total, squares = 0, torch.tensor(0), torch.tensor(0)
-        for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(_BATCH):
+        # Sums of integers do not depend on how many images are taken at a time; files are uint8.
+        exact = images[torch.zeros(1, dtype=torch.long)].dtype == torch.uint8
+        size = _DECODED if exact else _BATCH
+        for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(size):
             batch = images[indices]
             scale = 255 if batch.dtype == torch.uint8 else 1
             batch = batch.transpose(0, 1).flatten(1)

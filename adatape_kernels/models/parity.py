@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adatape_kernels.models.adatape import AdaTape
-from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.config import (
+    MOST_TOKENS,
+    MOST_VALUES,
+    AdaTapeConfig,
+    check_integer,
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,10 @@ class AdaTapeParityConfig(AdaTapeConfig):
     """Number of features of an element, which is a one-hot symbol."""
 
     def __post_init__(self) -> None:
-        """Check that a bank of the sequence fills at least one tape token."""
+        """Check the sizes, and that a bank of the sequence fills at least one tape token."""
         super().__post_init__()
+        check_integer("seq_len", self.seq_len, 1, MOST_TOKENS)
+        check_integer("element_dim", self.element_dim, 1, MOST_VALUES // self.seq_len)
         if self.bank == "input" and self.seq_len < self.topk:
             raise ValueError(f"topk: expected at most seq_len = {self.seq_len}, got {self.topk}")
 

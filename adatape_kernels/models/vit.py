@@ -1,6 +1,7 @@
 """AdaTape on images: a ViT that reads a tape of image patches or of learned tokens (SPEC 2, 6)."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from adatape_kernels.models.adatape import AdaTape
-from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
+from adatape_kernels.models.config import (
+    MOST_TOKENS,
+    MOST_VALUES,
+    AdaTapeConfig,
+    AdaTapeOptions,
+    check_integer,
+)
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
     from typing_extensions import Unpack
@@ -27,7 +34,8 @@ class AdaTapeViTConfig(AdaTapeConfig):
     """An AdaTapeConfig with the sizes of the images and of their patches, in pixels.
 
     Raises:
-        ValueError: as in AdaTapeConfig, or patches do not tile the image.
+        ValueError: as in AdaTapeConfig, or patches do not tile the image, or an image would take
+            more than 1 GiB or have more than 2**20 patches.
 
     Source: SPEC 2 and 6.
 
@@ -52,16 +60,55 @@ class AdaTapeViTConfig(AdaTapeConfig):
     def __post_init__(self) -> None:
         """Check that patches tile the image and that a bank fills at least one tape token."""
         super().__post_init__()
+        check_integer("in_channels", self.in_channels, 1, MOST_TOKENS)
+        check_integer("image_size", self.image_size, 1, math.isqrt(MOST_VALUES // self.in_channels))
         for name in ("patch_size", "bank_patch_size"):
             size = getattr(self, name)
-            if size < 1 or self.image_size % size:
+            check_integer(name, size, 1)
+            if self.image_size % size:
                 raise ValueError(
                     f"{name}: expected a divisor of image_size = {self.image_size}, got {size}"
+                )
+            if (self.image_size // size) ** 2 > MOST_TOKENS:
+                least = -(-self.image_size // math.isqrt(MOST_TOKENS))
+                raise ValueError(
+                    f"{name}: expected {least} or more, so that an image has up to {MOST_TOKENS:,} "
+                    f"patches, got {size}"
                 )
         if self.read_layers and self.bank_tokens < self.topk:
             raise ValueError(
                 f"topk: expected at most {self.bank_tokens} (the bank's tokens), got {self.topk}"
             )
+
+    @classmethod
+    def of(cls, variant: str, **options: "Unpack[AdaTapeViTOptions]") -> "AdaTapeViTConfig":
+        """Return the configuration of a variant, as `adatape_vit` takes it.
+
+        Raises:
+            ValueError: the variant's name is malformed, or an option is unknown or out of range.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.models.AdaTapeViTConfig.of("Ti/16", num_classes=10).num_heads
+            3
+        """
+        size, _, patch = str(variant).partition("/")
+        if size not in _SIZES or not patch.isdecimal() or int(patch) < 1:
+            raise ValueError(
+                f"variant: expected {', '.join(_SIZES)}, a slash and a patch size, got {variant!r}"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in fields:
+                raise ValueError(f"options: expected a field of AdaTapeViTConfig, got {name!r}")
+        defaults: dict[str, Any] = {
+            **_SIZES[size],
+            "num_classes": 1000,
+            "tape_ffn_dim": options.get("dim", _SIZES[size]["dim"]),
+            "patch_size": int(patch),
+            "bank_patch_size": max(1, int(patch) // 2),
+        }
+        return cls(**{**defaults, **options})
 
     @property
     def num_patches(self) -> int:
@@ -198,20 +245,4 @@ def adatape_vit(variant: str = "S/16", **options: "Unpack[AdaTapeViTOptions]") -
         >>> model.config.dim, model.config.depth, model.config.patch_size
         (192, 12, 16)
     """
-    size, _, patch = variant.partition("/")
-    if size not in _SIZES or not patch.isdecimal() or int(patch) < 1:
-        raise ValueError(
-            f"variant: expected {', '.join(_SIZES)}, a slash and a patch size, got {variant!r}"
-        )
-    fields = {field.name for field in dataclasses.fields(AdaTapeViTConfig)}
-    for name in options:
-        if name not in fields:
-            raise ValueError(f"options: expected a field of AdaTapeViTConfig, got {name!r}")
-    defaults: dict[str, Any] = {
-        **_SIZES[size],
-        "num_classes": 1000,
-        "tape_ffn_dim": options.get("dim", _SIZES[size]["dim"]),
-        "patch_size": int(patch),
-        "bank_patch_size": max(1, int(patch) // 2),
-    }
-    return AdaTapeViT(AdaTapeViTConfig(**{**defaults, **options}))
+    return AdaTapeViT(AdaTapeViTConfig.of(variant, **options))

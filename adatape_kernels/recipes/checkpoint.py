@@ -8,11 +8,12 @@ file, that of the last epoch that was saved.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,21 @@ from torch.optim import Optimizer
 
 FORMAT = "adatape-kernels training checkpoint, 1"
 INDEX = "checkpoint.json"
+
+# Answers by which a file system says that it cannot flush, and not that flushing failed. Network
+# mounts, folders shared with a virtual machine and those that programs provide give them.
+_CANNOT_FLUSH = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+    errno.EISDIR,
+    errno.ENOTTY,
+    errno.EROFS,
+}
 
 _TENSORS = re.compile(r"checkpoint-\d+\.safetensors")
 _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
@@ -229,7 +245,7 @@ def write_file(path: Path, content: bytes) -> None:
         with part.open("wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            _flush(stream.fileno())
         os.replace(part, path)
         _flush_folder(path.parent)
     except OSError as error:
@@ -243,8 +259,25 @@ def write_file(path: Path, content: bytes) -> None:
 def _flush_folder(folder: Path) -> None:
     """Flush a folder to the disk, and so a rename within it; only POSIX systems can."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with _where_it_can_be_done():
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                _flush(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    """Flush a file or a folder to the disk, where its file system can."""
+    with _where_it_can_be_done():
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _where_it_can_be_done() -> Iterator[None]:
+    """Go on where a file system answers that it cannot flush; other errors are raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise

@@ -13,6 +13,7 @@ from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import TrainPlan, train
 
 EPOCHS = 50
@@ -56,15 +57,15 @@ def run(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
+    data = digits(seed)
     out.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written shows here, before a minute of training.
     with tempfile.TemporaryFile(dir=out):
         pass
-    data = digits(seed)
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(seed)
     model = AdaTapeViT(CONFIG)
-    with _one_thread():
+    with lenient_output(), _one_thread():
         train(model, data, plan, normalise, turn_and_move, title="training on digits")
         entries = {"epochs": epochs, "seed": seed}
         return write_report(out, model, data, normalise, entries, rounds=ROUNDS)

@@ -87,8 +87,13 @@ def peak_bytes(run: Run) -> int:
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Drop what is written to file descriptor 2, where the profiler writes a greeting."""
-    sys.stderr.flush()
-    kept = os.dup(2)
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # the descriptor is closed
+        yield
+        return
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:

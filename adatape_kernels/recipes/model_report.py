@@ -8,6 +8,7 @@ from typing import Any
 import safetensors.torch
 
 from adatape_kernels.data.image_set import ImageSet, Normaliser
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.checkpoint import write_file
@@ -44,7 +45,7 @@ def write_report(
     write_file(out / "model.safetensors", safetensors.torch.save(weights))
     pictures.draw_all(out, data, output, comparison, model.config.bank_patch_size)
     print(table(comparison))
-    print(f"pictures, report and model: {out}{os.sep}")
+    print(f"pictures, report and model: {printable(out)}{os.sep}")
     return comparison
 
 

@@ -1,5 +1,6 @@
 """Pictures of what a model read: which patches, how many, and at what cost."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.data.image_set import ImageSet, unit_range
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeOutput
 from adatape_kernels.recipes.model_comparison import Cost, ModelComparison
 
@@ -16,10 +18,19 @@ _ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
 _MEAN_IMAGES = 200
 # The number of classes that are drawn, since more would be too small to see.
 _MOST_CLASSES = 11
+# The number of characters of a class's name that fit above a picture, alone and behind other words.
+_MOST_CHARACTERS = 16
+_FEWER_CHARACTERS = 10
+# The number of tape lengths that fit below an axis.
+_MOST_TICKS = 21
 
 
 def require(command: str) -> None:
-    """Raise RuntimeError where matplotlib or tqdm, which `command` needs, is not installed."""
+    """Raise RuntimeError where matplotlib or tqdm, which `command` needs, cannot be used.
+
+    matplotlib reads settings of the user when it is imported, and may fail over them; that should
+    show before hours of training, not behind them.
+    """
     from importlib.util import find_spec
 
     for package in ("matplotlib", "tqdm"):
@@ -28,6 +39,12 @@ def require(command: str) -> None:
                 f"{command}: expected {package} to be installed "
                 "(pip install 'adatape-kernels[demo]')"
             )
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:
+        raise RuntimeError(
+            f"{command}: expected matplotlib to be importable, got {printable(error)}"
+        ) from None
 
 
 def draw_all(
@@ -48,16 +65,40 @@ def draw_all(
     """
     import matplotlib
 
-    matplotlib.use("Agg")
     side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch_size
     read = patches_read(output, side)
-    for name, figure in (
-        ("heatmap", heatmap(data, read)),
-        ("tape_lengths", tape_lengths(comparison.images_by_tape_length)),
-        ("shortest_longest", shortest_longest(data, output, read, bank_patch_size)),
-        ("costs", cost_shares(comparison.costs())),
-    ):
-        figure.savefig(out / f"{name}.png", dpi=130)
+    # Settings of the user, such as text by way of TeX, could make names fail; and a glyph that the
+    # font lacks, which is drawn as a box, is no reason for a warning.
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, figure in (
+            ("heatmap", heatmap(data, read)),
+            ("tape_lengths", tape_lengths(comparison.images_by_tape_length)),
+            ("shortest_longest", shortest_longest(data, output, read, bank_patch_size)),
+            ("costs", cost_shares(comparison.costs())),
+        ):
+            figure.savefig(out / f"{name}.png", dpi=130)
+
+
+def drawn_name(name: str, most: int = _MOST_CHARACTERS) -> str:
+    """Return a class's name as pictures show it: printable, in one line, and not too long."""
+    return printable(name, most)
+
+
+def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure of a size in inches and its axes (rows, columns).
+
+    The figure knows no window system and is known to nobody else, so that it goes when it is done.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _title(axis: Any, text: str) -> None:
+    """Put a text with names of users above a picture; `$` is a letter there like any other."""
+    axis.set_title(text, fontsize=9, parse_math=False)
 
 
 def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
@@ -71,16 +112,14 @@ def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
 
 def heatmap(data: ImageSet, read: Tensor) -> Any:
     """Draw how often each bank patch is read, for every class and over all, above mean images."""
-    import matplotlib.pyplot as plt
-
     labels = data.test_labels
-    panels = [(name, (labels == c).nonzero()[:, 0]) for c, name in enumerate(data.class_names)]
+    panels = [
+        (drawn_name(name), (labels == c).nonzero()[:, 0]) for c, name in enumerate(data.class_names)
+    ]
     panels = [(name, chosen) for name, chosen in panels if len(chosen)][:_MOST_CLASSES]
     panels.append(("all", torch.arange(len(labels))))
     rows = -(-len(panels) // 4)
-    figure, axes = plt.subplots(
-        rows, 8, figsize=(13, 1.8 * rows), layout="constrained", squeeze=False
-    )
+    figure, axes = _axes(rows, 8, 13, 1.8 * rows + 0.5)
     for axis in axes.flat:
         axis.axis("off")
     for panel, (title, chosen) in enumerate(panels):
@@ -88,13 +127,17 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
         mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
         some = chosen[torch.arange(0, len(chosen), -(-len(chosen) // _MEAN_IMAGES))]
         mean_axis.imshow(_shown(unit_range(data.test_images[some]).mean(0)), cmap="gray")
-        mean_axis.set_title(f"{title}: mean image", fontsize=9)
-        heat_axis.set_title("patches read", fontsize=9)
+        _title(mean_axis, title)
+        _title(heat_axis, "patches read")
         image = heat_axis.imshow(
             read[chosen].float().mean(0).numpy(), cmap="viridis", vmin=0, vmax=1
         )
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images that read this patch")
-    figure.suptitle("Which bank patches are read, by class and over all test images")
+    # In two lines the label is no longer than the bar, even beside a single row of pictures.
+    label = "share of the images\nthat read this patch"
+    figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    figure.suptitle(
+        "Mean image, and which bank patches are read, by class and over all test images"
+    )
     return figure
 
 
@@ -105,23 +148,27 @@ def _shown(image: Tensor) -> Any:
 
 def tape_lengths(images_by_tape_length: list[int]) -> Any:
     """Draw how many test images read each number of tape tokens."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, ((axis,),) = _axes(1, 1, 6, 3.6)
     counts = images_by_tape_length
     bars = axis.bar(range(len(counts)), counts, color=_ELASTIC)
-    axis.bar_label(bars, labels=[str(count) if count else "" for count in counts], padding=2)
     axis.axvline(len(counts) - 1, color=_PADDED, linestyle="--")
+    for text in axis.bar_label(bars, [str(count) if count else "" for count in counts], padding=3):
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    # The text stands to the right of the last bar, where no bar can be behind it.
     axis.annotate(
         "padded: always this long",
-        (len(counts) - 1.1, 0.5),
+        (len(counts) - 1 + bars[0].get_width() / 2, 0.5),
+        xytext=(4, 0),
+        textcoords="offset points",
         xycoords=("data", "axes fraction"),
-        ha="right",
+        ha="left",
         va="center",
         rotation=90,
-        color="0.4",
+        color="0.2",
+        annotation_clip=False,
     )
-    axis.set(xlabel="tape tokens read", ylabel="test images", xticks=range(len(counts)))
+    ticks = range(0, len(counts), -(-len(counts) // _MOST_TICKS))
+    axis.set(xlabel="tape tokens read", ylabel="test images", xticks=ticks)
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Each image reads as much as it needs")
@@ -140,16 +187,13 @@ def shortest_longest(
         bank_patch_size: side of a bank patch in pixels.
         columns: number of images with short tapes, and of images with long ones.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
     # Images are ordered by tape length, and among equal lengths by ponder loss.
     score = output.tape_lens + output.ponder.sum(1) / (1 + output.ponder.sum(1))
     order = score.argsort()
     columns = min(columns, len(order))
-    figure, axes = plt.subplots(
-        2, columns, figsize=(1.5 * columns, 4.3), layout="constrained", squeeze=False
-    )
+    figure, axes = _axes(2, columns, max(6, 1.5 * columns), 4.3)
     margin, width = 0.06 - 0.5, bank_patch_size - 0.12
     for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
         images = unit_range(data.test_images[chosen])
@@ -160,22 +204,19 @@ def shortest_longest(
                 corner = (x * bank_patch_size + margin, y * bank_patch_size + margin)
                 axis.add_patch(Rectangle(corner, width, width, fill=False, color="#ff9f1c", lw=1.2))
             label, guess = int(data.test_labels[image]), int(output.logits[image].argmax())
-            wrong = "" if label == guess else f"\ntaken for {data.class_names[guess]}"
-            axis.set_title(
-                f"{data.class_names[label]}{wrong}\n{int(output.tape_lens[image])} tokens",
-                fontsize=9,
-            )
+            name = drawn_name(data.class_names[label])
+            taken_for = drawn_name(data.class_names[guess], _FEWER_CHARACTERS)
+            wrong = "" if label == guess else f"\ntaken for {taken_for}"
+            _title(axis, f"{name}{wrong}\n{int(output.tape_lens[image])} tokens")
     figure.suptitle("The shortest tapes (above) and the longest (below); outlined: patches read")
     return figure
 
 
 def cost_shares(costs: list[Cost]) -> Any:
     """Draw each cost of the elastic model as a share of that of the padded model."""
-    import matplotlib.pyplot as plt
-
     costs = costs[::-1]  # bars are drawn from the bottom upwards
     shares = [cost.elastic / cost.padded for cost in costs]
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, ((axis,),) = _axes(1, 1, 7, 3.6)
     bars = axis.barh([cost.label for cost in costs], shares, color=_ELASTIC)
     texts = [
         f"{share:.2f}  ({cost.elastic / cost.unit:,.4g} : {cost.padded / cost.unit:,.4g})"

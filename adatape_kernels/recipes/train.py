@@ -2,24 +2,32 @@
 
 import csv
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adatape_kernels import __version__
 from adatape_kernels.data import ImageSet, Normaliser, load
-from adatape_kernels.data.image_set import Subset
+from adatape_kernels.data.image_set import Subset, unit_range
+from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import TrainConfig, option_name, with_present_names
-from adatape_kernels.recipes.train_loop import EpochResult, accuracy, predict, train
+from adatape_kernels.recipes.train_loop import (
+    EpochResult,
+    TrainPlan,
+    accuracy,
+    predict,
+    train,
+)
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
@@ -61,8 +69,15 @@ def run(
         OSError: a file cannot be read or written.
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
+    with lenient_output():
+        return _run(Path(out), options, data_dir, resume)
+
+
+def _run(
+    out: Path, options: Mapping[str, Any], data_dir: str | Path | None, resume: bool
+) -> ModelComparison:
+    """Do what `run` says. Nothing is written before everything that can be checked is."""
     pictures.require("train")
-    out = Path(out)
     saved = _saved(out, options) if resume else None
     if saved is None:
         _refuse_to_overwrite(out)
@@ -73,12 +88,19 @@ def run(
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.seed)
     if config.limit is not None:
         data = data.limited(config.limit, config.seed)
-    normalise = Normaliser.of(data.train_images)
+    for note in data.notes:
+        say(f"adatape-kernels: note: {note}")
+    chosen = config.batch is None
+    config = config.with_batch_for(len(data.train_labels))
     plan = config.plan()
+    print(_plan_line(data, plan, chosen))
+    data.look()
+    normalise = Normaliser.of(data.train_images)
     torch.manual_seed(config.seed)
     model = config.model(data.num_classes, len(normalise.mean))
     optimizer = plan.optimizer(model)
     first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
+    _try_step(model, normalise(unit_range(first[torch.zeros(1, dtype=torch.long)])))
     backend = attention_backend(lambda: predict(model, first, normalise))
     facts, environment = _facts(data, normalise), _environment(data_dir, backend)
     steps = plan.steps_per_epoch(len(data.train_labels))
@@ -136,6 +158,31 @@ def run(
         raise KeyboardInterrupt(
             f"{out} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"
         ) from None
+
+
+def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
+    """Return the line that is printed before training: the images, and how they become steps."""
+    images = len(data.train_labels)
+    steps, rest = plan.steps_per_epoch(images), images % plan.batch
+    line = (
+        f"{images:,} training images, {len(data.test_labels):,} test images, "
+        f"{data.num_classes} classes; batch {min(plan.batch, images)}, "
+        f"{steps:,} {'step' if steps == 1 else 'steps'} an epoch"
+    )
+    if rest and steps > 1 and not plan.drop_rest:
+        line += f", the last of {rest} {'image' if rest == 1 else 'images'}"
+    if rest and plan.drop_rest and images > plan.batch:
+        line += f"; {rest} images are left out in each epoch, as the run began in version 0.1"
+    return f"{line} (chosen by the set's size; --batch sets another)" if chosen else line
+
+
+def _try_step(model: AdaTapeViT, images: Tensor) -> None:
+    """Compute a gradient that nobody uses, so that what no backend serves shows before training."""
+    with torch.random.fork_rng(devices=[]):
+        model.train()
+        labels = torch.zeros(len(images), dtype=torch.long)
+        model.loss(model(images), labels).backward()
+        model.zero_grad()
 
 
 def _refuse_to_overwrite(out: Path) -> None:
@@ -213,10 +260,9 @@ def _note_differences(saved: Checkpoint, environment: Mapping[str, Any]) -> None
     for name, value in environment.items():
         before = saved.environment.get(name)
         if name != "data_dir" and value != before:
-            print(
+            say(
                 f"adatape-kernels: note: {name} was {before} and is {value}; "
-                "the curve may differ in the last bits",
-                file=sys.stderr,
+                "the curve may differ in the last bits"
             )
 
 

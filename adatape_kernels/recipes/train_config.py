@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
 
 from adatape_kernels.data import NAMES, augment
-from adatape_kernels.models import AdaTapeViT, AdaTapeViTOptions, adatape_vit
+from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
+from adatape_kernels.models.config import check_integer
 from adatape_kernels.recipes.train_loop import Augment, TrainPlan
 
 # The image sets whose images all have one size.
@@ -19,12 +21,20 @@ _DEFAULTS: dict[str, Any] = {
     "num_tape_tokens": 8,
     "topk": 4,
     "halt_threshold": 2.0,
-    "batch": 128,
+    "batch": None,
     "lr": 2e-3,
     "weight_decay": 0.05,
     "seed": 0,
     "limit": None,
+    "drop_rest": False,
 }
+
+# The default batch, where the set has images enough for as many steps as these in an epoch.
+_DEFAULT_BATCHES = {"digits": 48}
+_DEFAULT_BATCH = 128
+_LEAST_STEPS = 10
+# Most numbers that the images of a batch consist of: 16 GiB in float32.
+_MOST_BATCH_VALUES = 1 << 32
 
 _DEFAULT_MODELS: dict[str, dict[str, int]] = {
     "digits": {"patch": 4, "bank_patch": 1, "dim": 64, "depth": 2, "heads": 4, "ffn": 128},
@@ -35,7 +45,7 @@ _DEFAULT_MODELS: dict[str, dict[str, int]] = {
 }
 
 _DEFAULT_TRAINING: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 50, "batch": 48, "lr": 3e-3},
+    "digits": {"epochs": 50, "lr": 3e-3},
     "mnist": {"epochs": 10},
     "fashion-mnist": {"epochs": 32},
     "cifar10": {"epochs": 30},
@@ -80,8 +90,8 @@ class TrainConfig:
     """An image reads on while its halting score is below this."""
     epochs: int
     """Number of passes over the training images."""
-    batch: int
-    """Number of images in a step of the optimizer."""
+    batch: int | None
+    """Number of images in a step of the optimizer; None until `with_batch_for` chooses it."""
     lr: float
     """The highest learning rate."""
     weight_decay: float
@@ -90,6 +100,9 @@ class TrainConfig:
     """Decides the split, the parameters, the order of the images and their augmentation."""
     limit: int | None
     """Number of training images that are used; None for all."""
+    drop_rest: bool
+    """Whether an epoch leaves out the images that do not fill a last batch. No option sets it: it
+    is the case in runs of version 0.1 only, which go on as they began."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "TrainConfig":
@@ -122,17 +135,43 @@ class TrainConfig:
         """Raise ValueError where a value is out of range, before any data is read."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, int | None) and field.name != "seed" and value is not None:
-                if value < 1:
-                    raise ValueError(f"{option_name(field.name)}: expected 1 or more, got {value}")
-        if not 0 < self.halt_threshold < math.inf:
+            if field.type == int | None and value is None:
+                continue
+            if field.type in (int, int | None):
+                check_integer(option_name(field.name), value, 0 if field.name == "seed" else 1)
+        threshold = self.halt_threshold
+        if not isinstance(threshold, Real) or not 0 < threshold < math.inf:
+            raise ValueError(f"halt-threshold: expected a number above 0, got {threshold!r}")
+        if not isinstance(self.drop_rest, bool):
+            raise ValueError(f"drop-rest: expected true or false, got {self.drop_rest!r}")
+        self.with_batch_for(1).plan()
+        # The numbers of classes and channels come from the images, and any fit any model.
+        self.vit_config(num_classes=1, in_channels=3)
+
+    def with_batch_for(self, images: int) -> "TrainConfig":
+        """Return the configuration with a batch, given or chosen, for so many training images.
+
+        The default batch is that of the set, or fewer images where an epoch would otherwise have
+        fewer than ten steps.
+
+        Raises:
+            ValueError: the images of a batch would take more than 16 GiB.
+        """
+        usual = _DEFAULT_BATCHES.get(self.data, _DEFAULT_BATCH)
+        chosen = max(1, min(usual, images // _LEAST_STEPS))
+        batch = chosen if self.batch is None else self.batch
+        most = _MOST_BATCH_VALUES // (3 * self.image_size**2)
+        if min(batch, images) > most:
             raise ValueError(
-                f"halt-threshold: expected a number above 0, got {self.halt_threshold}"
+                f"image-size: expected a size at which a batch of {min(batch, images)} images "
+                f"takes up to 16 GiB, got {self.image_size}"
             )
-        self.plan()
+        return replace(self, batch=batch)
 
     def plan(self) -> TrainPlan:
-        """Return how to train."""
+        """Return how to train. Raises ValueError where no batch is chosen yet."""
+        if self.batch is None:
+            raise ValueError("batch: expected a number of images, got none")
         return TrainPlan(
             self.epochs,
             self.batch,
@@ -141,10 +180,15 @@ class TrainConfig:
             warmup_share=0.05,
             max_grad_norm=1.0,
             seed=self.seed,
+            drop_rest=self.drop_rest,
         )
 
     def model(self, num_classes: int, in_channels: int) -> AdaTapeViT:
         """Return a new model. Raises ValueError where sizes do not fit."""
+        return AdaTapeViT(self.vit_config(num_classes, in_channels))
+
+    def vit_config(self, num_classes: int, in_channels: int) -> AdaTapeViTConfig:
+        """Return the model's configuration. Raises ValueError where sizes do not fit."""
         options: AdaTapeViTOptions = {
             "bank_patch_size": self.bank_patch,
             "num_tape_tokens": self.num_tape_tokens,
@@ -167,7 +211,7 @@ class TrainConfig:
             options["ffn_dim"] = self.ffn
         if self.patch is not None:
             options["patch_size"] = self.patch
-        return adatape_vit(self.variant or f"Ti/{self.patch}", **options)
+        return AdaTapeViTConfig.of(self.variant or f"Ti/{self.patch}", **options)
 
     def augmentation(self) -> Augment:
         """Return how training images are changed, in ways that leave their classes as they are."""
@@ -191,5 +235,6 @@ def option_name(field: str) -> str:
 
 
 def with_present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved configuration under the present names of the options."""
-    return {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
+    """Return a saved configuration, of this version or of 0.1, as this version saves it."""
+    present = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
+    return {"drop_rest": True, **present}

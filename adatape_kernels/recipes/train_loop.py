@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch.optim import AdamW, Optimizer
 
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
+from adatape_kernels.models.config import check_integer, check_number
+from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.reference import TapeSelection
 
 Augment = Callable[[Tensor, Generator], Tensor]
@@ -51,25 +54,35 @@ class TrainPlan:
     """Norm that the gradient of all parameters is scaled down to where it is larger."""
     seed: int = 0
     """Decides, with the number of the epoch, the order and the augmentation of the images."""
+    drop_rest: bool = False
+    """Whether an epoch leaves out the images that do not fill a last batch."""
 
     def __post_init__(self) -> None:
         """Check the numbers before any training."""
         for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
-        if not 0 <= self.seed < 1 << 32:
+            check_integer(name, getattr(self, name), 1)
+        if not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
+            raise ValueError(f"lr: expected a number above 0, got {self.learning_rate!r}")
+        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
+            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay!r}")
+        for name in ("label_smoothing", "warmup_share"):
+            if not 0 <= check_number(name, getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if check_number("max_grad_norm", self.max_grad_norm) <= 0:
+            raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
+        check_integer("seed", self.seed, 0)
+        if self.seed >= 1 << 32:
             raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
 
     def steps_per_epoch(self, images: int) -> int:
-        """Return the number of steps that an epoch over so many images takes.
+        """Return the number of steps that an epoch over so many images takes."""
+        if self.drop_rest:
+            return max(1, images // self.batch)
+        return -(-images // self.batch)
 
-        Images that do not fill a last batch are left out, save where they are all there are.
-        """
-        return max(1, images // self.batch)
+    def images_per_epoch(self, images: int) -> int:
+        """Return how many of so many images an epoch uses."""
+        return min(images, self.steps_per_epoch(images) * self.batch)
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step`, counted from 0, of a run of `steps` steps."""
@@ -126,29 +139,43 @@ def train(
         after_epoch: called with each epoch's result; returns a line to print.
 
     Raises:
+        ValueError: the last batch is one image, which a batch norm of the model cannot train on.
         RuntimeError: the loss is not finite; the error names epoch and step.
     """
     from tqdm import tqdm
 
+    _check_batches(model, plan, len(data.train_labels))
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
-    per_epoch = plan.steps_per_epoch(len(data.train_labels))
-    size = min(plan.batch, len(data.train_labels))
-    # A log file gets a line every few seconds instead of a moving bar.
-    interval = 0.1 if sys.stderr.isatty() else 10
-    bar = tqdm(
-        total=plan.epochs * per_epoch * size,
-        initial=epochs_done * per_epoch * size,
-        desc=title,
-        unit=" images",
-        mininterval=interval,
-        dynamic_ncols=True,
-    )
-    with bar, repeatable():
-        for epoch in range(epochs_done, plan.epochs):
-            model.train()
-            result = _train_epoch(model, data, plan, normalise, augment, optimizer, epoch, bar)
-            if after_epoch is not None:
-                bar.write(after_epoch(result))
+    per_epoch = plan.images_per_epoch(len(data.train_labels))
+    with lenient_output(), repeatable():
+        bar = tqdm(
+            total=plan.epochs * per_epoch,
+            initial=epochs_done * per_epoch,
+            desc=title,
+            unit=" images",
+            # A log file gets a line every few seconds instead of a moving bar.
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        )
+        with bar:
+            for epoch in range(epochs_done, plan.epochs):
+                model.train()
+                result = _train_epoch(model, data, plan, normalise, augment, optimizer, epoch, bar)
+                if after_epoch is not None:
+                    bar.write(after_epoch(result))
+
+
+def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
+    """Raise ValueError where a module needs the statistics of a batch that has one image."""
+    smallest = plan.images_per_epoch(images) % plan.batch or min(plan.batch, images)
+    if smallest > 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+            raise ValueError(
+                f"batch: expected a size that leaves no single image of {images} over, which the "
+                f"batch norm {name} cannot train on, got {plan.batch}"
+            )
 
 
 def _train_epoch(
@@ -230,6 +257,10 @@ def predict(model: AdaTape, images: Images, normalise: Normaliser) -> AdaTapeOut
 def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
     """Return the share of examples, 0 to 1, whose largest logit is that of their label."""
     return (output.logits.argmax(1) == labels).double().mean().item()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def epoch_generator(seed: int, epoch: int) -> Generator:

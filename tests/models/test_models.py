@@ -291,7 +291,7 @@ def test_bad_arguments():
         build(pooling="mean")
     with refused("read_layers", "(0, 0)"):
         build(read_layers=(0, 0))
-    with refused("readers", "0 to 2", "3"):
+    with refused("read_layers", "0 to 2", "3"):
         build(read_layers=(3,))
     with refused("dropout", "1.0"):
         build(dropout=1.0)

@@ -14,6 +14,7 @@ takes half an hour, and says something new only where a check is new.
 
 import argparse
 import ast
+import multiprocessing
 import os
 import re
 import shutil
@@ -23,10 +24,18 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import torch
+
+# As in conftest.py, before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adatape_kernels"
 CHECKED = [*sorted(PACKAGE.glob("ops/**/*.py")), PACKAGE / "elastic.py", PACKAGE / "offsets.py"]
 CUDA_HOST = "build/cuda_host/adatape_cuda_host.so"
+LOG = "mutation.log"
 # The tests of a site take this many seconds at most; some mutants would run for ever.
 TIMEOUT = 300
 
@@ -102,7 +111,7 @@ def cpp_operands(path, source, start, end):
             text = source[first:i]
             line = source[:first].count("\n") + 1
             before, after = len(source[:first].encode()), len(source[:i].encode())
-            yield CheckSite(path, line, before, after, f"false && ({text})", text)
+            yield CheckSite(path, line, before, after, f"(false && ({text}))", text)
             first = i + 2
 
 
@@ -154,7 +163,12 @@ class Copy:
             self.build()
 
     def call(self, *command):
-        result = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
+        # The environment's own CMake, also where that is not activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path}
+        result = subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True
+        )
         if result.returncode:
             raise RuntimeError(f"{command[0]}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
 
@@ -177,17 +191,29 @@ class Copy:
             file.write_bytes(whole)
 
     def fails(self, tests):
+        """Run tests in a process that is forked from this one, which has imported torch."""
+        runner = multiprocessing.get_context("fork").Process(target=self.run, args=(tests,))
+        runner.start()
+        runner.join(TIMEOUT)
+        if runner.is_alive():
+            runner.kill()
+            runner.join()
+        # 2: a test module cannot be imported; below 0: a signal ended it.
+        if runner.exitcode > 2:
+            raise RuntimeError(f"pytest: exit {runner.exitcode}, see {self.root / LOG}")
+        return runner.exitcode != 0
+
+    def run(self, tests):
+        os.chdir(self.root)
+        sys.path.insert(0, str(self.root))
+        sys.dont_write_bytecode = True
+        with open(LOG, "w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         options = "-x -q -n 0 -p no:cacheprovider".split()
-        command = [sys.executable, "-m", "pytest", *options, "-m", "not compiles", *tests]
-        how = dict(cwd=self.root, capture_output=True, text=True, timeout=TIMEOUT)
-        environment = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
-        try:
-            result = subprocess.run(command, env=environment, **how)
-        except subprocess.TimeoutExpired:
-            return True
-        if result.returncode not in (0, 1, 2):  # 2: a test module cannot be imported
-            raise RuntimeError(f"pytest: {result.stdout[-2000:]}{result.stderr[-2000:]}")
-        return result.returncode != 0
+        code = pytest.main([*options, "-m", "not compiles", *tests])
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def main():

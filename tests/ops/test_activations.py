@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels import reference
 from adatape_kernels.ops import FFN, dual_ffn
+from adatape_kernels.ops.op import current_backend, operation
 from adatape_kernels.reference import ACTIVATIONS
 
 OP = "dual_ffn"
@@ -211,6 +212,22 @@ def test_an_unknown_activation_is_refused(device, activation):
     x, *ffns, _ = inputs(3, device=device)
     with refused("activation", "gelu_tanh, gelu, relu", f"'{activation}!'"):
         dual_ffn(x, 2, *ffns, activation=f"{activation}!")
+
+
+@pytest.mark.backends("cpp", "cuda")
+@pytest.mark.runs_no_op
+def test_the_kernels_refuse_an_unknown_activation(device, activation):
+    """Below the dispatcher and the public function, each way."""
+    x, *ffns, dy = inputs(9, device=device)
+    unknown = f"{activation}!"
+    parameters = unknown, *ffns[0], *ffns[1]
+    forward, backward = (
+        operation(op).implementations[current_backend()].function for op in (OP, "dual_ffn_bwd")
+    )
+    with refused("activation", "'gelu_tanh', 'gelu' or 'relu'", f"'{unknown}'"):
+        forward(x, 5, 4, None, *parameters)
+    with refused("activation", "'gelu_tanh', 'gelu' or 'relu'", f"'{unknown}'"):
+        backward(dy, x, x.new_zeros(5, 8), x.new_zeros(4, 10), 5, None, *parameters)
 
 
 @pytest.mark.no_backend

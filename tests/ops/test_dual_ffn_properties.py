@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from checks import assert_same_bits, refused
+from checks import assert_same_bits
 from ffn_cases import gradients, inputs, not_served
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,8 +147,3 @@ def test_the_form_is_a_choice_of_the_thread(device):
         thread.start()
         thread.join()
     assert set(seen) == {"_dual_ffn_act_fwd_kernel"}
-
-
-def test_an_unknown_form_is_refused():
-    with refused("ffn_products", "cublas, grouped", "'cutlass'"), ffn_products("cutlass"):
-        raise AssertionError("entered an unknown form")

@@ -107,24 +107,27 @@ def test_kernels_that_look_at_row_counts_refuse_them(
 @pytest.mark.backends("cpp", "cuda")
 @pytest.mark.runs_no_op
 @pytest.mark.parametrize("direction", ["dual_ffn", "dual_ffn_bwd"])
-@pytest.mark.parametrize("case", ["nowhere", "too many", "negative", "more tape rows"])
+@pytest.mark.parametrize(
+    "case", ["nowhere", "too many", "negative", "negative tape", "more tape rows"]
+)
 def test_the_kernels_refuse_what_they_cannot_take(device, direction, case):
     """Below the dispatcher and the public function, each of which would have refused it before."""
     x, *ffns, dy = inputs(9, device=device)
     cuda = current_backend() == "cuda"
-    argument, num_input_rows, max_tape_rows, bounds = {
-        "nowhere": ("num_input_rows" if cuda else "bounds", None, 4, None),
-        "too many": ("num_input_rows", 6, 4, None),
-        "negative": ("num_input_rows", -1, 4, None),
-        "more tape rows": ("num_input_rows" if cuda else "max_tape_rows", 5, 3, (5, 9)),
+    argument, words, num_input_rows, max_tape_rows, bounds = {
+        "nowhere": ("bounds", "where num_input_rows is None", None, 0, None),
+        "too many": ("num_input_rows", "num_rows <= 9", 6, 4, None),
+        "negative": ("num_input_rows", "num_rows <= 9", -1, 4, None),
+        "negative tape": ("num_input_rows", "num_rows <= 9", 5, -1, None),
+        "more tape rows": ("max_tape_rows", "at least the 4", 5, 3, (5, 9)),
     }[case]
-    if cuda and case == "more tape rows":  # its second count stays on the device
-        num_input_rows, max_tape_rows = None, 4
+    if cuda and case in ("nowhere", "more tape rows"):  # what it is told on the device is unseen
+        argument, words, num_input_rows, bounds = "num_input_rows", "an int", None, (5, 9)
     bounds = None if bounds is None else torch.tensor(bounds, device=device)
     parameters = "gelu_tanh", *ffns[0], *ffns[1]
-    with refused(argument):
-        if direction == "dual_ffn":
-            kernel(direction)(x, num_input_rows, max_tape_rows, bounds, *parameters)
+    with refused(argument, words):
+        if direction == "dual_ffn" or case == "negative tape":  # there is no such tensor to save
+            kernel("dual_ffn")(x, num_input_rows, max_tape_rows, bounds, *parameters)
         else:
             saved = x.new_zeros(9, 8), x.new_zeros(max_tape_rows, 10)
             kernel(direction)(dy, x, *saved, num_input_rows, bounds, *parameters)
@@ -174,3 +177,8 @@ def test_corrupt_counts_lead_out_of_no_tensor(device, on_device, bounds):
     y, hidden, tape_hidden = forward(x, num_input_rows, sizes[1], *rest)
     grads = backward(dy, x, hidden, tape_hidden, num_input_rows, *rest)
     assert all(result.isfinite().all() for result in (y, hidden, tape_hidden, *grads))
+
+
+def test_an_unknown_form_is_refused():
+    with refused("ffn_products", "cublas, grouped", "'cutlass'"), ffn_products("cutlass"):
+        raise AssertionError("entered an unknown form")

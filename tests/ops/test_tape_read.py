@@ -103,6 +103,8 @@ def test_counts_the_flops_of_both(device):
     [
         ("query", dict(query=torch.zeros(BATCH)), ["(batch, key_dim)", "(4,)"]),
         ("bank", dict(bank=torch.zeros(BATCH, BANK, 2)), ["at least key_dim = 3", "(4, 9, 2)"]),
+        ("bank", dict(bank=torch.zeros(DIM)), ["at least key_dim = 3", "(6,)"]),
+        ("bank", dict(bank=torch.zeros(1, BATCH, BANK, DIM)), ["key_dim = 3", "(1, 4, 9, 6)"]),
         ("bank", dict(bank=torch.zeros(5, BANK, DIM)), ["batch 4", "(5, 9, 3)"]),
         ("bank", dict(bank=torch.zeros(1, DIM)), ["topk = 2", "got 1"]),
         ("topk", dict(topk=0), ["1 to 32", "got 0"]),

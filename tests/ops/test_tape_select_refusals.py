@@ -108,3 +108,14 @@ def test_corrupt_indices_and_counts_stay_inside(device, shared):
     )
     assert dquery.shape == query.shape and dkeys.shape == keys.shape
     assert not dquery[0].any()
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.runs_no_op
+@pytest.mark.parametrize("topk", [0, -1, 33])
+def test_cuda_kernels_refuse_a_topk_that_they_have_no_room_for(device, topk):
+    """Below the public function, which refuses it before."""
+    query, keys = torch.randn(2, 4, device=device), torch.randn(40, 4, device=device)
+    select = operation(OP).implementations[current_backend()].function
+    with refused("topk", "1 to 32", f"got {topk}"):
+        select(query, keys, 2, topk, 1.0, True, "entropy", None, None)

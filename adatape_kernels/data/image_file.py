@@ -1,0 +1,192 @@
+"""One image file as a square of pixels: which formats, which modes, and what a damaged one says."""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adatape_kernels.data.printable import printable
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+"""How the names of image files end, in capitals or not."""
+GROUND = (255, 255, 255)
+"""The colour, white, that transparent pixels are laid over."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_ORIENTATION = 0x0112
+# PNG states the transparent grey in the depth of the file; Pillow spreads the pixels to 0 to 255.
+_SPREAD = {"L;2": 85, "L;4": 17}
+
+
+def decode(file: Path, size: int) -> Tensor:
+    """Return an image file as (3, size, size) uint8: upright, scaled, and cut to its middle.
+
+    The turn that EXIF asks for is done where the whole EXIF block can be read; a picture with a
+    broken one is taken as it is. `to_rgb` says what becomes of transparency and of other modes.
+
+    Raises:
+        ValueError: this is no regular file, or the image is damaged, too large, or of another
+            format than JPEG, PNG, WebP and BMP; the error names the file in one line.
+        RuntimeError: Pillow is not installed.
+    """
+    image_module, image_ops = pillow()
+    name = printable(file)
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            # To open a pipe would wait for a writer, and a device may do anything.
+            raise ValueError("no regular file")
+        # Only these decoders run, whatever format a file claims to have.
+        with image_module.open(file, formats=_formats(image_module)) as image:
+            image.draft("RGB", (size, size))
+            raw_mode = _raw_mode(image)
+            image.load()
+            upright = to_rgb(image, raw_mode)
+            turn = _turn(image)
+            if turn is not None:
+                upright = upright.transpose(turn)
+            square = image_ops.fit(upright, (size, size), image_module.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    except image_module.UnidentifiedImageError:
+        came = "WebP, which this Pillow cannot decode" if _is_webp(file) else "no readable one"
+        raise ValueError(
+            f"{name}: expected a JPEG or PNG image (or WebP or BMP), got {came}"
+        ) from None
+    except FileNotFoundError:
+        raise ValueError(f"{name}: expected an image, got no such file") from None
+    # A decoder may raise anything over a file that was made to be wrong: struct.error, TypeError,
+    # KeyError, ZeroDivisionError, MemoryError. All of it means that there is no picture.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(
+            f"{name}: expected a whole JPEG or PNG image (or WebP or BMP), "
+            f"got {printable(reason.splitlines()[0], 200)}"
+        ) from None
+
+
+def to_rgb(image: Any, raw_mode: str = "") -> Any:
+    """Return an image of any of Pillow's modes in the mode RGB.
+
+    - Grey of 16 bits (the modes I;16, in any byte order, and I) keeps its upper 8 bits, v >> 8;
+      values of I outside of 0 to 65,535 count as the nearer end.
+    - Grey of floating point (F) is in 0 to 255, as in Pillow; it is rounded, values outside count
+      as the nearer end, and NaN as 0.
+    - Pixels with alpha (LA, La, PA, RGBA, RGBa), and images of the modes 1, L, I;16, RGB and P that
+      name transparent colours, are laid over GROUND.
+    - The colours of the other modes (P, CMYK, YCbCr, HSV, RGBX, and LAB by way of sRGB) are
+      converted by Pillow.
+
+    Args:
+        image: an image of Pillow.
+        raw_mode: how the file holds the pixels, as Pillow calls it; matters to the transparent
+            colour of a PNG of 2, 4, or 3 · 16 bits a pixel.
+
+    Raises:
+        ValueError: Pillow knows no way from the image's mode to RGB.
+    """
+    image_module, _ = pillow()
+    mode, key = image.mode, image.info.get("transparency")
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        values = np.asarray(image)
+        grey = image_module.fromarray(_eight_bits(values)).convert("RGB")
+        return _over_ground(grey, values == key) if isinstance(key, int) else grey
+    if mode == "1" and isinstance(key, int):
+        return _over_ground(image.convert("RGB"), np.asarray(image) == bool(key))
+    if mode == "L" and isinstance(key, int):
+        return _over_ground(
+            image.convert("RGB"), np.asarray(image) == key * _SPREAD.get(raw_mode, 1)
+        )
+    if mode == "RGB" and isinstance(key, tuple):
+        # Pillow keeps the upper half of each sample of 16 bits, and so does the colour.
+        colour = np.array(key) >> (8 if raw_mode == "RGB;16B" else 0)
+        return _over_ground(image, (np.asarray(image) == colour).all(2))
+    if mode == "LAB":
+        return _lab_to_rgb(image)
+    if mode in ("La", "RGBa"):  # the colours are multiplied by alpha
+        image = image.convert(mode.upper())
+    if mode in ("P", "PA", "LA", "La", "RGBA", "RGBa"):
+        ground = image_module.new("RGBA", image.size, (*GROUND, 255))
+        return image_module.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    # In the mode RGB nothing is left of a transparent colour that another mode may have named.
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Return grey values of 16 or 32 bits, or of floating point, as uint8."""
+    if values.dtype.kind == "f":
+        return np.nan_to_num(values, nan=0.0).clip(0, 255).round().astype(np.uint8)
+    return (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
+
+
+def _over_ground(image: Any, transparent: np.ndarray) -> Any:
+    """Return an RGB image whose transparent pixels, (height, width) bool, have the ground's colour.
+
+    The other pixels stay as they are.
+    """
+    image_module, _ = pillow()
+    pixels = np.array(image)
+    pixels[transparent] = GROUND
+    return image_module.fromarray(pixels)
+
+
+def _lab_to_rgb(image: Any) -> Any:
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+
+
+def _turn(image: Any) -> Any:
+    """Return the transposition that brings an image upright, or None where it is upright."""
+    image_module, _ = pillow()
+    turns = image_module.Transpose
+    try:
+        exif = image.getexif()
+        # Every entry is read, so that a broken block counts as a whole, not up to its first fault.
+        exif.tobytes()
+        orientation = exif.get(_ORIENTATION)
+    except Exception:  # broken EXIF can raise as much as a broken image
+        return None
+    return {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }.get(orientation)
+
+
+def _raw_mode(image: Any) -> str:
+    """Return how the file of an image that is not loaded yet holds its pixels."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return arguments if isinstance(arguments, str) else str(next(iter(arguments or ()), ""))
+
+
+def _formats(image_module: Any) -> list[str]:
+    """Return those of our formats that this Pillow has a decoder for."""
+    image_module.init()
+    return [name for name in _FORMATS if name in image_module.OPEN]
+
+
+def _is_webp(file: Path) -> bool:
+    """Return whether a file is WebP and Pillow was built without it."""
+    from PIL import features
+
+    with file.open("rb") as stream:
+        head = stream.read(12)
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP" and not features.check("webp")
+
+
+def pillow() -> tuple[Any, Any]:
+    """Return Pillow's modules Image and ImageOps. Raises RuntimeError where it is missing."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise RuntimeError(
+            "imagefolder: expected Pillow to be installed (pip install 'adatape-kernels[demo]')"
+        ) from None
+    return Image, ImageOps

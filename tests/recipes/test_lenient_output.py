@@ -1,0 +1,177 @@
+"""Terminals that are none, and texts that a terminal or a picture cannot show."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from image_files import write_folder
+
+from adatape_kernels.cli import main
+from adatape_kernels.recipes import terminal
+from adatape_kernels.recipes import train as recipe
+
+TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
+TINY += ["--ffn", "16", "--num-tape-tokens", "2", "--topk", "2", "--image-size", "14"]
+NAMES = [
+    "Ba$$in",
+    "$\\frac{1}{$",
+    "a_b^c\\d{x}%#&~",
+    "two\nlines",
+    "שלום",
+    "a\u202eb",
+    "emoji😀",
+    "long" * 50,
+    os.fsdecode(b"not-utf8-\xff\xfe"),
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    write_folder(folder, classes=("kätzchen", "Ba$$in"))
+    return folder
+
+
+def shell(photos, out, redirect, **environment):
+    """Run `train` for an epoch in a shell, where streams can be closed; return what came of it."""
+    words = [sys.executable, "-m", "adatape_kernels.cli", "train", "--data", "imagefolder"]
+    words += ["--data-dir", str(photos), "--out", str(out), "--epochs", "1", *TINY]
+    line = " ".join(f"'{word}'" for word in words) + redirect
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        " >&-",
+        " 2>&-",
+        " <&- >&- 2>&-",
+        " >/dev/full 2>/dev/full",
+        " | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}",
+        " 2>&1 | true; exit ${PIPESTATUS[0]}",
+    ],
+)
+def test_a_run_outlives_its_terminal(photos, tmp_path, redirect):
+    out = tmp_path / "run"
+    result = shell(photos, out, redirect)
+    assert result.returncode == 0, result.stderr
+    assert b"Traceback" not in result.stderr and b"Exception" not in result.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["data"]["class_names"] == ["Ba$$in", "kätzchen"]
+    # A descriptor that was closed has not been given to a file, for libraries to write into.
+    assert (out / "checkpoint.json").read_text().startswith('{\n "format"')
+    assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ascii_shows_other_characters_as_escapes(photos, tmp_path):
+    result = shell(photos, tmp_path / "läufe", "", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert result.returncode == 0, result.stderr
+    assert b"l\\xe4ufe" in result.stdout.splitlines()[-1]
+
+
+def test_a_failed_run_says_so_by_its_exit_code_where_nothing_can_be_said(photos, tmp_path):
+    for redirect in (" 2>&-", " 2>/dev/full", " >&- 2>&-"):
+        result = shell(photos / "nowhere", tmp_path / "run", redirect)
+        assert result.returncode == 2 and result.stdout == b""
+
+
+def test_class_names_that_are_hard_to_draw_do_not_end_a_run(tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", classes=NAMES, count=3)
+    monkeypatch.setattr(recipe, "ROUNDS", 1)
+    run = ["train", "--data", "imagefolder", "--data-dir", str(tmp_path / "data"), *TINY]
+    out = tmp_path / "run"
+    assert main([*run, "--epochs", "1", "--out", str(out)]) == 0
+    assert json.loads((out / "report.json").read_text())["data"]["class_names"] == sorted(NAMES)
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    for name in ("heatmap", "tape_lengths", "shortest_longest", "costs"):
+        assert (out / f"{name}.png").stat().st_size > 5000
+
+
+class Failing(io.StringIO):
+    """A stream that answers every call with one error."""
+
+    encoding = "ascii"
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    flush = isatty = lambda self: self.write("")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(errno.EPIPE, "no reader"),
+        BlockingIOError(errno.EAGAIN, "a full pipe"),
+        OSError(errno.ENOSPC, "a full disk"),
+        OSError(errno.EIO, "no terminal"),
+        ValueError("I/O operation on closed file"),
+    ],
+)
+def test_no_error_of_a_stream_gets_through(monkeypatch, error):
+    monkeypatch.setattr(sys, "stdout", Failing(error))
+    monkeypatch.setattr(sys, "stderr", None)
+    with terminal.lenient_output():
+        print("words", flush=True)
+        print("words", file=sys.stderr)
+        assert not sys.stderr.isatty()
+    terminal.say("words")
+    assert isinstance(sys.stdout, Failing) and sys.stderr is None
+
+
+@pytest.fixture
+def full_pipe():
+    """The writing end of a pipe that nobody reads and that takes no more."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_run_does_not_wait_for_the_reader_of_a_full_pipe(photos, tmp_path, full_pipe):
+    words = [sys.executable, "-m", "adatape_kernels.cli", "train", "--data", "imagefolder", *TINY]
+    words += ["--data-dir", str(photos), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    assert subprocess.run(words, stdout=full_pipe, stderr=full_pipe, timeout=200).returncode == 0
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_what_can_be_written_is(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with terminal.lenient_output():
+        print("läufe \udcff $x$")
+        sys.stdout.write("rest")
+        with terminal.lenient_output():
+            print()
+    assert stream.buffer.getvalue() == b"l\\xe4ufe \\udcff $x$\nrest\n"
+
+
+def test_the_demo_draws_under_settings_of_the_user(tmp_path):
+    """Under TeX, `$` and `_` in a text would be commands, and without TeX nothing could be drawn.
+
+    Settings that cannot be read are named before any training.
+    """
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.bbox: tight\n")
+    command = [sys.executable, "-m", "adatape_kernels.cli", "demo", "--epochs", "1", "--out"]
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "demo")], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    environment["MPLBACKEND"] = "no such backend"
+    done = subprocess.run([*command, str(tmp_path / "other")], env=environment, capture_output=True)
+    assert done.returncode == 2 and b"matplotlib" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert not (tmp_path / "other").exists()
