@@ -384,12 +384,11 @@ def dual_ffn(
     tape_ffn: FFN | None = None,
     *,
     num_rows: int | None = None,
-    dropout: float = 0.0,
     activation: Activation = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Send input rows through one feed-forward and tape rows through the other.
 
-    Arguments as in `ops.dual_ffn`; `dropout` is the rate on the activations.
+    Arguments as in `ops.dual_ffn`.
 
     Returns:
         The result, shaped as x, zero from row `num_rows` on; and the pre-activations of both kinds
@@ -401,12 +400,11 @@ def dual_ffn(
     end = len(x) if num_rows is None else num_rows
     middle = end if tape_ffn is None else num_input_rows
     hidden = F.linear(x[:middle], input_ffn.w1, input_ffn.b1)
-    act = F.dropout(activate(hidden, activation), dropout)
-    parts = [F.linear(act, input_ffn.w2, input_ffn.b2)]
+    parts = [F.linear(activate(hidden, activation), input_ffn.w2, input_ffn.b2)]
     tape_hidden = x.new_empty(0, 0)
     if tape_ffn is not None:
         tape_hidden = F.linear(x[middle:end], tape_ffn.w1, tape_ffn.b1)
-        parts.append(F.linear(F.dropout(F.glu(tape_hidden), dropout), tape_ffn.w2, tape_ffn.b2))
+        parts.append(F.linear(F.glu(tape_hidden), tape_ffn.w2, tape_ffn.b2))
     return F.pad(torch.cat(parts), (0, 0, 0, len(x) - end)), hidden, tape_hidden
 
 

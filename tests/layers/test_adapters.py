@@ -234,6 +234,29 @@ def test_the_padded_model_calls_them_too():
     assert_close(elastic.logits, padded.logits.detach(), 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("path", "calls"),
+    [
+        ("encoder.norm", 1),
+        ("encoder.readers.0.bank_norm", 2),  # the bank, and the query
+        ("encoder.readers.0.tape_mlp.0", 1),
+        ("encoder.readers.0.tape_mlp.2", 1),
+        ("pre_bank", 1),
+        ("head", 1),
+    ],
+)
+def test_other_parts_of_a_model_are_called(path, calls):
+    options = dict(image_size=8, depth=1, num_classes=5, tape_mlp_dim=8)
+    model = ak.models.adatape_vit("Ti/4", **options).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(2, 3, 8, 8)
+    plain = model(images).logits
+    replace(model, path, Seen)
+    assert_close(model(images).logits, plain.detach(), 1e-5)
+    assert len(model.get_submodule(path).rows) == calls
+
+
 def test_compiled_layers_still_call_adapters(fresh_compiler):
     module, x = layer(), batch()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
