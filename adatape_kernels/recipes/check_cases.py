@@ -148,11 +148,12 @@ def _ffn_case(
     activation: Activation = ACTIVATIONS[0],
 ) -> CheckCase:
     def make() -> list[Tensor]:
-        return [
-            torch.randn(rows, dim),
-            *_parameters(dim, hidden, hidden),
-            *(_parameters(dim, 2 * tape_hidden, tape_hidden) if tape_hidden else []),
-        ]
+        x, (w1, b1, w2, b2) = torch.randn(rows, dim), _parameters(dim, hidden, hidden)
+        if activation == "relu":
+            # Its slope jumps at 0, where rounding may turn the sign of a pre-activation.
+            b1 = 8 * b1.sign()
+        tape = _parameters(dim, 2 * tape_hidden, tape_hidden) if tape_hidden else []
+        return [x, w1, b1, w2, b2, *tape]
 
     def call(x: Tensor, *parameters: Tensor) -> Results:
         counts = (inputs, end) if form == "int" else map(torch.tensor, (inputs, end))

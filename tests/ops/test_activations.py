@@ -101,6 +101,8 @@ def test_backward_is_the_reference_s(device, activation, on_device, dtype):
 def test_low_precision(device, dtype, activation):
     sizes = dict(dim=48, hidden=96, tape_hidden=32)
     x, input_ffn, tape_ffn, dy = inputs(64, device=device, dtype=dtype, **sizes)
+    if activation == "relu":  # its slope jumps at 0, where rounding may turn a sign
+        input_ffn = input_ffn._replace(b1=8 * input_ffn.b1.sign())
     run = functools.partial(dual_ffn, activation=activation)
     actual = gradients(run, x, 50, input_ffn, tape_ffn, dy)
 
