@@ -166,11 +166,12 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
             (100, 200, 60, "gelu_tanh"),
         ):
             on_tensor_cores = dtype in HALF and dim == 384
+            form = "" if activation == "gelu_tanh" else f" ({activation})"
             yield AuditCase(
-                f"{dim} × {hidden}, {tape_hidden}, {activation}, {products}, {_short(dtype)}",
+                f"{dim} × {hidden}{form}, {tape_hidden}, {products}, {_short(dtype)}",
                 partial(_ffn, dim, hidden, tape_hidden, activation, products, dtype),
                 dict.fromkeys(kernels, ("tensor",)) if on_tensor_cores else {},
-                sample=dtype == torch.bfloat16 and activation == "gelu",
+                sample=dtype == torch.bfloat16 and dim == 384 and activation != "relu",
             )
 
 

@@ -53,7 +53,7 @@ struct Gelu {
   }
 };
 
-// NaN stays NaN in both.
+// NaN stays NaN, and its slope is 1, as in torch.
 struct Relu {
   static Vec value(Vec x) { return x <= 0.0f ? Vec{} : x; }
   static Vec slope(Vec x) { return x <= 0.0f ? Vec{} : broadcast(1.0f); }

@@ -68,7 +68,7 @@ __device__ inline float activate<Activation::kGelu>(float x, float& slope) {
   return (x > 0.0f ? x : 0.0f) - size * tail;
 }
 
-// NaN stays NaN.
+// NaN stays NaN, and its slope is 1, as in torch.
 template <>
 __device__ inline float activate<Activation::kRelu>(float x, float& slope) {
   slope = x <= 0.0f ? 0.0f : 1.0f;
