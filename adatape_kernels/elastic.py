@@ -7,6 +7,8 @@ It has more than 400 lines because every method has an example that a doctest ru
 """
 
 import dataclasses
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +35,10 @@ class ElasticBatch:
     Make one with `from_padded`, `from_packed`, `from_nested` or `from_offsets`; the constructor
     trusts its arguments. The input rows of all examples come first, example after example, then
     the tape rows of all examples. In capacity mode unused rows follow, which belong to no example.
+
+    It is a pytree node of torch, whose leaves are its attributes in their order. A checkpoint takes
+    one with use_reentrant=False; the reentrant form, which gives gradients to bare tensors only, is
+    refused with RuntimeError.
 
     Attributes:
         data: (rows, dim), of any floating dtype and on any device.
@@ -261,6 +267,7 @@ class ElasticBatch:
             >>> packed.shape, cu_seqlens.tolist()
             (torch.Size([6, 8]), [0, 3, 6])
         """
+        _refuse_reentrant_checkpoint(self)
         cu_seqlens = cumulative(self.lens)
         order = packed_order(self.cu_inputs, self.cu_tapes, int(cu_seqlens[-1]))
         return self.data.index_select(0, order), cu_seqlens
@@ -398,6 +405,7 @@ class ElasticBatch:
             >>> batch.with_data(batch.data[:, :4]).data.shape
             torch.Size([6, 4])
         """
+        _refuse_reentrant_checkpoint(self)
         return dataclasses.replace(self, data=data)
 
     def clear_unused(self, data: Tensor) -> Tensor:
@@ -440,6 +448,7 @@ class ElasticBatch:
             >>> batch.append_tape(torch.ones(3, 8), offsets, max_tapes=2).lens.tolist()
             [5, 4]
         """
+        _refuse_reentrant_checkpoint(self)
         offsets = as_int32("offsets", offsets)
         cu_tapes = self.cu_tapes + offsets
         layout = dataclasses.replace(
@@ -482,6 +491,7 @@ class ElasticBatch:
             >>> batch.pool("mean").flatten().tolist(), batch.pool("token").flatten().tolist()
             ([1.0, 4.0], [0.0, 3.0])
         """
+        _refuse_reentrant_checkpoint(self)
         if kind == "token":
             if self.min_inputs == 0 and self.batch > 0:
                 raise ValueError("kind: expected an input row in every example for 'token', got 0")
@@ -504,6 +514,39 @@ class ElasticBatch:
         if kind == "mean":
             total = total / lens.clamp(min=1)
         return total.to(self.data.dtype)
+
+
+torch.export.register_dataclass(ElasticBatch)
+
+
+def _refuse_reentrant_checkpoint(batch: ElasticBatch) -> None:
+    """Raise RuntimeError where a reentrant checkpoint was given batches that require gradients.
+
+    It runs its function without autograd, and later asks for gradients of the bare tensors among
+    its arguments, so that those of a batch would be lost in silence.
+    """
+    if not batch.data.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return  # as nearly always: what is computed without autograd requires no gradient
+    checkpoints: Any = sys.modules.get("torch.utils.checkpoint")
+    frame = sys._getframe() if checkpoints is not None else None
+    while frame is not None:
+        if frame.f_code is checkpoints.CheckpointFunction.forward.__code__:
+            if any(given.data.requires_grad for given in _batches(frame.f_locals["args"])):
+                raise RuntimeError(
+                    "use_reentrant: expected False, as a reentrant checkpoint finds no tensors in "
+                    "an ElasticBatch, got True"
+                )
+            return
+        frame = frame.f_back
+
+
+def _batches(given: Any) -> Iterator[ElasticBatch]:
+    """Yield the batches in arguments, in containers too."""
+    if isinstance(given, ElasticBatch):
+        yield given
+    elif isinstance(given, list | tuple | dict):
+        for part in given.values() if isinstance(given, dict) else given:
+            yield from _batches(part)
 
 
 def _check_layout(

@@ -205,6 +205,33 @@ def _scatter_add(rows: Tensor, bank: Tensor, flat: Tensor) -> Tensor:
     return total.index_add(0, flat.flatten(), rows.flatten(0, -2)).view(bank.shape)
 
 
+def read_along(
+    query: Tensor,
+    keys: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: LossType,
+) -> tuple[Tensor, Tensor]:
+    """Return the weights and the ponder loss of a selection that was made before.
+
+    Derivatives are taken of this function, since what is selected has none. Its arguments and
+    results are those of `tape_select` of the same names.
+    """
+    wide = wide_dtype(query.dtype)
+    used = _used(counts, indices.shape[1])
+    rows = _bank_rows(keys.to(wide), indices, used.unsqueeze(-1))
+    query, ponder, all_weights = query.to(wide), query.new_zeros(len(query), dtype=wide), []
+    for step in range(indices.shape[1]):
+        reading = used[:, step]
+        weights, cost, following = _read_step(query, rows[:, step], average_query, loss_type)
+        all_weights.append(weights.where(reading.unsqueeze(1), 0))
+        ponder = ponder + cost.where(reading, 0)
+        query = following.where(reading.unsqueeze(1), query)
+    empty = query.new_zeros(len(query), 0, indices.shape[2])
+    return torch.stack(all_weights, 1) if all_weights else empty, ponder
+
+
 def tape_select_bwd(
     query: Tensor,
     keys: Tensor,
@@ -234,7 +261,7 @@ def tape_select_bwd(
         queries.append(following.where(used[:, step, None], queries[-1]))
 
     dquery = torch.zeros_like(queries[0])
-    drows = torch.zeros_like(rows)
+    drows: list[Tensor] = []
     for step in reversed(range(indices.shape[1])):
         q, w, r = queries[step], weights[step], rows[:, step]
         if loss_type == "entropy":
@@ -245,10 +272,11 @@ def tape_select_bwd(
         dmerged = (take * dquery).unsqueeze(1)
         dw = dweights[:, step] + (dmerged * r).sum(-1) + dponder.unsqueeze(1) * dcost
         ds = w * (dw - (w * dw).sum(-1, keepdim=True)) / math.sqrt(query.shape[-1])
-        drows[:, step] = w.unsqueeze(-1) * dmerged + ds.unsqueeze(-1) * q.unsqueeze(1)
+        drows.append(w.unsqueeze(-1) * dmerged + ds.unsqueeze(-1) * q.unsqueeze(1))
         dq = keep * dquery + (ds.unsqueeze(-1) * r).sum(1)
         dquery = dq.where(used[:, step, None], dquery)
-    dkeys = _scatter_add(drows[used], keys, _flat_index(indices, keys)[used])
+    drow = torch.stack(drows[::-1], 1) if drows else torch.zeros_like(rows)
+    dkeys = _scatter_add(drow[used], keys, _flat_index(indices, keys)[used])
     return dquery.to(query.dtype), dkeys.to(keys.dtype)
 
 
@@ -279,8 +307,9 @@ def tape_gather_bwd(
     used = _used(counts, indices.shape[1])
     flat = _flat_index(indices, bank)[used]
     dmerged = dtape[: len(flat), None].to(weights.dtype)
-    dweights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
-    dweights[used] = (bank.flatten(0, -2)[flat].to(weights.dtype) * dmerged).sum(-1)
+    dweights = torch.zeros_like(weights, memory_format=torch.contiguous_format).index_put(
+        (used,), (bank.flatten(0, -2)[flat].to(weights.dtype) * dmerged).sum(-1)
+    )
     dbank = _scatter_add(weights[used].unsqueeze(-1) * dmerged, bank, flat)
     return dbank.to(bank.dtype), dweights
 
@@ -419,18 +448,15 @@ def dual_ffn_bwd(
 ) -> tuple[Tensor, FFN, FFN | None]:
     """Return the gradients of x and of both parameter sets; recomputes the activations."""
     middle, end = len(hidden), len(hidden) + len(tape_hidden)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dact = dy[:middle] @ input_ffn.w2
     dhidden, act = _activate_bwd(dact, hidden, activation), activate(hidden, activation)
-    dx[:middle], dinput = _linear_pair_bwd(dy[:middle], dhidden, act, x[:middle], input_ffn.w1)
+    dx, dinput = _linear_pair_bwd(dy[:middle], dhidden, act, x[:middle], input_ffn.w1)
     if tape_ffn is None:
-        return dx, dinput, None
+        return F.pad(dx, (0, 0, 0, len(x) - end)), dinput, None
     dy_tape, x_tape = dy[middle:end], x[middle:end]
     dhidden = torch.ops.aten.glu_backward(dy_tape @ tape_ffn.w2, tape_hidden, -1)
-    dx[middle:end], dtape = _linear_pair_bwd(
-        dy_tape, dhidden, F.glu(tape_hidden), x_tape, tape_ffn.w1
-    )
-    return dx, dinput, dtape
+    dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, F.glu(tape_hidden), x_tape, tape_ffn.w1)
+    return F.pad(torch.cat([dx, dx_tape]), (0, 0, 0, len(x) - end)), dinput, dtape
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:

@@ -86,6 +86,10 @@ def table(entries: Sequence[Support]) -> Iterator[str]:
                 previous = op
     for number, reason in enumerate(reasons, start=1):
         yield f"  ({number}) {reason}"
+    for backend in BACKENDS:
+        lacking = {e.absent for e in entries if e.backend == backend and e.reason is None}
+        for absent in sorted(filter(None, lacking)):
+            yield f"  {backend} is not in this installation: {absent}"
 
 
 def _rows_by_op(
@@ -113,9 +117,8 @@ def _cells(entries: Sequence[Support], reasons: list[str]) -> Iterator[str]:
         if served:
             yield " ".join(_SHORT[entry.dtype] + "*" * entry.default for entry in served)
             continue
-        # Of several reasons the one of the dtype that comes furthest: it says most of the call.
-        reason = next((e.reason for e in own if "it takes float" not in str(e.reason)), "")
-        reason = str(reason or own[0].reason)
+        # A call in float64 is refused for its dtype already; the last reason says more of the call.
+        reason = str(own[-1].reason)
         if reason not in reasons:
             reasons.append(reason)
         yield f"({reasons.index(reason) + 1})"

@@ -1,30 +1,74 @@
 """Every private name of torch that this package uses, each with the public way beside it.
 
 `torch.library.register_autograd` attaches a derivative through the dispatcher, which then sees a
-call twice. With four private names a call on plain tensors ends at once in what serves it, which
-`adatape-kernels bench dispatch` measures against the public way. Where torch lacks one of these
-names, the public way serves and nothing else changes.
+call twice, and it knows neither forward mode nor `torch.func`. With private names a call on plain
+tensors ends at once in what serves it, which `adatape-kernels bench dispatch` measures against the
+public way, and dual tensors and transforms are noticed. Where torch lacks one of these names, the
+public way serves, which refuses forward mode.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 PRIVATE_NAMES = (
     "DispatchKeySet",
     "_after_autograd_keyset",
     "_AutoDispatchBelowAutograd",
     "_any_requires_grad",
+    "_are_functorch_transforms_active",
+    "_functorch",
+    "_dynamo",
 )
 """Members of torch._C that the fast path needs."""
+
+PlainTorch = Callable[[tuple, tuple], Sequence[torch.Tensor | None]]
+"""Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
+op's results say what has no derivative, such as the indices that were selected."""
 
 
 def missing_names() -> tuple[str, ...]:
     """Return the private names that this torch does not have."""
     return tuple(name for name in PRIVATE_NAMES if not hasattr(torch._C, name))
+
+
+def take_back(library: torch.library.Library) -> None:
+    """Remove all that was registered with a library.
+
+    By public means it happens when nothing refers to the library any more, which the kernels in it
+    do for ever.
+    """
+    destroy = getattr(library, "_destroy", None)
+    if destroy is None:
+        raise RuntimeError(
+            "adatape_kernels: expected to be imported once in a process with this torch, got twice"
+        )
+    destroy()
+
+
+def transforms_active() -> bool:
+    """Return whether a transform of torch.func, such as vmap, is at work; False if unknown."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function in a form that `torch.compile` leaves alone, with all that it calls.
+
+    A kernel that runs between two graphs, or in a backward pass, is a Python frame like any other,
+    which the compiler would otherwise try to trace.
+    """
+    try:
+        frames = torch._C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    except AttributeError:
+        return torch.compiler.disable(function)
+    return function
 
 
 def attach(
@@ -34,6 +78,8 @@ def attach(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
     *,
+    plain_torch: PlainTorch | None = None,
+    composed: bool = False,
     public: bool | None = None,
 ) -> None:
     """Attach the derivative of an op, in the fast way if this torch has what it takes.
@@ -45,12 +91,16 @@ def attach(
         backward: takes the context and a gradient for each result, None where there is none, and
             returns a gradient for each argument.
         setup_context: takes the context, the arguments and the results.
+        plain_torch: the op by torch's own ops, of which forward mode takes the tangents; None for
+            an op that has no forward mode.
+        composed: whether `run` calls differentiable ops only, so that forward mode and torch.func
+            look through it.
         public: True for `torch.library.register_autograd`; None decides by the names that are here.
     """
     if bool(missing_names()) if public is None else public:
         _attach_publicly(library, name, backward, setup_context)
     else:
-        _attach_fast(library, name, run, backward, setup_context)
+        _attach_fast(library, name, run, backward, setup_context, plain_torch, composed)
 
 
 def _attach_publicly(
@@ -59,9 +109,23 @@ def _attach_publicly(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
 ) -> None:
+    def without_tangents(ctx: Any, inputs: tuple, output: Any) -> None:
+        refuse_tangents(name)
+        setup_context(ctx, inputs, output)
+
     torch.library.register_autograd(
-        f"{library.ns}::{name}", backward, setup_context=setup_context, lib=library
+        f"{library.ns}::{name}", backward, setup_context=without_tangents, lib=library
     )
+
+
+def refuse_tangents(name: str) -> None:
+    """Raise NotImplementedError in forward mode. It is slow, and meant for the public way."""
+    nothing = torch.zeros(())
+    try:
+        forward_ad.make_dual(nothing, nothing)
+    except RuntimeError:  # torch has no public way to ask whether a level was entered
+        return
+    raise NotImplementedError(f"{name}: expected no forward-mode differentiation, got a dual level")
 
 
 def _attach_fast(
@@ -70,10 +134,13 @@ def _attach_fast(
     run: Callable[..., Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
+    plain_torch: PlainTorch | None,
+    composed: bool,
 ) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
     below, after_autograd = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
     any_requires_grad, plain = torch._C._any_requires_grad, _plain_keys()
+    transforms = torch._C._are_functorch_transforms_active
 
     def below_autograd(keys: Any, args: tuple) -> Any:
         keys = keys & after_autograd
@@ -83,23 +150,84 @@ def _attach_fast(
             return op.redispatch(keys, *args)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        with below():
-            output = below_autograd(keys, args)
+        if transforms():
+            # Autograd is off in here for this transform only; those around it see the call as well.
+            with below(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below_autograd(keys, args)
+        else:
+            with below():
+                output = below_autograd(keys, args)
         setup_context(ctx, args, output)
         return output
+
+    def forward_with_tangents(ctx: Any, keys: Any, *args: Any) -> Any:
+        output = forward(ctx, keys, *args)
+        ctx.call = args, output
+        return output
+
+    def tangents(ctx: Any, *of_arguments: Any) -> Any:
+        (args, output), ctx.call = ctx.call, None
+        if plain_torch is None:
+            raise NotImplementedError(f"{name}: expected no dual tensors, as it has no tangents")
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            computed = plain_torch(args, output)
+            return tuple(map(_tangent_or_zero, computed, output))
 
     def derivative(ctx: Any, *grads: Any) -> Any:
         return None, *backward(ctx, *grads)  # None is the gradient of `keys`
 
-    functions = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    functions = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(untraced(derivative)),
+    }
     differentiable: Any = type(f"adatape_{name}", (torch.autograd.Function,), functions)
+    functions |= {"forward": staticmethod(forward_with_tangents), "jvp": staticmethod(tangents)}
+    dual: Any = type(f"adatape_{name}_dual", (torch.autograd.Function,), functions)
 
     def autograd(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any_requires_grad(*args):
-            return differentiable.apply(keys, *args)
-        return below_autograd(keys, args)
+        if forward_ad._current_level >= 0 and _has_tangent(args):
+            function = dual
+        elif torch.is_grad_enabled() and any_requires_grad(*args):
+            function = differentiable
+        else:
+            return below_autograd(keys, args)
+        if composed and (function is dual or transforms()):
+            return run(*args)
+        return _at_one_level(function, keys, args) if transforms() else function.apply(keys, *args)
 
-    library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
+
+
+def _has_tangent(args: tuple) -> bool:
+    return any(isinstance(arg, torch.Tensor) and _tangent(arg) is not None for arg in args)
+
+
+def _tangent(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None or not tensor.is_floating_point():
+        return None
+    return forward_ad.unpack_dual(tensor).tangent
+
+
+def _tangent_or_zero(computed: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor | None:
+    """Return a result's tangent; None for integers, which have none."""
+    if not result.is_floating_point():
+        return None
+    tangent = _tangent(computed)
+    return torch.zeros_like(result) if tangent is None else tangent.to(result.dtype)
+
+
+def _at_one_level(function: Any, keys: Any, args: tuple) -> Any:
+    """Apply a function for the transform that the dispatcher is at, as torch's own kernels do.
+
+    `torch.autograd.Function.apply` would start with the outermost transform once more.
+    """
+    single = torch._C._functorch
+    allowed = single.get_single_level_autograd_function_allowed()
+    single.set_single_level_autograd_function_allowed(True)
+    try:
+        return super(torch.autograd.Function, function).apply(keys, *args)
+    finally:
+        single.set_single_level_autograd_function_allowed(allowed)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.registration import Namespace
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +35,8 @@ class Implementation:
     """Takes the op's arguments in the order of its schema."""
     devices: tuple[str, ...] | None = None
     """Device types of the tensors that it takes; None for all."""
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
-    """Dtypes of the op's first argument that it takes."""
+    dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES
+    """Dtypes of the op's first argument that it takes; by device type where they differ."""
     limits: Statement | None = None
     """What else it asks of a call; None where device and dtype decide."""
     absent: str | None = None
@@ -44,27 +45,37 @@ class Implementation:
     """True where it refuses bad values itself, in a pass over them that it makes anyway."""
 
     def refusal(
-        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+        self,
+        args: Sequence[Any],
+        device_type: str | None = None,
+        facts: DeviceFacts | None = None,
+        *,
+        installed: bool = False,
     ) -> str | None:
         """Return why a call with these arguments cannot be served, or None when it can.
 
-        `device_type` and `facts` stand in for the device of the first argument, so that what a GPU
-        would be offered can be read on a machine without one.
+        `device_type` and `facts` stand in for the device of the first argument, and `installed`
+        passes over what this installation lacks, so that what a GPU would be offered can be read
+        on a machine without one.
         """
         tensor = args[0]
-        reason = self.refusal_by_type(device_type or tensor.device.type, tensor.dtype)
+        device_type = device_type or tensor.device.type
+        reason = self.refusal_by_type(device_type, tensor.dtype, installed=installed)
         if reason is None and self.limits is not None:
             reason = self.limits(facts or facts_of(tensor.device), *args)
         return reason
 
-    def refusal_by_type(self, device_type: str, dtype: torch.dtype) -> str | None:
+    def refusal_by_type(
+        self, device_type: str, dtype: torch.dtype, *, installed: bool = False
+    ) -> str | None:
         """Return why no call on this device and of this dtype can be served, or None."""
-        if self.absent is not None:
+        if self.absent is not None and not installed:
             return self.absent
         if self.devices is not None and device_type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}"
-        if dtype not in self.dtypes:
-            return f"it takes {', '.join(map(short, self.dtypes))}"
+        dtypes = self.dtypes if isinstance(self.dtypes, tuple) else self.dtypes[device_type]
+        if dtype not in dtypes:
+            return f"it takes {', '.join(map(short, dtypes))}"
         return None
 
 
@@ -89,7 +100,9 @@ class CompiledKernel:
     flags: Mapping[str, Callable[[], bool]] | None = None
     """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
 
-    def bind(self, name: str, schema: str, library: torch.library.Library) -> Implementation:
+    def bind(
+        self, name: str, schema: str, library: Namespace | torch.library.Library
+    ) -> Implementation:
         """Declare the op in the namespace, and return the implementation that calls it."""
         flags = self.flags or {}
         taken = "".join(f", bool {flag}" for flag in flags)
@@ -104,7 +117,7 @@ class CompiledKernel:
             except RuntimeError as error:
                 # C++ has no ValueError to throw through torch, nor the op's name at hand.
                 message = str(error).partition("\n")[0]
-                if ": expected " in message:
+                if ": expected " in message and not message.startswith("ADATAPE_"):
                     raise ValueError(f"{name}: {message}") from None
                 raise
 

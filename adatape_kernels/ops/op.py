@@ -9,7 +9,6 @@ graph honours the `use_backend` around its call.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,11 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
+from adatape_kernels.ops.registration import Namespace, kept
+from adatape_kernels.ops.vmap_rule import one_by_one
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
@@ -45,22 +47,18 @@ class Ran(NamedTuple):
 TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
 """By a description in words, what makes the arguments of such a call, on the meta device."""
 
-_library = torch.library.Library("adatape", "DEF")
-_compiled_libraries = {
-    namespace: torch.library.Library(namespace, "FRAGMENT")
-    for namespace in ("adatape_cpu", "adatape_cuda")
-}
+_namespace = Namespace("adatape")
+_compiled = {name: Namespace(name) for name in ("adatape_cpu", "adatape_cuda")}
 _operations: dict[str, "Operation"] = {}
 
+_choice: Choice[tuple[str, ...] | None] = kept(
+    "backends", lambda: Choice[tuple[str, ...] | None](None)
+)
+"""The backends that calls may go to, in this order; none of them: the device's order.
 
-class _Choice(threading.local):
-    """The backends that this thread's calls may go to, in this order; none: the device's order."""
-
-    backends: tuple[str, ...] = ()
-
-
-_choice = _Choice()
-_recorders: list[list[Ran]] = []
+None says that nothing was asked for, () that `use_backend(None)` asked for the default.
+"""
+_recorders: list[list[Ran]] = kept("recorders", list)
 
 
 class Operation:
@@ -94,17 +92,28 @@ class Operation:
         self.implementations: dict[str, Implementation] = {}
         for backend, given in implementations.items():
             if isinstance(given, CompiledKernel):
-                given = given.bind(self.name, schema, _compiled_libraries[given.namespace])
+                given = given.bind(self.name, schema, _compiled[given.namespace])
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
         self.overload = _declare(schema, self._run, fake)
+        self._derivative = _Derivative(self.name)
+        self._derivative.attach(self._run)
         _operations[self.name] = self
 
     def differentiable(
-        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        plain_torch: fast_autograd.PlainTorch | None = None,
     ) -> None:
-        """Attach the derivative; both functions as `torch.library.register_autograd` has them."""
-        _differentiable(self.name, self._run, backward, setup_context)
+        """Give the op its derivative, without which a backward pass through it raises.
+
+        Args:
+            backward: as `torch.library.register_autograd` has it.
+            setup_context: likewise.
+            plain_torch: the op by torch's own ops, for forward mode: see `fast_autograd.attach`.
+        """
+        self._derivative.set(backward, setup_context, plain_torch)
 
     def replace(self, backend: str, given: Implementation | None) -> None:
         """Put another implementation in a backend's place, or take it away: for tests and trials.
@@ -123,24 +132,33 @@ class Operation:
         args: Sequence[Any],
         device_type: str | None = None,
         facts: DeviceFacts | None = None,
+        *,
+        installed: bool = False,
     ) -> str | None:
         """Return why a backend does not serve a call, or None: see `Implementation.refusal`."""
         found = self.implementations.get(backend)
         if found is None:
             return "there is no such kernel"
-        return found.refusal(args, device_type, facts)
+        return found.refusal(args, device_type, facts, installed=installed)
 
     def serving(
-        self, args: Sequence[Any], device_type: str | None = None, facts: DeviceFacts | None = None
+        self,
+        args: Sequence[Any],
+        device_type: str | None = None,
+        facts: DeviceFacts | None = None,
+        *,
+        installed: bool = False,
     ) -> str | None:
         """Return the backend that serves a call by default, None if there is none."""
-        order = backend_order(device_type or args[0].device.type)
-        return next((b for b in order if self.refusal(b, args, device_type, facts) is None), None)
+        for backend in backend_order(device_type or args[0].device.type):
+            if self.refusal(backend, args, device_type, facts, installed=installed) is None:
+                return backend
+        return None
 
     def _run(self, *args: Any) -> Any:
         """Serve a call: the op's only kernel below autograd."""
         tensor = args[0]
-        device, backends = tensor.device, _choice.backends
+        device, backends = tensor.device, _choice.value or ()
         key = backends, device.type, tensor.dtype
         candidates = self._candidates.get(key)
         if candidates is None:
@@ -151,12 +169,13 @@ class Operation:
                 break
         else:
             raise self._not_served(args)
+        if candidate.check_values is not None:
+            candidate.check_values(*args)
+        results = candidate.function(*args)
         if _recorders:
             for recorder in tuple(_recorders):
                 recorder.append(Ran(self.name, candidate.backend))
-        if candidate.check_values is not None:
-            candidate.check_values(*args)
-        return candidate.function(*args)
+        return results
 
     def _candidates_for(
         self, backends: tuple[str, ...], device_type: str, dtype: torch.dtype
@@ -172,7 +191,7 @@ class Operation:
         return tuple(found)
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
-        tensor, backends = args[0], _choice.backends
+        tensor, backends = args[0], _choice.value or ()
         asked = backends or BACKENDS
         why = "; ".join(f"{backend}: {self.refusal(backend, args)}" for backend in asked)
         who = " and ".join(backends) if backends else "every backend"
@@ -205,57 +224,91 @@ class Composition:
     def differentiable(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
     ) -> None:
-        """Attach the derivative, as `Operation.differentiable` does."""
-        _differentiable(self.name, self.function, backward, setup_context)
+        """Give the op its derivative, as `Operation.differentiable` does."""
+        derivative = _Derivative(self.name)
+        derivative.set(backward, setup_context, None)
+        derivative.attach(self.function, composed=True)
 
 
 def _declare(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adatape::{name}", fake, lib=_library)
-    return getattr(torch.ops.adatape, name).default
+    name, library = schema[: schema.index("(")], _namespace.kernels
+    overload = _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, _kernel(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adatape::{name}", fake, lib=library)
+    torch.library.register_vmap(f"adatape::{name}", one_by_one(name, overload), lib=library)
+    return overload
 
 
-def _differentiable(
-    name: str,
-    run: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-) -> None:
-    """Attach a derivative that runs on the backends that were forced around it.
+def _kernel(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel of the dispatcher, which `torch.compile` does not trace."""
+    return fast_autograd.untraced(lambda *args: run(*args))
+
+
+class _Derivative:
+    """The derivative of an op, which runs on the backends that were forced around it.
 
     Where nothing is forced there, as on the threads that autograd has for a GPU, it runs on those
     that were forced around the forward.
     """
 
-    def noting_backends(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.forced_backends = _choice.backends
-        setup_context(ctx, inputs, output)
+    def __init__(self, name: str):
+        self.name = name
+        self.backward: Callable[..., Any] | None = None
+        self.setup_context: Callable[..., None] | None = None
+        self.plain_torch: fast_autograd.PlainTorch | None = None
 
-    def on_its_backends(ctx: Any, *grads: Any) -> Any:
+    def set(
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        plain_torch: fast_autograd.PlainTorch | None,
+    ) -> None:
+        self.backward, self.setup_context = backward, setup_context
+        self.plain_torch = plain_torch
+
+    def attach(self, run: Callable[..., Any], *, composed: bool = False) -> None:
+        fast_autograd.attach(
+            _namespace.kernels,
+            self.name,
+            run,
+            self._on_its_backends,
+            self._noting_backends,
+            plain_torch=self._by_plain_torch,
+            composed=composed,
+        )
+
+    def _noting_backends(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.forced_backends = _choice.value
+        if self.setup_context is not None:
+            self.setup_context(ctx, inputs, output)
+
+    def _on_its_backends(self, ctx: Any, *grads: Any) -> Any:
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        with _only(_choice.backends or ctx.forced_backends):
-            return backward(ctx, *grads)
+        if self.backward is None:
+            raise NotImplementedError(f"{self.name}: expected no backward pass, as it has none")
+        around = _choice.value
+        with _choice.only(ctx.forced_backends if around is None else around):
+            return self.backward(ctx, *grads)
 
-    fast_autograd.attach(_library, name, run, on_its_backends, noting_backends)
+    def _by_plain_torch(self, inputs: tuple, output: Any) -> Sequence[Tensor | None]:
+        if self.plain_torch is None:
+            raise NotImplementedError(
+                f"{self.name}: expected no dual tensors, as it has no tangents"
+            )
+        return self.plain_torch(inputs, output)
 
 
-@contextlib.contextmanager
-def _only(backends: tuple[str, ...]) -> Iterator[None]:
-    previous, _choice.backends = _choice.backends, backends
-    try:
-        yield
-    finally:
-        _choice.backends = previous
-
-
-@contextlib.contextmanager
-def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -> Iterator[None]:
+def use_backend(
+    name: str | None, fallback: str | Sequence[str] | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Serve every op on this thread from one backend: eager, cpp, triton or cuda.
 
     A call that the backend does not serve raises the reason, unless `fallback` names who takes it.
+    The choice is made when an op runs: around a compiled function it governs the ops inside, while
+    inside one it ends the graph, or, with fullgraph=True, compiling fails. A backward pass runs on
+    what is forced around it, else on what was forced around its forward, which a compiled one does
+    not know: it runs on the default unless the thread that runs it is inside a `use_backend`.
 
     Args:
         name: the backend; None restores the default, the fastest that serves a call.
@@ -263,7 +316,8 @@ def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -
             not serve.
 
     Raises:
-        ValueError: a name is none of the four, or there is a fallback without a backend.
+        ValueError: a name is none of the four or comes twice, or there is a fallback without a
+            backend.
         RuntimeError: a backend has no implementation in this installation.
 
     Example:
@@ -275,6 +329,8 @@ def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -
         >>> read.counts.tolist()
         [2, 2]
     """
+    if not isinstance(fallback, str | list | tuple | None):
+        raise ValueError(f"fallback: expected a name or a list of names, got {fallback!r}")
     further = (fallback,) if isinstance(fallback, str) else tuple(fallback or ())
     for given in (*(() if name is None else (name,)), *further):
         if given not in BACKENDS:
@@ -284,8 +340,12 @@ def use_backend(name: str | None, fallback: str | Sequence[str] | None = None) -
             raise RuntimeError(f"use_backend: backend {given!r} is not available: {reason}")
     if name is None and further:
         raise ValueError(f"fallback: expected None without a backend, got {fallback!r}")
-    with _only(() if name is None else (name, *further)):
-        yield
+    if len({name, *further}) <= len(further):
+        raise ValueError(
+            f"fallback: expected backends that differ from {name!r} and from each other, "
+            f"got {fallback!r}"
+        )
+    return Chosen(_choice, () if name is None else (name, *further), "use_backend")
 
 
 def why_absent(backend: str) -> str | None:
@@ -307,7 +367,8 @@ def current_backend() -> str | None:
         ...     current_backend()
         'eager'
     """
-    return _choice.backends[0] if _choice.backends else None
+    backends = _choice.value
+    return backends[0] if backends else None
 
 
 @contextlib.contextmanager

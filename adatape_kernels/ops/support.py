@@ -25,6 +25,17 @@ class Support(NamedTuple):
     """Why the backend does not serve the call; None where it does."""
     default: bool
     """Whether the call goes to it where `use_backend` names none."""
+    absent: str | None
+    """Why this installation lacks the kernel; None where it is here.
+
+    On a device that is not here `reason` passes over it, and says what a machine with such a device
+    and an installation made for it would be offered.
+    """
+
+
+def is_here(device_type: str) -> bool:
+    """Return whether this machine has such a device."""
+    return device_type == "cpu" or torch.cuda.is_available()
 
 
 def facts_for(device_type: str) -> DeviceFacts:
@@ -42,15 +53,22 @@ def supported(device_type: str) -> Iterator[Support]:
         >>> {e.backend for e in supported("cpu") if e.dtype == "float64" and e.default}
         {'eager'}
     """
-    facts = facts_for(device_type)
+    facts, elsewhere = facts_for(device_type), not is_here(device_type)
     for name in registered_ops():
         op = operation(name)
         for call, make in op.typical.items():
             for dtype in FLOAT_DTYPES:
                 args = make(dtype)
-                default = op.serving(args, device_type, facts)
+                default = op.serving(args, device_type, facts, installed=elsewhere)
                 for backend in BACKENDS:
-                    reason = op.refusal(backend, args, device_type, facts)
+                    given = op.implementations.get(backend)
                     yield Support(
-                        name, call, device_type, short(dtype), backend, reason, backend == default
+                        op=name,
+                        call=call,
+                        device=device_type,
+                        dtype=short(dtype),
+                        backend=backend,
+                        reason=op.refusal(backend, args, device_type, facts, installed=elsewhere),
+                        default=backend == default,
+                        absent=None if given is None else given.absent,
                     )

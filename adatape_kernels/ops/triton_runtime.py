@@ -31,9 +31,12 @@ except ImportError:  # Windows and macOS have no triton
 
 INSTALLED = triton.__name__ == "triton"
 INTERPRETED = bool(INSTALLED and triton.knobs.runtime.interpret)
-# bfloat16 arithmetic is silently wrong in the interpreter.
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else HALF_AND_FLOAT
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cuda": HALF_AND_FLOAT}
+"""By the devices whose tensors Triton's kernels take, the dtypes of these."""
+
+if INTERPRETED:
+    # bfloat16 arithmetic is silently wrong in the interpreter.
+    DTYPES["cpu"] = (torch.float32, torch.float16)
 
 
 def kernel(limits: Statement | None = None) -> Callable[[Callable[..., Any]], Implementation]:
@@ -42,7 +45,7 @@ def kernel(limits: Statement | None = None) -> Callable[[Callable[..., Any]], Im
     `limits` states what else it asks of a call, as in `Implementation`.
     """
     absent = None if INSTALLED else "triton is not installed"
-    return lambda launcher: Implementation(launcher, DEVICES, DTYPES, limits, absent)
+    return lambda launcher: Implementation(launcher, tuple(DTYPES), DTYPES, limits, absent)
 
 
 class Launch(NamedTuple):

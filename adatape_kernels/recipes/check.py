@@ -133,9 +133,6 @@ def _each_kernel(
             except NotServed:
                 continue
         both = [entry for entry in ran if entry.op in (op, f"{op}_bwd")]
-        others = {entry.backend for entry in both} - {kernel.backend, "eager"}
-        if others or not any(entry.backend == kernel.backend for entry in both):
-            fault = fault or f"{_names(both)} ran in its place"
         reached |= {kernel._replace(op=e.op) for e in both if e.backend == kernel.backend}
         yield Finding(f"{op}, {name}, {kernel}", fault)
 
@@ -149,14 +146,9 @@ def _model_finding(name: str, check: Callable[..., str | None], backend: str) ->
     fallback = [b for b in ("triton", "eager") if b != backend and why_absent(b) is None]
     with record() as ran:
         fault = _fault(check, backend, fallback)
-    others = sorted({e.backend for e in ran if e.op in _by_other_backends(ran, backend)})
+    others = sorted({entry.backend for entry in ran} - {backend})
     beside = f" and {', '.join(others)}" if others else ""
     return Finding(f"model, {name}, {backend}{beside} float32", fault)
-
-
-def _by_other_backends(ran: list[Ran], backend: str) -> set[str]:
-    """Return the ops of a model that the backend did not serve; the padded model calls none."""
-    return {entry.op for entry in ran} - {entry.op for entry in ran if entry.backend == backend}
 
 
 def _fault(check: Callable[..., str | None], *arguments: object) -> str | None:
@@ -197,7 +189,7 @@ def _evaluate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return results and gradients, and what must be equal."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    with use_backend(backend), _deterministic(case.deterministic):
+    with use_backend(backend), _deterministic(case.deterministic), _ran_by(backend):
         results, equal = case.call(*leaves)
         generator = torch.Generator(leaves[0].device).manual_seed(1)
         cotangents = [
@@ -206,6 +198,15 @@ def _evaluate(
         ]
         grads = torch.autograd.grad(results, leaves, cotangents)
     return [x.detach() for x in (*results, *grads)], list(equal)
+
+
+@contextlib.contextmanager
+def _ran_by(backend: str) -> Iterator[None]:
+    """Fail if any other backend serves a call."""
+    with record() as ran:
+        yield
+    if {entry.backend for entry in ran} != {backend}:
+        raise RuntimeError(f"{_names(ran)} ran in the place of {backend}")
 
 
 @contextlib.contextmanager
@@ -225,7 +226,7 @@ def _deterministic(asked: bool) -> Iterator[None]:
 def _invariance(
     alone: Callable[[torch.dtype, int | None], list[Tensor]], backend: str, dtype: torch.dtype
 ) -> str | None:
-    with use_backend(backend):
+    with use_backend(backend), _ran_by(backend):
         together = alone(dtype, None)
         single = alone(dtype, 1)
     for a, b in zip(together, single, strict=True):

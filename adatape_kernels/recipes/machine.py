@@ -15,17 +15,24 @@ def environment() -> dict[str, Any]:
     """Return machine, versions and commit, the last None outside a clone of the repository."""
     from adatape_kernels import __version__
 
-    repository = Path(__file__).parents[2]
-    commit = subprocess.run(
-        ["git", "-C", repository, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
     return {
         "machine": f"{platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "adatape_kernels": __version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": _commit(Path(__file__).resolve().parents[2]),
     }
+
+
+def _commit(repository: Path) -> str | None:
+    """Return the commit of a clone; None where this is installed, perhaps in another's clone."""
+    command = ["git", "-C", str(repository), "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    top, _, commit = found.stdout.strip().partition("\n")
+    return commit if found.returncode == 0 and Path(top) == repository else None
 
 
 def cpu_name() -> str:

@@ -27,8 +27,9 @@ class Timing:
     @classmethod
     def of(cls, times: list[float]) -> "Timing":
         """Return the timing of repetitions that took `times` seconds each."""
-        cuts = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        return cls(median(times), cuts[0], cuts[3])
+        fifths = quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+        p20, _, _, p80 = fifths
+        return cls(median(times), p20, p80)
 
 
 def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, Timing]:
@@ -65,10 +66,15 @@ def _attention_bwd_flops(dout: Any, q: torch.Size, k: torch.Size, *rest: Any, **
     return _attention_flops(q, k) * 5 // 2
 
 
-# torch's counter knows the fused attentions of GPUs only.
+# torch's counter knows the fused attentions of GPUs only. The names of those of the CPU are torch's
+# own, so that a torch without them has its attention counted as the products that it is made of.
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_bwd_flops,
+    getattr(torch.ops.aten, name): formula
+    for name, formula in (
+        ("_scaled_dot_product_flash_attention_for_cpu", _attention_flops),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", _attention_bwd_flops),
+    )
+    if hasattr(torch.ops.aten, name)
 }
 
 

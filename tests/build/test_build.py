@@ -42,10 +42,16 @@ def no_compiler(tmp_path):
 def test_facts_of_the_compiled_part():
     facts = build_facts()
     assert list(facts) == [
-        "compiled", "version", "torch", "compiler", "standard", "build_type", "cuda",
+        "compiled",
+        "version",
+        "torch",
+        "compiler",
+        "standard",
+        "build_type",
+        "cuda",
         "instruction_sets",
         "cpu_kernels",
-    ]  # fmt: skip
+    ]
     assert all(isinstance(value, str) and value for value in facts.values())
     assert facts["torch"] == torch.__version__
     assert facts["standard"] == "C++20"

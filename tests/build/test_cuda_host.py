@@ -53,11 +53,26 @@ def compiled(tmp_path_factory, torch_include):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("objects") / "object.o"
             command = [
-                "g++", "-c", "-std=c++20", "-O1", "-g", f"-fsanitize={SANITIZERS[sanitizer]}",
-                "-fno-sanitize-recover=all", "-fno-strict-aliasing", "-DADATAPE_CUDA_HOST",
-                "-include", HOST / "cuda_host.h", "-I", HOST, *includes,
-                "-isystem", torch_include, source, "-o", made[key],
-            ]  # fmt: skip
+                "g++",
+                "-c",
+                "-std=c++20",
+                "-O1",
+                "-g",
+                f"-fsanitize={SANITIZERS[sanitizer]}",
+                "-fno-sanitize-recover=all",
+                "-fno-strict-aliasing",
+                "-DADATAPE_CUDA_HOST",
+                "-include",
+                HOST / "cuda_host.h",
+                "-I",
+                HOST,
+                *includes,
+                "-isystem",
+                torch_include,
+                source,
+                "-o",
+                made[key],
+            ]
             subprocess.run(command, check=True, timeout=200)
         return made[key]
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from adatape_kernels.cli import info_command, main
+from adatape_kernels.ops.compiled_part import FACTS
 from adatape_kernels.ops.device_facts import EMULATED
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import BACKENDS, operation, registered_ops
-from adatape_kernels.ops.support import Support, supported
+from adatape_kernels.ops.support import Support, is_here, supported
 
 
 @pytest.fixture
@@ -33,8 +34,9 @@ def test_json_holds_every_typical_call_with_its_reason(told):
     for entry in found:
         op = operation(entry.op)
         args = op.typical[entry.call](getattr(torch, entry.dtype))
-        assert entry.reason == op.refusal(entry.backend, args, entry.device)
-        assert entry.default == (op.serving(args, entry.device) == entry.backend)
+        elsewhere = {"installed": not is_here(entry.device)}
+        assert entry.reason == op.refusal(entry.backend, args, entry.device, **elsewhere)
+        assert entry.default == (op.serving(args, entry.device, **elsewhere) == entry.backend)
     defaults = [s for s in found if s.default]
     assert len({(s.op, s.call, s.device, s.dtype) for s in found}) == len(defaults)
 
@@ -49,14 +51,14 @@ def test_the_table_shows_each_op_and_one_default_a_dtype(told):
 
 def test_the_table_is_made_of_the_statements():
     entries = [
-        Support("op", "short rows", "cpu", "float32", "eager", None, False),
-        Support("op", "short rows", "cpu", "float32", "cpp", None, True),
-        Support("op", "short rows", "cpu", "float32", "triton", "why not", False),
-        Support("op", "short rows", "cpu", "float32", "cuda", "why not", False),
-        Support("op", "long rows", "cpu", "float32", "eager", None, True),
-        Support("op", "long rows", "cpu", "float32", "cpp", "too long", False),
-        Support("op", "long rows", "cpu", "float32", "triton", "why not", False),
-        Support("op", "long rows", "cpu", "float32", "cuda", "why not", False),
+        Support("op", "short rows", "cpu", "float32", "eager", None, False, None),
+        Support("op", "short rows", "cpu", "float32", "cpp", None, True, None),
+        Support("op", "short rows", "cpu", "float32", "triton", "why not", False, None),
+        Support("op", "short rows", "cpu", "float32", "cuda", "why not", False, None),
+        Support("op", "long rows", "cpu", "float32", "eager", None, True, None),
+        Support("op", "long rows", "cpu", "float32", "cpp", "too long", False, None),
+        Support("op", "long rows", "cpu", "float32", "triton", "why not", False, None),
+        Support("op", "long rows", "cpu", "float32", "cuda", "why not", False, None),
     ]
     lines = [line.split() for line in info_command.table(entries)]
     assert lines == [
@@ -92,6 +94,28 @@ def test_cuda_attention_states_what_it_serves(direction, head_dim, max_rows, sha
 
 
 def test_what_a_gpu_would_get_is_told_without_one():
-    served = {(s.op, s.backend) for s in supported("cuda") if s.reason is None}
+    """By an installation made for one: attention in C++ for short examples, in halves only."""
+    told = list(supported("cuda"))
+    served = {(s.op, s.backend) for s in told if s.reason is None}
     for op in registered_ops():
-        assert (op, "eager") in served and (op, "cpp") not in served
+        assert {(op, "eager"), (op, "triton")} <= served and (op, "cpp") not in served
+    by_cuda = {
+        (s.call, s.dtype)
+        for s in told
+        if s.op == "elastic_attention" and s.backend == "cuda" and s.reason is None
+    }
+    short = "heads of 64, max_rows up to 256"
+    assert {(short, "float16"), (short, "bfloat16")} <= by_cuda
+    assert not any(dtype == "float32" or "unknown" in call for call, dtype in by_cuda)
+
+
+@pytest.mark.skipif(is_here("cuda"), reason="there is a GPU")
+def test_triton_s_interpreter_changes_nothing_that_is_told_of_a_gpu():
+    of_triton = [s for s in supported("cuda") if s.backend == "triton" and s.call != "wider heads"]
+    assert {s.dtype for s in of_triton if s.reason is None} == {"float32", "bfloat16", "float16"}
+
+
+@pytest.mark.skipif(not FACTS.get("cuda", "").startswith("none"), reason="csrc/cuda was built")
+def test_what_is_not_installed_is_a_note_beside_a_device_that_is_not_here(told):
+    text = told()
+    assert f"cuda is not in this installation: {FACTS['cuda'].removeprefix('none: ')}" in text

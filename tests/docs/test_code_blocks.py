@@ -1,9 +1,10 @@
 """The code blocks of README.md and of the pages in docs/ run, in the order of their page.
 
 A Python block whose first line is a comment with a path, as `# adatape_kernels/ops/new.py`, is that
-file: it is written into a copy of the package, behind what the file has there already. A diff block
-edits a file of that copy. Every other Python block is a part of one program, which runs at the end.
-Nothing stands in for anything else: a page brings all that its blocks use.
+file: it is written into a copy of the repository, behind what the file has there already. A diff
+block edits a file of that copy. Every other Python block is a part of one program, which runs at
+the end, and after it the tests that the page has written run. Nothing stands in for anything else:
+a page brings all that its blocks use.
 """
 
 import os
@@ -20,7 +21,9 @@ import adatape_kernels
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(adatape_kernels.__file__).parent
 BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```", re.M | re.S)
-FILE = re.compile(r"# (adatape_kernels/\S+\.py)\n+")
+FILE = re.compile(r"# ((?:adatape_kernels|tests)/\S+\.py)\n+")
+# What a copy leaves out: no block is about it, and some of it is large.
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "golden", "cuda_host", "results")
 
 # A page that goes on where another ends, whose blocks then run with its own.
 CONTINUED = {"adding-a-backend.md": ROOT / "docs/adding-an-op.md"}
@@ -57,9 +60,19 @@ def edit(folder, diff):
     target.write_text(text.replace(old, new), encoding="utf-8")
 
 
+def copy_repository(folder):
+    """Copy the package that is tested, and what lies beside it in the repository."""
+    for source in (PACKAGE, *(ROOT / name for name in ("benchmarks", "docs", "tests"))):
+        shutil.copytree(source, folder / source.name, ignore=LEFT_OUT)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
 def run_blocks(page, folder):
-    """Run a page's blocks in a process of its own; return it when it is done."""
-    path = PACKAGE.parent
+    """Run a page's blocks, and the tests among them, in processes of their own.
+
+    Returns the last one when it is done: the first that failed, or else the tests.
+    """
+    path, tests = PACKAGE.parent, []
     code = ["import torch", "torch.manual_seed(0)", "torch.set_num_threads(1)"]
     for kind, text in blocks(page):
         file = FILE.match(text)
@@ -68,24 +81,30 @@ def run_blocks(page, folder):
             continue
         if path != folder:
             path = folder
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=ignored)
+            copy_repository(folder)
         if kind == "diff":
             edit(path, text)
         else:
             write(path, file[1], text[file.end() :])
+            tests += [file[1]] if file[1].startswith("tests/") else []
     program = folder / "blocks.py"
     program.write_text("\n".join(code), encoding="utf-8")
+    done = run_python(path, folder, program)
+    if tests and done.returncode == 0:
+        return run_python(path, folder, "-m", "pytest", "-q", *tests)
+    return done
+
+
+def run_python(path, folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run(
-        [sys.executable, program], env=environment, cwd=folder, capture_output=True, text=True
-    )
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(page, tmp_path):
     done = run_blocks(page, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def test_pages_with_blocks_are_found():
@@ -97,6 +116,12 @@ def test_a_block_that_fails_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2, 'x is one'\n```\n")
     assert "x is one" in run_blocks(page, tmp_path).stderr
+
+
+def test_a_test_that_fails_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\n# tests/test_new.py\ndef test_it():\n    assert 1 == 2\n```\n")
+    assert "1 failed" in run_blocks(page, tmp_path).stdout
 
 
 def test_a_diff_that_does_not_fit_is_seen(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adatape_kernels.ops.add_layer_norm import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.reference import wide_dtype
 
 
@@ -136,4 +137,42 @@ def _backward(ctx: Any, dtotal: Tensor, dnormed: Tensor, dmean: Any, drstd: Any)
     return dx, dx.to(ctx.branch_dtype), dweight, dbias.to(ctx.bias_dtype), None
 
 
-_FORWARD.differentiable(_backward, _setup_context)
+def _plain_torch(inputs: tuple, output: tuple) -> tuple:
+    """Compute what torch's own LayerNorm does, whose mean and deviation have no tangents."""
+    x, branch, weight, bias, eps = inputs
+    total, wide = (x + branch).to(x.dtype), wide_dtype(x.dtype)
+    variance, mean = torch.var_mean(total.to(wide), -1, correction=0)
+    rstd = (variance + eps).rsqrt()
+    normed = weight * (total - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) + bias
+    return total, normed, mean, rstd
+
+
+def _gradients(
+    dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = wide_dtype(total.dtype)
+
+    def normed(total: Tensor, weight: Tensor) -> Tensor:
+        total, weight = total.to(wide), weight.to(wide)
+        variance = total.var(-1, correction=0)
+        eps = (rstd**-2 - variance).detach()
+        centred = total - total.mean(-1, keepdim=True)
+        return weight * centred * (variance + eps).rsqrt().unsqueeze(-1)
+
+    dx, dweight = gradient_of(normed, (total, weight), (dnormed.to(wide),))
+    return dtotal + dx, dweight, dnormed.to(wide).sum(0).to(weight.dtype)
+
+
+def _closed_form(
+    dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the reference's formula, which torch's own op for it does not differentiate fully."""
+    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
+    y, dnormed = (total - mean) * rstd, dnormed.to(mean.dtype)
+    g = weight * dnormed
+    dx = dtotal + rstd * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
+    return dx, (dnormed * y).sum(0), dnormed.sum(0)
+
+
+_FORWARD.differentiable(_backward, _setup_context, _plain_torch)
+twice_differentiable(_BACKWARD, _gradients, _closed_form)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
-from adatape_kernels.ops.dual_ffn.products import chosen_products, ffn_products
+from adatape_kernels.ops.dual_ffn.products import chosen, chosen_products
 from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.ops.registration import flop_formula
+from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.reference import ACTIVATIONS, FFN, Activation
 
 
@@ -241,7 +242,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dy: Tensor, dhidden: Any, dtape_hidden: Any) -> tuple:
     x, hidden, tape_hidden, bounds, *parameters = ctx.saved_tensors
-    with ffn_products(ctx.products):
+    with chosen.only(ctx.products):
         dx, *grads = _BACKWARD.overload(
             dy, x, hidden, tape_hidden, ctx.num_input_rows, bounds, ctx.activation, *parameters
         )
@@ -249,10 +250,38 @@ def _backward(ctx: Any, dy: Tensor, dhidden: Any, dtape_hidden: Any) -> tuple:
     return dx, None, None, None, None, *(None if p is None else grad for p, grad in given)
 
 
-_FORWARD.differentiable(_backward, _setup_context)
+def _plain_torch(inputs: tuple, output: tuple) -> tuple:
+    return eager.forward.function(*inputs)
 
 
-@register_flop_formula(torch.ops.adatape.dual_ffn)
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    num_input_rows: int | None,
+    bounds: Tensor | None,
+    activation: Activation,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, ...]:
+    there = [p for p in parameters if p is not None]
+
+    def fed_forward(x: Tensor, *there: Tensor) -> Tensor:
+        given = (*there, *parameters[len(there) :])
+        y, _, _ = eager.forward.function(
+            x, num_input_rows, len(tape_hidden), bounds, activation, *given
+        )
+        return y
+
+    grads = gradient_of(fed_forward, (x, *there), (dy,))
+    return *grads, *(x.new_empty(0) for _ in parameters[len(there) :])
+
+
+_FORWARD.differentiable(_backward, _setup_context, _plain_torch)
+twice_differentiable(_BACKWARD, _gradients)
+
+
+@flop_formula(torch.ops.adatape.dual_ffn)
 def _flops(
     x_shape: Any,
     num_input_rows: int | None,
@@ -271,7 +300,7 @@ def _flops(
     return flops
 
 
-@register_flop_formula(torch.ops.adatape.dual_ffn_bwd)
+@flop_formula(torch.ops.adatape.dual_ffn_bwd)
 def _flops_bwd(
     dy_shape: Any,
     x_shape: Any,

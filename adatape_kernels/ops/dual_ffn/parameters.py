@@ -12,4 +12,5 @@ Parameters = tuple[Tensor | None, ...]
 def as_ffns(parameters: Parameters) -> tuple[FFN, FFN | None]:
     """Return those for input rows and, if there are any, those for tape rows."""
     given = cast(tuple[Tensor, ...], parameters)
-    return FFN(*given[:4]), None if parameters[4] is None else FFN(*given[4:])
+    own, of_tape = given[:4], given[4:]
+    return FFN(*own), None if any(p is None for p in of_tape) else FFN(*of_tape)

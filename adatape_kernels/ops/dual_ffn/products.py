@@ -1,33 +1,30 @@
 """Which form the products of `dual_ffn` have in Triton: `ffn_products`."""
 
 import contextlib
-import threading
-from collections.abc import Iterator
+
+from adatape_kernels.ops.choice import Choice, Chosen
+from adatape_kernels.ops.registration import kept
 
 FFN_PRODUCTS = ("cublas", "grouped")
 """The forms of the products in Triton."""
 
-
-class _ChosenProducts(threading.local):
-    name: str | None = None
-
-
-_chosen = _ChosenProducts()
+chosen: Choice[str | None] = kept("ffn_products", lambda: Choice[str | None](None))
+"""The form that `ffn_products` asks for on this thread, or None."""
 
 
 def chosen_products() -> str | None:
     """Return the form that `ffn_products` asks for on this thread, or None."""
-    return _chosen.name
+    return chosen.value
 
 
-@contextlib.contextmanager
-def ffn_products(name: str | None) -> Iterator[None]:
+def ffn_products(name: str | None) -> contextlib.AbstractContextManager[None]:
     """Choose, on this thread, how the Triton backend of `dual_ffn` runs its products.
 
     "cublas": torch's products on the two slices of rows, one Triton kernel between them; it needs
     num_input_rows on the host, and Triton does not serve a call without. "grouped": both kinds of
     rows in one Triton launch a product. None, the default: "cublas" where num_input_rows is on the
-    host, else "grouped". A backward takes its forward's.
+    host, else "grouped". A backward takes its forward's. Inside a compiled function it ends the
+    graph, as `use_backend` does.
 
     Raises:
         ValueError: the name is none of these.
@@ -39,8 +36,4 @@ def ffn_products(name: str | None) -> Iterator[None]:
     """
     if name is not None and name not in FFN_PRODUCTS:
         raise ValueError(f"ffn_products: expected one of {', '.join(FFN_PRODUCTS)}, got {name!r}")
-    previous, _chosen.name = _chosen.name, name
-    try:
-        yield
-    finally:
-        _chosen.name = previous
+    return Chosen(chosen, name, "ffn_products")

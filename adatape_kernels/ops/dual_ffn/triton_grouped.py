@@ -143,7 +143,7 @@ def backward(
     db2 = _row_sums(dy, rows)
     dinput, dtape = zip(dw1, (db.sum(0).to(x.dtype) for db in db1), dw2, db2, strict=True)
     absent = (x.new_empty(0) for _ in dtape)
-    return dx, *dinput, *(absent if parameters[4] is None else dtape)
+    return dx, *dinput, *(absent if any(p is None for p in parameters) else dtape)
 
 
 def _weight_gradients(

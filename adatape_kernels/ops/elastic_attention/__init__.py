@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from adatape_kernels import reference
 from adatape_kernels.offsets import as_int32, check_examples, check_offsets_tensor
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
+from adatape_kernels.ops.registration import flop_formula
+from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.reference import wide_dtype
 
 
@@ -171,10 +173,37 @@ def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple:
     return *grads, None, None, None, None
 
 
-_FORWARD.differentiable(_backward, _setup_context)
+def _plain_torch(inputs: tuple, output: tuple) -> tuple:
+    *tensors, _, softmax_scale = inputs
+    return reference.elastic_attention(*tensors, softmax_scale=softmax_scale)
 
 
-@register_flop_formula(torch.ops.adatape.elastic_attention, get_raw=True)
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, ...]:
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _ = reference.elastic_attention(
+            q, k, v, cu_inputs, cu_tapes, softmax_scale=softmax_scale
+        )
+        return out
+
+    return gradient_of(attended, (q, k, v), (dout,))
+
+
+_FORWARD.differentiable(_backward, _setup_context, _plain_torch)
+twice_differentiable(_BACKWARD, _gradients)
+
+
+@flop_formula(torch.ops.adatape.elastic_attention, get_raw=True)
 def _flops(
     q: Tensor, k: Tensor, v: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, *rest: Any, **kw: Any
 ) -> int:
@@ -183,7 +212,7 @@ def _flops(
     return 4 * q.shape[1] * q.shape[2] * int(lens.square().sum())
 
 
-@register_flop_formula(torch.ops.adatape.elastic_attention_bwd, get_raw=True)
+@flop_formula(torch.ops.adatape.elastic_attention_bwd, get_raw=True)
 def _flops_bwd(
     dout: Tensor,
     q: Tensor,

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from adatape_kernels import reference
 from adatape_kernels.offsets import INTEGERS, as_int32, limited_to_int32
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_capacity, check_reads
+from adatape_kernels.ops.registration import flop_formula
+from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.ops.tape_gather import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.reference import wide_dtype
 
@@ -165,16 +167,33 @@ def _backward(ctx: Any, dtape: Tensor, doffsets: Any) -> tuple:
     return dbank, None, dweights, None, None
 
 
-_FORWARD.differentiable(_backward, _setup_context)
+def _plain_torch(inputs: tuple, output: tuple) -> tuple:
+    *tensors, capacity = inputs
+    return reference.tape_gather(*tensors, capacity=capacity)
 
 
-@register_flop_formula(torch.ops.adatape.tape_gather, get_raw=True)
+def _gradients(
+    dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor
+) -> tuple[Tensor, ...]:
+    def merged(bank: Tensor, weights: Tensor) -> Tensor:
+        tape, _ = reference.tape_gather(bank, indices, weights, counts, capacity=len(dtape))
+        return tape
+
+    return gradient_of(merged, (bank, weights), (dtape,))
+
+
+_FORWARD.differentiable(_backward, _setup_context, _plain_torch)
+twice_differentiable(_BACKWARD, _gradients)
+
+
+@flop_formula(torch.ops.adatape.tape_gather, get_raw=True)
 def _flops(bank: Tensor, indices: Tensor, *rest: Any, out_val: tuple, **names: Any) -> int:
     """One multiply-add a feature and bank token that is merged."""
-    return 2 * int(out_val[1][-1]) * indices.shape[2] * bank.shape[-1]
+    _, offsets = out_val
+    return 2 * int(offsets[-1]) * indices.shape[2] * bank.shape[-1]
 
 
-@register_flop_formula(torch.ops.adatape.tape_gather_bwd, get_raw=True)
+@flop_formula(torch.ops.adatape.tape_gather_bwd, get_raw=True)
 def _flops_bwd(
     dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, **names: Any
 ) -> int:

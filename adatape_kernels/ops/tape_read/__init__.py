@@ -10,11 +10,13 @@ touches a few rows. Here the keys' gradient is added to the leading features whe
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from adatape_kernels.ops.fast_autograd import transforms_active
 from adatape_kernels.ops.op import Composition
 from adatape_kernels.ops.reading_checks import check_capacity, check_selection
+from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.reference import LossType, TapeSelection
 
 
@@ -108,30 +110,42 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     query, bank, _, _, _, ctx.average_query, ctx.loss_type, *_ = inputs
     _, weights, _, _, indices, counts = output
     ctx.save_for_backward(query, bank, weights, indices, counts)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dtape: Tensor, dweights: Tensor, dponder: Tensor, *rest: Any) -> tuple:
+def _backward(
+    ctx: Any, dtape: Tensor | None, dweights: Tensor | None, dponder: Tensor | None, *rest: Any
+) -> tuple:
     query, bank, weights, indices, counts = ctx.saved_tensors
-    dbank, dmerging = torch.ops.adatape.tape_gather_bwd(dtape, bank, indices, weights, counts)
-    keys = bank[..., : query.shape[1]]
+    dbank = None
+    if dtape is not None:
+        dbank, dmerging = torch.ops.adatape.tape_gather_bwd(dtape, bank, indices, weights, counts)
+        dweights = dmerging if dweights is None else dweights + dmerging
     dquery, dkeys = torch.ops.adatape.tape_select_bwd(
         query,
-        keys,
-        dweights + dmerging,
-        dponder,
+        bank[..., : query.shape[1]],
+        torch.zeros_like(weights) if dweights is None else dweights,
+        weights.new_zeros(len(query)) if dponder is None else dponder,
         indices,
         counts,
         ctx.average_query,
         ctx.loss_type,
     )
-    dbank[..., : query.shape[1]] += dkeys
+    further = bank.shape[-1] - query.shape[1]
+    if dbank is None or torch.is_grad_enabled() or transforms_active():
+        dkeys = F.pad(dkeys, (0, further)) if further else dkeys
+        dbank = dkeys if dbank is None else dbank + dkeys
+    elif further:
+        dbank[..., : query.shape[1]] += dkeys
+    else:
+        dbank += dkeys
     return dquery, dbank, *[None] * 8
 
 
 _READ.differentiable(_backward, _setup_context)
 
 
-@register_flop_formula(torch.ops.adatape.tape_read, get_raw=True)
+@flop_formula(torch.ops.adatape.tape_read, get_raw=True)
 def _flops(
     query: Tensor,
     bank: Tensor,
@@ -142,5 +156,5 @@ def _flops(
     **kw: Any,
 ) -> int:
     """A product of the query with every key for each step; one multiply-add a merged feature."""
-    steps = int(out_val[5].sum())
-    return 2 * steps * (bank.shape[-2] * query.shape[1] + topk * bank.shape[-1])
+    *_, counts = out_val
+    return 2 * int(counts.sum()) * (bank.shape[-2] * query.shape[1] + topk * bank.shape[-1])

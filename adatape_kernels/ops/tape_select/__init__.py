@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from adatape_kernels import reference
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_bank_lens, check_selection
+from adatape_kernels.ops.registration import flop_formula
+from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.ops.tape_select import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
 from adatape_kernels.reference import LossType, TapeSelection, wide_dtype
@@ -154,11 +156,35 @@ def _backward(ctx: Any, dweights: Tensor, dponder: Tensor, dindices: Any, dcount
     return dquery, dkeys, None, None, None, None, None, None, None
 
 
-_FORWARD.differentiable(_backward, _setup_context)
+def _plain_torch(inputs: tuple, output: tuple) -> tuple:
+    query, keys, _, _, _, average_query, loss_type, _, _ = inputs
+    _, _, indices, counts = output
+    weights, ponder = reference.read_along(query, keys, indices, counts, average_query, loss_type)
+    return weights, ponder, None, None
 
 
-@register_flop_formula(torch.ops.adatape.tape_select, get_raw=True)
+def _gradients(
+    query: Tensor,
+    keys: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: LossType,
+) -> tuple[Tensor, ...]:
+    def read(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.read_along(query, keys, indices, counts, average_query, loss_type)
+
+    return gradient_of(read, (query, keys), (dweights, dponder))
+
+
+_FORWARD.differentiable(_backward, _setup_context, _plain_torch)
+twice_differentiable(_BACKWARD, _gradients)
+
+
+@flop_formula(torch.ops.adatape.tape_select, get_raw=True)
 def _flops(query: Tensor, keys: Tensor, *options: Any, out_val: tuple, **names: Any) -> int:
     """One product of the query with every key of the bank, for each step that an example takes."""
-    steps = int(out_val[3].sum())
-    return 2 * steps * keys.shape[-2] * keys.shape[-1]
+    _, _, _, counts = out_val
+    return 2 * int(counts.sum()) * keys.shape[-2] * keys.shape[-1]
