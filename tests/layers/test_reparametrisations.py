@@ -5,7 +5,6 @@ import torch
 from checks import assert_close
 from drop_in_cases import DIM, HEADS, LINEAR, NORMS, batch, gradients, layer
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import adatape_kernels as ak
@@ -112,6 +111,8 @@ def test_quantize_dynamic(tape_lens):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_linear_modules_can_be_sharded_one_by_one(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
     module, x = layer(), batch()
     plain = gradients(module, x)
     torch.distributed.init_process_group(
