@@ -525,7 +525,7 @@ def _refuse_reentrant_checkpoint(batch: ElasticBatch) -> None:
     It runs its function without autograd, and later asks for gradients of the bare tensors among
     its arguments, so that those of a batch would be lost in silence.
     """
-    if not batch.data.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not batch.data.requires_grad:
         return  # as nearly always: what is computed without autograd requires no gradient
     checkpoints: Any = sys.modules.get("torch.utils.checkpoint")
     frame = sys._getframe() if checkpoints is not None else None

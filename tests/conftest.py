@@ -29,10 +29,11 @@ if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
     emulation.load_cuda_host(library)
 
 # What a GPU machine may lack, and the files that are of no use without it.
+_TRAINING = ("checkpoint", "demo", "every_image", "flushing", "lenient_output", "train")
 _NEEDS = {
-    "safetensors": ("recipes/test_checkpoint.py", "recipes/test_demo.py", "recipes/test_train.py"),
-    "matplotlib": ("recipes/test_demo.py",),
-    "PIL": ("data/test_*.py", "recipes/test_train.py"),
+    "safetensors": tuple(f"recipes/test_{name}.py" for name in _TRAINING),
+    "matplotlib": ("recipes/test_demo.py", "recipes/test_pictures.py"),
+    "PIL": ("data/test_*.py", *(f"recipes/test_{name}.py" for name in _TRAINING)),
 }
 _missing = [name for name in _NEEDS if find_spec(name) is None]
 collect_ignore_glob = sorted({file for name in _missing for file in _NEEDS[name]})

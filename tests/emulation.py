@@ -1,4 +1,4 @@
-"""What lets kernels for a GPU run on the CPU in tests; the package itself knows nothing of it.
+"""What lets kernels for a GPU run on the CPU in tests; the tests own it.
 
 Triton's kernels run in triton's interpreter, which `conftest.py` chooses before triton is imported.
 The CUDA kernels run as C++ on the host, in a library that tests/cuda_host builds.

@@ -168,7 +168,7 @@ def _attach_fast(
     def tangents(ctx: Any, *of_arguments: Any) -> Any:
         (args, output), ctx.call = ctx.call, None
         if plain_torch is None:
-            raise NotImplementedError(f"{name}: expected no dual tensors, as it has no tangents")
+            raise NotImplementedError(no_tangents(name))
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             computed = plain_torch(args, output)
             return tuple(map(_tangent_or_zero, computed, output))
@@ -196,6 +196,11 @@ def _attach_fast(
         return _at_one_level(function, keys, args) if transforms() else function.apply(keys, *args)
 
     library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
+
+
+def no_tangents(name: str) -> str:
+    """Return why an op is refused in forward mode."""
+    return f"{name}: expected no dual tensors, as it has no tangents, got one"
 
 
 def _has_tangent(args: tuple) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adatape_kernels.ops import fast_autograd
 from adatape_kernels.ops.choice import Choice, Chosen
+from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
 from adatape_kernels.ops.registration import Namespace, kept
@@ -96,7 +97,7 @@ class Operation:
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
         self.overload = _declare(schema, self._run, fake)
-        self._derivative = _Derivative(self.name)
+        self._derivative = Derivative(self.name, _namespace.kernels, _choice)
         self._derivative.attach(self._run)
         _operations[self.name] = self
 
@@ -225,7 +226,7 @@ class Composition:
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
     ) -> None:
         """Give the op its derivative, as `Operation.differentiable` does."""
-        derivative = _Derivative(self.name)
+        derivative = Derivative(self.name, _namespace.kernels, _choice)
         derivative.set(backward, setup_context, None)
         derivative.attach(self.function, composed=True)
 
@@ -242,61 +243,6 @@ def _declare(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
 def _kernel(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel of the dispatcher, which `torch.compile` does not trace."""
     return fast_autograd.untraced(lambda *args: run(*args))
-
-
-class _Derivative:
-    """The derivative of an op, which runs on the backends that were forced around it.
-
-    Where nothing is forced there, as on the threads that autograd has for a GPU, it runs on those
-    that were forced around the forward.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-        self.backward: Callable[..., Any] | None = None
-        self.setup_context: Callable[..., None] | None = None
-        self.plain_torch: fast_autograd.PlainTorch | None = None
-
-    def set(
-        self,
-        backward: Callable[..., Any],
-        setup_context: Callable[..., None],
-        plain_torch: fast_autograd.PlainTorch | None,
-    ) -> None:
-        self.backward, self.setup_context = backward, setup_context
-        self.plain_torch = plain_torch
-
-    def attach(self, run: Callable[..., Any], *, composed: bool = False) -> None:
-        fast_autograd.attach(
-            _namespace.kernels,
-            self.name,
-            run,
-            self._on_its_backends,
-            self._noting_backends,
-            plain_torch=self._by_plain_torch,
-            composed=composed,
-        )
-
-    def _noting_backends(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.forced_backends = _choice.value
-        if self.setup_context is not None:
-            self.setup_context(ctx, inputs, output)
-
-    def _on_its_backends(self, ctx: Any, *grads: Any) -> Any:
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        if self.backward is None:
-            raise NotImplementedError(f"{self.name}: expected no backward pass, as it has none")
-        around = _choice.value
-        with _choice.only(ctx.forced_backends if around is None else around):
-            return self.backward(ctx, *grads)
-
-    def _by_plain_torch(self, inputs: tuple, output: Any) -> Sequence[Tensor | None]:
-        if self.plain_torch is None:
-            raise NotImplementedError(
-                f"{self.name}: expected no dual tensors, as it has no tangents"
-            )
-        return self.plain_torch(inputs, output)
 
 
 def use_backend(

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "`torch.jit.script")  # torch's own, in its forward mode
 offsets = [torch.tensor(o, dtype=torch.int32) for o in ([0, 2], [2, 3])]
 q = torch.linspace(-1, 1, 12).view(3, 1, 4).requires_grad_()
 

@@ -27,7 +27,7 @@ def inside(q):
 
 
 def with_a_fallback(q):
-    with ak.use_backend("eager", fallback=["eager"]):
+    with ak.use_backend("eager", fallback=["cpp"]):
         return attend(q)
 
 
@@ -91,6 +91,7 @@ def products(q):
 
 def test_so_it_is_with_the_products_of_dual_ffn(fresh_compiler):
     assert torch.equal(torch.compile(products, backend="aot_eager")(Q), 2 * Q)
+    torch.compiler.reset()  # it remembers of a function that it is not to be compiled
     with pytest.raises(torch._dynamo.exc.Unsupported, match="ffn_products"):
         torch.compile(products, backend="aot_eager", fullgraph=True)(Q)
 
@@ -123,11 +124,12 @@ def test_a_model_is_compiled_without_a_warning_and_breaks_where_the_tape_s_lengt
     images = torch.randn(2, 3, 8, 8)
     expected = model(images).logits
     counters.clear()
-    with warnings.catch_warnings(), torch.set_grad_enabled(training):
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as warned, torch.set_grad_enabled(training):
+        warnings.simplefilter("always")
         out = torch.compile(model, backend="aot_eager")(images)
         if training:
             out.logits.sum().backward()
+    assert not warned, [str(warning.message) for warning in warned]
     torch.testing.assert_close(out.logits, expected)
     breaks = counters["graph_break"]
     assert sum(breaks.values()) == 3, breaks

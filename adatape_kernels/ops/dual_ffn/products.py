@@ -23,7 +23,8 @@ def ffn_products(name: str | None) -> contextlib.AbstractContextManager[None]:
     "cublas": torch's products on the two slices of rows, one Triton kernel between them; it needs
     num_input_rows on the host, and Triton does not serve a call without. "grouped": both kinds of
     rows in one Triton launch a product. None, the default: "cublas" where num_input_rows is on the
-    host, else "grouped". A backward takes its forward's. Inside a compiled function it ends the
+    host, else "grouped". A backward takes its forward's, save that
+    of a compiled function. Inside a compiled function it ends the
     graph, as `use_backend` does.
 
     Raises:
