@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.offsets import (
+    INTEGERS,
+    as_int32,
     check_offsets,
     check_offsets_tensor,
     check_same_device,
@@ -76,9 +78,10 @@ class ElasticBatch:
 
         Args:
             data: (rows, dim).
-            cu_inputs: (batch + 1,) int32, the bounds of each example's input rows, from 0 on.
-            cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows, from the last
-                input row on.
+            cu_inputs: (batch + 1,) int32 or int64, the bounds of each example's input rows, from 0
+                on.
+            cu_tapes: (batch + 1,) int32 or int64, the bounds of each example's tape rows, from the
+                last input row on.
             exact: False allows unused rows behind the last tape row (capacity mode).
 
         Raises:
@@ -100,8 +103,8 @@ class ElasticBatch:
         check_offsets("cu_tapes", cu_tapes, num_input_rows, len(data), exact)
         return cls(
             data,
-            cu_inputs,
-            cu_tapes,
+            as_int32("cu_inputs", cu_inputs),
+            as_int32("cu_tapes", cu_tapes),
             num_input_rows,
             min(input_lens, default=0),
             max(input_lens, default=0),
@@ -159,7 +162,7 @@ class ElasticBatch:
 
         Args:
             packed: (rows, dim).
-            cu_seqlens: (batch + 1,) int32, where example i owns rows cu_seqlens[i] to
+            cu_seqlens: (batch + 1,) int32 or int64, where example i owns rows cu_seqlens[i] to
                 cu_seqlens[i + 1].
             tape_lens: (batch,) int32 or int64; so many of each example's last rows are tape.
 
@@ -180,8 +183,8 @@ class ElasticBatch:
         check_offsets("cu_seqlens", cu_seqlens, 0, len(packed))
         if tape_lens is None:
             return cls.from_offsets(packed, cu_seqlens, torch.full_like(cu_seqlens, len(packed)))
-        lens = cu_seqlens.diff()
-        if tape_lens.shape != lens.shape or tape_lens.dtype not in (torch.int32, torch.int64):
+        lens = as_int32("cu_seqlens", cu_seqlens).diff()
+        if tape_lens.shape != lens.shape or tape_lens.dtype not in INTEGERS:
             raise ValueError(
                 f"tape_lens: expected int32 or int64 ({len(lens)},), "
                 f"got {tape_lens.dtype} {tuple(tape_lens.shape)}"
@@ -226,7 +229,7 @@ class ElasticBatch:
                 "nested: expected a contiguous nested tensor (batch, *, dim) of layout "
                 f"torch.jagged, got {nested.layout} {shape or ''}".rstrip()
             )
-        return cls.from_packed(nested.values(), jagged.offsets().to(torch.int32), tape_lens)
+        return cls.from_packed(nested.values(), jagged.offsets(), tape_lens)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """Return the examples' rows padded with zeros, and the mask of those that are valid.
@@ -244,7 +247,7 @@ class ElasticBatch:
             (torch.Size([2, 2, 8]), [[True, True], [True, False]])
         """
         packed, cu_seqlens = self.to_packed()
-        lens = cu_seqlens.diff()
+        lens = as_int32("cu_seqlens", cu_seqlens).diff()
         longest = int(lens.max()) if self.batch else 0
         mask = torch.arange(longest, device=lens.device) < lens.unsqueeze(1)
         padded = packed.new_zeros(self.batch, longest, *packed.shape[1:])
@@ -433,7 +436,8 @@ class ElasticBatch:
 
         Args:
             tape: (tape_rows, dim), packed example after example; unused rows last.
-            offsets: (batch + 1,) int32, where example i appends rows offsets[i] to offsets[i + 1].
+            offsets: (batch + 1,) int32 or int64, where example i appends rows offsets[i] to
+                offsets[i + 1].
             max_tapes: a bound on the rows that one example appends.
             exact: False when `tape` may hold unused rows (capacity mode).
 
@@ -445,6 +449,7 @@ class ElasticBatch:
             [5, 4]
         """
         _refuse_reentrant_checkpoint(self)
+        offsets = as_int32("offsets", offsets)
         cu_tapes = self.cu_tapes + offsets
         layout = dataclasses.replace(
             self,

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+INTEGERS = (torch.int32, torch.int64)
+"""The dtypes in which offsets, indices and lengths may be given."""
+
 
 def cumulative(lens: Tensor, start: int = 0) -> Tensor:
     """Return the offsets of consecutive segments.
@@ -31,7 +34,7 @@ def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool 
 
     Args:
         name: the offsets' name in an error.
-        offsets: (batch + 1,) int32.
+        offsets: (batch + 1,) int32 or int64.
         start: the first offset.
         end: the last offset.
         exact: whether the last offset must be `end`; otherwise it may be smaller.
@@ -114,11 +117,60 @@ def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
 
 
 def check_offsets_tensor(name: str, offsets: Tensor, data: Tensor) -> None:
-    """Check that offsets are int32 (batch + 1,) on the device of `data`. Raises ValueError."""
+    """Check that offsets are integers (batch + 1,) on the device of `data`. Raises ValueError."""
     shape = offsets.shape
-    if offsets.dtype != torch.int32 or len(shape) != 1 or shape[0] == 0:
-        raise ValueError(f"{name}: expected int32 (batch + 1,), got {offsets.dtype} {tuple(shape)}")
+    if offsets.dtype not in INTEGERS or len(shape) != 1 or shape[0] == 0:
+        raise ValueError(
+            f"{name}: expected int32 or int64 (batch + 1,), got {offsets.dtype} {tuple(shape)}"
+        )
     check_same_device(name, offsets, data)
+
+
+def as_int32(name: str, values: Tensor) -> Tensor:
+    """Return int32 or int64 values as int32, as the kernels take them.
+
+    Args:
+        name: the values' name in an error.
+        values: of any shape.
+
+    Raises:
+        ValueError: int32 does not hold a value, and the values lie on the host. On a GPU and while
+            torch traces, where nobody can look at them, `limited_to_int32` is all that is done.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.offsets import as_int32
+        >>> as_int32("cu_inputs", torch.tensor([0, 3])).dtype
+        torch.int32
+        >>> as_int32("cu_inputs", torch.tensor([0, 1 << 40]))
+        Traceback (most recent call last):
+        ValueError: cu_inputs: expected values that int32 holds, got 1099511627776
+    """
+    limited = limited_to_int32(values)
+    # A tensor that stands for another while torch traces is of a class of its own.
+    is_real = type(values) is Tensor and values.device.type == "cpu"
+    if limited is not values and is_real and not torch.compiler.is_compiling():
+        wrong = values[limited != values]
+        if len(wrong):
+            raise ValueError(f"{name}: expected values that int32 holds, got {int(wrong[0])}")
+    return limited
+
+
+def limited_to_int32(values: Tensor) -> Tensor:
+    """Return int32 or int64 values as int32; what it does not hold becomes its nearest number.
+
+    A value that is too large thereby stays too large, and no wrong value becomes a right one.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.offsets import limited_to_int32
+        >>> limited_to_int32(torch.tensor([5, 1 << 40])).tolist()
+        [5, 2147483647]
+    """
+    if values.dtype == torch.int32:
+        return values
+    limits = torch.iinfo(torch.int32)
+    return values.clamp(limits.min, limits.max).to(torch.int32)
 
 
 def check_same_device(name: str, tensor: Tensor, data: Tensor) -> None:

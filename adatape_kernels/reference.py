@@ -24,6 +24,16 @@ from adatape_kernels.offsets import cumulative, packed_order
 
 LossType = Literal["entropy", "max"]
 
+Activation = Literal["gelu_tanh", "gelu", "relu"]
+"""What the feed-forward for input rows has between its products; "gelu" is GELU's exact form."""
+
+ACTIVATIONS: tuple[Activation, ...] = ("gelu_tanh", "gelu", "relu")
+"""The names of the activations."""
+
+# The exact GELU of a number above this is the number itself, and that of its negative is 0, even
+# in float64.
+_GELU_END = 40.0
+
 # Scores are an elementwise product and a row sum, in chunks that bound the product's memory.
 _SCORE_CHUNK = 1 << 22
 
@@ -403,11 +413,11 @@ def dual_ffn(
     tape_ffn: FFN | None = None,
     *,
     num_rows: int | None = None,
-    dropout: float = 0.0,
+    activation: Activation = "gelu_tanh",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Send input rows through one feed-forward and tape rows through the other.
 
-    Arguments as in `ops.dual_ffn`; `dropout` is the rate on the activations.
+    Arguments as in `ops.dual_ffn`.
 
     Returns:
         The result, shaped as x, zero from row `num_rows` on; and the pre-activations of both kinds
@@ -419,12 +429,11 @@ def dual_ffn(
     end = len(x) if num_rows is None else num_rows
     middle = end if tape_ffn is None else num_input_rows
     hidden = F.linear(x[:middle], input_ffn.w1, input_ffn.b1)
-    act = F.dropout(F.gelu(hidden, approximate="tanh"), dropout)
-    parts = [F.linear(act, input_ffn.w2, input_ffn.b2)]
+    parts = [F.linear(activate(hidden, activation), input_ffn.w2, input_ffn.b2)]
     tape_hidden = x.new_empty(0, 0)
     if tape_ffn is not None:
         tape_hidden = F.linear(x[middle:end], tape_ffn.w1, tape_ffn.b1)
-        parts.append(F.linear(F.dropout(F.glu(tape_hidden), dropout), tape_ffn.w2, tape_ffn.b2))
+        parts.append(F.linear(F.glu(tape_hidden), tape_ffn.w2, tape_ffn.b2))
     return F.pad(torch.cat(parts), (0, 0, 0, len(x) - end)), hidden, tape_hidden
 
 
@@ -435,12 +444,12 @@ def dual_ffn_bwd(
     tape_hidden: Tensor,
     input_ffn: FFN,
     tape_ffn: FFN | None,
+    activation: Activation = "gelu_tanh",
 ) -> tuple[Tensor, FFN, FFN | None]:
     """Return the gradients of x and of both parameter sets; recomputes the activations."""
     middle, end = len(hidden), len(hidden) + len(tape_hidden)
     dact = dy[:middle] @ input_ffn.w2
-    dhidden = torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
-    act = F.gelu(hidden, approximate="tanh")
+    dhidden, act = _activate_bwd(dact, hidden, activation), activate(hidden, activation)
     dx, dinput = _linear_pair_bwd(dy[:middle], dhidden, act, x[:middle], input_ffn.w1)
     if tape_ffn is None:
         return F.pad(dx, (0, 0, 0, len(x) - end)), dinput, None
@@ -448,6 +457,27 @@ def dual_ffn_bwd(
     dhidden = torch.ops.aten.glu_backward(dy_tape @ tape_ffn.w2, tape_hidden, -1)
     dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, F.glu(tape_hidden), x_tape, tape_ffn.w1)
     return F.pad(torch.cat([dx, dx_tape]), (0, 0, 0, len(x) - end)), dinput, dtape
+
+
+def activate(hidden: Tensor, activation: Activation) -> Tensor:
+    """Return the activation of an input row's pre-activations, of any shape.
+
+    The exact GELU has its limits at ±infinity, where torch's product of infinity and 0 is NaN.
+    """
+    if activation == "relu":
+        return F.relu(hidden)
+    if activation == "gelu":
+        return hidden.where(hidden > _GELU_END, F.gelu(hidden.clamp(-_GELU_END, _GELU_END)))
+    return F.gelu(hidden, approximate="tanh")
+
+
+def _activate_bwd(dact: Tensor, hidden: Tensor, activation: Activation) -> Tensor:
+    """Return the gradient of the pre-activations."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dact, hidden, 0)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dact, hidden.clamp(-_GELU_END, _GELU_END))
+    return torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
 
 
 def _linear_pair_bwd(

@@ -1,12 +1,23 @@
-// torch's matrix products, and views of matrices: what both devices need for the two feed-forwards.
+// torch's matrix products, views of matrices, and the names of activations: what both devices need
+// for the two feed-forwards.
 
 #pragma once
 
 #include <array>
+#include <string>
 
+#include "activation.h"
 #include "stable_torch.h"
 
 namespace adatape {
+
+// Returns the activation of input rows that has this name in Python.
+inline Activation activation_of(const std::string& name) {
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  refuse("activation: expected 'gelu_tanh', 'gelu' or 'relu', got '", name, "'");
+}
 
 // Writes the product a · b to `out`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {

@@ -80,7 +80,15 @@ def gelu_tanh(x):
     return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def dual_ffn(x, num_input_rows, input_ffn, tape_ffn, num_rows):
+def gelu(x):
+    return x / 2 * math.erfc(-x / math.sqrt(2))
+
+
+def relu(x):
+    return max(x, 0.0)
+
+
+def dual_ffn(x, num_input_rows, input_ffn, tape_ffn, num_rows, activation=gelu_tanh):
     """SPEC 6: rows of x to the input or the tape feed-forward; zero from num_rows on."""
     out = []
     for r, row in enumerate(x):
@@ -88,7 +96,7 @@ def dual_ffn(x, num_input_rows, input_ffn, tape_ffn, num_rows):
             out.append([0.0] * len(row))
         elif r < num_input_rows or tape_ffn is None:
             w1, b1, w2, b2 = input_ffn
-            out.append(linear([gelu_tanh(z) for z in linear(row, w1, b1)], w2, b2))
+            out.append(linear([activation(z) for z in linear(row, w1, b1)], w2, b2))
         else:
             w1, b1, w2, b2 = tape_ffn
             hidden = linear(row, w1, b1)

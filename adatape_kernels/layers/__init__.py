@@ -1,11 +1,12 @@
 """Drop-in modules over `ElasticBatch`: attention, feed-forwards, the encoder and the tape reader.
 
-Parameters are named as in the torch modules that these replace, so that a state dict of
-`torch.nn.TransformerEncoderLayer` (norm_first=True, GELU in its tanh form) loads.
+Parameters are named as in the torch modules that these replace. `from_torch` makes a layer that
+computes what one of torch computes; a state dict alone does not say with which activation, epsilon
+and order of norms it is to be used.
 
 The ops have no dropout inside. A layer that trains with dropout on attention weights or on
-activations therefore computes that product with the eager reference; dropout on a branch's output
-is applied to the result of the op.
+activations therefore computes that product in plain torch; dropout on a branch's output is applied
+to the result of the op.
 """
 
 from adatape_kernels.layers.encoder import ElasticEncoder, ElasticEncoderLayer

@@ -3,24 +3,33 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adatape_kernels import ops
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.conversion import (
+    activation_name,
+    copy_parameters,
+    differences_of_layer,
+    dropout_rate,
+    refuse_unknown,
+)
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.reader import TapeReader
 from adatape_kernels.layers.self_attention import ElasticAttention
-from adatape_kernels.layers.torch_modules import NORM_EPS
-from adatape_kernels.reference import TapeSelection
+from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
+from adatape_kernels.reference import Activation, TapeSelection
 
 
 class ElasticEncoderLayer(DualFFN):
-    """A pre-norm encoder layer: x + Attention(LN(x)), then x + DualFFN(LN(x)).
+    """An encoder layer: x + Attention(LN(x)), then x + DualFFN(LN(x)).
 
     Its parameters are named as in `torch.nn.TransformerEncoderLayer` (self_attn, linear1, linear2,
     norm1, norm2), which is why it extends DualFFN rather than holding one; tape_linear1 and
-    tape_linear2 come on top.
+    tape_linear2 come on top. A state dict says nothing about activation, epsilon and the order of
+    norms, in which torch's defaults differ from ours: `from_torch` takes these over as well. As in
+    torch, a submodule that was replaced or has hooks or parametrisations is called.
 
     Args:
         dim: width of a token.
@@ -31,9 +40,12 @@ class ElasticEncoderLayer(DualFFN):
         attention_dropout: probability with which training drops an attention weight.
         stochastic_depth: probability with which training drops a whole branch of an example.
         norm_eps: epsilon of both LayerNorms.
+        activation: that of the feed-forward for input rows: "gelu_tanh", "gelu" or "relu".
+        norm_first: False puts the norms behind the sums: LN(x + Attention(x)), then
+            LN(x + DualFFN(x)).
 
     Raises:
-        ValueError: num_heads does not divide dim.
+        ValueError: num_heads does not divide dim, or the activation is unknown.
 
     Source: SPEC 6.
 
@@ -56,12 +68,68 @@ class ElasticEncoderLayer(DualFFN):
         attention_dropout: float = 0.0,
         stochastic_depth: float = 0.0,
         norm_eps: float = NORM_EPS,
+        activation: Activation = "gelu_tanh",
+        norm_first: bool = True,
     ):
-        super().__init__(dim, ffn_dim, tape_ffn_dim, dropout=dropout)
+        super().__init__(dim, ffn_dim, tape_ffn_dim, dropout=dropout, activation=activation)
+        self.dropout1 = self.dropout2 = dropout
         self.self_attn = ElasticAttention(dim, num_heads, dropout=attention_dropout)
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.stochastic_depth = stochastic_depth
+        self.norm_first = norm_first
+
+    @classmethod
+    def from_torch(
+        cls,
+        layer: nn.TransformerEncoderLayer,
+        tape_ffn_dim: int = 0,
+        *,
+        stochastic_depth: float = 0.0,
+    ) -> "ElasticEncoderLayer":
+        """Make a layer that computes what torch's does, on copies of its parameters.
+
+        The copy has the same activation, epsilons, order of norms, dropout rates, dtype, device and
+        mode, training or not. `batch_first` plays no part.
+
+        Args:
+            layer: torch's layer.
+            tape_ffn_dim, stochastic_depth: as in the constructor; torch's layer has neither.
+
+        Raises:
+            ValueError: the layer has something that this one does not have, such as an activation
+                of its own, hooks or parametrisations; all of it is named.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> theirs = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+            >>> ours, x = ak.layers.ElasticEncoderLayer.from_torch(theirs), torch.randn(3, 5, 8)
+            >>> y, _ = ours(ak.ElasticBatch.from_padded(x)).to_padded()
+            >>> torch.allclose(y, theirs(x), atol=1e-5)
+            True
+        """
+        refuse_unknown("layer", layer, differences_of_layer(layer))
+        weight = layer.linear1.weight
+        activation = activation_name(layer.activation)
+        assert activation is not None
+        with torch.device(weight.device):
+            ours = cls(
+                layer.self_attn.embed_dim,
+                layer.self_attn.num_heads,
+                layer.linear1.out_features,
+                tape_ffn_dim,
+                dropout=dropout_rate(layer.dropout),
+                attention_dropout=layer.self_attn.dropout,
+                stochastic_depth=stochastic_depth,
+                activation=activation,
+                norm_first=layer.norm_first,
+            ).to(weight.dtype)
+        ours.dropout1, ours.dropout2 = dropout_rate(layer.dropout1), dropout_rate(layer.dropout2)
+        ours.norm1.eps, ours.norm2.eps = layer.norm1.eps, layer.norm2.eps
+        copy_parameters(layer, ours)
+        ours.train(layer.training)
+        ours.self_attn.train(layer.self_attn.training)
+        return ours
 
     def forward(self, x: ElasticBatch) -> ElasticBatch:
         """Apply the layer.
@@ -82,17 +150,27 @@ class ElasticEncoderLayer(DualFFN):
             >>> y.shape
             torch.Size([2, 3, 8])
         """
-        branch = self._dropped(x, self.self_attn(x.with_data(self.norm1(x.data))))
-        norm = self.norm2
-        data, normed = ops.add_layer_norm(x.data, branch, norm.weight, norm.bias, norm.eps)
-        return x.with_data(data + self._dropped(x, self.feed_forward(x.with_data(normed))))
+        if not self.norm_first:
+            x = self._add_and_norm(x, self.self_attn(x), self.dropout1, self.norm1)
+            return self._add_and_norm(x, self.feed_forward(x), self.dropout2, self.norm2)
+        attended = self.self_attn(x.with_data(self.norm1(x.data)))
+        data, normed = add_norm(x.data, self._dropped(x, attended, self.dropout1), self.norm2)
+        fed_forward = self.feed_forward(x.with_data(normed))
+        return x.with_data(data + self._dropped(x, fed_forward, self.dropout2))
 
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _dropped(self, x: ElasticBatch, branch: ElasticBatch) -> Tensor:
+    def _add_and_norm(
+        self, x: ElasticBatch, branch: ElasticBatch, rate: float, norm: nn.LayerNorm
+    ) -> ElasticBatch:
+        """Return norm(x + branch), which leaves unused rows zero."""
+        _, normed = add_norm(x.data, self._dropped(x, branch, rate), norm)
+        return x.with_data(x.clear_unused(normed))
+
+    def _dropped(self, x: ElasticBatch, branch: ElasticBatch, rate: float) -> Tensor:
         """Return the branch's rows (rows, dim), in training after dropout and stochastic depth."""
-        out = F.dropout(branch.data, self.dropout, self.training)
+        out = F.dropout(branch.data, rate, self.training)
         if self.training and self.stochastic_depth > 0:
             # The last entry is for unused rows, which belong to no example.
             keep = out.new_empty(x.batch + 1).bernoulli_(1 - self.stochastic_depth)

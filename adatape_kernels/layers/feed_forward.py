@@ -2,16 +2,23 @@
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from adatape_kernels import ops, reference
+from adatape_kernels import ops
 from adatape_kernels.elastic import ElasticBatch
-from adatape_kernels.layers.torch_modules import xavier_linear
-from adatape_kernels.reference import FFN
+from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
+from adatape_kernels.ops.dual_ffn import check_activation
+from adatape_kernels.reference import FFN, Activation, activate
 
 
 class DualFFN(nn.Module):
-    """A GELU feed-forward for input rows and a GLU feed-forward for tape rows.
+    """A feed-forward for input rows and a GLU feed-forward for tape rows.
+
+    One op computes both, as long as the linear modules are plain. A linear module that was replaced
+    (an adapter, a quantised one), or that has hooks or parametrisations, is called instead, on the
+    rows that it is there for.
 
     Args:
         dim: width of a token.
@@ -19,6 +26,10 @@ class DualFFN(nn.Module):
         tape_ffn_dim: hidden width for tape rows; the modules tape_linear1 and tape_linear2. With 0
             tape rows pass the feed-forward of input rows, and these two modules do not exist.
         dropout: probability with which training drops an activation.
+        activation: that of input rows: "gelu_tanh", "gelu" (the exact form) or "relu".
+
+    Raises:
+        ValueError: the activation is none of these.
 
     Source: SPEC 6.
 
@@ -30,9 +41,19 @@ class DualFFN(nn.Module):
         torch.Size([6, 8])
     """
 
-    def __init__(self, dim: int, ffn_dim: int, tape_ffn_dim: int = 0, *, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        tape_ffn_dim: int = 0,
+        *,
+        dropout: float = 0.0,
+        activation: Activation = "gelu_tanh",
+    ):
         super().__init__()
+        check_activation(activation)
         self.dropout = dropout
+        self.activation: Activation = activation
         self.linear1, self.linear2 = xavier_linear(dim, ffn_dim), xavier_linear(ffn_dim, dim)
         if tape_ffn_dim:
             self.tape_linear1 = xavier_linear(dim, 2 * tape_ffn_dim)
@@ -43,12 +64,14 @@ class DualFFN(nn.Module):
     def input_ffn(self) -> FFN:
         """The weights and biases for input rows, in the form that `ops.dual_ffn` takes.
 
+        They are those of plain modules; a module that does more is to be called.
+
         Example:
             >>> import adatape_kernels as ak
             >>> ak.layers.DualFFN(dim=8, ffn_dim=16).input_ffn.w1.shape
             torch.Size([16, 8])
         """
-        return FFN(self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
+        return _ffn(self.linear1, self.linear2)
 
     @property
     def tape_ffn(self) -> FFN | None:
@@ -63,8 +86,7 @@ class DualFFN(nn.Module):
         """
         if not self.has_tape_ffn:
             return None
-        first, second = self.tape_linear1, self.tape_linear2
-        return FFN(first.weight, first.bias, second.weight, second.bias)
+        return _ffn(self.tape_linear1, self.tape_linear2)
 
     def feed_forward(self, x: ElasticBatch) -> ElasticBatch:
         """Apply the feed-forwards alone, without what a subclass puts around them.
@@ -82,21 +104,40 @@ class DualFFN(nn.Module):
             >>> layer.feed_forward(x).data.shape  # neither attention, nor norms, nor residuals
             torch.Size([6, 8])
         """
-        if self.training and self.dropout > 0:
-            end = None if x.num_used_rows is None else int(x.num_used_rows)
-            y, _, _ = reference.dual_ffn(
-                x.data,
-                x.num_input_rows,
-                self.input_ffn,
-                self.tape_ffn,
-                num_rows=end,
-                dropout=self.dropout,
-            )
-        else:
-            y = ops.dual_ffn(
-                x.data, x.num_input_rows, self.input_ffn, self.tape_ffn, num_rows=x.num_used_rows
-            )
+        input_ffn, tape_ffn = self._plain_ffns()
+        if input_ffn is None or (self.training and self.dropout > 0):
+            return x.with_data(self._by_modules(x))
+        y = ops.dual_ffn(
+            x.data,
+            x.num_input_rows,
+            input_ffn,
+            tape_ffn,
+            num_rows=x.num_used_rows,
+            activation=self.activation,
+        )
         return x.with_data(y)
+
+    def _plain_ffns(self) -> tuple[FFN | None, FFN | None]:
+        """Return `input_ffn` and `tape_ffn`; both are None if a linear module is not plain."""
+        input_ffn, tape_ffn = _plain_ffn(self.linear1, self.linear2), None
+        if self.has_tape_ffn:
+            tape_ffn = _plain_ffn(self.tape_linear1, self.tape_linear2)
+            if tape_ffn is None:
+                return None, None
+        return input_ffn, tape_ffn
+
+    def _by_modules(self, x: ElasticBatch) -> Tensor:
+        """Return what the op does, by calling each module, in training with dropout."""
+        rows = x.clear_unused(x.data)
+        inputs = rows[: x.num_input_rows] if self.has_tape_ffn else rows
+        y = self.linear2(self._dropped_act(activate(self.linear1(inputs), self.activation)))
+        if self.has_tape_ffn:
+            tape = F.glu(self.tape_linear1(rows[x.num_input_rows :]))
+            y = torch.cat([y, self.tape_linear2(self._dropped_act(tape))])
+        return x.clear_unused(y)
+
+    def _dropped_act(self, act: Tensor) -> Tensor:
+        return F.dropout(act, self.dropout, self.training)
 
     def forward(self, x: ElasticBatch) -> ElasticBatch:
         """Apply the feed-forwards.
@@ -117,3 +158,12 @@ class DualFFN(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _ffn(first: nn.Linear, second: nn.Linear) -> FFN:
+    return FFN(first.weight, bias_of(first), second.weight, bias_of(second))
+
+
+def _plain_ffn(first: nn.Linear, second: nn.Linear) -> FFN | None:
+    plain = is_plain(first, nn.Linear) and is_plain(second, nn.Linear)
+    return _ffn(first, second) if plain else None

@@ -8,6 +8,11 @@ from torch import nn
 
 from adatape_kernels import ops, reference
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.conversion import (
+    copy_parameters,
+    differences_of_attention,
+    refuse_unknown,
+)
 
 
 class ElasticAttention(nn.Module):
@@ -46,6 +51,32 @@ class ElasticAttention(nn.Module):
         for weight in (*self.in_proj_weight.detach().chunk(3), self.out_proj.weight):
             nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.out_proj.bias)
+
+    @classmethod
+    def from_torch(cls, attention: nn.MultiheadAttention) -> "ElasticAttention":
+        """Make a module that computes what torch's attention does, on copies of its parameters.
+
+        The copy has the same dropout rate, dtype, device and mode, training or not. `batch_first`
+        plays no part, since an elastic batch has neither order.
+
+        Raises:
+            ValueError: the attention has something that this module does not have, such as kdim or
+                add_bias_kv, hooks or parametrisations; all of it is named.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            >>> ours, x = ak.layers.ElasticAttention.from_torch(theirs), torch.randn(3, 5, 8)
+            >>> y, _ = ours(ak.ElasticBatch.from_padded(x)).to_padded()
+            >>> torch.allclose(y, theirs(x, x, x)[0], atol=1e-6)
+            True
+        """
+        refuse_unknown("attention", attention, differences_of_attention(attention))
+        weight = attention.in_proj_weight
+        with torch.device(weight.device):
+            ours = cls(attention.embed_dim, attention.num_heads, dropout=attention.dropout)
+        copy_parameters(attention, ours)
+        return ours.train(attention.training)
 
     def forward(self, x: ElasticBatch) -> ElasticBatch:
         """Attend within each example.

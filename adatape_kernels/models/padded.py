@@ -19,7 +19,7 @@ from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
-from adatape_kernels.reference import FFN, TapeSelection
+from adatape_kernels.reference import TapeSelection
 
 
 class ElasticModel(Protocol):
@@ -222,9 +222,14 @@ def _rows(bank: Tensor, indices: Tensor) -> Tensor:
 
 
 def _encode(layer: ElasticEncoderLayer, x: _PaddedTokens) -> _PaddedTokens:
-    """Apply one pre-norm encoder layer to every position."""
-    y = _add(layer, x.data, _attend(layer, layer.norm1(x.data), x.mask))
-    y = _add(layer, y, _feed_forward(layer, layer.norm2(y), x.num_inputs))
+    """Apply one encoder layer to every position."""
+    y = x.data
+    if layer.norm_first:
+        y = _add(layer, y, _attend(layer, layer.norm1(y), x.mask), layer.dropout1)
+        y = _add(layer, y, _feed_forward(layer, layer.norm2(y), x.num_inputs), layer.dropout2)
+    else:
+        y = layer.norm1(_add(layer, y, _attend(layer, y, x.mask), layer.dropout1))
+        y = layer.norm2(_add(layer, y, _feed_forward(layer, y, x.num_inputs), layer.dropout2))
     return _PaddedTokens(y, x.mask, x.num_inputs)
 
 
@@ -245,27 +250,19 @@ def _attend(layer: ElasticEncoderLayer, data: Tensor, mask: Tensor) -> Tensor:
 
 def _feed_forward(layer: ElasticEncoderLayer, data: Tensor, num_inputs: int) -> Tensor:
     """Apply the feed-forward of input rows, and that of tape rows behind num_inputs positions."""
-    tape_ffn = layer.tape_ffn
-    inputs = data if tape_ffn is None else data[:, :num_inputs]
-    gelu = F.gelu(_hidden(inputs, layer.input_ffn), approximate="tanh")
-    y = _project(layer, gelu, layer.input_ffn)
-    if tape_ffn is None:
+    inputs = data[:, :num_inputs] if layer.has_tape_ffn else data
+    act = reference.activate(layer.linear1(inputs), layer.activation)
+    y = layer.linear2(F.dropout(act, layer.dropout, layer.training))
+    if not layer.has_tape_ffn:
         return y
-    tape = _project(layer, F.glu(_hidden(data[:, num_inputs:], tape_ffn)), tape_ffn)
+    act = F.glu(layer.tape_linear1(data[:, num_inputs:]))
+    tape = layer.tape_linear2(F.dropout(act, layer.dropout, layer.training))
     return torch.cat([y, tape], 1)
 
 
-def _hidden(data: Tensor, ffn: FFN) -> Tensor:
-    return F.linear(data, ffn.w1, ffn.b1)
-
-
-def _project(layer: ElasticEncoderLayer, activation: Tensor, ffn: FFN) -> Tensor:
-    return F.linear(F.dropout(activation, layer.dropout, layer.training), ffn.w2, ffn.b2)
-
-
-def _add(layer: ElasticEncoderLayer, x: Tensor, branch: Tensor) -> Tensor:
+def _add(layer: ElasticEncoderLayer, x: Tensor, branch: Tensor, rate: float) -> Tensor:
     """Add a branch (batch, positions, dim), in training after dropout and stochastic depth."""
-    out = F.dropout(branch, layer.dropout, layer.training)
+    out = F.dropout(branch, rate, layer.training)
     if layer.training and layer.stochastic_depth > 0:
         keep = out.new_empty(len(out), 1, 1).bernoulli_(1 - layer.stochastic_depth)
         out = out * keep / (1 - layer.stochastic_depth)

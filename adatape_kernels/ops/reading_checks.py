@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from adatape_kernels.offsets import INTEGERS
+
 MAX_TOPK = 32
 
 
@@ -51,9 +53,7 @@ def check_selection(
             f"read_mask: expected bool ({batch}, {bank_size}), "
             f"got {read_mask.dtype} {tuple(read_mask.shape)}"
         )
-    if bank_lens is not None and (
-        bank_lens.dtype not in (torch.int32, torch.int64) or bank_lens.shape != (batch,)
-    ):
+    if bank_lens is not None and (bank_lens.dtype not in INTEGERS or bank_lens.shape != (batch,)):
         raise ValueError(
             f"bank_lens: expected int32 or int64 ({batch},), "
             f"got {bank_lens.dtype} {tuple(bank_lens.shape)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from adatape_kernels import ops
 from adatape_kernels.offsets import cumulative
 from adatape_kernels.ops import FFN
+from adatape_kernels.reference import ACTIVATIONS, Activation
 
 Results = tuple[Sequence[Tensor], Sequence[Tensor]]
 """Differentiable results, and those that must be equal."""
@@ -69,6 +70,9 @@ def check_cases() -> Iterator[CheckCase]:
     ):
         for form in ("int", "tensor"):
             yield _ffn_case(dim, hidden, tape_hidden, rows, inputs, end, form)
+    for activation in ACTIVATIONS[1:]:
+        yield _ffn_case(48, 100, 50, 77, 70, 77, "int", activation)
+        yield _ffn_case(48, 100, 50, 77, 70, 77, "tensor", activation)
     for num_rows, dim in ((300, 384), (7, 50), (9, 4096)):
         yield _norm_case(num_rows, dim)
 
@@ -134,27 +138,40 @@ def _attention_case(head_dim: int, input_lens: list[int], tape_lens: list[int]) 
 
 
 def _ffn_case(
-    dim: int, hidden: int, tape_hidden: int, rows: int, inputs: int, end: int, form: str
+    dim: int,
+    hidden: int,
+    tape_hidden: int,
+    rows: int,
+    inputs: int,
+    end: int,
+    form: str,
+    activation: Activation = ACTIVATIONS[0],
 ) -> CheckCase:
     def make() -> list[Tensor]:
-        return [
-            torch.randn(rows, dim),
-            *_parameters(dim, hidden, hidden),
-            *(_parameters(dim, 2 * tape_hidden, tape_hidden) if tape_hidden else []),
-        ]
+        x, (w1, b1, w2, b2) = torch.randn(rows, dim), _parameters(dim, hidden, hidden)
+        if activation == "relu":
+            # Its slope jumps at 0, where rounding may turn the sign of a pre-activation.
+            b1 = 8 * b1.sign()
+        tape = _parameters(dim, 2 * tape_hidden, tape_hidden) if tape_hidden else []
+        return [x, w1, b1, w2, b2, *tape]
 
     def call(x: Tensor, *parameters: Tensor) -> Results:
         counts = (inputs, end) if form == "int" else map(torch.tensor, (inputs, end))
         num_input_rows, num_rows = counts
         tape_ffn = FFN(*parameters[4:]) if tape_hidden else None
-        return (
-            ops.dual_ffn(x, num_input_rows, FFN(*parameters[:4]), tape_ffn, num_rows=num_rows),
-        ), ()
+        y = ops.dual_ffn(
+            x,
+            num_input_rows,
+            FFN(*parameters[:4]),
+            tape_ffn,
+            num_rows=num_rows,
+            activation=activation,
+        )
+        return (y,), ()
 
     where = "host" if form == "int" else "device"
-    return CheckCase(
-        "dual_ffn", f"{dim} × {hidden} and {tape_hidden}, rows on the {where}", make, call
-    )
+    name = f"{dim} × {hidden} ({activation}) and {tape_hidden}, rows on the {where}"
+    return CheckCase("dual_ffn", name, make, call)
 
 
 def _norm_case(num_rows: int, dim: int) -> CheckCase:

@@ -86,7 +86,9 @@ def _attention(head_dim: int, dtype: torch.dtype) -> None:
     )
 
 
-def _ffn(dim: int, hidden: int, tape_hidden: int, products: str, dtype: torch.dtype) -> None:
+def _ffn(
+    dim: int, hidden: int, tape_hidden: int, activation: str, products: str, dtype: torch.dtype
+) -> None:
     def parameters(wide: int, narrow: int) -> list[Tensor]:
         shapes = ((wide, dim), (wide,), (dim, narrow), (dim,))
         return [torch.empty(shape, dtype=dtype) for shape in shapes]
@@ -94,8 +96,8 @@ def _ffn(dim: int, hidden: int, tape_hidden: int, products: str, dtype: torch.dt
     x, bounds = torch.empty(52000, dim, dtype=dtype), torch.empty(2, dtype=torch.int64)
     every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
     with ffn_products(products):
-        y, *saved = _launcher("dual_ffn")(x, 50000, 2000, bounds, *every)
-        _launcher("dual_ffn_bwd")(y, x, *saved, 50000, bounds, *every)
+        y, *saved = _launcher("dual_ffn")(x, 50000, 2000, bounds, activation, *every)
+        _launcher("dual_ffn_bwd")(y, x, *saved, 50000, bounds, activation, *every)
 
 
 def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
@@ -157,13 +159,19 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
 def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     kernels = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
     for products in ("grouped", "cublas"):
-        for dim, hidden, tape_hidden in ((384, 1536, 768), (100, 200, 60)):
+        for dim, hidden, tape_hidden, activation in (
+            (384, 1536, 768, "gelu_tanh"),
+            (384, 1536, 768, "gelu"),
+            (384, 1536, 768, "relu"),
+            (100, 200, 60, "gelu_tanh"),
+        ):
             on_tensor_cores = dtype in HALF and dim == 384
+            form = "" if activation == "gelu_tanh" else f" ({activation})"
             yield AuditCase(
-                f"{dim} × {hidden}, {tape_hidden}, {products}, {_short(dtype)}",
-                partial(_ffn, dim, hidden, tape_hidden, products, dtype),
+                f"{dim} × {hidden}{form}, {tape_hidden}, {products}, {_short(dtype)}",
+                partial(_ffn, dim, hidden, tape_hidden, activation, products, dtype),
                 dict.fromkeys(kernels, ("tensor",)) if on_tensor_cores else {},
-                sample=dtype == torch.bfloat16 and dim == 384,
+                sample=dtype == torch.bfloat16 and dim == 384 and activation != "relu",
             )
 
 

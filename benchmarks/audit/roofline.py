@@ -281,8 +281,8 @@ def feed_forwards(
     x = torch.randn(inputs + tapes, dim).to(HALF)
     every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
     with ffn_products(products):
-        forward, (y, *saved) = measured("dual_ffn", x, inputs, tapes, None, *every)
-        backward, _ = measured("dual_ffn_bwd", y, x, *saved, inputs, None, *every)
+        forward, (y, *saved) = measured("dual_ffn", x, inputs, tapes, None, "gelu_tanh", *every)
+        backward, _ = measured("dual_ffn_bwd", y, x, *saved, inputs, None, "gelu_tanh", *every)
     weights = sum(p.numel() for p in every) * SIZE
     kept = (inputs * hidden + tapes * 2 * tape_hidden) * SIZE
     token = x.numel() * SIZE

@@ -18,10 +18,8 @@
   void gather_bwd(const CpuTapeGatherParams&, int64_t);                                            \
   void segment_sum(const CpuSegmentSumParams&, int64_t, const Contribution*, const Contribution*); \
   void bias(const CpuBiasActParams&, int64_t, int64_t);                                            \
-  void bias_gelu(const CpuBiasActParams&, int64_t, int64_t);                                       \
-  void gelu_bwd(const CpuBiasActParams&, int64_t, int64_t);                                        \
-  void bias_glu(const CpuBiasActParams&, int64_t, int64_t);                                        \
-  void glu_bwd(const CpuBiasActParams&, int64_t, int64_t);                                         \
+  void bias_act(const CpuBiasActParams&, int64_t, int64_t);                                        \
+  void act_bwd(const CpuBiasActParams&, int64_t, int64_t);                                         \
   void add_layer_norm_fwd(const CpuAddLayerNormParams&, int64_t, int64_t);                         \
   void add_layer_norm_bwd(const CpuAddLayerNormBwdParams&, int64_t, int64_t);                      \
   }                                                                                                \
@@ -35,10 +33,8 @@
                                   .gather_bwd = isa::gather_bwd,                                   \
                                   .segment_sum = isa::segment_sum,                                 \
                                   .bias = isa::bias,                                               \
-                                  .bias_gelu = isa::bias_gelu,                                     \
-                                  .gelu_bwd = isa::gelu_bwd,                                       \
-                                  .bias_glu = isa::bias_glu,                                       \
-                                  .glu_bwd = isa::glu_bwd,                                         \
+                                  .bias_act = isa::bias_act,                                       \
+                                  .act_bwd = isa::act_bwd,                                         \
                                   .add_layer_norm_fwd = isa::add_layer_norm_fwd,                   \
                                   .add_layer_norm_bwd = isa::add_layer_norm_bwd};
 

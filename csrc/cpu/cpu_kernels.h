@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../activation.h"
+
 namespace adatape {
 
 enum class DType { kFloat, kBFloat16 };
@@ -100,8 +102,10 @@ struct CpuBiasActParams {
   const void* bias = nullptr;  // (columns of hidden,), or null where hidden has it already
   void* act = nullptr;         // (rows, width), the activations, forward only
   const void* dact = nullptr;  // (rows, width), backward only
-  void* dhidden = nullptr;     // shaped as hidden, backward only; a GELU's may lie where dact lies
+  // Shaped as hidden, backward only; where the activation is no GLU it may lie where dact lies.
+  void* dhidden = nullptr;
   int64_t width;
+  Activation activation;
   DType dtype;
 };
 
@@ -180,17 +184,14 @@ struct CpuKernels {
   void (*segment_sum)(const CpuSegmentSumParams&, int64_t bank_row, const Contribution* first,
                       const Contribution* last);
 
-  // The next five take rows `first` to `first + count`.
-  // Adds the bias to hidden.
+  // The next three take rows `first` to `first + count`.
+  // Adds the bias to hidden, whatever the activation.
   void (*bias)(const CpuBiasActParams&, int64_t first, int64_t count);
-  // Adds the bias to hidden, then writes act = gelu(hidden).
-  void (*bias_gelu)(const CpuBiasActParams&, int64_t first, int64_t count);
+  // Adds the bias to hidden, then writes act: the activation of hidden or, for a GLU and
+  // hidden = [a, g], a · sigmoid(g).
+  void (*bias_act)(const CpuBiasActParams&, int64_t first, int64_t count);
   // Writes dhidden, given dact and hidden.
-  void (*gelu_bwd)(const CpuBiasActParams&, int64_t first, int64_t count);
-  // Adds the bias to hidden = [a, g], then writes act = a · sigmoid(g).
-  void (*bias_glu)(const CpuBiasActParams&, int64_t first, int64_t count);
-  // Writes dhidden, given dact and hidden = [a, g].
-  void (*glu_bwd)(const CpuBiasActParams&, int64_t first, int64_t count);
+  void (*act_bwd)(const CpuBiasActParams&, int64_t first, int64_t count);
 
   // Writes total, normed, mean and rstd of rows `first` to `first + count`.
   void (*add_layer_norm_fwd)(const CpuAddLayerNormParams&, int64_t first, int64_t count);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../products.h"
@@ -15,37 +16,15 @@ constexpr int64_t kRowsPerTask = 16;
 
 using ActKernel = void (*)(const CpuBiasActParams&, int64_t first, int64_t count);
 
-// One feed-forward: its parameters, and the kernels of its activation.
+// One feed-forward: its parameters and its activation.
 struct CpuFFN {
-  Tensor w1;   // (columns of hidden, dim)
-  Tensor b1;   // (columns of hidden,)
-  Tensor w2;   // (dim, width)
-  Tensor b2;   // (dim,)
-  bool gated;  // whether hidden has 2 · width columns, for a GLU, else width, for a GELU
-  ActKernel forward, backward;
+  Tensor w1;  // (columns of hidden, dim)
+  Tensor b1;  // (columns of hidden,)
+  Tensor w2;  // (dim, width)
+  Tensor b2;  // (dim,)
+  // Of a GLU, hidden has 2 · width columns, otherwise it has width.
+  Activation activation;
 };
-
-CpuFFN input_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  const CpuKernels& chosen = cpu_kernels();
-  return {.w1 = w1,
-          .b1 = b1,
-          .w2 = w2,
-          .b2 = b2,
-          .gated = false,
-          .forward = chosen.bias_gelu,
-          .backward = chosen.gelu_bwd};
-}
-
-CpuFFN tape_ffn(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  const CpuKernels& chosen = cpu_kernels();
-  return {.w1 = w1,
-          .b1 = b1,
-          .w2 = w2,
-          .b2 = b2,
-          .gated = true,
-          .forward = chosen.bias_glu,
-          .backward = chosen.glu_bwd};
-}
 
 Tensor product(const Tensor& a, const Tensor& b) {
   Tensor out = new_output(a, {a.size(0), b.size(1)}, a.scalar_type());
@@ -64,15 +43,20 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
   multiply(x, transposed(ffn.w1), hidden);
   const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
   const Tensor act = new_output(x, {rows, width}, x.scalar_type());
-  run(ffn.forward, rows,
+  run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
        .bias = b1.data_ptr(),
        .act = act.data_ptr(),
        .width = width,
+       .activation = ffn.activation,
        .dtype = dtype_of(x)});
   multiply(act, transposed(ffn.w2), y);
   run(cpu_kernels().bias, rows,
-      {.hidden = y.data_ptr(), .bias = b2.data_ptr(), .width = y.size(1), .dtype = dtype_of(x)});
+      {.hidden = y.data_ptr(),
+       .bias = b2.data_ptr(),
+       .width = y.size(1),
+       .activation = ffn.activation,
+       .dtype = dtype_of(x)});
 }
 
 struct CpuFFNGradients {
@@ -87,18 +71,26 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
   const Tensor hidden = dense(hidden_any);
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   const Tensor act = new_output(x, {rows, width}, x.scalar_type());
-  run(ffn.forward, rows,
-      {.hidden = hidden.data_ptr(), .act = act.data_ptr(), .width = width, .dtype = dtype_of(x)});
+  run(cpu_kernels().bias_act, rows,
+      {.hidden = hidden.data_ptr(),
+       .act = act.data_ptr(),
+       .width = width,
+       .activation = ffn.activation,
+       .dtype = dtype_of(x)});
   const Tensor dw2 = product(transposed(dy), act);
   const Tensor& dact = act;
   multiply(dy, ffn.w2, dact);
-  // A GELU's gradient overwrites dact, because each of its elements depends on its own alone.
-  const Tensor dhidden = ffn.gated ? new_output(x, {rows, hidden.size(1)}, x.scalar_type()) : dact;
-  run(ffn.backward, rows,
+  // The gradient overwrites dact, because each of its elements depends on its own alone; a GLU's
+  // has twice as many.
+  const Tensor dhidden = ffn.activation == Activation::kGlu
+                             ? new_output(x, {rows, hidden.size(1)}, x.scalar_type())
+                             : dact;
+  run(cpu_kernels().act_bwd, rows,
       {.hidden = hidden.data_ptr(),
        .dact = dact.data_ptr(),
        .dhidden = dhidden.data_ptr(),
        .width = width,
+       .activation = ffn.activation,
        .dtype = dtype_of(x)});
   multiply(dhidden, ffn.w1, dx);
   return {.dw1 = product(transposed(dhidden), x),
@@ -160,18 +152,25 @@ CpuDualFFNOutputs allocate_outputs(const Tensor& x, std::optional<int64_t> num_i
 
 std::tuple<Tensor, Tensor, Tensor> dual_ffn(
     const Tensor& x_any, std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
-    const std::optional<Tensor>& bounds, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
-    const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
+    const std::optional<Tensor>& bounds, const std::string& activation, const Tensor& w1,
+    const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& tape_w1,
+    const std::optional<Tensor>& tape_b1, const std::optional<Tensor>& tape_w2,
+    const std::optional<Tensor>& tape_b2) {
   const Tensor x = with_dense_rows(x_any);
   const RowCounts count =
       checked_row_counts(num_input_rows, max_tape_rows, bounds, x.size(0), tape_w1.has_value());
   const auto [y, hidden, tape_hidden] =
       allocate_outputs(x, num_input_rows, max_tape_rows, w1, tape_w1);
-  forward(rows_of(x, 0, count.inputs), input_ffn(w1, b1, w2, b2), rows_of(hidden, 0, count.inputs),
-          rows_of(y, 0, count.inputs));
+  forward(rows_of(x, 0, count.inputs),
+          {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+          rows_of(hidden, 0, count.inputs), rows_of(y, 0, count.inputs));
   if (tape_w1) {
-    forward(rows_of(x, count.inputs, count.tapes), tape_ffn(*tape_w1, *tape_b1, *tape_w2, *tape_b2),
+    forward(rows_of(x, count.inputs, count.tapes),
+            {.w1 = *tape_w1,
+             .b1 = *tape_b1,
+             .w2 = *tape_w2,
+             .b2 = *tape_b2,
+             .activation = Activation::kGlu},
             rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
   }
   zero_rows_from(y, count.used());
@@ -182,17 +181,18 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_ffn_bwd(
     const Tensor& dy_any, const Tensor& x_any, const Tensor& hidden, const Tensor& tape_hidden,
-    std::optional<int64_t> num_input_rows, const std::optional<Tensor>& bounds, const Tensor& w1,
-    const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& tape_w1,
-    const std::optional<Tensor>& tape_b1, const std::optional<Tensor>& tape_w2,
-    const std::optional<Tensor>& tape_b2) {
+    std::optional<int64_t> num_input_rows, const std::optional<Tensor>& bounds,
+    const std::string& activation, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
+    const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   const RowCounts count = checked_row_counts(num_input_rows, tape_hidden.size(0), bounds, x.size(0),
                                              tape_w1.has_value());
   const Tensor dx = new_output(x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, count.used());
   const CpuFFNGradients input =
-      backward(rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs), input_ffn(w1, b1, w2, b2),
+      backward(rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs),
+               {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
                rows_of(hidden, 0, count.inputs), rows_of(dx, 0, count.inputs));
   if (!tape_w1) {
     const auto none = [&x] { return torch::stable::new_empty(x, {0}); };
@@ -200,7 +200,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
   const CpuFFNGradients tape =
       backward(rows_of(dy, count.inputs, count.tapes), rows_of(x, count.inputs, count.tapes),
-               tape_ffn(*tape_w1, *tape_b1, *tape_w2, *tape_b2),
+               {.w1 = *tape_w1,
+                .b1 = *tape_b1,
+                .w2 = *tape_w2,
+                .b2 = *tape_b2,
+                .activation = Activation::kGlu},
                rows_of(tape_hidden, 0, count.tapes), rows_of(dx, count.inputs, count.tapes));
   return {dx, input.dw1, input.db1, input.dw2, input.db2, tape.dw1, tape.db1, tape.dw2, tape.db2};
 }

@@ -2,6 +2,7 @@
 // between them.
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../products.h"
@@ -12,13 +13,13 @@
 namespace adatape::cuda {
 namespace {
 
-// One feed-forward: its parameters, and whether its activation is gated (a GLU), else a GELU.
+// One feed-forward: its parameters and its activation.
 struct CudaFFN {
   Tensor w1;  // (columns of hidden, dim)
   Tensor b1;  // (columns of hidden,)
   Tensor w2;  // (dim, width)
   Tensor b2;  // (dim,)
-  bool gated;
+  Activation activation;
 };
 
 // The rows of the buffer that go through one feed-forward, `first` to `first + count`.
@@ -29,6 +30,24 @@ struct FFNRows {
 
   Tensor of(const Tensor& x) const { return rows_of(x, first, count); }
 };
+
+// Calls body.template operator()<Aligned, activation>().
+template <class Body>
+void with_activation(const Body& body, bool aligned, Activation activation) {
+  const auto with = [&]<Activation A>() {
+    with_flags([&]<bool Aligned>() { body.template operator()<Aligned, A>(); }, aligned);
+  };
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return with.template operator()<Activation::kGeluTanh>();
+    case Activation::kGelu:
+      return with.template operator()<Activation::kGelu>();
+    case Activation::kRelu:
+      return with.template operator()<Activation::kRelu>();
+    case Activation::kGlu:
+      return with.template operator()<Activation::kGlu>();
+  }
+}
 
 // Returns the launch of a kernel over blocks of rows and strips of columns.
 LaunchConfig by_strip(const CudaBiasActParams& p, int64_t pack, const LaunchStream& stream) {
@@ -80,11 +99,11 @@ void forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Ten
                             .rows = rows.count,
                             .width = act.size(1)};
   with_type_of(x, [&]<class T>() {
-    with_flags(
-        [&]<bool Aligned, bool Gated>() {
-          launch(bias_act_kernel<T, Aligned, Gated>, by_strip(p, Pack<T>::kSize, stream), p);
+    with_activation(
+        [&]<bool Aligned, Activation A>() {
+          launch(bias_act_kernel<T, Aligned, A>, by_strip(p, Pack<T>::kSize, stream), p);
         },
-        rows_aligned({b1, act, hidden}), ffn.gated);
+        rows_aligned({b1, act, hidden}), ffn.activation);
   });
   linear(act, ffn.w2, ffn.b2, y);
   clear_unused(rows, y);
@@ -120,11 +139,11 @@ CudaFFNGradients backward(const FFNRows& rows, const Tensor& dy_any, const Tenso
                             .rows = rows.count,
                             .width = act.size(1)};
   with_type_of(x, [&]<class T>() {
-    with_flags(
-        [&]<bool Aligned, bool Gated>() {
-          launch(bias_act_bwd_kernel<T, Aligned, Gated>, by_strip(p, Pack<T>::kSize, stream), p);
+    with_activation(
+        [&]<bool Aligned, Activation A>() {
+          launch(bias_act_bwd_kernel<T, Aligned, A>, by_strip(p, Pack<T>::kSize, stream), p);
         },
-        rows_aligned({act, hidden}), ffn.gated);
+        rows_aligned({act, hidden}), ffn.activation);
   });
   multiply(dhidden, ffn.w1, dx);
   return {.dw1 = product(transposed(dhidden), x),
@@ -176,20 +195,26 @@ CudaDualFFNOutputs allocate_outputs(const Tensor& x, const FFNRowKinds& rows, co
 
 std::tuple<Tensor, Tensor, Tensor> dual_ffn(
     const Tensor& x_any, std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
-    const std::optional<Tensor>& bounds_any, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
-    const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
+    const std::optional<Tensor>& bounds_any, const std::string& activation, const Tensor& w1,
+    const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& tape_w1,
+    const std::optional<Tensor>& tape_b1, const std::optional<Tensor>& tape_w2,
+    const std::optional<Tensor>& tape_b2) {
   const Tensor x = with_dense_rows(x_any);
   std::optional<Tensor> bounds;
   if (bounds_any) bounds = dense(*bounds_any);
   const FFNRowKinds rows = row_kinds(x, num_input_rows, max_tape_rows, bounds, tape_w1.has_value());
   const auto [y, hidden, tape_hidden] = allocate_outputs(x, rows, w1, tape_w1);
   zero_rows_from(y, rows.end());
-  forward(rows.inputs, rows.inputs.of(x), {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .gated = false},
-          hidden, rows.inputs.of(y));
+  forward(rows.inputs, rows.inputs.of(x),
+          {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)}, hidden,
+          rows.inputs.of(y));
   if (tape_w1) {
     forward(rows.tapes, rows.tapes.of(x),
-            {.w1 = *tape_w1, .b1 = *tape_b1, .w2 = *tape_w2, .b2 = *tape_b2, .gated = true},
+            {.w1 = *tape_w1,
+             .b1 = *tape_b1,
+             .w2 = *tape_w2,
+             .b2 = *tape_b2,
+             .activation = Activation::kGlu},
             tape_hidden, rows.tapes.of(y));
   }
   return {y, hidden, tape_hidden};
@@ -198,8 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_ffn_bwd(
     const Tensor& dy_any, const Tensor& x_any, const Tensor& hidden, const Tensor& tape_hidden,
     std::optional<int64_t> num_input_rows, const std::optional<Tensor>& bounds_any,
-    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-    const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
+    const std::string& activation, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+    const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
     const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   std::optional<Tensor> bounds;
@@ -208,17 +233,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       row_kinds(x, num_input_rows, tape_hidden.size(0), bounds, tape_w1.has_value());
   const Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, rows.end());
-  const CudaFFNGradients input = backward(rows.inputs, rows.inputs.of(dy), rows.inputs.of(x),
-                                          {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .gated = false},
-                                          hidden, rows.inputs.of(dx));
+  const CudaFFNGradients input =
+      backward(rows.inputs, rows.inputs.of(dy), rows.inputs.of(x),
+               {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+               hidden, rows.inputs.of(dx));
   if (!tape_w1) {
     const auto none = [&x] { return torch::stable::new_empty(x, {0}); };
     return {dx, input.dw1, input.db1, input.dw2, input.db2, none(), none(), none(), none()};
   }
-  const CudaFFNGradients tape =
-      backward(rows.tapes, rows.tapes.of(dy), rows.tapes.of(x),
-               {.w1 = *tape_w1, .b1 = *tape_b1, .w2 = *tape_w2, .b2 = *tape_b2, .gated = true},
-               tape_hidden, rows.tapes.of(dx));
+  const CudaFFNGradients tape = backward(rows.tapes, rows.tapes.of(dy), rows.tapes.of(x),
+                                         {.w1 = *tape_w1,
+                                          .b1 = *tape_b1,
+                                          .w2 = *tape_w2,
+                                          .b2 = *tape_b2,
+                                          .activation = Activation::kGlu},
+                                         tape_hidden, rows.tapes.of(dx));
   return {dx, input.dw1, input.db1, input.dw2, input.db2, tape.dw1, tape.db1, tape.dw2, tape.db2};
 }
 

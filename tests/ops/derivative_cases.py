@@ -53,6 +53,14 @@ CASES = {
         lambda x, *p: dual_ffn(x, 6, FFN(*p)),
         ((6, 3), (5, 3), (5,), (3, 5), (3,)),
     ),
+    "ffn, gelu": (
+        lambda x, *p: dual_ffn(x, 3, FFN(*p[:4]), FFN(*p[4:]), activation="gelu"),
+        ((6, 3), (5, 3), (5,), (3, 5), (3,), (8, 3), (8,), (3, 4), (3,)),
+    ),
+    "ffn, relu": (
+        lambda x, *p: dual_ffn(x, 6, FFN(*p), activation="relu"),
+        ((6, 3), (5, 3), (5,), (3, 5), (3,)),
+    ),
     "norm": (add_layer_norm, ((4, 5), (4, 5), (5,), (5,))),
 }
 NAMES = tuple(CASES)

@@ -60,5 +60,5 @@ def not_served(
     parameters = (meta(*shape, dtype=dtype) for shape in ((8, 6), (8,), (6, 8), (6,)) * 2)
     bounds = meta(2, dtype=torch.int64)
     with ffn_products(products):
-        args = meta(9, 6, dtype=dtype), None, 9, bounds, *parameters
+        args = meta(9, 6, dtype=dtype), None, 9, bounds, "gelu_tanh", *parameters
         return operation("dual_ffn").refusal(backend, args, device)

@@ -15,8 +15,8 @@ OP = "dual_ffn"
 pytestmark = [pytest.mark.usefixtures("products"), pytest.mark.absent_if(reason=not_served)]
 
 
-def op_args(x, num_input_rows, max_tape_rows, bounds, *ffns):
-    return (x, num_input_rows, max_tape_rows, bounds, *(p for f in ffns for p in f))
+def op_args(x, num_input_rows, max_tape_rows, bounds, *ffns, activation="gelu_tanh"):
+    return (x, num_input_rows, max_tape_rows, bounds, activation, *(p for f in ffns for p in f))
 
 
 @pytest.mark.compiles

@@ -99,7 +99,9 @@ def test_kernels_that_look_at_row_counts_refuse_them(
     x, *ffns, _ = inputs(9, device=device)
     bounds = None if bounds is None else torch.tensor(bounds, device=device)
     with refused(argument, *parts):
-        kernel("dual_ffn")(x, num_input_rows, max_tape_rows, bounds, *ffns[0], *ffns[1])
+        kernel("dual_ffn")(
+            x, num_input_rows, max_tape_rows, bounds, "gelu_tanh", *ffns[0], *ffns[1]
+        )
 
 
 @pytest.mark.backends("cpp", "cuda")
@@ -122,7 +124,7 @@ def test_the_kernels_refuse_what_they_cannot_take(device, direction, case):
     if cuda and case in ("nowhere", "more tape rows"):  # what it is told on the device is unseen
         argument, words, num_input_rows, bounds = "num_input_rows", "an int", None, (5, 9)
     bounds = None if bounds is None else torch.tensor(bounds, device=device)
-    parameters = *ffns[0], *ffns[1]
+    parameters = "gelu_tanh", *ffns[0], *ffns[1]
     with refused(argument, words):
         if direction == "dual_ffn" or case == "negative tape":  # there is no such tensor to save
             kernel("dual_ffn")(x, num_input_rows, max_tape_rows, bounds, *parameters)
@@ -167,7 +169,7 @@ def test_corrupt_counts_lead_out_of_no_tensor(device, on_device, bounds):
     """On a GPU nobody can check them in time."""
     x, *ffns, dy = inputs(9, device=device)
     sizes = (9, 9) if on_device == "both counts" else (5, 4)
-    rest = torch.tensor(bounds, device=device), *ffns[0], *ffns[1]
+    rest = torch.tensor(bounds, device=device), "gelu_tanh", *ffns[0], *ffns[1]
     forward, backward = (
         operation(op).implementations["triton"].function for op in (OP, "dual_ffn_bwd")
     )

@@ -104,7 +104,7 @@ def test_feed_forwards(make, dtype, where):
         saved, split = (make(9, 24), make(3, 40)), (9, None)
     else:
         saved, split = (make(12, 24), make(12, 40)), (None, make(2, dtype=torch.int64))
-    dx, *grads = torch.ops.adatape.dual_ffn_bwd(y, x, *saved, *split, *ffn, *tape_ffn)
+    dx, *grads = torch.ops.adatape.dual_ffn_bwd(y, x, *saved, *split, "gelu_tanh", *ffn, *tape_ffn)
     on_gpu(dx, (12, DIM), dtype)
     for grad, parameter in zip(grads, (*ffn, *tape_ffn), strict=True):
         on_gpu(grad, tuple(parameter.shape), dtype)

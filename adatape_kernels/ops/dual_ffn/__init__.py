@@ -1,6 +1,6 @@
 """Two feed-forwards over one buffer: input rows through one, tape rows through the other (SPEC 6).
 
-input rows: W2 · gelu_tanh(W1 x + b1) + b2
+input rows: W2 · act(W1 x + b1) + b2,  act = gelu_tanh, gelu or relu
 tape rows:  V2 · (a ⊙ sigmoid(g)) + c2,  [a, g] = V1 x + c1
 """
 
@@ -15,7 +15,7 @@ from adatape_kernels.ops.dual_ffn.products import chosen, chosen_products
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
-from adatape_kernels.reference import FFN
+from adatape_kernels.reference import ACTIVATIONS, FFN, Activation
 
 
 def dual_ffn(
@@ -25,6 +25,7 @@ def dual_ffn(
     tape_ffn: FFN | None = None,
     *,
     num_rows: int | Tensor | None = None,
+    activation: Activation = "gelu_tanh",
 ) -> Tensor:
     """Send the first rows through one feed-forward and the rest through the other.
 
@@ -37,12 +38,13 @@ def dual_ffn(
             row through input_ffn.
         num_rows: rows that examples own, an int or an integer scalar on x's device; the rows
             behind are never read. None when that is all of them.
+        activation: that of input_ffn: "gelu_tanh", "gelu" (the exact form) or "relu".
 
     Returns:
         (rows, dim), dtype of x; zero from row num_rows on.
 
     Raises:
-        ValueError: a shape, dtype, device or row count differs from the above.
+        ValueError: a shape, dtype, device, row count or activation differs from the above.
 
     Differentiable in x and all parameters; saves the pre-activations and recomputes the
     activations.
@@ -59,6 +61,7 @@ def dual_ffn(
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x: expected floating-point (rows, dim), got {x.dtype} {tuple(x.shape)}")
+    check_activation(activation)
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and x.dtype != torch.float64:
@@ -81,11 +84,20 @@ def dual_ffn(
     bounds = None
     if on_device or isinstance(end, Tensor):
         bounds = torch.stack([_scalar(middle, x), _scalar(end, x)])
-    y, _, _ = _FORWARD.overload(x, split, max_tape_rows, bounds, *input_ffn, *(tape_ffn or _NO_FFN))
+    parameters = *input_ffn, *(tape_ffn or _NO_FFN)
+    y, _, _ = _FORWARD.overload(x, split, max_tape_rows, bounds, activation, *parameters)
     return y
 
 
 _NO_FFN = (None, None, None, None)
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError if an activation's name is none of those that there are."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
 
 
 def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
@@ -124,6 +136,7 @@ def _fake(
     num_input_rows: int | None,
     max_tape_rows: int,
     bounds: Tensor | None,
+    activation: str,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -147,6 +160,7 @@ def _fake_bwd(
     tape_hidden: Tensor,
     num_input_rows: int | None,
     bounds: Tensor | None,
+    activation: str,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     return (
@@ -161,17 +175,18 @@ def _typical(*, on_host: bool) -> Any:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         shapes = (256, 64), (256,), (64, 256), (64,), (256, 64), (256,), (64, 128), (64,)
         rows = (50, 10, None) if on_host else (None, 60, meta(2, dtype=torch.int64))
-        return meta(60, 64, dtype=dtype), *rows, *(meta(*shape, dtype=dtype) for shape in shapes)
+        parameters = (meta(*shape, dtype=dtype) for shape in shapes)
+        return meta(60, 64, dtype=dtype), *rows, "gelu_tanh", *parameters
 
     return make
 
 
 def _typical_bwd(*, on_host: bool) -> Any:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        x, num_input_rows, max_tape_rows, bounds, *parameters = _typical(on_host=on_host)(dtype)
+        x, num_input_rows, max_tape_rows, *rest = _typical(on_host=on_host)(dtype)
         hidden = meta(num_input_rows or 60, 256, dtype=dtype)
         tape_hidden = meta(max_tape_rows, 256, dtype=dtype)
-        return x, x, hidden, tape_hidden, num_input_rows, bounds, *parameters
+        return x, x, hidden, tape_hidden, num_input_rows, *rest
 
     return make
 
@@ -191,7 +206,7 @@ _PARAMETERS = (
 # numbers of input rows and of all used rows where one of them is on the device.
 _FORWARD = Operation(
     "dual_ffn(Tensor x, SymInt? num_input_rows, SymInt max_tape_rows, Tensor? bounds, "
-    f"{_PARAMETERS}) -> (Tensor y, Tensor hidden, Tensor tape_hidden)",
+    f"str activation, {_PARAMETERS}) -> (Tensor y, Tensor hidden, Tensor tape_hidden)",
     _fake,
     {
         "eager": eager.forward,
@@ -204,8 +219,8 @@ _FORWARD = Operation(
 )
 _BACKWARD = Operation(
     "dual_ffn_bwd(Tensor dy, Tensor x, Tensor hidden, Tensor tape_hidden, SymInt? num_input_rows, "
-    f"Tensor? bounds, {_PARAMETERS}) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, "
-    "Tensor db2, Tensor dtape_w1, Tensor dtape_b1, Tensor dtape_w2, Tensor dtape_b2)",
+    f"Tensor? bounds, str activation, {_PARAMETERS}) -> (Tensor dx, Tensor dw1, Tensor db1, "
+    "Tensor dw2, Tensor db2, Tensor dtape_w1, Tensor dtape_b1, Tensor dtape_w2, Tensor dtape_b2)",
     _fake_bwd,
     {
         "eager": eager.backward,
@@ -218,7 +233,7 @@ _BACKWARD = Operation(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, ctx.num_input_rows, _, bounds, *parameters = inputs
+    x, ctx.num_input_rows, _, bounds, ctx.activation, *parameters = inputs
     _, hidden, tape_hidden = output
     ctx.save_for_backward(x, hidden, tape_hidden, bounds, *parameters)
     ctx.set_materialize_grads(False)  # the pre-activations have none, and are large
@@ -229,10 +244,10 @@ def _backward(ctx: Any, dy: Tensor, dhidden: Any, dtape_hidden: Any) -> tuple:
     x, hidden, tape_hidden, bounds, *parameters = ctx.saved_tensors
     with chosen.only(ctx.products):
         dx, *grads = _BACKWARD.overload(
-            dy, x, hidden, tape_hidden, ctx.num_input_rows, bounds, *parameters
+            dy, x, hidden, tape_hidden, ctx.num_input_rows, bounds, ctx.activation, *parameters
         )
     given = zip(parameters, grads, strict=True)
-    return dx, None, None, None, *(None if p is None else grad for p, grad in given)
+    return dx, None, None, None, None, *(None if p is None else grad for p, grad in given)
 
 
 def _plain_torch(inputs: tuple, output: tuple) -> tuple:
@@ -246,13 +261,16 @@ def _gradients(
     tape_hidden: Tensor,
     num_input_rows: int | None,
     bounds: Tensor | None,
+    activation: Activation,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     there = [p for p in parameters if p is not None]
 
     def fed_forward(x: Tensor, *there: Tensor) -> Tensor:
         given = (*there, *parameters[len(there) :])
-        y, _, _ = eager.forward.function(x, num_input_rows, len(tape_hidden), bounds, *given)
+        y, _, _ = eager.forward.function(
+            x, num_input_rows, len(tape_hidden), bounds, activation, *given
+        )
         return y
 
     grads = gradient_of(fed_forward, (x, *there), (dy,))
@@ -269,6 +287,7 @@ def _flops(
     num_input_rows: int | None,
     max_tape_rows: int,
     bounds_shape: Any,
+    activation: str,
     *shapes: Any,
     **kw: Any,
 ) -> int:
@@ -289,8 +308,10 @@ def _flops_bwd(
     tape_hidden_shape: Any,
     num_input_rows: int | None,
     bounds_shape: Any,
+    activation: str,
     *shapes: Any,
     **kw: Any,
 ) -> int:
     """Each product has two gradients of its own size."""
-    return 2 * _flops(x_shape, hidden_shape[0], tape_hidden_shape[0], bounds_shape, *shapes)
+    rows = hidden_shape[0], tape_hidden_shape[0]
+    return 2 * _flops(x_shape, *rows, bounds_shape, activation, *shapes)

@@ -8,7 +8,7 @@ from torch import Tensor
 from adatape_kernels import reference
 from adatape_kernels.ops.dual_ffn.parameters import as_ffns
 from adatape_kernels.ops.implementation import implementation
-from adatape_kernels.reference import FFN
+from adatape_kernels.reference import FFN, Activation
 
 
 def _row_counts(inputs: int, tapes: int, bounds: Tensor | None) -> tuple[int, int]:
@@ -38,6 +38,7 @@ def forward(
     num_input_rows: int | None,
     max_tape_rows: int,
     bounds: Tensor | None,
+    activation: Activation,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the reference over the rows that are used; unused rows of the pre-activations are 0."""
@@ -46,7 +47,7 @@ def forward(
     inputs, tapes = _row_counts(max_input_rows, max_tape_rows, bounds)
     input_ffn, tape_ffn = as_ffns(parameters)
     y, hidden, tape_hidden = reference.dual_ffn(
-        x, inputs, input_ffn, tape_ffn, num_rows=inputs + tapes
+        x, inputs, input_ffn, tape_ffn, num_rows=inputs + tapes, activation=activation
     )
     return (
         y,
@@ -63,12 +64,13 @@ def backward(
     tape_hidden: Tensor,
     num_input_rows: int | None,
     bounds: Tensor | None,
+    activation: Activation,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Run the reference over the rows that are used."""
     inputs, tapes = _row_counts(len(hidden), len(tape_hidden), bounds)
     input_ffn, tape_ffn = as_ffns(parameters)
     dx, dinput, dtape = reference.dual_ffn_bwd(
-        dy, x, hidden[:inputs], tape_hidden[:tapes], input_ffn, tape_ffn
+        dy, x, hidden[:inputs], tape_hidden[:tapes], input_ffn, tape_ffn, activation
     )
     return dx, *dinput, *(dtape or [x.new_empty(0) for _ in FFN._fields])

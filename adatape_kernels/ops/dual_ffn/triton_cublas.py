@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.dual_ffn.parameters import Parameters, as_ffns
-from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK, gelu, gelu_bwd, glu_bwd
+from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK, activate, activate_bwd, glu_bwd
 from adatape_kernels.ops.triton_runtime import launch, tl, triton
 from adatape_kernels.reference import FFN
 
@@ -23,7 +23,7 @@ def _dual_ffn_act_fwd_kernel(
     first,
     rows,
     width,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -34,17 +34,17 @@ def _dual_ffn_act_fwd_kernel(
     used = exists
     if bounds_ptr is not None:
         used = exists & (first + offs_m < tl.load(bounds_ptr + 1))
-    h_ptrs = hidden_ptr + offs_m * (2 * width if GATED else width) + offs_n
+    h_ptrs = hidden_ptr + offs_m * (2 * width if ACTIVATION == "glu" else width) + offs_n
     h = tl.load(h_ptrs, used, other=0.0).to(tl.float32)
-    if GATED:
+    if ACTIVATION == "glu":
         act = h * tl.sigmoid(tl.load(h_ptrs + width, used, other=0.0).to(tl.float32))
     else:
-        act = gelu(h)
+        act = activate(h, ACTIVATION)
     tl.store(act_ptr + offs_m * width + offs_n, act.to(act_ptr.dtype.element_ty), exists)
     if bounds_ptr is not None:
         zero = tl.zeros((BLOCK_M, BLOCK_N), act_ptr.dtype.element_ty)
         tl.store(h_ptrs, zero, exists & ~used)
-        if GATED:
+        if ACTIVATION == "glu":
             tl.store(h_ptrs + width, zero, exists & ~used)
 
 
@@ -57,14 +57,14 @@ def _dual_ffn_act_bwd_kernel(
     db_ptr,
     rows,
     width,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dhidden, act(hidden) once more, and the sum of CHUNK rows of dhidden."""
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = 2 * width if GATED else width
+    columns = 2 * width if ACTIVATION == "glu" else width
     dtype = act_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -74,19 +74,19 @@ def _dual_ffn_act_bwd_kernel(
         offsets, h_offsets = offs_m * width + offs_n, offs_m * columns + offs_n
         dact = tl.load(dact_ptr + offsets, mask, other=0.0).to(tl.float32)
         h = tl.load(hidden_ptr + h_offsets, mask, other=0.0).to(tl.float32)
-        if GATED:
+        if ACTIVATION == "glu":
             g = tl.load(hidden_ptr + h_offsets + width, mask, other=0.0).to(tl.float32)
             dh, dg, act = glu_bwd(h, g, dact)
             tl.store(dhidden_ptr + h_offsets + width, dg.to(dtype), mask)
             gate_acc += dg
         else:
-            dh, act = gelu_bwd(h, dact)
+            dh, act = activate_bwd(h, dact, ACTIVATION)
         tl.store(dhidden_ptr + h_offsets, dh.to(dtype), mask)
         tl.store(act_ptr + offsets, act.to(dtype), mask)
         acc += dh
     db_ptrs = db_ptr + tl.program_id(0).to(tl.int64) * columns + offs_n
     tl.store(db_ptrs, tl.sum(acc, 0), offs_n < width)
-    if GATED:
+    if ACTIVATION == "glu":
         tl.store(db_ptrs + width, tl.sum(gate_acc, 0), offs_n < width)
 
 
@@ -95,20 +95,24 @@ class _Slice(NamedTuple):
 
     rows: slice
     ffn: FFN
-    gated: bool
+    activation: str
     bounds: Tensor | None
     """As the op has them, if some of the rows are unused."""
 
 
 def _slices(
-    max_input_rows: int, max_tape_rows: int, bounds: Tensor | None, parameters: Parameters
+    max_input_rows: int,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    activation: str,
+    parameters: Parameters,
 ) -> Iterator[_Slice]:
     input_ffn, tape_ffn = as_ffns(parameters)
     input_bounds = None if max_tape_rows else bounds
-    yield _Slice(slice(0, max_input_rows), input_ffn, gated=False, bounds=input_bounds)
+    yield _Slice(slice(0, max_input_rows), input_ffn, activation=activation, bounds=input_bounds)
     if tape_ffn is not None:
         rows = slice(max_input_rows, max_input_rows + max_tape_rows)
-        yield _Slice(rows, tape_ffn, gated=True, bounds=bounds)
+        yield _Slice(rows, tape_ffn, activation="glu", bounds=bounds)
 
 
 def _unused(rows: slice, bounds: Tensor) -> Tensor:
@@ -121,12 +125,13 @@ def forward(
     max_input_rows: int,
     max_tape_rows: int,
     bounds: Tensor | None,
+    activation: str,
     parameters: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run two products for each kind of rows; returns y and both pre-activations."""
     y = x.new_empty(x.shape)
     hiddens = []
-    for part in _slices(max_input_rows, max_tape_rows, bounds, parameters):
+    for part in _slices(max_input_rows, max_tape_rows, bounds, activation, parameters):
         rows, ffn = part.rows, part.ffn
         # The bias goes with the product, which can add it before it stores.
         hidden = torch.addmm(ffn.b1, x[rows], ffn.w1.mT)
@@ -140,7 +145,7 @@ def forward(
             first=rows.start,
             rows=act.shape[0],
             width=act.shape[1],
-            GATED=part.gated,
+            ACTIVATION=part.activation,
             BLOCK_M=16,
             BLOCK_N=256,
             num_warps=4,
@@ -159,12 +164,13 @@ def backward(
     hidden: Tensor,
     tape_hidden: Tensor,
     bounds: Tensor | None,
+    activation: str,
     parameters: Parameters,
 ) -> tuple[Tensor, ...]:
     """Run the products' gradients; returns the gradients of x and of the parameters."""
     dx = x.new_empty(x.shape)
     grads: list[Tensor] = []
-    parts = _slices(len(hidden), len(tape_hidden), bounds, parameters)
+    parts = _slices(len(hidden), len(tape_hidden), bounds, activation, parameters)
     for part, h in zip(parts, (hidden, tape_hidden), strict=False):
         dy_rows, x_rows = dy[part.rows], x[part.rows]
         if part.bounds is not None:
@@ -184,7 +190,7 @@ def backward(
             db_ptr=db1,
             rows=act.shape[0],
             width=act.shape[1],
-            GATED=part.gated,
+            ACTIVATION=part.activation,
             CHUNK=CHUNK,
             BLOCK_M=8,
             BLOCK_N=128,

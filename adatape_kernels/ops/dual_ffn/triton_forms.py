@@ -35,13 +35,14 @@ def forward(
     num_input_rows: int | None,
     max_tape_rows: int,
     bounds: Tensor | None,
+    activation: str,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and both pre-activations."""
     if num_input_rows is None:
-        return triton_grouped.forward(x, len(x), max_tape_rows, bounds, parameters)
+        return triton_grouped.forward(x, len(x), max_tape_rows, bounds, activation, parameters)
     form = triton_grouped if chosen_products() == "grouped" else triton_cublas
-    return form.forward(x, num_input_rows, max_tape_rows, bounds, parameters)
+    return form.forward(x, num_input_rows, max_tape_rows, bounds, activation, parameters)
 
 
 @kernel(_backward_limits)
@@ -52,9 +53,10 @@ def backward(
     tape_hidden: Tensor,
     num_input_rows: int | None,
     bounds: Tensor | None,
+    activation: str,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of the parameters."""
     grouped = num_input_rows is None or chosen_products() == "grouped"
     form = triton_grouped if grouped else triton_cublas
-    return form.backward(dy, x, hidden, tape_hidden, bounds, parameters)
+    return form.backward(dy, x, hidden, tape_hidden, bounds, activation, parameters)

@@ -49,6 +49,7 @@ def forward(
     max_input_rows: int,
     max_tape_rows: int,
     bounds: Tensor | None,
+    activation: str,
     parameters: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the two products; returns y and both pre-activations."""
@@ -72,6 +73,7 @@ def forward(
         dhidden_ptrs=None,
         act_ptrs=act,
         widths=widths,
+        ACTIVATION=activation,
         **rows,
         **options,
     )
@@ -95,6 +97,7 @@ def backward(
     hidden: Tensor,
     tape_hidden: Tensor,
     bounds: Tensor | None,
+    activation: str,
     parameters: Parameters,
 ) -> tuple[Tensor, ...]:
     """Launch the four products; returns the gradients of x and of the parameters."""
@@ -120,6 +123,7 @@ def backward(
         dhidden_ptrs=dhidden,
         act_ptrs=act,
         widths=tuple(a.shape[1] for a in act),
+        ACTIVATION=activation,
         **rows,
         **options,
     )

@@ -5,7 +5,7 @@ Rows of x, y and their gradients are the buffer's: inputs up to `middle`, tape f
 where each kind's rows count from 0.
 """
 
-from adatape_kernels.ops.dual_ffn.triton_primitives import gelu, gelu_bwd, glu_bwd
+from adatape_kernels.ops.dual_ffn.triton_primitives import activate, activate_bwd, glu_bwd
 from adatape_kernels.ops.triton_runtime import tl, triton
 
 
@@ -75,7 +75,18 @@ def _quarters(x):
 
 
 @triton.jit
-def _store_fwd(acc, hidden_ptrs, act_ptrs, row, column, used, rows, width, TAPE: tl.constexpr):
+def _store_fwd(
+    acc,
+    hidden_ptrs,
+    act_ptrs,
+    row,
+    column,
+    used,
+    rows,
+    width,
+    ACTIVATION: tl.constexpr,
+    TAPE: tl.constexpr,
+):
     """Store a tile of hidden, zero in unused rows, and its activation in used ones."""
     gates: tl.constexpr = 2 if TAPE else 1
     size: tl.constexpr = acc.shape[1] // (4 * gates)
@@ -96,14 +107,24 @@ def _store_fwd(acc, hidden_ptrs, act_ptrs, row, column, used, rows, width, TAPE:
             act = h.to(tl.float32) * tl.sigmoid(g.to(tl.float32))
         else:
             h = parts[quarter]
-            act = gelu(h.to(tl.float32))
+            act = activate(h.to(tl.float32), ACTIVATION)
         tl.store(h_ptrs, h, exists & mask_n)
         tl.store(act_tile_ptr + offs_m * width + offs_n, act.to(dtype), mask_m & mask_n)
 
 
 @triton.jit
 def _store_bwd(
-    dact, hidden_ptrs, dhidden_ptrs, act_ptrs, db_ptrs, row, column, used, width, TAPE: tl.constexpr
+    dact,
+    hidden_ptrs,
+    dhidden_ptrs,
+    act_ptrs,
+    db_ptrs,
+    row,
+    column,
+    used,
+    width,
+    ACTIVATION: tl.constexpr,
+    TAPE: tl.constexpr,
 ):
     """Store a tile of dhidden and of the activation, and dhidden's sums over the tile's rows."""
     gates: tl.constexpr = 2 if TAPE else 1
@@ -125,7 +146,7 @@ def _store_bwd(
             tl.store(dhidden_ptrs[TAPE] + offsets + width, dg.to(dtype), mask)
             tl.store(db_ptr + width + offs_n, tl.sum(tl.where(mask, dg, 0.0), 0), mask_n)
         else:
-            dh, act = gelu_bwd(h, parts[quarter])
+            dh, act = activate_bwd(h, parts[quarter], ACTIVATION)
         tl.store(dhidden_ptrs[TAPE] + offsets, dh.to(dtype), mask)
         tl.store(db_ptr + offs_n, tl.sum(tl.where(mask, dh, 0.0), 0), mask_n)
         tl.store(act_ptrs[TAPE] + base + (offs_m * width + offs_n), act.to(dtype), mask)
@@ -144,6 +165,7 @@ def _dual_ffn_up_kernel(
     max_rows,
     dim,
     widths,
+    ACTIVATION: tl.constexpr,  # of the input rows
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -184,15 +206,16 @@ def _dual_ffn_up_kernel(
         if BACKWARD:
             tensors = hidden_ptrs, dhidden_ptrs, act_ptrs, b_ptrs
             if tape:
-                _store_bwd(acc, *tensors, row, column, used, width, TAPE=1)
+                _store_bwd(acc, *tensors, row, column, used, width, ACTIVATION, TAPE=1)
             else:
-                _store_bwd(acc, *tensors, row, column, used, width, TAPE=0)
+                _store_bwd(acc, *tensors, row, column, used, width, ACTIVATION, TAPE=0)
         else:
             acc += tl.load(_of(tape, b_ptrs) + offs_w, mask_n, other=0.0).to(tl.float32)
+            outputs = hidden_ptrs, act_ptrs
             if tape:
-                _store_fwd(acc, hidden_ptrs, act_ptrs, row, column, used, own_rows, width, TAPE=1)
+                _store_fwd(acc, *outputs, row, column, used, own_rows, width, ACTIVATION, TAPE=1)
             else:
-                _store_fwd(acc, hidden_ptrs, act_ptrs, row, column, used, own_rows, width, TAPE=0)
+                _store_fwd(acc, *outputs, row, column, used, own_rows, width, ACTIVATION, TAPE=0)
 
 
 @triton.jit

@@ -7,18 +7,49 @@ CHUNK = 128
 
 
 @triton.jit
-def gelu(h):
-    """Return h / 2 · (1 + tanh(u)) as h · sigmoid(2u), without an exponential that overflows."""
-    return h * tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * h * h))
+def activate(h, ACTIVATION: tl.constexpr):
+    """Return the activation that has this name in `reference.ACTIVATIONS`."""
+    if ACTIVATION == "relu":
+        return tl.where(h <= 0, 0.0, h)  # NaN stays NaN
+    elif ACTIVATION == "gelu":
+        size, _, tail = _normal_tail(h)
+        return tl.where(h > 0, h, 0.0) - size * tail
+    else:
+        # h / 2 · (1 + tanh(u)) is h · sigmoid(2u), without an exponential that overflows.
+        return h * tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * h * h))
 
 
 @triton.jit
-def gelu_bwd(h, dact):
+def activate_bwd(h, dact, ACTIVATION: tl.constexpr):
     """Return the gradient of h, and the activation once more."""
-    square = h * h
-    s = tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * square))
-    slope = s + h * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
-    return dact * slope, h * s
+    if ACTIVATION == "relu":
+        return tl.where(h <= 0, 0.0, dact), tl.where(h <= 0, 0.0, h)
+    elif ACTIVATION == "gelu":
+        size, bell, tail = _normal_tail(h)
+        signed_size = tl.where(h > 0, size, -size)
+        slope = tl.where(h > 0, 1 - tail, tail) + signed_size * bell * 0.3989422804014327
+        return dact * slope, tl.where(h > 0, h, 0.0) - size * tail
+    else:
+        square = h * h
+        s = tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * square))
+        slope = s + h * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
+        return dact * slope, h * s
+
+
+@triton.jit
+def _normal_tail(h):
+    """Return |h|, exp(-h² / 2) and Q(|h|) for the exact GELU; csrc/activation.h has the formula.
+
+    |h| ends at 20, where the others are 0, so that infinity is not multiplied by 0; NaN stays NaN.
+    """
+    size = tl.where(tl.abs(h) > 20, 20.0, tl.abs(h))
+    bell = tl.exp(-0.5 * size * size)
+    s = 1 / (1 + 0.26 * size)
+    p = 0.25431764 + s * (-0.1541892 + s * 0.030783568)
+    p = 0.16322021 + s * (-0.15420616 + s * p)
+    p = 0.10328538 + s * (0.050047074 + s * p)
+    p = 0.10376126 + s * (0.10298022 + s * p)
+    return size, bell, bell * (s * p)
 
 
 @triton.jit

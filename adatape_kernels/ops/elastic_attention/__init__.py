@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import reference
-from adatape_kernels.offsets import check_examples, check_offsets_tensor
+from adatape_kernels.offsets import as_int32, check_examples, check_offsets_tensor
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
@@ -32,8 +32,8 @@ def elastic_attention(
     Args:
         q, k, v: (rows, num_heads, head_dim), in the layout of `ElasticBatch`; float32, float16,
             bfloat16 or float64; any strides.
-        cu_inputs: (batch + 1,) int32, the bounds of each example's input rows.
-        cu_tapes: (batch + 1,) int32, the bounds of each example's tape rows; starts where
+        cu_inputs: (batch + 1,) int32 or int64, the bounds of each example's input rows.
+        cu_tapes: (batch + 1,) int32 or int64, the bounds of each example's tape rows; starts where
             cu_inputs ends; rows behind its end are unused.
         max_rows: a bound on the rows of one example, if known.
         softmax_scale: factor on the scores; None for 1 / sqrt(head_dim).
@@ -79,6 +79,7 @@ def elastic_attention(
             f"cu_tapes: expected {tuple(cu_inputs.shape)} like cu_inputs, "
             f"got {tuple(cu_tapes.shape)}"
         )
+    cu_inputs, cu_tapes = as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
     out, _ = _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
     return out
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.offsets import INTEGERS, as_int32, limited_to_int32
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_capacity, check_reads
 from adatape_kernels.ops.registration import flop_formula
@@ -30,9 +31,9 @@ def tape_gather(
     Args:
         bank: (bank_size, dim), shared, or (batch, bank_size, dim); float32, float16, bfloat16 or
             float64.
-        indices: (batch, num_tape_tokens, topk) int32 entries of the bank.
+        indices: (batch, num_tape_tokens, topk) int32 or int64 entries of the bank.
         weights: the same shape, float32 (float64 for a float64 bank).
-        counts: (batch,) int32; rows of an example from there on are ignored.
+        counts: (batch,) int32 or int64; rows of an example from there on are ignored.
         capacity: tape rows to return, used or not; None for exactly the used ones, which copies
             their number to the host.
 
@@ -69,9 +70,9 @@ def tape_gather(
             "bank: expected floating-point ([batch,] bank_size, dim), "
             f"got {dtype} {tuple(bank_shape)}"
         )
-    if len(shape) != 3 or indices.dtype != torch.int32:
+    if len(shape) != 3 or indices.dtype not in INTEGERS:
         raise ValueError(
-            "indices: expected int32 (batch, num_tape_tokens, topk), "
+            "indices: expected int32 or int64 (batch, num_tape_tokens, topk), "
             f"got {indices.dtype} {tuple(shape)}"
         )
     batch = shape[0]
@@ -82,15 +83,17 @@ def tape_gather(
             f"weights: expected {wide_dtype(dtype)} {tuple(shape)} like indices, "
             f"got {weights.dtype} {tuple(weights.shape)}"
         )
-    if counts.shape != (batch,) or counts.dtype != torch.int32:
+    if counts.shape != (batch,) or counts.dtype not in INTEGERS:
         raise ValueError(
-            f"counts: expected int32 ({batch},), got {counts.dtype} {tuple(counts.shape)}"
+            f"counts: expected int32 or int64 ({batch},), got {counts.dtype} {tuple(counts.shape)}"
         )
     check_capacity(capacity)
     device = bank.device
     for name, tensor in (("indices", indices), ("weights", weights), ("counts", counts)):
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
+    # Indices of rows that were not read are ignored, so that any number may stand there.
+    indices, counts = limited_to_int32(indices), as_int32("counts", counts)
     return _FORWARD.overload(bank, indices, weights, counts, capacity)
 
 

@@ -11,12 +11,53 @@ Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 // The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
 constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
 
-Vec gelu(Vec x) { return x * sigmoid(kTwiceRoot * (x + kCubic * x * x * x)); }
+struct GeluTanh {
+  static Vec value(Vec x) { return x * sigmoid(kTwiceRoot * (x + kCubic * x * x * x)); }
 
-Vec gelu_slope(Vec x) {
-  const Vec s = sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
-  return s + x * s * (1.0f - s) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
-}
+  static Vec slope(Vec x) {
+    const Vec s = sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
+    return s + x * s * (1.0f - s) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
+  }
+};
+
+// The exact form of GELU, whose formula stands in activation.h.
+struct Gelu {
+  static Vec value(Vec x) {
+    const Vec size = clamp(x > 0.0f ? x : -x);
+    return (x > 0.0f ? x : Vec{}) - size * tail(size, bell(size));
+  }
+
+  static Vec slope(Vec x) {
+    const Vec size = clamp(x > 0.0f ? x : -x), density = bell(size), above = tail(size, density);
+    return (x > 0.0f ? 1.0f - above : above) + (x > 0.0f ? size : -size) * density * kNormalDensity;
+  }
+
+ private:
+  static Vec clamp(Vec size) { return size > kTailEnd ? broadcast(kTailEnd) : size; }
+
+  // Returns exp(-size² / 2).
+  static Vec bell(Vec size) { return exp(-0.5f * size * size); }
+
+  static Vec tail(Vec size, Vec bell) {
+    const Vec s = 1.0f / (1.0f + kTailPlace * size);
+    Vec p = broadcast(kTail8);
+    p = p * s + kTail7;
+    p = p * s + kTail6;
+    p = p * s + kTail5;
+    p = p * s + kTail4;
+    p = p * s + kTail3;
+    p = p * s + kTail2;
+    p = p * s + kTail1;
+    p = p * s + kTail0;
+    return bell * (s * p);
+  }
+};
+
+// NaN stays NaN, and its slope is 1, as in torch.
+struct Relu {
+  static Vec value(Vec x) { return x <= 0.0f ? Vec{} : x; }
+  static Vec slope(Vec x) { return x <= 0.0f ? Vec{} : broadcast(1.0f); }
+};
 
 template <class T>
 // The places of one row in the matrices of the parameters.
@@ -45,8 +86,8 @@ void add_bias(const CpuBiasActParams& p, int64_t first, int64_t count) {
   }
 }
 
-template <class T>
-void gelu_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
+template <class T, class Act>
+void plain_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
@@ -55,17 +96,17 @@ void gelu_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
       }
       // The activation is that of hidden as it is stored, so that the backward, which has nothing
       // else, recomputes the same one.
-      write(row.act + c, gelu(read(row.hidden + c, lanes)), lanes);
+      write(row.act + c, Act::value(read(row.hidden + c, lanes)), lanes);
     });
   }
 }
 
-template <class T>
-void gelu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
+template <class T, class Act>
+void plain_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
-      const Vec slope = gelu_slope(read(row.hidden + c, lanes));
+      const Vec slope = Act::slope(read(row.hidden + c, lanes));
       write(row.dhidden + c, read(row.dact + c, lanes) * slope, lanes);
     });
   }
@@ -98,30 +139,48 @@ void glu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   }
 }
 
+template <class T>
+void forward_of(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  switch (p.activation) {
+    case Activation::kGeluTanh:
+      return plain_forward<T, GeluTanh>(p, first, count);
+    case Activation::kGelu:
+      return plain_forward<T, Gelu>(p, first, count);
+    case Activation::kRelu:
+      return plain_forward<T, Relu>(p, first, count);
+    case Activation::kGlu:
+      return glu_forward<T>(p, first, count);
+  }
+}
+
+template <class T>
+void backward_of(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  switch (p.activation) {
+    case Activation::kGeluTanh:
+      return plain_backward<T, GeluTanh>(p, first, count);
+    case Activation::kGelu:
+      return plain_backward<T, Gelu>(p, first, count);
+    case Activation::kRelu:
+      return plain_backward<T, Relu>(p, first, count);
+    case Activation::kGlu:
+      return glu_backward<T>(p, first, count);
+  }
+}
+
 }  // namespace
 
 void bias(const CpuBiasActParams& p, int64_t first, int64_t count) {
   p.dtype == DType::kFloat ? add_bias<float>(p, first, count) : add_bias<bfloat16>(p, first, count);
 }
 
-void bias_gelu(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? gelu_forward<float>(p, first, count)
-                           : gelu_forward<bfloat16>(p, first, count);
+void bias_act(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  p.dtype == DType::kFloat ? forward_of<float>(p, first, count)
+                           : forward_of<bfloat16>(p, first, count);
 }
 
-void gelu_bwd(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? gelu_backward<float>(p, first, count)
-                           : gelu_backward<bfloat16>(p, first, count);
-}
-
-void bias_glu(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? glu_forward<float>(p, first, count)
-                           : glu_forward<bfloat16>(p, first, count);
-}
-
-void glu_bwd(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? glu_backward<float>(p, first, count)
-                           : glu_backward<bfloat16>(p, first, count);
+void act_bwd(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  p.dtype == DType::kFloat ? backward_of<float>(p, first, count)
+                           : backward_of<bfloat16>(p, first, count);
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "../../activation.h"
 #include "../device.cuh"
 
 namespace adatape::cuda {
@@ -35,15 +36,43 @@ constexpr int kBiasActBlocks = blocks_at_once(kBiasActThreads, kBiasActRegisters
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³). The gate
-// is that sigmoid.
-constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
+// Returns act(x), and sets `slope` to its derivative at x.
+template <Activation A>
+__device__ float activate(float x, float& slope);
 
-__device__ inline float gelu_gate(float x) {
-  return sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
+// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
+template <>
+__device__ inline float activate<Activation::kGeluTanh>(float x, float& slope) {
+  constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
+  const float gate = sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
+  slope = gate + x * gate * (1.0f - gate) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
+  return x * gate;
 }
-__device__ inline float gelu_slope(float x, float gate) {
-  return gate + x * gate * (1.0f - gate) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
+
+// The exact form of GELU, whose formula stands in activation.h.
+template <>
+__device__ inline float activate<Activation::kGelu>(float x, float& slope) {
+  const float size = fabsf(x) > kTailEnd ? kTailEnd : fabsf(x);  // NaN stays NaN
+  const float bell = expf(-0.5f * size * size), s = 1.0f / (1.0f + kTailPlace * size);
+  float p = kTail8;
+  p = p * s + kTail7;
+  p = p * s + kTail6;
+  p = p * s + kTail5;
+  p = p * s + kTail4;
+  p = p * s + kTail3;
+  p = p * s + kTail2;
+  p = p * s + kTail1;
+  p = p * s + kTail0;
+  const float tail = bell * (s * p), signed_size = x > 0.0f ? size : -size;
+  slope = (x > 0.0f ? 1.0f - tail : tail) + signed_size * bell * kNormalDensity;
+  return (x > 0.0f ? x : 0.0f) - size * tail;
+}
+
+// NaN stays NaN, and its slope is 1, as in torch.
+template <>
+__device__ inline float activate<Activation::kRelu>(float x, float& slope) {
+  slope = x <= 0.0f ? 0.0f : 1.0f;
+  return x <= 0.0f ? 0.0f : x;
 }
 
 __device__ inline bool row_in_use(const CudaBiasActParams& p, int64_t row) {
@@ -68,19 +97,20 @@ __device__ Pack<T> add_bias(T* hidden, const Pack<T>& bias, int64_t d, int64_t w
   return stored;
 }
 
-// Adds the bias to hidden, then writes act = gelu(hidden) or, where Gated and hidden = [a, g],
-// act = a · sigmoid(g).
-template <class T, bool Aligned, bool Gated>
+// Adds the bias to hidden, then writes act: the activation of hidden or, for a GLU and
+// hidden = [a, g], a · sigmoid(g).
+template <class T, bool Aligned, Activation A>
 __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
     bias_act_kernel(CudaBiasActParams p) {
   constexpr int kPack = Pack<T>::kSize;
-  const int64_t columns = Gated ? 2 * p.width : p.width;
+  constexpr bool kGated = A == Activation::kGlu;
+  const int64_t columns = kGated ? 2 * p.width : p.width;
   const int64_t d = (int64_t{blockIdx.y} * kWarpSize + threadIdx.x % kWarpSize) * kPack;
   if (d >= p.width) return;
   const T* const bias = static_cast<const T*>(p.bias);
   const Pack<T> b = load_pack<Aligned>(bias, d, p.width);
   Pack<T> gate_b;
-  if constexpr (Gated) gate_b = load_pack<Aligned>(bias + p.width, d, p.width);
+  if constexpr (kGated) gate_b = load_pack<Aligned>(bias + p.width, d, p.width);
   for (int n = threadIdx.x / kWarpSize; n < kBiasActRows; n += kBiasActWarps) {
     const int64_t row = int64_t{blockIdx.x} * kBiasActRows + n;
     if (row >= p.rows) return;
@@ -88,13 +118,16 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
     T* const hidden = static_cast<T*>(p.hidden) + row * columns;
     const Pack<T> h = add_bias<Aligned>(hidden, b, d, p.width, used);
     float act[kPack];
-    if constexpr (Gated) {
+    if constexpr (kGated) {
       const Pack<T> g = add_bias<Aligned>(hidden + p.width, gate_b, d, p.width, used);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) act[i] = to_float(h.x[i]) * sigmoid(to_float(g.x[i]));
     } else {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) act[i] = to_float(h.x[i]) * gelu_gate(to_float(h.x[i]));
+      for (int i = 0; i < kPack; ++i) {
+        float slope;
+        act[i] = activate<A>(to_float(h.x[i]), slope);
+      }
     }
     store_pack<Aligned>(static_cast<T*>(p.act) + row * p.width, d, p.width, act);
   }
@@ -102,10 +135,11 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
 
 // Writes dhidden, given dact and hidden, then act once more, and the sum of dhidden over the
 // block's rows.
-template <class T, bool Aligned, bool Gated>
+template <class T, bool Aligned, Activation A>
 __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
     bias_act_bwd_kernel(CudaBiasActParams p) {
-  constexpr int kPack = Pack<T>::kSize, kGates = Gated ? 2 : 1;
+  constexpr bool kGated = A == Activation::kGlu;
+  constexpr int kPack = Pack<T>::kSize, kGates = kGated ? 2 : 1;
   __shared__ float sums[kBiasActWarps][kWarpSize * kPack];
   const int64_t columns = kGates * p.width;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -120,7 +154,7 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
         load_pack<Aligned>(static_cast<const T*>(p.dact) + row * p.width, d, p.width);
     const Pack<T> h = load_pack<Aligned>(hidden, d, p.width);
     float act[kPack], dh[kPack];
-    if constexpr (Gated) {
+    if constexpr (kGated) {
       const Pack<T> g = load_pack<Aligned>(hidden + p.width, d, p.width);
       float dg[kPack];
 #pragma unroll
@@ -135,9 +169,9 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
     } else {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const float x = to_float(h.x[i]), gate = gelu_gate(x);
-        act[i] = x * gate;
-        dh[i] = to_float(dact.x[i]) * gelu_slope(x, gate);
+        float slope;
+        act[i] = activate<A>(to_float(h.x[i]), slope);
+        dh[i] = to_float(dact.x[i]) * slope;
       }
     }
 #pragma unroll

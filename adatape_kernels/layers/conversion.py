@@ -1,0 +1,125 @@
+"""Taking over torch's layers: what of them ours can compute, and copies of their parameters."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from adatape_kernels.layers.torch_modules import is_bare
+from adatape_kernels.reference import Activation
+
+_GELU: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+"""Our names of the forms of GELU, by torch's argument `approximate`."""
+
+
+def activation_name(activation: Any) -> Activation | None:
+    """Return our name of an activation as torch's layer holds it, or None where we have none."""
+    if isinstance(activation, nn.Module):
+        if not is_bare(activation):
+            return None
+        if type(activation) is nn.GELU:
+            return _GELU[activation.approximate]
+        return "relu" if type(activation) is nn.ReLU else None
+    if isinstance(activation, functools.partial):
+        only_approximate = not activation.args and activation.keywords.keys() == {"approximate"}
+        if activation.func is F.gelu and only_approximate:
+            return _GELU[activation.keywords["approximate"]]
+        return None
+    if activation in (F.relu, torch.relu, "relu"):
+        return "relu"
+    return "gelu" if activation in (F.gelu, "gelu") else None
+
+
+def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
+    """Return in words all that torch's layer has and ours has not."""
+    if type(layer) is not nn.TransformerEncoderLayer:
+        return [f"the class {_class_name(layer)}"]
+    found = [] if is_bare(layer) else [_not_bare("it")]
+    for name, kinds in (
+        ("linear1", (nn.Linear,)),
+        ("linear2", (nn.Linear,)),
+        ("norm1", (nn.LayerNorm,)),
+        ("norm2", (nn.LayerNorm,)),
+        ("dropout", (nn.Dropout, nn.Identity)),
+        ("dropout1", (nn.Dropout, nn.Identity)),
+        ("dropout2", (nn.Dropout, nn.Identity)),
+    ):
+        found += _differences_of_part(name, getattr(layer, name), kinds)
+    for name in ("dropout", "dropout1", "dropout2"):
+        part = getattr(layer, name)
+        if type(part) is nn.Dropout and part.p > 0 and part.training != layer.training:
+            found.append(f"{name}.training = {part.training} in a layer of the other mode")
+    if activation_name(layer.activation) is None:
+        found.append(f"the activation {_activation_text(layer.activation)}")
+    found += [f"self_attn: {each}" for each in differences_of_attention(layer.self_attn)]
+    return found
+
+
+def differences_of_attention(attention: nn.MultiheadAttention) -> list[str]:
+    """Return in words all that torch's attention has and ours has not."""
+    if type(attention) is not nn.MultiheadAttention:
+        return [f"the class {_class_name(attention)}"]
+    found = [] if is_bare(attention) else [_not_bare("it")]
+    out_proj = attention.out_proj
+    found += _differences_of_part(
+        "out_proj", out_proj, (nn.Linear, NonDynamicallyQuantizableLinear)
+    )
+    for name in ("kdim", "vdim"):
+        if getattr(attention, name) != attention.embed_dim:
+            found.append(f"{name} = {getattr(attention, name)}")
+    if attention.bias_k is not None or attention.bias_v is not None:
+        found.append("add_bias_kv = True")
+    if attention.add_zero_attn:
+        found.append("add_zero_attn = True")
+    return found
+
+
+def refuse_unknown(name: str, module: nn.Module, differences: list[str]) -> None:
+    """Raise one ValueError that names all differences, if there are any."""
+    if differences:
+        kind = nn.MultiheadAttention if name == "attention" else nn.TransformerEncoderLayer
+        raise ValueError(
+            f"{name}: expected an nn.{kind.__name__} with nothing that ours does not compute, "
+            f"got {'; '.join(differences)}"
+        )
+
+
+def dropout_rate(module: nn.Module) -> float:
+    """Return the rate of torch's Dropout; an Identity in its place drops nothing."""
+    return module.p if isinstance(module, nn.Dropout) else 0.0
+
+
+def copy_parameters(theirs: nn.Module, ours: nn.Module) -> None:
+    """Give our module copies of the parameters of theirs that have the same names.
+
+    A copy has the dtype and device of the original, and requires a gradient if that does. What
+    theirs has as None, such as a bias, is None here too; what theirs does not have stays.
+    """
+    for path, _ in list(ours.named_parameters()):
+        parent, _, leaf = path.rpartition(".")
+        if parent and not hasattr(theirs, parent.partition(".")[0]):
+            continue
+        value = getattr(theirs.get_submodule(parent), leaf)
+        copy = None if value is None else nn.Parameter(value.detach().clone(), value.requires_grad)
+        setattr(ours.get_submodule(parent), leaf, copy)
+
+
+def _differences_of_part(name: str, part: nn.Module, kinds: tuple[type, ...]) -> list[str]:
+    if type(part) not in kinds:
+        return [f"{name} of class {_class_name(part)}"]
+    return [] if is_bare(part) else [_not_bare(name)]
+
+
+def _not_bare(name: str) -> str:
+    return f"{name} with hooks, a forward of its own, or compiled by itself"
+
+
+def _class_name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _activation_text(activation: Any) -> str:
+    return repr(getattr(activation, "__qualname__", activation))
