@@ -50,7 +50,7 @@ def tape_gather(
     rows beyond the capacity are dropped, which `offsets[-1] > capacity` shows.
 
     Differentiable in bank and weights. Under `torch.compile(fullgraph=True)` without a capacity,
-    torch needs `torch._dynamo.config.capture_dynamic_output_shape_ops = True`.
+    a torch before 2.13 may need `torch._dynamo.config.capture_dynamic_output_shape_ops = True`.
 
     Example:
         >>> import torch, adatape_kernels as ak
