@@ -49,8 +49,7 @@ def tape_gather(
     an index outside the bank moves to the nearest entry, a count into 0 to num_tape_tokens, and
     rows beyond the capacity are dropped, which `offsets[-1] > capacity` shows.
 
-    Differentiable in bank and weights. Under `torch.compile(fullgraph=True)` without a capacity,
-    a torch before 2.13 may need `torch._dynamo.config.capture_dynamic_output_shape_ops = True`.
+    Differentiable in bank and weights.
 
     Example:
         >>> import torch, adatape_kernels as ak
