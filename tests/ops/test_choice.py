@@ -22,7 +22,7 @@ def select(query, keys=None):
 @pytest.mark.parametrize(
     "fallback",
     ["cpp", ["eager", "eager"], ["eager", "cpp"], {"eager"}, {"eager": 1}, 0, 3, iter(["eager"])],
-    ids=str,
+    ids=["itself", "twice", "itself-too", "set", "dict", "zero", "three", "iterator"],
 )
 def test_a_fallback_is_a_list_of_other_names(fallback):
     with refused("fallback", repr(fallback)):
