@@ -26,6 +26,12 @@ PRIVATE_NAMES = (
 )
 """Members of torch._C that the fast path needs."""
 
+SINGLE_LEVEL = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
+"""Whether an autograd function can be applied for one transform of torch.func alone.
+
+From torch 2.14 on `apply` is no Python any more, and starts with the outermost transform always.
+"""
+
 PlainTorch = Callable[[tuple, tuple], Sequence[torch.Tensor | None]]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
 op's results say what has no derivative, such as the indices that were selected."""
@@ -193,7 +199,11 @@ def _attach_fast(
             return below_autograd(keys, args)
         if composed and (function is dual or transforms()):
             return run(*args)
-        return _at_one_level(function, keys, args) if transforms() else function.apply(keys, *args)
+        if not transforms():
+            return function.apply(keys, *args)
+        if not SINGLE_LEVEL:
+            raise NotImplementedError(no_transforms(name))
+        return _at_one_level(function, keys, args)
 
     library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
 
@@ -201,6 +211,14 @@ def _attach_fast(
 def no_tangents(name: str) -> str:
     """Return why an op is refused in forward mode."""
     return f"{name}: expected no dual tensors, as it has no tangents, got one"
+
+
+def no_transforms(name: str) -> str:
+    """Return why an op is refused in a transform that differentiates it."""
+    return (
+        f"{name}: expected torch.autograd, or torch.func on a torch before 2.14, got a transform "
+        f"of torch.func on torch {torch.__version__}"
+    )
 
 
 def _has_tangent(args: tuple) -> bool:

@@ -14,6 +14,23 @@ from adatape_kernels.ops.op import BACKENDS, explain, record
 SMALL = ("select", "gather, capacity", "read, capacity", "attention", "norm")
 
 
+needs_single_level = pytest.mark.skipif(
+    not fast_autograd.SINGLE_LEVEL, reason="this torch applies autograd functions in C++"
+)
+
+
+@pytest.mark.skipif(fast_autograd.SINGLE_LEVEL, reason="this torch has torch.func for our ops")
+def test_a_transform_is_refused_by_name_where_torch_cannot_apply_it():
+    x, ones = torch.ones(3, 4), torch.ones(4)
+
+    def normed(x):
+        _, out = ak.ops.add_layer_norm(x, x, ones, ones)
+        return out.sum()
+
+    with pytest.raises(NotImplementedError, match=r"add_layer_norm: expected .*, got"):
+        torch.func.grad(normed)(x)
+
+
 def backends():
     reasons = explain("tape_select", "cpu", torch.float32)
     return [backend for backend in BACKENDS if reasons[backend] == "serves"]
@@ -32,6 +49,7 @@ def test_tangents_pass_torch_s_check(name):
     )
 
 
+@needs_single_level
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("name", NAMES)
 def test_every_backend_has_tangents_beside_its_own_results(name, backend):
@@ -65,6 +83,7 @@ def test_a_level_without_dual_tensors_changes_nothing():
         assert torch.equal(torch.autograd.grad(scalar(function(q, *args[1:])), q)[0], expected[0])
 
 
+@needs_single_level
 @pytest.mark.parametrize("name", NAMES)
 def test_grad_and_vjp_are_autograd_s_own(name):
     function, args = case(name, torch.float32)
@@ -77,6 +96,7 @@ def test_grad_and_vjp_are_autograd_s_own(name):
         assert torch.equal(found, exact) and torch.equal(pulled, exact)
 
 
+@needs_single_level
 @pytest.mark.parametrize("name", SMALL)
 def test_jacobians_and_hessians_agree_in_every_order(name):
     function, (first, *rest) = case(name)
@@ -133,6 +153,7 @@ def test_vmap_over_nothing_is_refused():
         vmap(lambda x: ak.ops.add_layer_norm(x, x, torch.ones(3), torch.ones(3)))(x)
 
 
+@needs_single_level
 def test_per_sample_gradients_of_a_padded_batch():
     layer = ak.layers.ElasticEncoderLayer(8, 2, 16, 4)
     parameters = dict(layer.named_parameters())
@@ -149,6 +170,7 @@ def test_per_sample_gradients_of_a_padded_batch():
             assert_close(actual[name][i], exact, 1e-5)
 
 
+@needs_single_level
 def test_per_sample_gradients_of_a_model_with_a_capacity():
     model = ak.models.adatape_vit(
         *("Ti/4",),
