@@ -1,5 +1,13 @@
+import contextlib
 import os
+import sys
 from importlib.util import find_spec
+
+# Torch's compiler imports setuptools, which must come before anybody imports distutils, as a test
+# without Python's usual finders may do.
+if "distutils" not in sys.modules:
+    with contextlib.suppress(ImportError):
+        import setuptools  # noqa: F401
 
 # Torch keeps compiled backwards between runs, by a key in which an op's own backward and its schema
 # are not: a test would run what the code was before. Torch reads this when it is imported.
