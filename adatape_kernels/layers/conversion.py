@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adatape_kernels.layers.torch_modules import is_bare
-from adatape_kernels.reference import Activation
+from adatape_kernels.op_types import Activation
 
 _GELU: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
 """Our names of the forms of GELU, by torch's argument `approximate`."""

@@ -19,7 +19,7 @@ from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.reader import TapeReader
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
-from adatape_kernels.reference import Activation, TapeSelection
+from adatape_kernels.op_types import Activation, TapeSelection
 
 
 class ElasticEncoderLayer(DualFFN):

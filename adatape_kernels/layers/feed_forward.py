@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from adatape_kernels import ops
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
+from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn import check_activation
-from adatape_kernels.reference import FFN, Activation, activate
+from adatape_kernels.reference import activate
 
 
 class DualFFN(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adatape_kernels import ops
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
-from adatape_kernels.reference import LossType, TapeSelection
+from adatape_kernels.op_types import LossType, TapeSelection
 
 QueryType = Literal["token", "gap"]
 """What a read looks for: the class token, or the mean over the example's rows."""

@@ -8,8 +8,8 @@ from typing import Literal, TypedDict
 
 from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import QueryType
+from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.reading_checks import MAX_TOPK
-from adatape_kernels.reference import LossType
 
 BankKind = Literal["input", "learn"]
 """Where a bank comes from: from the example itself, or from parameters."""

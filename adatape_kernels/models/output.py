@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adatape_kernels.reference import TapeSelection
+from adatape_kernels.op_types import TapeSelection
 
 
 @dataclass

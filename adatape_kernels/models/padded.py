@@ -19,7 +19,7 @@ from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
-from adatape_kernels.reference import TapeSelection
+from adatape_kernels.op_types import TapeSelection
 
 
 class ElasticModel(Protocol):

@@ -1,5 +1,6 @@
 """The ops, a room each: `torch.ops.adatape.*` with fakes, autograd and several backends."""
 
+from adatape_kernels.op_types import FFN, TapeSelection
 from adatape_kernels.ops.add_layer_norm import add_layer_norm
 from adatape_kernels.ops.dual_ffn import dual_ffn
 from adatape_kernels.ops.dual_ffn.products import FFN_PRODUCTS, ffn_products
@@ -7,7 +8,6 @@ from adatape_kernels.ops.elastic_attention import elastic_attention
 from adatape_kernels.ops.tape_gather import tape_gather
 from adatape_kernels.ops.tape_read import tape_read
 from adatape_kernels.ops.tape_select import tape_select
-from adatape_kernels.reference import FFN, TapeSelection
 
 __all__ = [
     "FFN",

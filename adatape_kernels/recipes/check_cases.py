@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adatape_kernels import ops
 from adatape_kernels.offsets import cumulative
+from adatape_kernels.op_types import ACTIVATIONS, Activation
 from adatape_kernels.ops import FFN
-from adatape_kernels.reference import ACTIVATIONS, Activation
 
 Results = tuple[Sequence[Tensor], Sequence[Tensor]]
 """Differentiable results, and those that must be equal."""

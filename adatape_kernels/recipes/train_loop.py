@@ -22,8 +22,8 @@ from torch.optim import AdamW, Optimizer
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
 from adatape_kernels.models.config import check_integer, check_number
+from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.reference import TapeSelection
 
 Augment = Callable[[Tensor, Generator], Tensor]
 """Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""

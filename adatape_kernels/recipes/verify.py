@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adatape_kernels import ops, scenic
 from adatape_kernels.layers import NORM_EPS
+from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.ops.op import NotServed, Ran, record
-from adatape_kernels.reference import TapeSelection
 
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4

@@ -35,8 +35,8 @@ from adatape_kernels.benchmarks.ops.dense_vit import DenseViT
 from adatape_kernels.benchmarks.ops.reading_peers import BANKS, BankKind, loop
 from adatape_kernels.layers import TapeReader
 from adatape_kernels.models import AdaTapeViT, adatape_vit
+from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes import measure
-from adatape_kernels.reference import TapeSelection
 
 CLASSES, PIXELS = 1000, 224
 GRADIENT_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.3}

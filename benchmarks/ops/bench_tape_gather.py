@@ -29,7 +29,7 @@ from adatape_kernels.benchmarks.harness.suites import (
 )
 from adatape_kernels.benchmarks.ops import reading_peers
 from adatape_kernels.benchmarks.ops.reading_peers import BankKind, padded_gather
-from adatape_kernels.reference import wide_dtype
+from adatape_kernels.op_types import wide_dtype
 
 
 class GatherShape(NamedTuple):

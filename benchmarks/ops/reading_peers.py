@@ -21,7 +21,7 @@ from adatape_kernels.benchmarks.harness.cases import (
     with_backend,
 )
 from adatape_kernels.models.padded import batched_topk_select
-from adatape_kernels.reference import TapeSelection, wide_dtype
+from adatape_kernels.op_types import TapeSelection, wide_dtype
 
 BANKS = ("input", "learn")
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from adatape_kernels.reference import wide_dtype
+from adatape_kernels.op_types import wide_dtype
 
 COUNTS = [3, 0, 4, 1]
 

@@ -12,9 +12,9 @@ from ffn_cases import by_reference, double, gradients, inputs, not_served
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels import reference
+from adatape_kernels.op_types import ACTIVATIONS
 from adatape_kernels.ops import FFN, dual_ffn
 from adatape_kernels.ops.op import current_backend, operation
-from adatape_kernels.reference import ACTIVATIONS
 
 OP = "dual_ffn"
 pytestmark = [

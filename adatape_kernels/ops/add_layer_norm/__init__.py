@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels.op_types import wide_dtype
 from adatape_kernels.ops.add_layer_norm import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
-from adatape_kernels.reference import wide_dtype
 
 
 def add_layer_norm(

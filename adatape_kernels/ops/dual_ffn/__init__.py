@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels.op_types import ACTIVATIONS, FFN, Activation
 from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
 from adatape_kernels.ops.dual_ffn.products import chosen, chosen_products
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
-from adatape_kernels.reference import ACTIVATIONS, FFN, Activation
 
 
 def dual_ffn(

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn.parameters import as_ffns
 from adatape_kernels.ops.implementation import implementation
-from adatape_kernels.reference import FFN, Activation
 
 
 def _row_counts(inputs: int, tapes: int, bounds: Tensor | None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import Tensor
 
-from adatape_kernels.reference import FFN
+from adatape_kernels.op_types import FFN
 
 Parameters = tuple[Tensor | None, ...]
 

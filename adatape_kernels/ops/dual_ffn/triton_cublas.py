@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adatape_kernels.op_types import FFN
 from adatape_kernels.ops.dual_ffn.parameters import Parameters, as_ffns
 from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK, activate, activate_bwd, glu_bwd
 from adatape_kernels.ops.triton_runtime import launch, tl, triton
-from adatape_kernels.reference import FFN
 
 
 @triton.jit

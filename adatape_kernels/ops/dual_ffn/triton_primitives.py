@@ -8,7 +8,7 @@ CHUNK = 128
 
 @triton.jit
 def activate(h, ACTIVATION: tl.constexpr):
-    """Return the activation that has this name in `reference.ACTIVATIONS`."""
+    """Return the activation that has this name in `op_types.ACTIVATIONS`."""
     if ACTIVATION == "relu":
         return tl.where(h <= 0, 0.0, h)  # NaN stays NaN
     elif ACTIVATION == "gelu":

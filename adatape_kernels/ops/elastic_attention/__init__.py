@@ -10,11 +10,11 @@ from torch import Tensor
 
 from adatape_kernels import reference
 from adatape_kernels.offsets import as_int32, check_examples, check_offsets_tensor
+from adatape_kernels.op_types import wide_dtype
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
-from adatape_kernels.reference import wide_dtype
 
 
 def elastic_attention(

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from adatape_kernels import reference
 from adatape_kernels.offsets import INTEGERS, as_int32, limited_to_int32
+from adatape_kernels.op_types import wide_dtype
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_capacity, check_reads
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.ops.tape_gather import compiled, eager, triton_backward, triton_forward
-from adatape_kernels.reference import wide_dtype
 
 
 def tape_gather(

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adatape_kernels.op_types import LossType, TapeSelection
 from adatape_kernels.ops.fast_autograd import transforms_active
 from adatape_kernels.ops.op import Composition
 from adatape_kernels.ops.reading_checks import check_capacity, check_selection
 from adatape_kernels.ops.registration import flop_formula
-from adatape_kernels.reference import LossType, TapeSelection
 
 
 def tape_read(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.op_types import LossType, TapeSelection, wide_dtype
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_bank_lens, check_selection
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.ops.tape_select import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
-from adatape_kernels.reference import LossType, TapeSelection, wide_dtype
 
 
 def tape_select(

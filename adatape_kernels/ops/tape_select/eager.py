@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.implementation import implementation
 from adatape_kernels.ops.reading_checks import check_bank_lens
-from adatape_kernels.reference import LossType
 
 
 @implementation(checks_values=True)

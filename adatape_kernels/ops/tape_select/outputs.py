@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adatape_kernels.reference import wide_dtype
+from adatape_kernels.op_types import wide_dtype
 
 
 class SelectOutputs(NamedTuple):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
 from adatape_kernels.ops.tape_select.triton_primitives import softmax
 from adatape_kernels.ops.triton_runtime import (
@@ -13,7 +14,6 @@ from adatape_kernels.ops.triton_runtime import (
     tl,
     triton,
 )
-from adatape_kernels.reference import LossType
 
 
 @triton.jit
