@@ -1,20 +1,18 @@
 """CIFAR-10 in its published formats: the binary batches and the "python" (pickled) ones.
 
-A pickle can run any code when it is loaded. The python batches are therefore read by an unpickler
-that builds numbers, bytes, lists and dictionaries only. For a numpy array it keeps the arguments
-that numpy would have been called with, and calls nothing. Any other class or function that the
-file names is refused.
+A pickle can run any code when it is loaded by Python. `pickled_batch` reads it instead, which knows
+only what such a batch holds.
 """
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adatape_kernels.data.idx import CLASSES, check_labels
 from adatape_kernels.data.image_set import ImageSet
+from adatape_kernels.data.pickled_batch import PickledArray, parse_batch
+from adatape_kernels.data.printable import printable
 
 SHAPE = (3, 32, 32)
 CLASS_NAMES = (
@@ -31,6 +29,9 @@ CLASS_NAMES = (
 )
 
 _PIXELS = 3 * 32 * 32
+# A batch has 31 MB; a file of all batches in one, written with escapes, would still fit.
+_MOST_BYTES = 1 << 29
+_MOST_SHOWN = 200
 _TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 _TEST = "test_batch"
 
@@ -77,7 +78,7 @@ def read_binary(file: Path) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the file is cut, or a label is out of range.
     """
-    data = file.read_bytes()
+    data = _content(file)
     if not data or len(data) % (_PIXELS + 1):
         raise ValueError(
             f"{file}: expected whole records of {_PIXELS + 1} bytes, got {len(data)} bytes"
@@ -94,32 +95,28 @@ def read_python(file: Path) -> tuple[Tensor, Tensor]:
         ValueError: the file is cut, holds anything but the published dictionary, or a label is
             out of range.
     """
-    with file.open("rb") as stream:
-        try:
-            batch = _InertUnpickler(stream, encoding="bytes").load()
-            pixels, labels = batch[b"data"].content(), batch[b"labels"]
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{file}: expected a CIFAR-10 batch, got {_line(error)}") from None
-        # A cut or made-up pickle makes the unpickler's operations fail in any of these ways.
-        except (
-            EOFError,
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            MemoryError,
-            OverflowError,
-            RecursionError,
-        ) as error:
-            raise ValueError(
-                f"{file}: expected a CIFAR-10 batch, got {type(error).__name__}: {_line(error)}"
-            ) from None
+    content = _content(file)
+    try:
+        batch = parse_batch(content)
+        for name in ("data", "labels"):
+            if name not in batch:
+                raise ValueError(f"no entry {name!r}")
+        if not isinstance(batch["data"], PickledArray):
+            raise ValueError("data that is not an array of unsigned bytes")
+        shape, pixels = batch["data"].pixels()
+    except ValueError as error:
+        reason = printable(error, _MOST_SHOWN)
+        raise ValueError(f"{file}: expected a CIFAR-10 batch, got {reason}") from None
+    labels = batch["labels"]
     if not (isinstance(labels, list) and all(type(label) is int for label in labels)):
         raise ValueError(f"{file}: expected a list of integers as labels, got something else")
     if not labels or len(pixels) != len(labels) * _PIXELS:
         raise ValueError(
             f"{file}: expected {_PIXELS} bytes for each of {len(labels)} labels, got {len(pixels)}"
+        )
+    if shape not in ((len(labels), _PIXELS), (len(labels), *SHAPE)):
+        raise ValueError(
+            f"{file}: expected data of shape {(len(labels), _PIXELS)}, got {printable(shape, 80)}"
         )
     if min(labels) < 0 or max(labels) >= CLASSES:
         wrong = next(label for label in labels if not 0 <= label < CLASSES)
@@ -128,54 +125,10 @@ def read_python(file: Path) -> tuple[Tensor, Tensor]:
     return images, torch.tensor(labels)
 
 
-class _InertUnpickler(pickle.Unpickler):
-    """Builds plain containers, and stand-ins for numpy arrays; refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for one of the three names of numpy that a batch uses."""
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _ArrayStandIn
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return _DtypeStandIn
-        raise pickle.UnpicklingError(f"the forbidden name {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Refuse references to objects outside the file."""
-        raise pickle.UnpicklingError("a reference to an object outside the file")
-
-
-class _DtypeStandIn:
-    """Stands for a numpy.dtype, and for the class numpy.ndarray where it is an argument."""
-
-    __slots__ = ("code",)
-
-    def __init__(self, code: object = None, *rest: object):
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        """Ignore byte order and flags, which do not matter to single bytes."""
-
-
-class _ArrayStandIn:
-    """Stands for an array; holds the state that numpy would have rebuilt it from."""
-
-    __slots__ = ("state",)
-
-    def __init__(self, *arguments: object):
-        self.state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        """Keep the state: version, shape, dtype, whether it is in column-major order, bytes."""
-        self.state = state
-
-    def content(self) -> bytes:
-        """Return the bytes of a uint8 array in row-major order; raise ValueError for others."""
-        match self.state:
-            case (int(), tuple(), _DtypeStandIn(code=b"u1" | "u1"), False | 0, bytes() as content):
-                return content
-        raise ValueError("data that is not an array of unsigned bytes")
-
-
-def _line(error: Exception) -> str:
-    """Return an error's first line; an end of file has none."""
-    return (str(error).splitlines() or ["a cut file"])[0]
+def _content(file: Path) -> bytes:
+    """Return a file's bytes, if they are no more than a batch may have."""
+    size = file.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"{file}: expected at most {_MOST_BYTES} bytes, got {size}")
+    with file.open("rb") as stream:
+        return stream.read(size)

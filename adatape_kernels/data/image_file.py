@@ -1,6 +1,8 @@
 """One image file as a square of pixels: which formats, which modes, and what a damaged one says."""
 
 import stat
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
 GROUND = (255, 255, 255)
 """The colour, white, that transparent pixels are laid over."""
 
+MOST_PIXELS = 1 << 26
+"""Most pixels that are decoded of an image: 8,192 by 8,192, which take about 1 GiB meanwhile.
+
+A JPEG is decoded at up to an eighth of its sides, as far as the wanted size allows, and may have 64
+times as many; Pillow's own limit, of 179 million unless it was changed, holds for those.
+"""
+MOST_FILE_BYTES = 1 << 29
+"""Most bytes that an image file may have; some decoders read it as a whole."""
+
+# Python's filters of warnings belong to the process, whose threads change them one at a time.
+_filters = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _ORIENTATION = 0x0112
 # PNG states the transparent grey in the depth of the file; Pillow spreads the pixels to 0 to 255.
@@ -35,12 +48,18 @@ def decode(file: Path, size: int) -> Tensor:
     image_module, image_ops = pillow()
     name = printable(file)
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
             # To open a pipe would wait for a writer, and a device may do anything.
             raise ValueError("no regular file")
-        # Only these decoders run, whatever format a file claims to have.
-        with image_module.open(file, formats=_formats(image_module)) as image:
+        if status.st_size > MOST_FILE_BYTES:
+            raise ValueError(f"{status.st_size} bytes, more than {MOST_FILE_BYTES}")
+        with _opened(file) as image:
             image.draft("RGB", (size, size))
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(
+                    f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all"
+                )
             raw_mode = _raw_mode(image)
             image.load()
             upright = to_rgb(image, raw_mode)
@@ -64,6 +83,16 @@ def decode(file: Path, size: int) -> Tensor:
             f"{name}: expected a whole JPEG or PNG image (or WebP or BMP), "
             f"got {printable(reason.splitlines()[0], 200)}"
         ) from None
+
+
+def _opened(file: Path) -> Any:
+    """Open an image without decoding it."""
+    image_module, _ = pillow()
+    with _filters, warnings.catch_warnings():
+        # Pillow warns of images that it still opens; what is decoded of them has a limit here.
+        warnings.simplefilter("ignore", image_module.DecompressionBombWarning)
+        # Only these decoders run, whatever format a file claims to have.
+        return image_module.open(file, formats=_formats(image_module))
 
 
 def to_rgb(image: Any, raw_mode: str = "") -> Any:
