@@ -1,32 +1,35 @@
 """Parameters of the public JAX code (google-research/scenic, projects/adatape) in our models.
 
 Scenic's tree of parameters is given flattened, with names such as `params/a/b/c`, and its
-configuration as JSON (SPEC 10). `parameter_map` states for each of scenic's parameters which of our
-parameters it fills and how its axes are rearranged.
+configuration as JSON (SPEC 10), which `model_config` translates. `parameter_map` states for each of
+scenic's parameters which of our parameters it fills and how its axes are rearranged.
 """
 
+import contextlib
 import json
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adatape_kernels.elastic import Pooling
-from adatape_kernels.layers import QueryType, TapeReader
+from adatape_kernels.data.npz_file import NpzFile, UnreadableFile
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models import (
     AdaTape,
+    AdaTapeConfig,
     AdaTapeParity,
     AdaTapeParityConfig,
     AdaTapeViT,
     AdaTapeViTConfig,
 )
+from adatape_kernels.models.scenic_config import model_config
 
-_POOLINGS = {"token": "token", "gap": "mean", "gmp": "max", "gsp": "sum"}
+_MOST_CONFIG_BYTES = 1 << 20
+_SHOWN = 300
 
 
 class Target(NamedTuple):
@@ -44,68 +47,13 @@ class Target(NamedTuple):
         tensor = tensors[self.key]
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
-
-def model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
-    """Translate scenic's configuration into ours.
-
-    Args:
-        config: entries by the names of SPEC 10.
-
-    Raises:
-        ValueError: an entry is missing or has a value that is not offered here.
-
-    Source: SPEC 9 and 10.
-    """
-    try:
-        halting = config["dynamic_tape_length"]
-        if halting["num_token_per_step"] != 1:
-            raise ValueError(
-                "config: expected num_token_per_step 1 (SPEC 9), "
-                f"got {halting['num_token_per_step']}"
-            )
-        if -1 in config["add_tape_token_to_layers"]:
-            raise ValueError("config: expected layers from 0 on (SPEC 9), got -1")
-        if not config["bank_norm"]:
-            raise ValueError("config: expected bank_norm true, got false")
-        if config["classifier"] not in _POOLINGS:
-            raise ValueError(
-                f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
-            )
-        shared: dict[str, Any] = {
-            "num_classes": config["num_classes"],
-            "dim": config["hidden_size"],
-            "depth": config["num_layers"],
-            "num_heads": config["num_heads"],
-            "ffn_dim": config["mlp_dim"],
-            "tape_ffn_dim": config["enc_tt_mlp_dim"],
-            "bank": cast(Literal["input", "learn"], config["bank_type"]),
-            "bank_size": config["tape_bank_size"],
-            "num_tape_tokens": config["num_tape_tokens"],
-            "topk": int(config["num_tape_tokens"] // halting["act_epsilon"]),
-            "halt_threshold": float(halting["act_epsilon"]),
-            "key_split": config["split_tt"],
-            "average_query": halting["complex_query"],
-            "loss_type": halting["act_loss_type"],
-            "query": cast(QueryType, config["query_type"]),
-            "read_layers": tuple(config["add_tape_token_to_layers"]),
-            "tape_mlp_dim": config["tt_mlp_dim"],
-            "pooling": cast(Pooling, _POOLINGS[config["classifier"]]),
-            "ponder_weight": halting["act_loss_weight"],
-            "query_noise": halting["query_noise"],
-            "bank_dropout": halting["bernoulli_p"],
-        }
-        if config["kind"] == "adatape_vit":
-            return AdaTapeViTConfig(
-                **shared,
-                image_size=config["image"],
-                patch_size=config["patch"],
-                bank_patch_size=config["patch_bank_size"],
-            )
-        if config["kind"] == "adatape_parity":
-            return AdaTapeParityConfig(**shared, seq_len=config["seq_len"])
-    except KeyError as error:
-        raise ValueError(f"config: expected an entry {error}, got none") from None
-    raise ValueError(f"config: expected kind adatape_vit or adatape_parity, got {config['kind']!r}")
+    def shape(self, theirs: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the shape that one of scenic's arrays has here, or None where it fits nothing."""
+        try:
+            # A single number seen as an array of any shape takes no memory.
+            return self.convert(np.broadcast_to(np.float32(0), theirs)).shape
+        except (ValueError, IndexError, TypeError):
+            return None
 
 
 def load(params: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdaTape:
@@ -138,24 +86,66 @@ def load(params: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdaTape
         >>> bool(((model(images).logits - torch.tensor(arrays["logits"])).abs() < 1e-4).all())
         True
     """
-    try:
-        model = _build(model_config(config))
-    except TypeError as error:
-        raise ValueError(f"config: expected entries of SPEC 10's types, got: {error}") from None
-    params = {name.removeprefix("params/"): array for name, array in params.items()}
-    targets, state = parameter_map(model), model.state_dict()
-    for name in params.keys() ^ targets.keys():
-        expected, got = ("one", "none") if name in targets else ("none", "one")
-        raise ValueError(f"params: expected {expected} named {name!r} for this config, got {got}")
+    ours_config = model_config(config)
+    targets = check_params(params, ours_config)
+    model = _build(ours_config)
+    state = model.state_dict()
     for name, target in targets.items():
-        ours, theirs = target.of(state), torch.from_numpy(target.convert(params[name]))
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"params: expected {name} to fill {target.key} {tuple(ours.shape)}, "
-                f"got {tuple(theirs.shape)}"
-            )
-        ours.copy_(theirs)
+        array = np.asarray(params[name], dtype=np.float32)
+        target.of(state).copy_(torch.from_numpy(target.convert(array)))
     return model
+
+
+def check_params(
+    params: Mapping[str, np.ndarray], config: AdaTapeViTConfig | AdaTapeParityConfig
+) -> dict[str, Target]:
+    """Compare names, shapes and dtypes of scenic's parameters with a configuration.
+
+    The names are compared before anything is built, and the shapes with a model without memory; of
+    a file the headers are read only.
+
+    Args:
+        params: arrays by name, `a/b/c` or `params/a/b/c`.
+        config: as `model_config` returns it.
+
+    Returns:
+        What each parameter fills, by its name in `params`.
+
+    Raises:
+        ValueError: a parameter is missing, left over, of another shape than the configuration
+            says, or not of floating point.
+
+    Example:
+        >>> import ast, adatape_kernels as ak
+        >>> config = ak.models.adatape_vit("Ti/4", image_size=8, depth=1).config
+        >>> ak.scenic.check_params({}, config)
+        Traceback (most recent call last):
+        ValueError: params: expected one named 'output_projection/kernel' for this config, got none
+    """
+    stored = {name.removeprefix("params/"): name for name in params}
+    targets: dict[str, Target] = {}
+    # What is missing first ends this: a configuration may ask for any number of layers.
+    for name, target in _targets(config):
+        if name not in stored:
+            raise ValueError(f"params: expected one named {name!r} for this config, got none")
+        targets[stored.pop(name)] = target
+    if len(targets) < len(params):
+        name = min(params.keys() - targets.keys())
+        shown = printable(repr(name.removeprefix("params/")), _SHOWN)
+        raise ValueError(f"params: expected none named {shown} for this config, got one")
+    with torch.device("meta"):
+        state = _build(config).state_dict()
+    for name, target in targets.items():
+        array = params.header(name) if isinstance(params, NpzFile) else params[name]
+        ours = target.of(state)
+        if tuple(ours.shape) != target.shape(array.shape):
+            raise ValueError(
+                f"params: expected {name.removeprefix('params/')} to fill {target.key} "
+                f"{tuple(ours.shape)}, got {printable(array.shape, _SHOWN)}"
+            )
+        if array.dtype.kind != "f":
+            raise ValueError(f"params: expected {name} of floating point, got {array.dtype}")
+    return targets
 
 
 def _build(config: AdaTapeViTConfig | AdaTapeParityConfig) -> AdaTape:
@@ -175,16 +165,22 @@ def load_file(path: str | Path) -> AdaTape:
         >>> ak.scenic.load_file("tests/golden/vit_input_token.npz").config.num_tape_tokens
         8
     """
-    arrays = read_npz(path)
-    config = read_config(arrays, path)
-    return load({k: v for k, v in arrays.items() if k.startswith("params/")}, config)
+    with NpzFile(path) as arrays:
+        config = read_config(arrays, path)
+        try:
+            return load(arrays.below("params/"), config)
+        except UnreadableFile:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{printable(path)}: {error}") from None
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Read every array of an .npz file, and unpickle nothing.
 
     Raises:
-        ValueError: the file is missing, cut, no .npz file, or holds pickled objects.
+        ValueError: the file is missing, cut, no .npz file, holds anything but numbers and texts, or
+            more than 256 MiB and 16 times its size.
 
     Example:
         >>> import adatape_kernels as ak
@@ -192,15 +188,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         Traceback (most recent call last):
         ValueError: absent.npz: expected a readable .npz file, got: no such file
     """
-    if not zipfile.is_zipfile(path):
-        reason = "not a zip archive" if Path(path).exists() else "no such file"
-        raise ValueError(f"{path}: expected a readable .npz file, got: {reason}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected a readable .npz file, got: {reason}") from None
+    with NpzFile(path) as file:
+        return dict(file)
 
 
 def read_config(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str, Any]:
@@ -218,12 +207,17 @@ def read_config(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str,
         >>> ak.scenic.read_config({"config": numpy.array('{"num_classes": 10}')}, "model.npz")
         {'num_classes': 10}
     """
-    try:
-        config = json.loads(str(arrays["config"]))
-    except (KeyError, ValueError):
-        config = None
+    config = None
+    if "config" in arrays:
+        stored = arrays.header("config") if isinstance(arrays, NpzFile) else arrays["config"]
+        if stored.dtype.kind == "U" and stored.shape == () and stored.nbytes <= _MOST_CONFIG_BYTES:
+            # Python raises RecursionError over lists in lists in lists.
+            with contextlib.suppress(ValueError, RecursionError):
+                config = json.loads(str(arrays["config"]))
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an entry 'config' with a JSON object, got none")
+        raise ValueError(
+            f"{printable(path)}: expected an entry 'config' with a JSON object, got none"
+        )
     return config
 
 
@@ -236,49 +230,52 @@ def parameter_map(model: AdaTape) -> dict[str, Target]:
         >>> ak.scenic.parameter_map(model)["output_projection/kernel"].key
         'head.weight'
     """
+    return dict(_targets(model.config))
+
+
+def _targets(config: AdaTapeConfig) -> Iterator[tuple[str, Target]]:
+    """Yield what each of scenic's parameters fills, layer after layer."""
+    learned = config.bank == "learn"
     targets = {
         **_dense("output_projection", "head"),
         **_norm("Transformer/encoder_norm", "encoder.norm"),
     }
-    if model.class_token is not None:
+    if config.pooling == "token":
         targets["cls"] = Target("class_token", _same)
-    if isinstance(model, AdaTapeViT):
+    if isinstance(config, AdaTapeViTConfig):
         targets |= _convolution("embedding", "patch_embed")
         targets["posembed_input/pos_embedding"] = Target("position", _same)
-        if model.config.bank == "input":
+        if not learned:
             targets |= _convolution("embedding_bank", "bank_embed")
             targets["posembed_input_bank/pos_embedding"] = Target("bank_position", _same)
     else:
         targets |= _dense("embedding", "sequence_embed")
-    if model.config.bank == "input":
+    if not learned:
         targets |= _dense("pre_bank", "pre_bank")
-    reads = 0
-    for index, (layer, reader) in enumerate(model.encoder.stages()):
-        if reader is not None:
-            targets |= _reader(f"Transformer/AddTapeToken_{reads}", index, reader)
-            reads += 1
-        theirs, ours = f"Transformer/encoderblock_{index}", f"encoder.layers.{index}"
-        targets |= _norm(f"{theirs}/LayerNorm_0", f"{ours}.norm1")
+    yield from targets.items()
+    for read, layer in enumerate(sorted(config.read_layers)):
+        theirs, ours = f"Transformer/AddTapeToken_{read}", f"encoder.readers.{layer}"
+        targets = _norm(f"{theirs}/TapeBank_0/bank_norm", f"{ours}.bank_norm")
+        if learned:
+            targets[f"{theirs}/TapeBank_0/tape_tokens"] = Target(f"{ours}.tape_tokens", _same)
+        if config.tape_mlp_dim:
+            targets |= _dense(f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.tape_mlp.0")
+            targets |= _dense(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.tape_mlp.2")
+        yield from targets.items()
+    first_read = min(config.read_layers, default=config.depth)
+    for layer in range(config.depth):
+        theirs, ours = f"Transformer/encoderblock_{layer}", f"encoder.layers.{layer}"
+        targets = _norm(f"{theirs}/LayerNorm_0", f"{ours}.norm1")
         targets |= _norm(f"{theirs}/LayerNorm_1", f"{ours}.norm2")
-        targets |= _attention(f"{theirs}/MultiHeadDotProductAttention_0", f"{ours}.self_attn")
+        targets |= _attention(
+            f"{theirs}/MultiHeadDotProductAttention_0", f"{ours}.self_attn", config.num_heads
+        )
         targets |= _dense(f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.linear1")
         targets |= _dense(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.linear2")
-        if layer.has_tape_ffn:
+        if config.tape_ffn_dim and layer >= first_read:
             targets |= _dense(f"{theirs}/tape_mlp/Dense_0", f"{ours}.tape_linear1")
             targets |= _dense(f"{theirs}/tape_mlp/Dense_1", f"{ours}.tape_linear2")
-    return targets
-
-
-def _reader(theirs: str, layer: int, reader: TapeReader) -> dict[str, Target]:
-    """Map a read, the norm, learnable bank and feed-forward that it has."""
-    ours = f"encoder.readers.{layer}"
-    targets = _norm(f"{theirs}/TapeBank_0/bank_norm", f"{ours}.bank_norm")
-    if reader.tape_tokens is not None:
-        targets[f"{theirs}/TapeBank_0/tape_tokens"] = Target(f"{ours}.tape_tokens", _same)
-    if reader.tape_mlp is not None:
-        targets |= _dense(f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.tape_mlp.0")
-        targets |= _dense(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.tape_mlp.2")
-    return targets
+        yield from targets.items()
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -309,21 +306,29 @@ def _norm(theirs: str, ours: str) -> dict[str, Target]:
     }
 
 
-def _attention(theirs: str, ours: str) -> dict[str, Target]:
+def _attention(theirs: str, ours: str, num_heads: int) -> dict[str, Target]:
     """Map an attention.
 
     Its kernels of query, key and value are (dim, heads, head_dim), that of the output projection
     is (heads, head_dim, dim).
     """
+
+    def merged(array: np.ndarray, axis: int) -> np.ndarray:
+        """Merge an axis of heads with that of their features, which follows it."""
+        if array.shape[axis] != num_heads:
+            raise ValueError(f"expected {num_heads} heads, got {array.shape[axis]}")
+        shape = (*array.shape[:axis], math.prod(array.shape[axis : axis + 2]))
+        return array.reshape(*shape, *array.shape[axis + 2 :])
+
     targets = {
-        f"{theirs}/out/kernel": Target(
-            f"{ours}.out_proj.weight", lambda k: k.reshape(-1, k.shape[-1]).T
-        ),
+        f"{theirs}/out/kernel": Target(f"{ours}.out_proj.weight", lambda k: merged(k, 0).T),
         f"{theirs}/out/bias": Target(f"{ours}.out_proj.bias", _same),
     }
     for third, name in enumerate(("query", "key", "value")):
         targets[f"{theirs}/{name}/kernel"] = Target(
-            f"{ours}.in_proj_weight", lambda k: k.reshape(len(k), -1).T, third
+            f"{ours}.in_proj_weight", lambda k: merged(k, 1).T, third
         )
-        targets[f"{theirs}/{name}/bias"] = Target(f"{ours}.in_proj_bias", np.ravel, third)
+        targets[f"{theirs}/{name}/bias"] = Target(
+            f"{ours}.in_proj_bias", lambda b: merged(b, 0), third
+        )
     return targets

@@ -15,7 +15,10 @@ from adatape_kernels.cli.options import (
     check_device,
     chosen_backend,
 )
+from adatape_kernels.data.printable import printable
 from adatape_kernels.ops import triton_runtime
+from adatape_kernels.ops.op import NotServed
+from adatape_kernels.recipes.terminal import say
 
 
 def add(commands: Any) -> None:
@@ -49,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         for file in files:
             try:
                 report = verify_file(file, device)
-            except ValueError as error:
-                print(error, file=sys.stderr)
+            except (ValueError, NotServed) as error:
+                # What a backend does not serve is not told with a file's name.
+                say(str(error) if isinstance(error, ValueError) else f"{printable(file)}: {error}")
                 code = EXIT_UNREADABLE
                 continue
             print("\n".join(report.lines()))

@@ -16,14 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adatape_kernels import ops, scenic
+from adatape_kernels.data.npz_file import NpzFile, UnreadableFile
+from adatape_kernels.data.printable import printable
 from adatape_kernels.layers import NORM_EPS
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.ops.op import NotServed, Ran, record
+from adatape_kernels.recipes.golden_file import check_model, check_read
 
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 ZERO_TOLERANCE = 1e-5
 LOSS_WEIGHT = 0.1
+
+_MOST_SHOWN = 300
+_FAULTS = (
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class FileReport:
         """Return the report as text, a line for each output and gradient."""
         agree = "agree" if self.counts_agree else "DIFFER"
         verdict = "ok" if self.passed else "FAILED"
-        lines = [f"{self.path}: {verdict}, counts {agree}, {self.served}"]
+        lines = [f"{printable(self.path)}: {verdict}, counts {agree}, {self.served}"]
         width = max(len(c.name) for c in self.comparisons)
         for c in self.comparisons:
             kind = "abs" if c.absolute else "rel"
@@ -86,21 +100,23 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
         device: where to compute. On a GPU without TF32, whose noise would change what is read.
 
     Raises:
-        ValueError: the file cannot be read, or lacks an entry.
+        ValueError: the file cannot be read, lacks an entry, or has one of another shape or type.
     """
     path = Path(path)
-    arrays = scenic.read_npz(path)
-    config = scenic.read_config(arrays, path)
     try:
-        check = _verify_read if config["kind"] == "tape_read" else _verify_model
-        with torch.device(device), _without_tf32(), record() as ran:
-            counts_agree, comparisons = check(arrays, config)
+        with NpzFile(path) as arrays:
+            config = scenic.read_config(arrays, path)
+            check = _verify_read if config["kind"] == "tape_read" else _verify_model
+            with torch.device(device), _without_tf32(), record() as ran:
+                counts_agree, comparisons = check(arrays, config)
+    except (UnreadableFile, NotServed):
+        raise  # the one names the file, and to the other the file is not to blame
     except KeyError as error:
-        raise ValueError(f"{path}: expected an entry {error}, got none") from None
-    except NotServed:
-        raise  # the file is not to blame
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{printable(path)}: expected an entry {error}, got none") from None
+    # Sizes are checked before; what a file still brings about is one line, as the next file waits.
+    except _FAULTS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{printable(path)}: {printable(reason, _MOST_SHOWN)}") from None
     return FileReport(path, counts_agree, tuple(comparisons), tuple(ran))
 
 
@@ -117,10 +133,9 @@ def _without_tf32() -> Iterator[None]:
             setting.allow_tf32 = value
 
 
-def _verify_read(
-    arrays: Mapping[str, np.ndarray], config: Mapping
-) -> tuple[bool, list[Comparison]]:
+def _verify_read(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, list[Comparison]]:
     """Check one read: norm, selection and gathering."""
+    check_read(arrays, config)
     bank_name = "params/tape_tokens" if config["bank_type"] == "learn" else "bank"
     names = ("query", bank_name, "params/bank_norm/scale", "params/bank_norm/bias")
     leaves = {name: _leaf(arrays[name]) for name in names}
@@ -152,12 +167,10 @@ def _verify_read(
     return np.array_equal(selection.counts.cpu().numpy(), arrays["n_read"]), comparisons
 
 
-def _verify_model(
-    arrays: Mapping[str, np.ndarray], config: Mapping
-) -> tuple[bool, list[Comparison]]:
+def _verify_model(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, list[Comparison]]:
     """Check a whole model, whose images are NHWC."""
-    params = {name: array for name, array in arrays.items() if name.startswith("params/")}
-    model = scenic.load(params, config).to(torch.get_default_device()).eval()
+    check_model(arrays, scenic.model_config(config))
+    model = scenic.load(arrays.below("params/"), config).to(torch.get_default_device()).eval()
     inputs = _leaf(arrays["inputs"])
     output = model(inputs.permute(0, 3, 1, 2) if inputs.dim() == 4 else inputs)
     objective = (output.logits * torch.tensor(arrays["cotangent_logits"])).sum()
@@ -179,12 +192,13 @@ def _verify_model(
 
 
 def _counts_agree(reads: tuple[TapeSelection, ...], mask: np.ndarray) -> bool:
-    """Compare the counts of each read with the mask's blocks, which follow the input positions."""
+    """Compare the mask with that of our counts: all inputs, then a block for each read."""
     num_tape_tokens = reads[0].indices.shape[1]
-    blocks = mask[:, mask.shape[1] - num_tape_tokens * len(reads) :]
-    blocks = blocks.reshape(len(mask), len(reads), num_tape_tokens)
-    ours = torch.stack([read.counts for read in reads], 1).cpu().numpy()
-    return np.array_equal(ours, blocks.sum(2))
+    inputs = mask.shape[1] - num_tape_tokens * len(reads)
+    counts = torch.stack([read.counts for read in reads], 1).cpu()
+    exists = torch.arange(num_tape_tokens, device="cpu") < counts.unsqueeze(2)
+    ours = F.pad(exists.flatten(1).float(), (inputs, 0), value=1.0)
+    return np.array_equal(ours.numpy(), mask)
 
 
 def _leaf(array: np.ndarray) -> Tensor:
@@ -192,16 +206,20 @@ def _leaf(array: np.ndarray) -> Tensor:
 
 
 def _compare(name: str, ours: Tensor, theirs: np.ndarray, tolerance: float) -> Comparison:
-    difference = np.abs(ours.detach().cpu().numpy() - theirs).max(initial=0.0)
-    scale = np.abs(theirs).max(initial=0.0)
-    if scale == 0:
-        return Comparison(name, float(difference), ZERO_TOLERANCE, absolute=True)
-    return Comparison(name, float(difference / scale), tolerance)
+    if tuple(ours.shape) != theirs.shape:
+        raise ValueError(f"{name}: expected {tuple(ours.shape)}, got {theirs.shape}")
+    with np.errstate(all="ignore"):  # NaN and infinity are over every tolerance
+        difference = np.abs(ours.detach().cpu().numpy() - theirs).max(initial=0.0)
+        scale = np.abs(theirs).max(initial=0.0)
+        if scale == 0:
+            return Comparison(name, float(difference), ZERO_TOLERANCE, absolute=True)
+        return Comparison(name, float(difference / scale), tolerance)
 
 
 def _compare_gradient(name: str, ours: Tensor | None, theirs: np.ndarray) -> Comparison:
     ours = torch.zeros(theirs.shape) if ours is None else ours
     if name.endswith("key/bias"):
         # Softmax does not see a bias of the keys: the exact gradient is 0, the rest is rounding.
-        return Comparison(name, float(ours.abs().max()), ZERO_TOLERANCE, absolute=True)
+        largest = torch.stack([ours.abs().max().cpu(), torch.tensor(theirs).abs().max().cpu()])
+        return Comparison(name, float(largest.max()), ZERO_TOLERANCE, absolute=True)
     return _compare(name, ours, theirs, GRADIENT_TOLERANCE)

@@ -1,0 +1,105 @@
+"""The configuration of the public JAX code's models (google-research/scenic) as one of ours.
+
+It comes from a file that anyone may have written: every entry may be missing, or of any type.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from adatape_kernels.elastic import Pooling
+from adatape_kernels.layers import QueryType
+from adatape_kernels.models.config import MOST_TOKENS, check_integer, check_number
+from adatape_kernels.models.parity import AdaTapeParityConfig
+from adatape_kernels.models.vit import AdaTapeViTConfig
+from adatape_kernels.ops.reading_checks import MAX_TOPK
+
+_POOLINGS = {"token": "token", "gap": "mean", "gmp": "max", "gsp": "sum"}
+_MOST_CHARACTERS = 300
+
+
+def model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
+    """Translate scenic's configuration into ours.
+
+    Args:
+        config: entries by the names of SPEC 10.
+
+    Raises:
+        ValueError: an entry is missing or has a value that is not offered here.
+
+    Source: SPEC 9 and 10.
+    """
+    try:
+        return _model_config(config)
+    except KeyError as error:
+        raise ValueError(f"config: expected an entry {error}, got none") from None
+    except ValueError as error:
+        raise ValueError(str(error)[:_MOST_CHARACTERS]) from None
+    except (TypeError, OverflowError) as error:
+        got = str(error)[:_MOST_CHARACTERS]
+        raise ValueError(f"config: expected entries of SPEC 10's types, got: {got}") from None
+
+
+def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
+    """Translate a configuration, whose entries may be missing or of any type."""
+    halting = config["dynamic_tape_length"]
+    if not isinstance(halting, Mapping):
+        raise ValueError(f"config: expected dynamic_tape_length with entries, got {halting!r}")
+    if halting["num_token_per_step"] != 1:
+        raise ValueError(
+            f"config: expected num_token_per_step 1 (SPEC 9), got {halting['num_token_per_step']!r}"
+        )
+    if -1 in config["add_tape_token_to_layers"]:
+        raise ValueError("config: expected layers from 0 on (SPEC 9), got -1")
+    if config["bank_norm"] is not True:
+        raise ValueError(f"config: expected bank_norm true, got {config['bank_norm']!r}")
+    if config["classifier"] not in _POOLINGS:
+        raise ValueError(
+            f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
+        )
+    shared: dict[str, Any] = {
+        "num_classes": config["num_classes"],
+        "dim": config["hidden_size"],
+        "depth": config["num_layers"],
+        "num_heads": config["num_heads"],
+        "ffn_dim": config["mlp_dim"],
+        "tape_ffn_dim": config["enc_tt_mlp_dim"],
+        "bank": cast(Literal["input", "learn"], config["bank_type"]),
+        "bank_size": config["tape_bank_size"],
+        "num_tape_tokens": config["num_tape_tokens"],
+        "topk": _topk(config["num_tape_tokens"], halting["act_epsilon"]),
+        "halt_threshold": float(halting["act_epsilon"]),
+        "key_split": config["split_tt"],
+        "average_query": halting["complex_query"],
+        "loss_type": halting["act_loss_type"],
+        "query": cast(QueryType, config["query_type"]),
+        "read_layers": tuple(config["add_tape_token_to_layers"]),
+        "tape_mlp_dim": config["tt_mlp_dim"],
+        "pooling": cast(Pooling, _POOLINGS[config["classifier"]]),
+        "ponder_weight": halting["act_loss_weight"],
+        "query_noise": halting["query_noise"],
+        "bank_dropout": halting["bernoulli_p"],
+    }
+    if config["kind"] == "adatape_vit":
+        return AdaTapeViTConfig(
+            **shared,
+            image_size=config["image"],
+            patch_size=config["patch"],
+            bank_patch_size=config["patch_bank_size"],
+        )
+    if config["kind"] == "adatape_parity":
+        return AdaTapeParityConfig(**shared, seq_len=config["seq_len"])
+    raise ValueError(f"config: expected kind adatape_vit or adatape_parity, got {config['kind']!r}")
+
+
+def _topk(num_tape_tokens: object, act_epsilon: object) -> int:
+    """Return k = T // τ, which scenic's configuration leaves to be computed."""
+    check_integer("num_tape_tokens", num_tape_tokens, 0, MOST_TOKENS)
+    tau = check_number("act_epsilon", act_epsilon)
+    topk = cast(int, num_tape_tokens) // tau if tau > 0 else math.inf
+    if not 1 <= topk <= MAX_TOPK:
+        raise ValueError(
+            f"act_epsilon: expected num_tape_tokens // act_epsilon to be 1 to {MAX_TOPK}, "
+            f"got {num_tape_tokens} // {act_epsilon!r}"
+        )
+    return int(topk)
