@@ -215,7 +215,7 @@ def read_config(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str,
             with contextlib.suppress(ValueError, RecursionError):
                 config = json.loads(str(arrays["config"]))
     if not isinstance(config, dict):
-        raise ValueError(
+        raise UnreadableFile(
             f"{printable(path)}: expected an entry 'config' with a JSON object, got none"
         )
     return config

@@ -185,7 +185,7 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def _header(stream: IO[bytes], entry: zipfile.ZipInfo) -> ArrayHeader:
     """Read the header of an array, and compare it with the size that its entry states."""
     start = stream.read(8)
-    if start[:6] != b"\x93NUMPY" or len(start) < 8 or start[6] not in (1, 2, 3):
+    if start not in (b"\x93NUMPY\1\0", b"\x93NUMPY\2\0", b"\x93NUMPY\3\0"):
         raise ValueError("no array")
     length = stream.read(2 if start[6] == 1 else 4)
     size = int.from_bytes(length, "little")

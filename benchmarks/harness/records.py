@@ -3,6 +3,7 @@
 import csv
 import datetime
 import functools
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -12,12 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from adatape_kernels.data.printable import printable
 from adatape_kernels.ops import triton_runtime
 from adatape_kernels.recipes.machine import cpu_name, environment
 from adatape_kernels.recipes.measure import Timing
 
 DEFAULT_OUT = Path("adatape-bench")
 """Rows are written into this folder of the current directory unless another is named."""
+
+_MOST_BYTES = 1 << 28
 
 STATUSES = ("ok", "wrong", "failed", "skipped")
 
@@ -199,28 +203,35 @@ def read(path: Path) -> list[ResultRow]:
     Raises:
         ValueError: it cannot be read, or is not a CSV file of these columns.
     """
+    name = printable(path)
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a CSV file of rows, got {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name}: expected a CSV file of rows, got {printable(error, 200)}"
+        ) from None
     header, _, _ = text.partition("\n")
     if text and header.strip().split(",") != COLUMNS:
+        got = printable(header.strip(), 200)
+        raise ValueError(f"{name}: expected the columns {','.join(COLUMNS)}, got {got}")
+    lines = csv.DictReader(text.splitlines(), strict=True)
+    try:
+        return [_row(entry) for entry in lines]
+    # The csv module has an error of its own, over quotes that do not end and over long fields.
+    except (TypeError, ValueError, KeyError, csv.Error) as error:
         raise ValueError(
-            f"{path}: expected the columns {','.join(COLUMNS)}, got {header.strip()[:200]}"
-        )
-    rows = []
-    for number, entry in enumerate(csv.DictReader(text.splitlines()), start=2):
-        try:
-            rows.append(_row(entry))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: expected a row at line {number}, got {error}") from None
-    return rows
+            f"{name}: expected a row at line {lines.line_num}, got {printable(error, 200)}"
+        ) from None
 
 
 def _row(entry: dict[str, Any]) -> ResultRow:
     values = dict(entry)
     for name in _NUMBERS:
         values[name] = float(values[name]) if values[name] else None
+        if values[name] is not None and not 0 <= values[name] < math.inf:
+            raise ValueError(f"{values[name]} as {name}")
     values["peak_bytes"] = int(values["peak_bytes"]) if values["peak_bytes"] else None
     values["threads"] = int(values["threads"])
     if values["status"] not in STATUSES:
