@@ -116,7 +116,7 @@ def check_params(
             says, or not of floating point.
 
     Example:
-        >>> import ast, adatape_kernels as ak
+        >>> import adatape_kernels as ak
         >>> config = ak.models.adatape_vit("Ti/4", image_size=8, depth=1).config
         >>> ak.scenic.check_params({}, config)
         Traceback (most recent call last):
@@ -186,7 +186,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         >>> import adatape_kernels as ak
         >>> ak.scenic.read_npz("absent.npz")
         Traceback (most recent call last):
-        ValueError: absent.npz: expected a readable .npz file, got: no such file
+        adatape_kernels.data.npz_file.UnreadableFile: absent.npz: expected a readable .npz file, got: no such file
     """
     with NpzFile(path) as file:
         return dict(file)
