@@ -184,9 +184,11 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
     Example:
         >>> import adatape_kernels as ak
-        >>> ak.scenic.read_npz("absent.npz")
-        Traceback (most recent call last):
-        adatape_kernels.data.npz_file.UnreadableFile: absent.npz: expected a readable .npz file, got: no such file
+        >>> try:
+        ...     ak.scenic.read_npz("absent.npz")
+        ... except ValueError as error:
+        ...     print(error)
+        absent.npz: expected a readable .npz file, got: no such file
     """
     with NpzFile(path) as file:
         return dict(file)
