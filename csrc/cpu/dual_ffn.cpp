@@ -41,7 +41,6 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   if (rows == 0) return;
   const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
-  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
   // torch's product adds the bias before it rounds to bfloat16. Sums of float are not rounded any
   // further, so that their bias goes into the pass that takes the activation.
   const bool with_product = dtype_of(x) == DType::kBFloat16;
@@ -50,6 +49,7 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
   } else {
     multiply(x, transposed(ffn.w1), hidden);
   }
+  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
   run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
        .bias = with_product ? nullptr : b1.data_ptr(),

@@ -6,40 +6,43 @@
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-// The logistic function of x and that of -x, which is 1 less the first. Each has its full precision
-// also where it is tiny, down to the smallest float.
+// The logistic function of x and that of -x, which is 1 less the first, given exp(-|x|). Each has
+// the precision of that also where it is tiny.
 struct Gates {
   Vec open, closed;
 
-  explicit Gates(Vec x) {
-    const Vec e = exp_to_smallest(x < 0.0f ? x : -x), large = 1.0f / (1.0f + e), small = e * large;
+  Gates(Vec x, Vec e) {
+    const Vec large = 1.0f / (1.0f + e), small = e * large;
     open = x < 0.0f ? small : large;
     closed = x < 0.0f ? large : small;
   }
 };
+
+// The gates of a GLU, which multiply numbers that may be as large as a gate is small.
+Gates glu_gates(Vec x) { return Gates(x, exp_to_smallest(negative_size(x))); }
 
 // The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
 constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
 
 struct GeluTanh {
   static Vec value(Vec x) {
-    return (x < -kGateEnd ? broadcast(-kGateEnd) : x) * gates(limited(x)).open;
+    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
+    return above * gates(above).open;
   }
 
   static Vec gradient(Vec x, Vec dact) {
-    const Vec inner = limited(x);
+    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
+    const Vec inner = above > kGateEnd ? broadcast(kGateEnd) : above;
     const Gates g = gates(inner);
     const Vec steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
     return dact * (g.open + inner * g.open * g.closed * steepness);
   }
 
  private:
-  static Vec limited(Vec x) {
-    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
-    return above > kGateEnd ? broadcast(kGateEnd) : above;
+  static Gates gates(Vec x) {
+    const Vec twice_u = kTwiceRoot * (x + kCubic * x * x * x);
+    return Gates(twice_u, exp(negative_size(twice_u)));
   }
-
-  static Gates gates(Vec x) { return Gates(kTwiceRoot * (x + kCubic * x * x * x)); }
 };
 
 // The exact form of GELU, whose formula stands in activation.h.
@@ -144,7 +147,7 @@ void glu_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
     });
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), g = read(row.hidden + p.width + c, lanes);
-      write(row.act + c, a * Gates(g).open, lanes);
+      write(row.act + c, a * glu_gates(g).open, lanes);
     });
   }
 }
@@ -155,7 +158,7 @@ void glu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
     const ActRow<T> row(p, r, 2 * p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), dact = read(row.dact + c, lanes);
-      const Gates gates(read(row.hidden + p.width + c, lanes));
+      const Gates gates = glu_gates(read(row.hidden + p.width + c, lanes));
       write(row.dhidden + c, dact * gates.open, lanes);
       write(row.dhidden + p.width + c, dact * (a * gates.open * gates.closed), lanes);
     });

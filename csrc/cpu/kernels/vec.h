@@ -95,6 +95,11 @@ inline void store_some(T* to, Vec x, int count) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Returns -|x|.
+inline Vec negative_size(Vec x) {
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) | 0x80000000u);
+}
+
 inline float sum(Vec x) {
   float lanes[kLanes];
   store(lanes, x);
