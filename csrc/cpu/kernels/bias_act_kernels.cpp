@@ -8,10 +8,10 @@ namespace {
 
 // The logistic function of x and that of -x, which is 1 less the first, given exp(-|x|). Each has
 // the precision of that also where it is tiny.
-struct Gates {
+struct CpuGates {
   Vec open, closed;
 
-  Gates(Vec x, Vec e) {
+  CpuGates(Vec x, Vec e) {
     const Vec large = 1.0f / (1.0f + e), small = e * large;
     open = x < 0.0f ? small : large;
     closed = x < 0.0f ? large : small;
@@ -19,7 +19,7 @@ struct Gates {
 };
 
 // The gates of a GLU, which multiply numbers that may be as large as a gate is small.
-Gates glu_gates(Vec x) { return Gates(x, exp_to_smallest(negative_size(x))); }
+CpuGates glu_gates(Vec x) { return CpuGates(x, exp_to_smallest(negative_size(x))); }
 
 // The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
 constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
@@ -33,15 +33,15 @@ struct GeluTanh {
   static Vec gradient(Vec x, Vec dact) {
     const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
     const Vec inner = above > kGateEnd ? broadcast(kGateEnd) : above;
-    const Gates g = gates(inner);
+    const CpuGates g = gates(inner);
     const Vec steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
     return dact * (g.open + inner * g.open * g.closed * steepness);
   }
 
  private:
-  static Gates gates(Vec x) {
+  static CpuGates gates(Vec x) {
     const Vec twice_u = kTwiceRoot * (x + kCubic * x * x * x);
-    return Gates(twice_u, exp(negative_size(twice_u)));
+    return CpuGates(twice_u, exp(negative_size(twice_u)));
   }
 };
 
@@ -158,7 +158,7 @@ void glu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
     const ActRow<T> row(p, r, 2 * p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), dact = read(row.dact + c, lanes);
-      const Gates gates = glu_gates(read(row.hidden + p.width + c, lanes));
+      const CpuGates gates = glu_gates(read(row.hidden + p.width + c, lanes));
       write(row.dhidden + c, dact * gates.open, lanes);
       write(row.dhidden + p.width + c, dact * (a * gates.open * gates.closed), lanes);
     });

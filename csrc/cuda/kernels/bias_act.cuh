@@ -35,12 +35,12 @@ constexpr int kBiasActBlocks = blocks_at_once(kBiasActThreads, kBiasActRegisters
 
 // The logistic function of x and that of -x, which is 1 less the first. Each has its full precision
 // also where it is tiny.
-struct Gates {
+struct CudaGates {
   float open, closed;
 };
-__device__ inline Gates gates(float x) {
+__device__ inline CudaGates gates(float x) {
   const float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e), small = e * large;
-  return x < 0.0f ? Gates{small, large} : Gates{large, small};
+  return x < 0.0f ? CudaGates{small, large} : CudaGates{large, small};
 }
 
 // Returns act(x), and sets `slope` to its derivative at x.
@@ -53,7 +53,7 @@ __device__ inline float activate<Activation::kGeluTanh>(float x, float& slope) {
   constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
   const float above = x < -kGateEnd ? -kGateEnd : x;  // NaN stays NaN
   const float inner = above > kGateEnd ? kGateEnd : above;
-  const Gates gate = gates(kTwiceRoot * (inner + kCubic * inner * inner * inner));
+  const CudaGates gate = gates(kTwiceRoot * (inner + kCubic * inner * inner * inner));
   const float steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
   slope = gate.open + inner * gate.open * gate.closed * steepness;
   return above * gate.open;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
       float dg[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const Gates gate = gates(to_float(g.x[i]));
+        const CudaGates gate = gates(to_float(g.x[i]));
         act[i] = to_float(h.x[i]) * gate.open;
         dh[i] = to_float(dact.x[i]) * gate.open;
         dg[i] = to_float(dact.x[i]) * (act[i] * gate.closed);
