@@ -22,9 +22,9 @@ from torch import Tensor
 from adatape_kernels.offsets import cumulative, packed_order
 from adatape_kernels.op_types import FFN, Activation, LossType, TapeSelection, wide_dtype
 
-# The exact GELU of a number above this is the number itself, and that of its negative is 0, even
-# in float64.
+# GELU of a number above this is the number itself, and that of its negative is 0, even in float64.
 _GELU_END = 40.0
+_FORM = {"gelu": "none", "gelu_tanh": "tanh"}
 
 # Scores are an elementwise product and a row sum, in chunks that bound the product's memory.
 _SCORE_CHUNK = 1 << 22
@@ -285,7 +285,8 @@ def elastic_attention(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     order, lens = _example_rows(cu_inputs, cu_tapes)
-    outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(q.shape[1], 0)]
+    wide = wide_dtype(q.dtype)
+    outs, lses = [q.new_zeros(0, *q.shape[1:])], [q.new_zeros(q.shape[1], 0, dtype=wide)]
     for qi, ki, vi in _per_example((q, k, v), order, lens):
         scores = qi @ ki.mT * scale
         largest = scores.detach().amax(-1, keepdim=True)
@@ -295,7 +296,7 @@ def elastic_attention(
         outs.append((weights @ vi).transpose(0, 1).to(q.dtype))
         lses.append((largest + total.log()).squeeze(-1))
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.zeros(q.shape[1], len(q), dtype=wide_dtype(q.dtype), device=q.device)
+    lse = torch.zeros(q.shape[1], len(q), dtype=wide, device=q.device)
     return out.index_copy(0, order, torch.cat(outs)), lse.index_copy(1, order, torch.cat(lses, 1))
 
 
@@ -379,7 +380,7 @@ def dual_ffn(
     tape_hidden = x.new_empty(0, 0)
     if tape_ffn is not None:
         tape_hidden = F.linear(x[middle:end], tape_ffn.w1, tape_ffn.b1)
-        parts.append(F.linear(F.glu(tape_hidden), tape_ffn.w2, tape_ffn.b2))
+        parts.append(F.linear(_glu(tape_hidden), tape_ffn.w2, tape_ffn.b2))
     return F.pad(torch.cat(parts), (0, 0, 0, len(x) - end)), hidden, tape_hidden
 
 
@@ -400,30 +401,47 @@ def dual_ffn_bwd(
     if tape_ffn is None:
         return F.pad(dx, (0, 0, 0, len(x) - end)), dinput, None
     dy_tape, x_tape = dy[middle:end], x[middle:end]
-    dhidden = torch.ops.aten.glu_backward(dy_tape @ tape_ffn.w2, tape_hidden, -1)
-    dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, F.glu(tape_hidden), x_tape, tape_ffn.w1)
+    dhidden, act = _glu_bwd(dy_tape @ tape_ffn.w2, tape_hidden), _glu(tape_hidden)
+    dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, act, x_tape, tape_ffn.w1)
     return F.pad(torch.cat([dx, dx_tape]), (0, 0, 0, len(x) - end)), dinput, dtape
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
     """Return the activation of an input row's pre-activations, of any shape.
 
-    The exact GELU has its limits at ±infinity, where torch's product of infinity and 0 is NaN.
+    GELU has its limits at ±infinity, where torch's product of infinity and 0 is NaN.
     """
     if activation == "relu":
         return F.relu(hidden)
-    if activation == "gelu":
-        return hidden.where(hidden > _GELU_END, F.gelu(hidden.clamp(-_GELU_END, _GELU_END)))
-    return F.gelu(hidden, approximate="tanh")
+    bounded = hidden.clamp(-_GELU_END, _GELU_END)
+    return hidden.where(hidden > _GELU_END, F.gelu(bounded, approximate=_FORM[activation]))
 
 
 def _activate_bwd(dact: Tensor, hidden: Tensor, activation: Activation) -> Tensor:
     """Return the gradient of the pre-activations."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dact, hidden, 0)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(dact, hidden.clamp(-_GELU_END, _GELU_END))
-    return torch.ops.aten.gelu_backward(dact, hidden, approximate="tanh")
+    bounded = hidden.clamp(-_GELU_END, _GELU_END)
+    return torch.ops.aten.gelu_backward(dact, bounded, approximate=_FORM[activation])
+
+
+def _glu(hidden: Tensor) -> Tensor:
+    """Return a · sigmoid(g) of a tape row's pre-activations [a, g]."""
+    a, g = hidden.to(wide_dtype(hidden.dtype)).chunk(2, -1)
+    return (a * _sigmoid(g)).to(hidden.dtype)
+
+
+def _glu_bwd(dact: Tensor, hidden: Tensor) -> Tensor:
+    """Return the gradient of a tape row's pre-activations."""
+    wide = wide_dtype(hidden.dtype)
+    a, g = hidden.to(wide).chunk(2, -1)
+    dact, gate = dact.to(wide), _sigmoid(g)
+    return torch.cat([dact * gate, dact * (a * gate * _sigmoid(-g))], -1).to(hidden.dtype)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Return 1 / (1 + exp(-x)), also where exp(-x) overflows and torch.sigmoid returns 0."""
+    return F.logsigmoid(x).exp()
 
 
 def _linear_pair_bwd(

@@ -1,5 +1,5 @@
-// The activations of the two feed-forwards, and the numbers that the exact GELU needs on any
-// device.
+// The activations of the two feed-forwards, and the numbers that the two forms of GELU need
+// on any device.
 
 #pragma once
 
@@ -22,6 +22,9 @@ constexpr float kTail6 = 0.25431764f, kTail7 = -0.1541892f, kTail8 = 0.030783568
 // From here on exp(-x² / 2), and with it Q(x), is 0 in float, which spares products of infinity
 // and 0.
 constexpr float kTailEnd = 20.0f;
+// From here on the gate of GELU's tanh form is 1 in float, and that of the negative number is 0;
+// the slope's other addend is 0 on both sides.
+constexpr float kGateEnd = 20.0f;
 constexpr float kNormalDensity = 0.39894228f;  // the density of a standard normal variable at 0
 
 }  // namespace adatape

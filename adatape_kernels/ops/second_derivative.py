@@ -45,11 +45,7 @@ def twice_differentiable(
         with torch.enable_grad():
             args = _requiring_gradients(args, args[wanted[0]])
             results = gradients(*args)
-            pairs = [(x, g) for x, g in zip(results, grads, strict=True) if g is not None]
-            outputs, given = zip(*pairs, strict=True)
-            found = torch.autograd.grad(
-                outputs, [args[i] for i in wanted], given, create_graph=higher, allow_unused=True
-            )
+            found = _derivatives(results, [args[i] for i in wanted], grads, higher)
         by_argument = dict(zip(wanted, found, strict=True))
         return tuple(by_argument.get(i) for i in range(len(args)))
 
@@ -98,9 +94,26 @@ def gradient_of(
     """
     results = function(*inputs)
     results = (results,) if isinstance(results, Tensor) else results
-    pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-    outputs, given = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True)
+    found = _derivatives(results, inputs, grads, create_graph=True)
     return tuple(
         torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)
     )
+
+
+def _derivatives(
+    results: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    """Return what `torch.autograd.grad` does, and None for all where no result has a derivative.
+
+    A result that nothing was added to, as of a buffer without rows, has none.
+    """
+    pairs = [
+        (y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, given, create_graph=create_graph, allow_unused=True)

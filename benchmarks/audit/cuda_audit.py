@@ -39,7 +39,7 @@ REQUIRED = {
     "tape_gather_bwd_kernel": ("load128",),
     "segment_sum_kernel": ("load128",),
     "tape_select_kernel": ("cp_async",),
-    "bias_act_kernel": ("load128", "store128"),
+    "act_kernel": ("load128", "store128"),
     "bias_act_bwd_kernel": ("load128", "store128"),
     "elastic_attention_fwd_kernel": ("mma", "cp_async"),
     "elastic_attention_bwd_kernel": ("mma", "cp_async"),

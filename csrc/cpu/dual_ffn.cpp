@@ -40,16 +40,27 @@ void run(ActKernel kernel, int64_t rows, const CpuBiasActParams& p) {
 void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Tensor& y) {
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   if (rows == 0) return;
-  multiply(x, transposed(ffn.w1), hidden);
   const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
+  // torch's product adds the bias before it rounds to bfloat16. Sums of float are not rounded any
+  // further, so that their bias goes into the pass that takes the activation.
+  const bool with_product = dtype_of(x) == DType::kBFloat16;
+  if (with_product) {
+    linear(x, ffn.w1, b1, hidden);
+  } else {
+    multiply(x, transposed(ffn.w1), hidden);
+  }
   const Tensor act = new_output(x, {rows, width}, x.scalar_type());
   run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
-       .bias = b1.data_ptr(),
+       .bias = with_product ? nullptr : b1.data_ptr(),
        .act = act.data_ptr(),
        .width = width,
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
+  if (with_product) {
+    linear(act, ffn.w2, b2, y);
+    return;
+  }
   multiply(act, transposed(ffn.w2), y);
   run(cpu_kernels().bias, rows,
       {.hidden = y.data_ptr(),

@@ -1,5 +1,5 @@
-// Two feed-forwards over one buffer, in CUDA: torch's matrix products, with our bias and activation
-// between them.
+// Two feed-forwards over one buffer, in CUDA: torch's matrix products, which add the biases before
+// they round, with our activation between them.
 
 #include <optional>
 #include <string>
@@ -88,11 +88,9 @@ void forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Ten
              const Tensor& y) {
   if (rows.count == 0) return;
   const Tensor act = torch::stable::new_empty(x, {rows.count, ffn.w2.size(1)}, x.scalar_type());
-  multiply(x, transposed(ffn.w1), hidden);
-  const Tensor b1 = dense(ffn.b1);
+  linear(x, ffn.w1, ffn.b1, hidden);
   const LaunchStream stream = stream_of(x);
   const CudaBiasActParams p{.hidden = hidden.data_ptr(),
-                            .bias = b1.data_ptr(),
                             .act = act.data_ptr(),
                             .num_rows = rows.num_rows,
                             .first_row = rows.first,
@@ -101,9 +99,9 @@ void forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Ten
   with_type_of(x, [&]<class T>() {
     with_activation(
         [&]<bool Aligned, Activation A>() {
-          launch(bias_act_kernel<T, Aligned, A>, by_strip(p, Pack<T>::kSize, stream), p);
+          launch(act_kernel<T, Aligned, A>, by_strip(p, Pack<T>::kSize, stream), p);
         },
-        rows_aligned({b1, act, hidden}), ffn.activation);
+        rows_aligned({act, hidden}), ffn.activation);
   });
   linear(act, ffn.w2, ffn.b2, y);
   clear_unused(rows, y);

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from adatape_kernels.op_types import FFN
 from adatape_kernels.ops.dual_ffn.parameters import Parameters, as_ffns
-from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK, activate, activate_bwd, glu_bwd
+from adatape_kernels.ops.dual_ffn.triton_primitives import (
+    CHUNK,
+    activate,
+    activate_bwd,
+    glu_bwd,
+    sigmoid,
+)
 from adatape_kernels.ops.triton_runtime import launch, tl, triton
 
 
@@ -37,7 +43,7 @@ def _dual_ffn_act_fwd_kernel(
     h_ptrs = hidden_ptr + offs_m * (2 * width if ACTIVATION == "glu" else width) + offs_n
     h = tl.load(h_ptrs, used, other=0.0).to(tl.float32)
     if ACTIVATION == "glu":
-        act = h * tl.sigmoid(tl.load(h_ptrs + width, used, other=0.0).to(tl.float32))
+        act = h * sigmoid(tl.load(h_ptrs + width, used, other=0.0).to(tl.float32))
     else:
         act = activate(h, ACTIVATION)
     tl.store(act_ptr + offs_m * width + offs_n, act.to(act_ptr.dtype.element_ty), exists)

@@ -5,7 +5,7 @@ Rows of x, y and their gradients are the buffer's: inputs up to `middle`, tape f
 where each kind's rows count from 0.
 """
 
-from adatape_kernels.ops.dual_ffn.triton_primitives import activate, activate_bwd, glu_bwd
+from adatape_kernels.ops.dual_ffn.triton_primitives import activate, activate_bwd, glu_bwd, sigmoid
 from adatape_kernels.ops.triton_runtime import tl, triton
 
 
@@ -104,7 +104,7 @@ def _store_fwd(
         if TAPE:
             h, g = tl.split(tl.reshape(parts[quarter], (acc.shape[0], size, 2)))
             tl.store(h_ptrs + width, g, exists & mask_n)
-            act = h.to(tl.float32) * tl.sigmoid(g.to(tl.float32))
+            act = h.to(tl.float32) * sigmoid(g.to(tl.float32))
         else:
             h = parts[quarter]
             act = activate(h.to(tl.float32), ACTIVATION)

@@ -16,7 +16,8 @@ def activate(h, ACTIVATION: tl.constexpr):
         return tl.where(h > 0, h, 0.0) - size * tail
     else:
         # h / 2 · (1 + tanh(u)) is h · sigmoid(2u), without an exponential that overflows.
-        return h * tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * h * h))
+        above, inner = _limited(h)
+        return above * sigmoid(1.5957691216057308 * inner * (1 + 0.044715 * inner * inner))
 
 
 @triton.jit
@@ -30,10 +31,37 @@ def activate_bwd(h, dact, ACTIVATION: tl.constexpr):
         slope = tl.where(h > 0, 1 - tail, tail) + signed_size * bell * 0.3989422804014327
         return dact * slope, tl.where(h > 0, h, 0.0) - size * tail
     else:
-        square = h * h
-        s = tl.sigmoid(1.5957691216057308 * h * (1 + 0.044715 * square))
-        slope = s + h * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
-        return dact * slope, h * s
+        above, inner = _limited(h)
+        square = inner * inner
+        gate, closed = _gates(1.5957691216057308 * inner * (1 + 0.044715 * square))
+        slope = gate + inner * gate * closed * 1.5957691216057308 * (1 + 0.134145 * square)
+        return dact * slope, above * gate
+
+
+@triton.jit
+def sigmoid(x):
+    """Return the logistic function of x, also where exp(-x) overflows."""
+    gate, _ = _gates(x)
+    return gate
+
+
+@triton.jit
+def _gates(x):
+    """Return the logistic function of x and that of -x, each to its full precision."""
+    e = tl.exp(-tl.abs(x))
+    large = 1 / (1 + e)
+    return tl.where(x < 0, e * large, large), tl.where(x < 0, large, e * large)
+
+
+@triton.jit
+def _limited(h):
+    """Return h from -20 on, and from -20 to 20; NaN stays NaN.
+
+    Outside, the gate of GELU's tanh form is 0 or 1 in float32, and infinity would be multiplied
+    by 0.
+    """
+    above = tl.where(h < -20, -20.0, h)
+    return above, tl.where(above > 20, 20.0, above)
 
 
 @triton.jit
@@ -55,5 +83,6 @@ def _normal_tail(h):
 @triton.jit
 def glu_bwd(a, g, dact):
     """Return the gradients of a and g, and the activation once more."""
-    s = tl.sigmoid(g)
-    return dact * s, dact * a * s * (1 - s), a * s
+    gate, closed = _gates(g)
+    act = a * gate
+    return dact * gate, dact * (act * closed), act

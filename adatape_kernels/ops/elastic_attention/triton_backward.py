@@ -104,13 +104,14 @@ def _elastic_attention_bwd_kernel(
         rows_n = tile_rows(place, start, BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)
         dout_n = load_tile(douts, rows_n, columns, VECTOR)
-        # Where there is no query, p is exp2(-inf) = 0.
-        lse_n = tl.load(lse_ptr + rows_n.row, rows_n.exists, other=float("inf")) * log2_e
+        lse_n = tl.load(lse_ptr + rows_n.row, rows_n.exists, other=0.0) * log2_e
         delta_n = tl.load(delta_ptr + rows_n.row, rows_n.exists, other=0.0)
         scores = tl.dot(k, tl.trans(q_n), input_precision="ieee") * (scale * log2_e)
-        p = tl.exp2(scores - lse_n)  # (BLOCK_M keys, BLOCK_N queries)
+        # Where there is no query its row is zero, whose product with an infinite key is NaN.
+        p = tl.where(rows_n.exists, tl.exp2(scores - lse_n), 0.0)  # (BLOCK_M keys, BLOCK_N queries)
         dv = tl.dot(p.to(dout_n.dtype), dout_n, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout_n), input_precision="ieee") - delta_n)
+        ds = tl.where(rows_n.exists, ds, 0.0)
         dk = tl.dot(ds.to(q_n.dtype), q_n, dk, input_precision="ieee")
     store_tile(dks, rows_m, columns, dk * scale, VECTOR)
     store_tile(dvs, rows_m, columns, dv, VECTOR)
@@ -126,6 +127,7 @@ def _elastic_attention_bwd_kernel(
         scores = tl.dot(q, tl.trans(k_n), input_precision="ieee") * (scale * log2_e)
         p = tl.exp2(tl.where(rows_n.exists, scores, float("-inf")) - lse)  # (BLOCK_M, BLOCK_N keys)
         ds = p * (tl.dot(dout, tl.trans(v_n), input_precision="ieee") - delta)
+        ds = tl.where(rows_n.exists, ds, 0.0)
         dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
     store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
 

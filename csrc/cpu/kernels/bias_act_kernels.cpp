@@ -6,17 +6,42 @@
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+// The logistic function of x and that of -x, which is 1 less the first, given exp(-|x|). Each has
+// the precision of that also where it is tiny.
+struct CpuGates {
+  Vec open, closed;
+
+  CpuGates(Vec x, Vec e) {
+    const Vec large = 1.0f / (1.0f + e), small = e * large;
+    open = x < 0.0f ? small : large;
+    closed = x < 0.0f ? large : small;
+  }
+};
+
+// The gates of a GLU, which multiply numbers that may be as large as a gate is small.
+CpuGates glu_gates(Vec x) { return CpuGates(x, exp_to_smallest(negative_size(x))); }
 
 // The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
 constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
 
 struct GeluTanh {
-  static Vec value(Vec x) { return x * sigmoid(kTwiceRoot * (x + kCubic * x * x * x)); }
+  static Vec value(Vec x) {
+    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
+    return above * gates(above).open;
+  }
 
-  static Vec slope(Vec x) {
-    const Vec s = sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
-    return s + x * s * (1.0f - s) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
+  static Vec gradient(Vec x, Vec dact) {
+    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
+    const Vec inner = above > kGateEnd ? broadcast(kGateEnd) : above;
+    const CpuGates g = gates(inner);
+    const Vec steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
+    return dact * (g.open + inner * g.open * g.closed * steepness);
+  }
+
+ private:
+  static CpuGates gates(Vec x) {
+    const Vec twice_u = kTwiceRoot * (x + kCubic * x * x * x);
+    return CpuGates(twice_u, exp(negative_size(twice_u)));
   }
 };
 
@@ -27,9 +52,10 @@ struct Gelu {
     return (x > 0.0f ? x : Vec{}) - size * tail(size, bell(size));
   }
 
-  static Vec slope(Vec x) {
+  static Vec gradient(Vec x, Vec dact) {
     const Vec size = clamp(x > 0.0f ? x : -x), density = bell(size), above = tail(size, density);
-    return (x > 0.0f ? 1.0f - above : above) + (x > 0.0f ? size : -size) * density * kNormalDensity;
+    const Vec signed_size = x > 0.0f ? size : -size;
+    return dact * ((x > 0.0f ? 1.0f - above : above) + signed_size * density * kNormalDensity);
   }
 
  private:
@@ -56,11 +82,11 @@ struct Gelu {
 // NaN stays NaN, and its slope is 1, as in torch.
 struct Relu {
   static Vec value(Vec x) { return x <= 0.0f ? Vec{} : x; }
-  static Vec slope(Vec x) { return x <= 0.0f ? Vec{} : broadcast(1.0f); }
+  static Vec gradient(Vec x, Vec dact) { return x <= 0.0f ? Vec{} : dact; }
 };
 
-template <class T>
 // The places of one row in the matrices of the parameters.
+template <class T>
 struct ActRow {
   T* hidden;
   const T* bias;
@@ -106,8 +132,8 @@ void plain_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
-      const Vec slope = Act::slope(read(row.hidden + c, lanes));
-      write(row.dhidden + c, read(row.dact + c, lanes) * slope, lanes);
+      const Vec dact = read(row.dact + c, lanes);
+      write(row.dhidden + c, Act::gradient(read(row.hidden + c, lanes), dact), lanes);
     });
   }
 }
@@ -121,7 +147,7 @@ void glu_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
     });
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), g = read(row.hidden + p.width + c, lanes);
-      write(row.act + c, a * sigmoid(g), lanes);
+      write(row.act + c, a * glu_gates(g).open, lanes);
     });
   }
 }
@@ -131,10 +157,10 @@ void glu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, 2 * p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
-      const Vec a = read(row.hidden + c, lanes), s = sigmoid(read(row.hidden + p.width + c, lanes));
-      const Vec dact = read(row.dact + c, lanes);
-      write(row.dhidden + c, dact * s, lanes);
-      write(row.dhidden + p.width + c, dact * a * s * (1.0f - s), lanes);
+      const Vec a = read(row.hidden + c, lanes), dact = read(row.dact + c, lanes);
+      const CpuGates gates = glu_gates(read(row.hidden + p.width + c, lanes));
+      write(row.dhidden + c, dact * gates.open, lanes);
+      write(row.dhidden + p.width + c, dact * (a * gates.open * gates.closed), lanes);
     });
   }
 }

@@ -93,9 +93,11 @@ float softmax_row(float* s, int64_t count, int64_t width, float* largest, float*
   for (int64_t c = kLanes; c < width; c += kLanes) highest = max(highest, load(s + c));
   const float block = max(highest), before = *largest;
   const float now = before > block ? before : block;
+  // While all scores are -inf nothing may be subtracted, because -inf - -inf is NaN.
+  const float shift = now == -__builtin_inff() ? 0.0f : now;
   Vec sums = {};
   for (int64_t c = 0; c < width; c += kLanes) {
-    const Vec e = exp(load(s + c) - now);
+    const Vec e = exp(load(s + c) - shift);
     store(s + c, e);
     sums += e;
   }

@@ -95,6 +95,11 @@ inline void store_some(T* to, Vec x, int count) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Returns -|x|.
+inline Vec negative_size(Vec x) {
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) | 0x80000000u);
+}
+
 inline float sum(Vec x) {
   float lanes[kLanes];
   store(lanes, x);
@@ -110,28 +115,56 @@ inline float max(Vec x) {
   return result;
 }
 
+// With x = n ln 2 + r and |r| <= ln 2 / 2, e^x is 2^n times `mantissa`, a polynomial of r. The
+// integer n stands in the lowest bits of `shifted`, behind those of kShift. Takes x from -104
+// to 88.
+struct SplitExp {
+  static constexpr uint32_t kShift = 0x4b400000;
+  Vec mantissa;
+  IntVec shifted;
+
+  explicit SplitExp(Vec x) {
+    constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23; to add it rounds to an integer
+    const Vec rounded = x * kLog2e + kRound;
+    const Vec n = rounded - kRound;
+    const Vec r = (x - n * kLn2High) - n * kLn2Low;
+    Vec p = broadcast(1.9875691e-4f);
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665795e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 5.0000001e-1f;
+    mantissa = p * (r * r) + r + 1.0f;
+    shifted = reinterpret_cast<IntVec>(rounded);
+  }
+};
+
+// Returns 2^n for the bits of n + kShift, n from -126 to 127.
+inline Vec power_of_2(IntVec shifted) {
+  return reinterpret_cast<Vec>((shifted - SplitExp::kShift + 127) << 23);
+}
+
 // Returns e^x within 2 units in the last place. The result is 0 below -87, e^88 above 88, and NaN
-// for NaN. With x = n ln 2 + r and |r| <= ln 2 / 2, a polynomial gives e^r, and the bits of the
-// exponent give 2^n.
+// for NaN.
 inline Vec exp(Vec x) {
-  constexpr float kLowest = -87.0f, kHighest = 88.0f, kLog2e = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23; to add it rounds to an integer
+  constexpr float kLowest = -87.0f, kHighest = 88.0f;
   const Vec above = x < kLowest ? broadcast(kLowest) : x;
-  const Vec clamped = above > kHighest ? broadcast(kHighest) : above;
-  const Vec shifted = clamped * kLog2e + kRound;
-  const Vec n = shifted - kRound;
-  const Vec r = (clamped - n * kLn2High) - n * kLn2Low;
-  Vec p = broadcast(1.9875691e-4f);
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665795e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 5.0000001e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const IntVec exponent = (reinterpret_cast<IntVec>(shifted) - 0x4b400000 + 127) << 23;
-  const Vec result = p * reinterpret_cast<Vec>(exponent);
+  const SplitExp split(above > kHighest ? broadcast(kHighest) : above);
+  const Vec result = split.mantissa * power_of_2(split.shifted);
   return x < kLowest ? Vec{} : result;
+}
+
+// Returns e^x as exp does, for x up to 0 only, but also where the result lies below the normal
+// numbers: it is 0 from -104 down.
+inline Vec exp_to_smallest(Vec x) {
+  constexpr float kLowest = -104.0f;
+  constexpr uint32_t kLowestPower = SplitExp::kShift - 126;
+  const SplitExp split(x < kLowest ? broadcast(kLowest) : x);
+  // A power of two below the normal numbers is the product of two that are normal.
+  const IntVec below = split.shifted < kLowestPower ? kLowestPower - split.shifted : IntVec{};
+  const Vec normal = split.mantissa * power_of_2(split.shifted + below);
+  return normal * power_of_2(SplitExp::kShift - below);
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -1,4 +1,4 @@
-// Bias and activation between the products of the two feed-forwards, in one pass each way.
+// The activation between the products of the two feed-forwards, in one pass each way.
 //
 // A block takes a strip of columns and kBiasActRows rows. Each lane has a pack of the strip's
 // columns, and each warp takes one row at a time.
@@ -14,7 +14,6 @@ namespace adatape::cuda {
 // twice as many where the activation is gated (a GLU).
 struct CudaBiasActParams {
   void* hidden;                // (rows, width or 2 · width), the pre-activations
-  const void* bias = nullptr;  // (columns of hidden,), forward only
   void* act = nullptr;         // (rows, width), the activations
   const void* dact = nullptr;  // (rows, width), backward only
   void* dhidden = nullptr;     // shaped as hidden, backward only
@@ -34,7 +33,15 @@ constexpr int kBiasActRows = 64;       // a block takes so many
 constexpr int kBiasActRegisters = 80;  // a thread takes no more
 constexpr int kBiasActBlocks = blocks_at_once(kBiasActThreads, kBiasActRegisters);
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// The logistic function of x and that of -x, which is 1 less the first. Each has its full precision
+// also where it is tiny.
+struct CudaGates {
+  float open, closed;
+};
+__device__ inline CudaGates gates(float x) {
+  const float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e), small = e * large;
+  return x < 0.0f ? CudaGates{small, large} : CudaGates{large, small};
+}
 
 // Returns act(x), and sets `slope` to its derivative at x.
 template <Activation A>
@@ -44,9 +51,12 @@ __device__ float activate(float x, float& slope);
 template <>
 __device__ inline float activate<Activation::kGeluTanh>(float x, float& slope) {
   constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
-  const float gate = sigmoid(kTwiceRoot * (x + kCubic * x * x * x));
-  slope = gate + x * gate * (1.0f - gate) * kTwiceRoot * (1.0f + 3.0f * kCubic * x * x);
-  return x * gate;
+  const float above = x < -kGateEnd ? -kGateEnd : x;  // NaN stays NaN
+  const float inner = above > kGateEnd ? kGateEnd : above;
+  const CudaGates gate = gates(kTwiceRoot * (inner + kCubic * inner * inner * inner));
+  const float steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
+  slope = gate.open + inner * gate.open * gate.closed * steepness;
+  return above * gate.open;
 }
 
 // The exact form of GELU, whose formula stands in activation.h.
@@ -79,49 +89,38 @@ __device__ inline bool row_in_use(const CudaBiasActParams& p, int64_t row) {
   return p.num_rows == nullptr || p.first_row + row < *p.num_rows;
 }
 
-// Adds the bias to a pack of hidden, and returns the sum as it is stored. A row that is not in use
-// becomes zero, whatever stood there.
+// Loads a pack of hidden. In a row that is not in use it becomes zero, whatever stood there.
 template <bool Aligned, class T>
-__device__ Pack<T> add_bias(T* hidden, const Pack<T>& bias, int64_t d, int64_t width, bool used) {
+__device__ Pack<T> load_hidden(T* hidden, int64_t d, int64_t width, bool used) {
   constexpr int kPack = Pack<T>::kSize;
-  float sum[kPack] = {};
-  if (used) {
-    const Pack<T> x = load_pack<Aligned>(hidden, d, width);
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) sum[i] = to_float(x.x[i]) + to_float(bias.x[i]);
-  }
-  store_pack<Aligned>(hidden, d, width, sum);
+  if (used) return load_pack<Aligned>(hidden, d, width);
+  const float zeros[kPack] = {};
+  store_pack<Aligned>(hidden, d, width, zeros);
   Pack<T> stored;
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) stored.x[i] = from_float<T>(sum[i]);
+  for (int i = 0; i < kPack; ++i) stored.x[i] = from_float<T>(0.0f);
   return stored;
 }
 
-// Adds the bias to hidden, then writes act: the activation of hidden or, for a GLU and
-// hidden = [a, g], a · sigmoid(g).
+// Writes act: the activation of hidden or, for a GLU and hidden = [a, g], a · sigmoid(g).
 template <class T, bool Aligned, Activation A>
-__global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
-    bias_act_kernel(CudaBiasActParams p) {
+__global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks) act_kernel(CudaBiasActParams p) {
   constexpr int kPack = Pack<T>::kSize;
   constexpr bool kGated = A == Activation::kGlu;
   const int64_t columns = kGated ? 2 * p.width : p.width;
   const int64_t d = (int64_t{blockIdx.y} * kWarpSize + threadIdx.x % kWarpSize) * kPack;
   if (d >= p.width) return;
-  const T* const bias = static_cast<const T*>(p.bias);
-  const Pack<T> b = load_pack<Aligned>(bias, d, p.width);
-  Pack<T> gate_b;
-  if constexpr (kGated) gate_b = load_pack<Aligned>(bias + p.width, d, p.width);
   for (int n = threadIdx.x / kWarpSize; n < kBiasActRows; n += kBiasActWarps) {
     const int64_t row = int64_t{blockIdx.x} * kBiasActRows + n;
     if (row >= p.rows) return;
     const bool used = row_in_use(p, row);
     T* const hidden = static_cast<T*>(p.hidden) + row * columns;
-    const Pack<T> h = add_bias<Aligned>(hidden, b, d, p.width, used);
+    const Pack<T> h = load_hidden<Aligned>(hidden, d, p.width, used);
     float act[kPack];
     if constexpr (kGated) {
-      const Pack<T> g = add_bias<Aligned>(hidden + p.width, gate_b, d, p.width, used);
+      const Pack<T> g = load_hidden<Aligned>(hidden + p.width, d, p.width, used);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) act[i] = to_float(h.x[i]) * sigmoid(to_float(g.x[i]));
+      for (int i = 0; i < kPack; ++i) act[i] = to_float(h.x[i]) * gates(to_float(g.x[i])).open;
     } else {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
@@ -159,10 +158,10 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
       float dg[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const float gate = sigmoid(to_float(g.x[i]));
-        act[i] = to_float(h.x[i]) * gate;
-        dh[i] = to_float(dact.x[i]) * gate;
-        dg[i] = to_float(dact.x[i]) * act[i] * (1.0f - gate);
+        const CudaGates gate = gates(to_float(g.x[i]));
+        act[i] = to_float(h.x[i]) * gate.open;
+        dh[i] = to_float(dact.x[i]) * gate.open;
+        dg[i] = to_float(dact.x[i]) * (act[i] * gate.closed);
         dbias[1][i] += dg[i];
       }
       store_pack<Aligned>(dhidden + p.width, d, p.width, dg);
@@ -171,7 +170,9 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks)
       for (int i = 0; i < kPack; ++i) {
         float slope;
         act[i] = activate<A>(to_float(h.x[i]), slope);
-        dh[i] = to_float(dact.x[i]) * slope;
+        // Where ReLU is flat, not even an infinite gradient passes.
+        const bool flat = A == Activation::kRelu && slope == 0.0f;
+        dh[i] = flat ? 0.0f : to_float(dact.x[i]) * slope;
       }
     }
 #pragma unroll

@@ -17,19 +17,20 @@ namespace adatape::cuda {
 struct QueryStatistics {
   int byte;  // of shared memory where those of query 0 begin
 
-  // x is the query's lse times log2(e), or inf where there is no such query, so that its weights
-  // are zero; y is Σ_d dout · out.
+  // x is the query's lse times log2(e), or inf where there is no such query; y is Σ_d dout · out.
   __device__ __forceinline__ float2& operator[](int query) const {
     return reinterpret_cast<float2*>(dynamic_shared() + byte)[query];
   }
 };
 
 // Replaces a score by the key's weight for the query, and the gradient of that weight, which is in
-// dscore, by the gradient of the score.
+// dscore, by the gradient of the score. Both are 0 where there is no such query. There the rows in
+// shared memory are zeros, and their products with an infinite key or value are NaN.
 __device__ __forceinline__ void differentiate(float& score, float& dscore, float scale_log2,
                                               float2 of_query) {
-  score = exp2_fast(fmaf(score, scale_log2, -of_query.x));
-  dscore = score * (dscore - of_query.y);
+  const bool exists = of_query.x != INFINITY;
+  score = exists ? exp2_fast(fmaf(score, scale_log2, -of_query.x)) : 0.0f;
+  dscore = exists ? score * (dscore - of_query.y) : 0.0f;
 }
 
 // Computes dk and dv of 16 · kCount keys from `first` on. The keys and their values lie in tiles
