@@ -5,6 +5,9 @@ call twice, and it knows neither forward mode nor `torch.func`. With private nam
 tensors ends at once in what serves it, which `adatape-kernels bench dispatch` measures against the
 public way, and dual tensors and transforms are noticed. Where torch lacks one of these names, the
 public way serves, which refuses forward mode.
+
+A private function also makes a size that is known only when an op has run, in a graph that the
+public one would end.
 """
 
 import contextlib
@@ -75,6 +78,20 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     except AttributeError:
         return torch.compiler.disable(function)
     return function
+
+
+def dynamic_size() -> int:
+    """Return the size, known only when an op has run, that its fake gives to a result.
+
+    `torch.library.get_ctx().new_dynamic_size()` ends the graph of a plain `torch.compile`, and
+    makes a size only with `fullgraph=True` or with a flag that the user has to set.
+    """
+    context: Any = torch.library.get_ctx()
+    shapes = getattr(context, "_shape_env", None)
+    allocate = getattr(torch._library.fake_impl, "allocate_size", None)
+    if shapes is None or allocate is None:
+        return context.new_dynamic_size()
+    return allocate(shapes)
 
 
 def attach(
