@@ -103,6 +103,7 @@ def attach(
     *,
     plain_torch: PlainTorch | None = None,
     composed: bool = False,
+    instead: Callable[[], Callable[..., Any] | None] | None = None,
     public: bool | None = None,
 ) -> None:
     """Attach the derivative of an op, in the fast way if this torch has what it takes.
@@ -118,12 +119,14 @@ def attach(
             an op that has no forward mode.
         composed: whether `run` calls differentiable ops only, so that forward mode and torch.func
             look through it.
+        instead: returns the op, or None, that takes this one's place in a graph being traced; the
+            public way does without.
         public: True for `torch.library.register_autograd`; None decides by the names that are here.
     """
     if bool(missing_names()) if public is None else public:
         _attach_publicly(library, name, backward, setup_context)
     else:
-        _attach_fast(library, name, run, backward, setup_context, plain_torch, composed)
+        _attach_fast(library, name, run, backward, setup_context, plain_torch, composed, instead)
 
 
 def _attach_publicly(
@@ -159,6 +162,7 @@ def _attach_fast(
     setup_context: Callable[..., None],
     plain_torch: PlainTorch | None,
     composed: bool,
+    instead: Callable[[], Callable[..., Any] | None] | None,
 ) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
     below, after_autograd = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
@@ -169,8 +173,9 @@ def _attach_fast(
         keys = keys & after_autograd
         if keys.raw_repr() in plain:
             return run(*args)
+        other = None if instead is None else instead()
         with below():
-            return op.redispatch(keys, *args)
+            return op.redispatch(keys, *args) if other is None else other(*args)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
         if transforms():
