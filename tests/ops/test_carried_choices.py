@@ -172,11 +172,11 @@ def test_what_stands_in_the_graphs(fresh_compiler):
     ids=["export", "export by running", "make_fx"],
 )
 def test_a_traced_forward_carries_nothing(trace):
-    class Module(torch.nn.Module):
+    class Attending(torch.nn.Module):
         def forward(self, q):
             return ak.ops.elastic_attention(q, q, q, *OFFSETS).sum()
 
-    graph = trace(Module(), (torch.randn(7, 2, 4, requires_grad=True),))
+    graph = trace(Attending(), (torch.randn(7, 2, 4, requires_grad=True),))
     targets = [str(node.target) for node in graph.nodes]
     assert "adatape.elastic_attention.default" in targets
     assert not [name for name in targets if "carrying" in name]
