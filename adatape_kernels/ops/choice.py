@@ -76,15 +76,15 @@ def _leave_graph(name: str) -> None:
         from torch._dynamo import graph_break
 
         graph_break(msg=f"{name} chooses when an op runs, not when it is traced")
-    elif _traced():
+    elif recorded() or torch.jit.is_tracing():
         raise RuntimeError(
             f"{name}: expected a call that runs, got one that is traced, and a traced program does "
             "not hold the choice; enter the context around its calls"
         )
 
 
-def _traced() -> bool:
-    """Return whether a program is being recorded by running it: export, make_fx, jit.trace."""
+def recorded() -> bool:
+    """Return whether a graph is being made by running its program, as make_fx and export do."""
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    recorded = proxies is not None and proxies.get_proxy_mode() is not None
-    return recorded or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    by_proxies = proxies is not None and proxies.get_proxy_mode() is not None
+    return by_proxies or torch.compiler.is_exporting()

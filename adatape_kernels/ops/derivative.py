@@ -1,12 +1,13 @@
 """The derivative of an op, and the backends that it runs on."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops import carried_choice, fast_autograd
 from adatape_kernels.ops.choice import Choice
 
 
@@ -46,11 +47,13 @@ class Derivative:
             self._on_its_backends,
             self._noting_backends,
             plain_torch=self._by_plain_torch,
+            instead=None if composed else functools.partial(carried_choice.carrying, self.name),
             composed=composed,
         )
 
     def _noting_backends(self, ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.forced_backends = self.choice.value
+        ctx.carried = carried_choice.present(inputs[0])
         if self.setup_context is not None:
             self.setup_context(ctx, inputs, output)
 
@@ -63,7 +66,10 @@ class Derivative:
             )
         around = self.choice.value
         with self.choice.only(ctx.forced_backends if around is None else around):
-            return self.backward(ctx, *grads)
+            if ctx.carried is None:
+                return self.backward(ctx, *grads)
+            with carried_choice.handed_over(ctx.carried):
+                return self.backward(ctx, *grads)
 
     def _by_plain_torch(self, inputs: tuple, output: Any) -> Sequence[Tensor | None]:
         if self.plain_torch is None:

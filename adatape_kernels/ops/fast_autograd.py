@@ -5,6 +5,9 @@ call twice, and it knows neither forward mode nor `torch.func`. With private nam
 tensors ends at once in what serves it, which `adatape-kernels bench dispatch` measures against the
 public way, and dual tensors and transforms are noticed. Where torch lacks one of these names, the
 public way serves, which refuses forward mode.
+
+A private function also makes a size that is known only when an op has run, in a graph that the
+public one would end.
 """
 
 import contextlib
@@ -77,6 +80,20 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def dynamic_size() -> int:
+    """Return the size, known only when an op has run, that its fake gives to a result.
+
+    `torch.library.get_ctx().new_dynamic_size()` ends the graph of a plain `torch.compile`, and
+    makes a size only with `fullgraph=True` or with a flag that the user has to set.
+    """
+    context: Any = torch.library.get_ctx()
+    shapes = getattr(context, "_shape_env", None)
+    allocate = getattr(torch._library.fake_impl, "allocate_size", None)
+    if shapes is None or allocate is None:
+        return context.new_dynamic_size()
+    return allocate(shapes)
+
+
 def attach(
     library: torch.library.Library,
     name: str,
@@ -86,6 +103,7 @@ def attach(
     *,
     plain_torch: PlainTorch | None = None,
     composed: bool = False,
+    instead: Callable[[], Callable[..., Any] | None] | None = None,
     public: bool | None = None,
 ) -> None:
     """Attach the derivative of an op, in the fast way if this torch has what it takes.
@@ -101,12 +119,14 @@ def attach(
             an op that has no forward mode.
         composed: whether `run` calls differentiable ops only, so that forward mode and torch.func
             look through it.
+        instead: returns the op, or None, that takes this one's place in a graph being traced; the
+            public way does without.
         public: True for `torch.library.register_autograd`; None decides by the names that are here.
     """
     if bool(missing_names()) if public is None else public:
         _attach_publicly(library, name, backward, setup_context)
     else:
-        _attach_fast(library, name, run, backward, setup_context, plain_torch, composed)
+        _attach_fast(library, name, run, backward, setup_context, plain_torch, composed, instead)
 
 
 def _attach_publicly(
@@ -142,6 +162,7 @@ def _attach_fast(
     setup_context: Callable[..., None],
     plain_torch: PlainTorch | None,
     composed: bool,
+    instead: Callable[[], Callable[..., Any] | None] | None,
 ) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
     below, after_autograd = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
@@ -152,8 +173,9 @@ def _attach_fast(
         keys = keys & after_autograd
         if keys.raw_repr() in plain:
             return run(*args)
+        other = None if instead is None else instead()
         with below():
-            return op.redispatch(keys, *args)
+            return op.redispatch(keys, *args) if other is None else other(*args)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
         if transforms():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops.carried_choice import carry, declare_carrying
 from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
@@ -59,6 +60,7 @@ _choice: Choice[tuple[str, ...] | None] = kept(
 
 None says that nothing was asked for, () that `use_backend(None)` asked for the default.
 """
+carry("backends", _choice, gives_way=True)
 _recorders: list[list[Ran]] = kept("recorders", list)
 
 
@@ -97,6 +99,7 @@ class Operation:
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
         self.overload = _declare(schema, self._run, fake)
+        declare_carrying(schema, self._run, fake)
         self._derivative = Derivative(self.name, _namespace.kernels, _choice)
         self._derivative.attach(self._run)
         _operations[self.name] = self
@@ -253,8 +256,7 @@ def use_backend(
     A call that the backend does not serve raises the reason, unless `fallback` names who takes it.
     The choice is made when an op runs: around a compiled function it governs the ops inside, while
     inside one it ends the graph, or, with fullgraph=True, compiling fails. A backward pass runs on
-    what is forced around it, else on what was forced around its forward, which a compiled one does
-    not know: it runs on the default unless the thread that runs it is inside a `use_backend`.
+    what is forced around it, else on what was forced around its forward, compiled or not.
 
     Args:
         name: the backend; None restores the default, the fastest that serves a call.

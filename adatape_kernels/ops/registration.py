@@ -72,7 +72,12 @@ def _library(namespace: str, kind: str) -> Any:
 def flop_formula(op: Any, *, get_raw: bool = False) -> Callable[..., Any]:
     """Register what counts the FLOPs of an op, as torch's `register_flop_formula` does.
 
-    The formula takes the place of one that an earlier import of the package registered.
+    The formula takes the place of one that an earlier import of the package registered. It counts
+    for the op that carries a choice as well, which has one more argument, by its name.
     """
-    flop_registry.pop(op, None)
-    return register_flop_formula(op, get_raw=get_raw)
+    name = op.__name__
+    ops = [getattr(torch.ops, n) for n in ("adatape", "adatape_carrying")]
+    targets = [getattr(namespace, name) for namespace in ops if hasattr(namespace, name)]
+    for target in targets:
+        flop_registry.pop(target, None)
+    return register_flop_formula(targets, get_raw=get_raw)

@@ -111,31 +111,6 @@ def test_a_traced_program_does_not_lose_a_choice_in_silence(trace):
     assert current_backend() is None
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_model_is_compiled_without_a_warning_and_breaks_where_the_tape_s_length_is_read(
-    training, fresh_compiler
-):
-    """A break inside a layer is one of the layers around it, too: reader, encoder and model."""
-    model = ak.models.adatape_vit(
-        *("Ti/4",),
-        **{"image_size": 8, "depth": 2, "num_classes": 5, "dim": 16, "num_heads": 2},
-        **{"ffn_dim": 16, "tape_ffn_dim": 8, "num_tape_tokens": 2, "topk": 2},
-    )
-    images = torch.randn(2, 3, 8, 8)
-    expected = model(images).logits
-    counters.clear()
-    with warnings.catch_warnings(record=True) as warned, torch.set_grad_enabled(training):
-        warnings.simplefilter("always")
-        out = torch.compile(model, backend="aot_eager")(images)
-        if training:
-            out.logits.sum().backward()
-    assert not warned, [str(warning.message) for warning in warned]
-    torch.testing.assert_close(out.logits, expected)
-    breaks = counters["graph_break"]
-    assert sum(breaks.values()) == 3, breaks
-    assert all("output shape depends on input Tensor data" in reason for reason in breaks)
-
-
 def test_a_step_with_its_backward_inside_does_not_trace_our_kernels(fresh_compiler):
     """The backward pass runs between graphs, where a Python frame of ours might be traced."""
 

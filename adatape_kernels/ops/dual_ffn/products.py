@@ -2,6 +2,7 @@
 
 import contextlib
 
+from adatape_kernels.ops.carried_choice import carry
 from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.registration import kept
 
@@ -10,6 +11,7 @@ FFN_PRODUCTS = ("cublas", "grouped")
 
 chosen: Choice[str | None] = kept("ffn_products", lambda: Choice[str | None](None))
 """The form that `ffn_products` asks for on this thread, or None."""
+carry("ffn_products", chosen, gives_way=False)
 
 
 def chosen_products() -> str | None:
@@ -23,8 +25,7 @@ def ffn_products(name: str | None) -> contextlib.AbstractContextManager[None]:
     "cublas": torch's products on the two slices of rows, one Triton kernel between them; it needs
     num_input_rows on the host, and Triton does not serve a call without. "grouped": both kinds of
     rows in one Triton launch a product. None, the default: "cublas" where num_input_rows is on the
-    host, else "grouped". A backward takes its forward's, save that
-    of a compiled function. Inside a compiled function it ends the
+    host, else "grouped". A backward takes its forward's. Inside a compiled function it ends the
     graph, as `use_backend` does.
 
     Raises:

@@ -11,6 +11,7 @@ from torch import Tensor
 from adatape_kernels import reference
 from adatape_kernels.offsets import INTEGERS, as_int32, limited_to_int32
 from adatape_kernels.op_types import wide_dtype
+from adatape_kernels.ops.fast_autograd import dynamic_size
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_capacity, check_reads
 from adatape_kernels.ops.registration import flop_formula
@@ -99,7 +100,7 @@ def tape_gather(
 def _fake(
     bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
-    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    rows = dynamic_size() if capacity is None else capacity
     return bank.new_empty(rows, bank.shape[-1]), counts.new_empty(counts.shape[0] + 1)
 
 
