@@ -19,6 +19,7 @@ from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
+from adatape_kernels.models.value_checks import check_kind
 from adatape_kernels.op_types import TapeSelection
 
 
@@ -73,6 +74,9 @@ class PaddedAdaTape(nn.Module):
     Args:
         model: the elastic model, whose parameters become parameters of this module too.
 
+    Raises:
+        TypeError: the model is no module, or lacks what an AdaTape has.
+
     Example:
         >>> import torch, adatape_kernels as ak
         >>> padded = ak.models.adatape_vit("Ti/4", image_size=8, num_classes=5).padded()
@@ -81,6 +85,13 @@ class PaddedAdaTape(nn.Module):
     """
 
     def __init__(self, model: ElasticModel):
+        check_kind("model", model, nn.Module)
+        for name in ("encoder", "head", "bank_repeats_rows", "config", "embed", "loss"):
+            if not hasattr(model, name):
+                raise TypeError(
+                    f"model: expected an elastic model, which has {name}, "
+                    f"got {type(model).__name__} without it"
+                )
         super().__init__()
         self.model = model
         self.select = reference.tape_select if model.bank_repeats_rows else batched_topk_select
