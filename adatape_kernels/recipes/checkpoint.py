@@ -176,7 +176,8 @@ def _read(file: Path) -> bytes:
         # A pipe would be waited for.
         if not stat.S_ISREG(file.stat().st_mode):
             raise ValueError(f"{file}: expected a file, got something else")
-        return file.read_bytes()
+        with open(file, "rb") as stream:
+            return stream.read()
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -248,7 +248,7 @@ def _saved(out: Path, options: Mapping[str, Any]) -> Checkpoint:
     try:
         config = saved.config if saved.format > 1 else with_present_names(saved.config)
         saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
-        _check_history(saved.history)
+        _check_history(saved.history, saved.config["epochs"])
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
     for name, value in options.items():
@@ -263,8 +263,10 @@ def _saved(out: Path, options: Mapping[str, Any]) -> Checkpoint:
     return saved
 
 
-def _check_history(history: Sequence[Any]) -> None:
-    """Raise ValueError unless each entry holds the metrics of an epoch."""
+def _check_history(history: Sequence[Any], epochs: int) -> None:
+    """Raise ValueError unless each entry holds the metrics of an epoch, of so many at most."""
+    if len(history) > epochs:
+        raise ValueError(f"history: expected up to {epochs} epochs, got {len(history)}")
     for number, row in enumerate(history, start=1):
         if type(row) is not dict or tuple(row) != METRICS:
             raise ValueError(f"history: expected {', '.join(METRICS)} for each epoch, got others")
@@ -277,9 +279,9 @@ def _check_history(history: Sequence[Any]) -> None:
 def _saved_data_dir(out: Path, saved: Checkpoint) -> str | None:
     """Return where the images of a run were."""
     found = saved.environment.get("data_dir")
-    if found is not None and (
-        not isinstance(found, str) or "\0" in found or not Path(found).is_dir()
-    ):
+    if found is None:
+        return None
+    if not isinstance(found, str) or not found or "\0" in found or not Path(found).is_dir():
         raise ValueError(
             f"data-dir: expected the folder that {out / checkpoint.INDEX} names, "
             f"got {shown(found)}, which is none"

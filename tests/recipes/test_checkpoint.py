@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_last_good_pair(saved, monkeypatch, fails, call):
     assert checkpoint.load(saved).epoch == 2
 
 
-def change(file, **entries):
+def change(file, /, **entries):
     """Change entries of an index, as its writer would have written them."""
     file.write_bytes(sealed({**json.loads(file.read_text()), **entries}))
 
