@@ -51,7 +51,7 @@ def data_facts(data: ImageSet, normalise: Normaliser, root: Path | None) -> dict
 def _sha256_of_images(images: Images, root: Path | None) -> str:
     chosen = torch.arange(len(images))
     while isinstance(images, Subset):
-        images, chosen = images.images, images.chosen[chosen]
+        chosen, images = images.chosen[chosen], images.images
     if isinstance(images, FolderImages):
         return _sha256_of_files([images.files[index] for index in chosen.tolist()], root)
     return _sha256_of_tensors(*(images[indices] for indices in chosen.split(_BATCH)))

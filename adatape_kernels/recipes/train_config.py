@@ -127,8 +127,7 @@ class TrainConfig:
         Raises:
             ValueError: there is no such set, or an option is out of range.
         """
-        name = options.get("data")
-        _check_set(name)
+        name = _known_set(options.get("data"))
         _check_names(options)
         given = {key: value for key, value in options.items() if value is not None}
         defaults = {**_DEFAULTS, **_DEFAULT_MODELS[name], **_DEFAULT_TRAINING[name]}
@@ -157,7 +156,7 @@ class TrainConfig:
         Raises:
             ValueError: a value is out of range. No data is read for that.
         """
-        _check_set(self.data)
+        _known_set(self.data)
         numbers = {
             field.name: check_option(field.name, getattr(self, field.name))
             for field in fields(self)
@@ -168,7 +167,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ValueError where a value is out of range, before any data is read."""
-        _check_set(self.data)
+        _known_set(self.data)
         for field in fields(self):
             check_option(field.name, getattr(self, field.name))
         fixed = _FIXED_SIDES.get(self.data, self.image_size)
@@ -303,10 +302,11 @@ _KINDS: dict[str, Any] = {field.name: field.type for field in fields(TrainConfig
 _RANGES = {"seed": (0, (1 << 32) - 1), "epochs": (1, MOST_EPOCHS)}
 
 
-def _check_set(name: object) -> None:
-    """Raise ValueError unless this is the name of an image set."""
+def _known_set(name: object) -> str:
+    """Return the name of an image set; raise ValueError if it is none."""
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {shown(name)}")
+    return name
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
