@@ -157,11 +157,13 @@ def train(
     Raises:
         ValueError: the last batch is one image, which a batch norm of the model cannot train on, or
             epochs_done is out of range.
-        TypeError: the plan is no TrainPlan.
+        TypeError: the model is no module, data no ImageSet, or the plan no TrainPlan.
         RuntimeError: the loss is not finite; the error names epoch and step.
     """
     from tqdm import tqdm
 
+    check_kind("model", model, nn.Module)
+    check_kind("data", data, ImageSet)
     check_kind("plan", plan, TrainPlan)
     check_integer("epochs_done", epochs_done, 0, plan.epochs)
     _check_batches(model, plan, len(data.train_labels))
@@ -280,7 +282,12 @@ def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
 
 
 def epoch_generator(seed: int, epoch: int) -> Generator:
-    """Return a generator that is independent of those of other seeds and other epochs."""
+    """Return a generator that is independent of those of other seeds and other epochs.
+
+    Raises:
+        ValueError: one of the two is no integer of 0 or more.
+    """
+    seed, epoch = check_integer("seed", seed, 0), check_integer("epoch", epoch, 0)
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return Generator().manual_seed(int(state[0]))
 
