@@ -149,6 +149,20 @@ def claim(folder: Path) -> Iterator[RunFolder]:
         run._release()
 
 
+@contextlib.contextmanager
+def appending_alone(stream: Any) -> Iterator[None]:
+    """Wait until no other process appends to an open file, and stand at its end.
+
+    Where there are no locks nothing is waited for.
+    """
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
+    stream.seek(0, os.SEEK_END)
+    # The lock ends when the file is closed.
+    yield
+
+
 def leftovers(folder: Path) -> set[str]:
     """Return the names that a lock file does not keep from being an empty folder's.
 

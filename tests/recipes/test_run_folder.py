@@ -267,6 +267,30 @@ def test_a_system_without_locks_can_import_and_write(tmp_path, monkeypatch, caps
     assert "without locks" in capsys.readouterr().err
 
 
+def test_processes_append_one_after_another(tmp_path):
+    """As the rows of benchmarks: whoever finds the file empty writes its header."""
+    lines = by_a_writer(
+        tmp_path,
+        """
+        def work():
+            for _ in range(20):
+                with open(folder / "rows.csv", "a") as file, run_folder.appending_alone(file):
+                    if file.tell() == 0:
+                        file.write("header\\n")
+                    for _ in range(3):
+                        file.write(f"{os.getpid()}\\n")
+                        file.flush()
+
+        children = [forked(work) for _ in range(4)]
+        for child in children:
+            assert os.waitpid(child, 0)[1] == 0
+        print((folder / "rows.csv").read_text())
+        """,
+    ).split()
+    assert lines[0] == "header" and lines.count("header") == 1 and len(lines) == 241
+    assert all(len({*lines[at : at + 3]}) == 1 for at in range(1, 241, 3))
+
+
 OF_THE_USER = (
     "checkpoint-best.safetensors",
     "checkpoint-0.safetensors",
