@@ -400,8 +400,8 @@ def dual_ffn_bwd(
     if tape_ffn is None:
         return F.pad(dx, (0, 0, 0, len(x) - end)), dinput, None
     dy_tape, x_tape = dy[middle:end], x[middle:end]
-    dhidden = torch.ops.aten.glu_backward(dy_tape @ tape_ffn.w2, tape_hidden, -1)
-    dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, F.glu(tape_hidden), x_tape, tape_ffn.w1)
+    dhidden = _gated_bwd(dy_tape @ tape_ffn.w2, tape_hidden)
+    dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, _gated(tape_hidden), x_tape, tape_ffn.w1)
     return F.pad(torch.cat([dx, dx_tape]), (0, 0, 0, len(x) - end)), dinput, dtape
 
 
@@ -409,6 +409,14 @@ def _gated(hidden: Tensor) -> Tensor:
     """Return F.glu(hidden) by ops that have tangents of tangents, which torch's GLU has not."""
     values, gates = hidden.to(wide_dtype(hidden.dtype)).chunk(2, -1)
     return (values * gates.sigmoid()).to(hidden.dtype)
+
+
+def _gated_bwd(dact: Tensor, hidden: Tensor) -> Tensor:
+    """Return the gradient of the pre-activations."""
+    wide = wide_dtype(hidden.dtype)
+    values, gates = hidden.to(wide).chunk(2, -1)
+    opened, dvalues = gates.sigmoid(), dact.to(wide) * gates.sigmoid()
+    return torch.cat([dvalues, dvalues * values * (1 - opened)], -1).to(hidden.dtype)
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:

@@ -24,7 +24,7 @@ def ffn(outputs, dtype):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    "order", list(itertools.product((jacfwd, jacrev), repeat=2)), ids=lambda o: o.__name__
+    "order", list(itertools.product((jacfwd, jacrev), repeat=2)), ids=["ff", "fr", "rf", "rr"]
 )
 def test_second_derivatives_are_those_of_formulas(order, dtype, activation):
     inputs, tapes = ffn(HIDDEN, dtype), ffn(2 * HIDDEN, dtype)
@@ -48,11 +48,60 @@ def test_second_derivatives_are_those_of_formulas(order, dtype, activation):
     assert_close(outer(inner(by_op))(x), expected, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
-def test_a_third_derivative_forward_over_two_reverse_ones():
-    inputs, tapes = ffn(HIDDEN, torch.float64), ffn(2 * HIDDEN, torch.float64)
+FFNS = ffn(HIDDEN, torch.float64), ffn(2 * HIDDEN, torch.float64)
+
+
+def feeding(x):
+    return ak.ops.dual_ffn(x, 1, *FFNS)
+
+
+def attending(x):
+    rows, cu_inputs = x.unsqueeze(1), torch.tensor([0, 2])
+    return ak.ops.elastic_attention(rows, rows.sin(), rows, cu_inputs, torch.tensor([2, 2]))
+
+
+def norming(x):
+    weight = torch.linspace(1, 2, DIM, dtype=x.dtype)
+    return ak.ops.add_layer_norm(x, x.sin(), weight, weight, 1e-3)[1]
+
+
+def gathering(x):
+    indices = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.int32)
+    weights = x[:, :2].unsqueeze(0).softmax(2)
+    return ak.ops.tape_gather(x, indices, weights, torch.tensor([2]), capacity=2)[0]
+
+
+def selecting(x):
+    options = {"num_tape_tokens": 2, "topk": 2, "halt_threshold": 9.0}
+    read = ak.ops.tape_select(x[:1], torch.cat([x, 2 * x]), **options)
+    return torch.cat([read.weights.flatten(), read.ponder]).unsqueeze(0)
+
+
+THIRD = [order for order in itertools.product("fr", repeat=3) if order != ("f", "r", "r")]
+
+
+@pytest.mark.parametrize("function", [feeding, attending, norming, gathering, selecting])
+@pytest.mark.parametrize("order", ["".join(order) for order in THIRD if "f" in order])
+def test_third_derivatives_are_those_of_autograd(order, function):
+    """What the forward op kept depends on its arguments still, in any order of the transforms."""
     x = torch.randn(2, DIM, dtype=torch.float64)
 
     def value(x):
-        return ak.ops.dual_ffn(x, 1, inputs, tapes).pow(3).sum()
+        return function(x).pow(3).sum()
 
-    assert_close(jacfwd(jacrev(jacrev(value)))(x), jacrev(jacrev(jacrev(value)))(x), 1e-10)
+    found, leaf = value, x.clone().requires_grad_()
+    for letter in reversed(order):
+        found = {"f": jacfwd, "r": jacrev}[letter](found)
+    rows = []
+    (first,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    for slope in first.flatten():
+        (second,) = torch.autograd.grad(slope, leaf, create_graph=True)
+        for bend in second.flatten():
+            rows.append(torch.autograd.grad(bend, leaf, retain_graph=True)[0])
+    assert_close(found(x), torch.stack(rows).view(*x.shape * 3), 1e-9)
+
+
+def test_forward_mode_around_two_reverse_passes_is_refused_in_a_sentence():
+    x = torch.randn(2, DIM, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="expected forward mode inside of reverse mode"):
+        jacfwd(jacrev(jacrev(lambda x: norming(x).pow(3).sum())))(x)
