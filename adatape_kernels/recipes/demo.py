@@ -1,7 +1,6 @@
 """The demo: train a small AdaTape ViT on real digits, and compare it with the padded model."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import TrainPlan, train
 
@@ -48,20 +48,16 @@ def run(
         seed: decides the split, the parameters and the batches.
 
     Raises:
-        ValueError: epochs is not positive, or `out` is a file.
-        OSError: the folder cannot be made or written.
+        ValueError: epochs is not positive, or `out` cannot be made or written.
+        OSError: a file cannot be written.
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
     plan = TrainPlan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
     pictures.require("demo")
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    check_output_folder(out)
     data = digits(seed)
     out.mkdir(parents=True, exist_ok=True)
-    # A folder that cannot be written shows here, before a minute of training.
-    with tempfile.TemporaryFile(dir=out):
-        pass
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(seed)
     model = AdaTapeViT(CONFIG)

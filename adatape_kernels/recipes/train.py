@@ -19,6 +19,7 @@ from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import TrainConfig, option_name, with_present_names
 from adatape_kernels.recipes.train_loop import (
@@ -78,6 +79,7 @@ def _run(
 ) -> ModelComparison:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     pictures.require("train")
+    (check_run_folder if resume else check_output_folder)(out)
     saved = _saved(out, options) if resume else None
     if saved is None:
         _refuse_to_overwrite(out)
@@ -186,9 +188,7 @@ def _try_step(model: AdaTapeViT, images: Tensor) -> None:
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    """Raise ValueError unless `out` is absent or an empty folder."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    """Raise ValueError unless the folder `out` is absent or empty."""
     found = min((inner.name for inner in out.iterdir()), default=None) if out.exists() else None
     if (out / checkpoint.INDEX).exists():
         raise ValueError(f"out: expected a new folder, or --resume, got {out}, which holds a run")
