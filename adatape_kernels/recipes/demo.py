@@ -12,6 +12,7 @@ from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import TrainPlan, train
@@ -48,14 +49,15 @@ def run(
         seed: decides the split, the parameters and the batches.
 
     Raises:
-        ValueError: epochs or seed is out of range, `out` is no folder, or another process writes
-            into it.
-        OSError: the folder cannot be made or written.
+        ValueError: epochs or seed is out of range, `out` cannot be made or written, or another
+            process writes into it.
+        OSError: a file cannot be written.
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
     plan = TrainPlan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
     folder = folder_argument("out", out)
     pictures.require("demo")
+    check_output_folder(folder)
     data = digits(plan.seed)
     folder.mkdir(parents=True, exist_ok=True)
     normalise = Normaliser.of(data.train_images)

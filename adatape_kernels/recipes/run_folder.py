@@ -177,17 +177,15 @@ def leftovers(folder: Path) -> set[str]:
 
 
 def folder_argument(name: str, value: object) -> Path:
-    """Return an argument as the path of a folder, which need not exist.
+    """Return an argument as a path, of which nothing is known yet.
 
     Raises:
-        ValueError: it is no path, or names a file.
+        ValueError: it is none.
     """
-    if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value) or not str(value):
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text:
         raise ValueError(f"{name}: expected a folder, got {shown(value)}")
-    folder = Path(value)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{name}: expected a folder, got the file {printable(folder)}")
-    return folder
+    return Path(text)
 
 
 def _locked(folder: Path) -> int | None:

@@ -30,6 +30,7 @@ from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import (
@@ -106,6 +107,7 @@ def _run(
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
     pictures.require("train")
+    (check_run_folder if resume else check_output_folder)(folder)
     run_folder, saved = None, None
     if resume:
         checkpoint.require(folder)
