@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.op_types import ACTIVATIONS
 
 
 def add(commands: Any) -> None:
@@ -42,6 +43,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ("halt-threshold", float, "an image reads on while its halting score is below this"),
     ):
         model.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    model.add_argument(
+        "--activation",
+        metavar="NAME",
+        help=f"of the feed-forward for input rows: {', '.join(ACTIVATIONS)}",
+    )
     training = parser.add_argument_group("training", "by default what suits the set")
     for name, kind, text in (
         ("epochs", int, "number of passes over the training images"),

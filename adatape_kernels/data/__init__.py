@@ -7,6 +7,7 @@ from adatape_kernels.data.digits import digits
 from adatape_kernels.data.idx import DIGIT_CLASSES, FASHION_CLASSES, mnist_layout
 from adatape_kernels.data.image_folder import image_folder
 from adatape_kernels.data.image_set import ImageSet, Normaliser
+from adatape_kernels.data.printable import printable
 
 __all__ = ["NAMES", "ImageSet", "Normaliser", "digits", "load"]
 
@@ -51,9 +52,12 @@ def load(
     if folder is None:
         raise ValueError(f"data-dir: expected the folder that holds {name}, got none")
     folder = Path(folder)
-    if not folder.is_dir():
-        came = "a file" if folder.exists() else "no such folder"
-        raise ValueError(f"data-dir: expected a folder at {folder}, got {came}")
+    try:
+        came = "" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+    except OSError as error:
+        came = error.strerror or str(error)
+    if came:
+        raise ValueError(f"data-dir: expected a folder at {printable(folder, 200)}, got {came}")
     if name == "cifar10":
         return cifar10(folder)
     if name == "imagefolder":

@@ -25,7 +25,9 @@ _SYSTEM_NAMES = {
     "#recycle",
     "#snapshot",
 }
-_CHECKPOINT = re.compile(r"checkpoint-\d+\.safetensors(\.part)?|checkpoint\.json\.part")
+_CHECKPOINT = re.compile(
+    r"checkpoint-\d+(-[0-9a-f]{8})?\.safetensors(\..*)?|checkpoint\.json\..*|adatape-kernels\.lock"
+)
 _SHOWN_CHARACTERS = 40
 
 

@@ -1,7 +1,9 @@
 """Sets of images with labels for training and for testing, and the normalisation of images."""
 
+import contextlib
+import sys
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ STATISTICS_IMAGES = 2000
 _BATCH = 100
 # The number of files that are decoded at a time outside of training; they may be large.
 _DECODED = 16
+# How long a look at all images may take before it says how far it is.
+_QUIET_SECONDS = 3
 
 
 class Images(Protocol):
@@ -74,13 +78,17 @@ class ImageSet:
     def look(self) -> None:
         """Decode every image that is a file once, so that a damaged one shows now, not mid-epoch.
 
+        Where that takes more than a few seconds and tqdm is installed, stderr shows how far it is.
+
         Raises:
             ValueError: an image cannot be decoded; the error names the file.
         """
-        for images in (self.train_images, self.test_images):
-            if not isinstance(images, Tensor):
+        parts = [p for p in (self.train_images, self.test_images) if not isinstance(p, Tensor)]
+        with _progress(sum(map(len, parts))) as bar:
+            for images in parts:
                 for indices in torch.arange(len(images)).split(_DECODED):
                     images[indices]
+                    bar.update(len(indices))
 
     def limited(self, train_images: int, seed: int) -> "ImageSet":
         """Return the set with some of its training images and all of its test images.
@@ -100,6 +108,31 @@ class ImageSet:
         return replace(
             self, train_images=Subset(self.train_images, kept), train_labels=self.train_labels[kept]
         )
+
+
+class _NoBar:
+    """Takes the place of a progress bar where tqdm is not installed."""
+
+    def update(self, done: int) -> None:
+        """Show nothing."""
+
+
+def _progress(images: int) -> contextlib.AbstractContextManager[Any]:
+    """Return a progress bar that shows itself after a few seconds, and goes when it is done."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext(_NoBar())
+    return tqdm(
+        total=images,
+        desc="looking at every image",
+        unit=" images",
+        delay=_QUIET_SECONDS,
+        # A log file gets a line every few seconds instead of a moving bar.
+        mininterval=0.1 if sys.stderr is not None and sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+        leave=False,
+    )
 
 
 def evenly_spaced(total: int, count: int) -> Tensor:

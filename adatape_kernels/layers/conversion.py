@@ -21,12 +21,12 @@ def activation_name(activation: Any) -> Activation | None:
         if not is_bare(activation):
             return None
         if type(activation) is nn.GELU:
-            return _GELU[activation.approximate]
+            return _GELU.get(activation.approximate)
         return "relu" if type(activation) is nn.ReLU else None
     if isinstance(activation, functools.partial):
         only_approximate = not activation.args and activation.keywords.keys() == {"approximate"}
         if activation.func is F.gelu and only_approximate:
-            return _GELU[activation.keywords["approximate"]]
+            return _GELU.get(activation.keywords["approximate"])
         return None
     if activation in (F.relu, torch.relu, "relu"):
         return "relu"

@@ -1,6 +1,9 @@
 """torch's own modules: set up as AdaTape's public code does, and when a kernel may replace them."""
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from adatape_kernels import ops
 
@@ -33,10 +36,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or not is_bare(module):
         return False
     weight = module.__dict__["_parameters"].get("weight")
+    if type(weight) in _PLAIN_WEIGHTS:
+        return True
     # A subclass of Tensor that wraps other tensors, such as a sharded or a quantised one, has a
-    # method that takes it apart. The tensors that torch traces with have none.
-    return type(weight) in _PLAIN_WEIGHTS or (
-        weight is not None and not hasattr(type(weight), "__tensor_flatten__")
+    # method that takes it apart; another may answer torch's functions itself. The tensors that
+    # torch traces with do neither.
+    return (
+        weight is not None
+        and not hasattr(type(weight), "__tensor_flatten__")
+        and type(weight).__torch_function__ is nn.Parameter.__torch_function__
     )
 
 
@@ -56,6 +64,17 @@ def is_bare(module: nn.Module) -> bool:
         or fields.get("_compiled_call_impl") is not None
         or "forward" in fields
     )
+
+
+def make_weights(module: nn.Module) -> None:
+    """Let pruning and the old norms of weights make a module's parameters anew.
+
+    They do so in hooks that run when the module is called, which is for who reads its parameters
+    instead. Other hooks, which are there for the call's arguments, do not run.
+    """
+    for hook in module.__dict__["_forward_pre_hooks"].values():
+        if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):
+            hook(module, ())
 
 
 def bias_of(module: nn.Linear | nn.LayerNorm) -> Tensor:

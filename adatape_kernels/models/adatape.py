@@ -12,6 +12,7 @@ from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeRead
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded import PaddedAdaTape
+from adatape_kernels.models.value_checks import check_kind, check_number
 
 
 class AdaTape(nn.Module, ABC):
@@ -21,7 +22,7 @@ class AdaTape(nn.Module, ABC):
         config: sizes and choices.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        TypeError: config is no AdaTapeConfig.
 
     Source: SPEC 6 and 7.
 
@@ -41,6 +42,7 @@ class AdaTape(nn.Module, ABC):
     """Whether rows of a bank may be equal; the padded model then breaks ties as SPEC 3 does."""
 
     def __init__(self, config: AdaTapeConfig):
+        check_kind("config", config, AdaTapeConfig)
         super().__init__()
         self.config = c = config
         self.encoder = ElasticEncoder(
@@ -53,6 +55,7 @@ class AdaTape(nn.Module, ABC):
                     dropout=c.dropout,
                     attention_dropout=c.attention_dropout,
                     stochastic_depth=c.stochastic_depth * layer / max(1, c.depth - 1),
+                    activation=c.activation,
                 )
                 for layer in range(c.depth)
             ),
@@ -150,7 +153,10 @@ class AdaTape(nn.Module, ABC):
         Args:
             output: what the model returned for the batch.
             labels: (batch,) int64.
-            label_smoothing: the share of the target that is spread over all classes.
+            label_smoothing: the share of the target that is spread over all classes, 0 to 1.
+
+        Raises:
+            ValueError: label_smoothing is out of range.
 
         Source: SPEC 7.
 
@@ -161,6 +167,8 @@ class AdaTape(nn.Module, ABC):
             >>> math.isclose(loss.item(), math.log(5), rel_tol=1e-6)  # a new head guesses
             True
         """
+        if not 0 <= check_number("label_smoothing", label_smoothing) <= 1:
+            raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
         classification = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
         return classification + self.config.ponder_weight * output.ponder.sum(1).mean()
 

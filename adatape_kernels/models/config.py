@@ -1,14 +1,19 @@
 """The sizes and choices that every AdaTape model is made of."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Literal, TypedDict
 
 from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import QueryType
-from adatape_kernels.op_types import LossType
+from adatape_kernels.models.value_checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    shown,
+)
+from adatape_kernels.op_types import ACTIVATIONS, Activation, LossType
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 
 BankKind = Literal["input", "learn"]
@@ -20,31 +25,11 @@ MOST_VALUES = 1 << 28
 """Most numbers that one example may consist of: 1 GiB in float32."""
 MOST_PARAMETERS = 1 << 36
 """Most parameters that the layers of a model may have: 256 GiB in float32."""
+MOST_LAYERS = 1 << 12
+"""Most layers of a model; each costs time when a model is built, however narrow it is."""
 
 # Names of a bank's tokens are int32.
 _MOST_BANK_TOKENS = (1 << 31) - 1
-
-
-def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise ValueError unless a value is an integer from `least` to `most`; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name}: expected an integer, got {value!r}")
-    if int(value) < least or (most is not None and int(value) > most):
-        range_ = f"{least} or more" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name}: expected {range_}, got {value}")
-
-
-def check_number(name: str, value: object) -> float:
-    """Return a value as a float; raise ValueError where it is no number, as NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
-    return float(value)
-
-
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise ValueError unless a value is one of several words."""
-    if value not in tuple(choices):
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -112,6 +97,8 @@ class AdaTapeConfig:
     """Standard deviation of the noise that training adds to a query."""
     bank_dropout: float = 0.0
     """Probability with which training hides a bank token from an example."""
+    activation: Activation = "gelu_tanh"
+    """That of the feed-forward for input rows; "gelu" is GELU's exact form."""
 
     def __post_init__(self) -> None:
         """Check every value, so that what is wrong shows here and not in the first step."""
@@ -119,46 +106,63 @@ class AdaTapeConfig:
         check_choice("pooling", self.pooling, ("token", "mean", "max", "sum"))
         check_choice("query", self.query, ("token", "gap"))
         check_choice("loss_type", self.loss_type, ("entropy", "max"))
-        if not isinstance(self.average_query, bool):
-            raise ValueError(f"average_query: expected True or False, got {self.average_query!r}")
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_flag("average_query", self.average_query)
         for name in ("num_classes", "dim", "depth", "num_heads", "ffn_dim"):
-            check_integer(name, getattr(self, name), 1)
+            self._check_integer(name, 1, MOST_PARAMETERS)
         for name in ("tape_ffn_dim", "tape_mlp_dim"):
-            check_integer(name, getattr(self, name), 0)
-        check_integer("bank_size", self.bank_size, 1, _MOST_BANK_TOKENS)
-        check_integer("num_tape_tokens", self.num_tape_tokens, 0, MOST_TOKENS)
-        check_integer("topk", self.topk, 1, MAX_TOPK)
-        check_integer("key_split", self.key_split, 1, self.dim)
+            self._check_integer(name, 0, MOST_PARAMETERS)
+        self._check_integer("bank_size", 1, _MOST_BANK_TOKENS)
+        self._check_integer("num_tape_tokens", 0, MOST_TOKENS)
+        self._check_integer("topk", 1, MAX_TOPK)
+        self._check_integer("key_split", 1, self.dim)
         if self.dim % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of dim = {self.dim}, got {self.num_heads}"
             )
         self._check_numbers()
-        self._check_reads()
         if self._layer_parameters() > MOST_PARAMETERS:
             raise ValueError(
                 "dim, depth, ffn_dim: expected sizes that make up to 2**36 parameters, "
                 f"got {self._layer_parameters():,}"
             )
+        check_integer("depth", self.depth, 1, MOST_LAYERS)
+        self._check_reads()
+        if self._parameters() > MOST_PARAMETERS:
+            raise ValueError(
+                "dim, bank_size, tape_mlp_dim: expected sizes that make up to 2**36 parameters, "
+                f"got {self._parameters():,}"
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        """Replace a field by an equal value of the type that it is declared with."""
+        object.__setattr__(self, name, value)
+
+    def _check_integer(self, name: str, least: int, most: int) -> None:
+        self._set(name, check_integer(name, getattr(self, name), least, most))
 
     def _check_numbers(self) -> None:
-        check_number("halt_threshold", self.halt_threshold)
+        names = ("halt_threshold", "query_noise", "ponder_weight")
+        shares = ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout")
+        for name in (*names, *shares):
+            self._set(name, check_number(name, getattr(self, name)))
         for name in ("query_noise", "ponder_weight"):
-            if not 0 <= check_number(name, getattr(self, name)) < math.inf:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{name}: expected a finite number of 0 or more, got {getattr(self, name)}"
                 )
-        for name in ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout"):
-            if not 0 <= check_number(name, getattr(self, name)) < 1:
+        for name in shares:
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 to below 1, got {getattr(self, name)}")
 
     def _check_reads(self) -> None:
-        if not isinstance(self.read_layers, (tuple, list)):
-            raise ValueError(f"read_layers: expected a tuple of layers, got {self.read_layers!r}")
-        for layer in self.read_layers:
-            check_integer("read_layers", layer, 0, self.depth - 1)
-        if len(set(self.read_layers)) != len(self.read_layers):
-            raise ValueError(f"read_layers: expected distinct layers, got {self.read_layers}")
+        layers = self.read_layers
+        if not isinstance(layers, (tuple, list)):
+            raise ValueError(f"read_layers: expected a tuple of layers, got {shown(layers)}")
+        layers = tuple(check_integer("read_layers", layer, 0, self.depth - 1) for layer in layers)
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"read_layers: expected distinct layers, got {shown(layers)}")
+        self._set("read_layers", layers)
         if self.query == "token" and self.pooling != "token":
             raise ValueError(
                 f"query: expected 'gap' with pooling {self.pooling!r}, which has no class token, "
@@ -170,12 +174,15 @@ class AdaTapeConfig:
             )
 
     def _layer_parameters(self) -> int:
-        """Return about how many parameters the layers, the readers and the head have."""
+        """Return about how many parameters the layers and the head have."""
         layer = self.dim * (4 * self.dim + 2 * self.ffn_dim + 2 * self.tape_ffn_dim)
+        return self.depth * layer + self.dim * self.num_classes
+
+    def _parameters(self) -> int:
+        """Return about how many parameters a model has; subclasses add what they embed with."""
         bank = self.bank_size if self.bank == "learn" else 0
         reader = self.dim * (bank + 3 * self.tape_mlp_dim)
-        readers = len(self.read_layers)
-        return self.depth * layer + readers * reader + self.dim * self.num_classes
+        return self._layer_parameters() + len(self.read_layers) * reader
 
 
 class AdaTapeOptions(TypedDict, total=False):
@@ -212,3 +219,4 @@ class AdaTapeOptions(TypedDict, total=False):
     stochastic_depth: float
     query_noise: float
     bank_dropout: float
+    activation: Activation

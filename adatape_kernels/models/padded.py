@@ -8,7 +8,7 @@ are compared with its own.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from adatape_kernels import reference
 from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
+from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
+from adatape_kernels.models.value_checks import check_kind
 from adatape_kernels.op_types import TapeSelection
 
 
@@ -70,8 +72,15 @@ class _PaddedTokens:
 class PaddedAdaTape(nn.Module):
     """The padded, masked counterpart of an elastic model, on the same parameters.
 
+    Pruning, adapters and parametrisations act as in the elastic model, and so do hooks on linear
+    modules and norms. Other hooks on the elastic model, its encoder, layers, attentions and readers
+    do not run, since these take elastic batches and are not called here.
+
     Args:
         model: the elastic model, whose parameters become parameters of this module too.
+
+    Raises:
+        TypeError: the model is no module, or lacks what an AdaTape has.
 
     Example:
         >>> import torch, adatape_kernels as ak
@@ -81,6 +90,13 @@ class PaddedAdaTape(nn.Module):
     """
 
     def __init__(self, model: ElasticModel):
+        check_kind("model", model, nn.Module)
+        for name in ("encoder", "head", "bank_repeats_rows", "config", "embed", "loss"):
+            if not hasattr(model, name):
+                raise TypeError(
+                    f"model: expected an elastic model, which has {name}, "
+                    f"got {type(model).__name__} without it"
+                )
         super().__init__()
         self.model = model
         self.select = reference.tape_select if model.bank_repeats_rows else batched_topk_select
@@ -101,14 +117,19 @@ class PaddedAdaTape(nn.Module):
             torch.int32
         """
         model = self.model
+        make_weights(cast(nn.Module, model))
+        make_weights(model.encoder)
         tokens, bank = model.embed(inputs)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         x = _PaddedTokens(tokens, mask, tokens.shape[1])
         reads = []
         for layer, reader in model.encoder.stages():
             if reader is not None:
+                make_weights(reader)
                 x, selection = self._read(reader, x, bank)
                 reads.append(selection)
+            make_weights(layer)
+            make_weights(layer.self_attn)
             x = _encode(layer, x)
         x = _PaddedTokens(model.encoder.norm(x.data), x.mask, x.num_inputs)
         logits = model.head(x.pool(model.config.pooling))

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
+    MOST_PARAMETERS,
     MOST_TOKENS,
     MOST_VALUES,
     AdaTapeConfig,
-    check_integer,
 )
+from adatape_kernels.models.value_checks import check_kind
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,16 @@ class AdaTapeParityConfig(AdaTapeConfig):
     def __post_init__(self) -> None:
         """Check the sizes, and that a bank of the sequence fills at least one tape token."""
         super().__post_init__()
-        check_integer("seq_len", self.seq_len, 1, MOST_TOKENS)
-        check_integer("element_dim", self.element_dim, 1, MOST_VALUES // self.seq_len)
+        self._check_integer("seq_len", 1, MOST_TOKENS)
+        self._check_integer("element_dim", 1, MOST_VALUES // self.seq_len)
         if self.bank == "input" and self.seq_len < self.topk:
             raise ValueError(f"topk: expected at most seq_len = {self.seq_len}, got {self.topk}")
+        embeddings = self.seq_len * self.element_dim + self.element_dim
+        if self._parameters() + self.dim * embeddings > MOST_PARAMETERS:
+            raise ValueError(
+                "dim, seq_len, element_dim: expected sizes that make up to 2**36 parameters, "
+                f"got {self._parameters() + self.dim * embeddings:,}"
+            )
 
 
 class AdaTapeParity(AdaTape):
@@ -53,7 +60,7 @@ class AdaTapeParity(AdaTape):
         config: sizes and choices.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        TypeError: config is no AdaTapeParityConfig.
 
     Source: SPEC 2; scenic's AdaTape on the parity task.
 
@@ -71,6 +78,7 @@ class AdaTapeParity(AdaTape):
     bank_repeats_rows = True
 
     def __init__(self, config: AdaTapeParityConfig):
+        check_kind("config", config, AdaTapeParityConfig)
         super().__init__(config)
         self.config: AdaTapeParityConfig = config
         self.sequence_embed = nn.Linear(config.seq_len * config.element_dim, config.dim)
@@ -88,6 +96,7 @@ class AdaTapeParity(AdaTape):
             the bank (batch, seq_len, dim) or None where it is learnable.
 
         Raises:
+            TypeError: inputs is no tensor.
             ValueError: the sequences' shape is not the configured one.
 
         Example:
@@ -100,6 +109,7 @@ class AdaTapeParity(AdaTape):
             (torch.Size([5, 2, 24]), torch.Size([5, 40, 24]))
         """
         shape = (self.config.seq_len, self.config.element_dim)
+        check_kind("inputs", inputs, Tensor)
         if inputs.dim() != 3 or inputs.shape[1:] != shape:
             raise ValueError(f"inputs: expected (batch, {shape}), got {tuple(inputs.shape)}")
         tokens = self.with_class_token(self.sequence_embed(inputs.flatten(1)).unsqueeze(1))

@@ -79,6 +79,7 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
         "ponder_weight": halting["act_loss_weight"],
         "query_noise": halting["query_noise"],
         "bank_dropout": halting["bernoulli_p"],
+        "activation": "gelu_tanh",
     }
     if config["kind"] == "adatape_vit":
         return AdaTapeViTConfig(

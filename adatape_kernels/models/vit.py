@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
+    MOST_PARAMETERS,
     MOST_TOKENS,
     MOST_VALUES,
     AdaTapeConfig,
     AdaTapeOptions,
-    check_integer,
 )
+from adatape_kernels.models.value_checks import check_kind, shown
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
     from typing_extensions import Unpack
@@ -27,6 +29,7 @@ _SIZES = {
     "B": {"dim": 768, "depth": 12, "num_heads": 12, "ffn_dim": 3072},
     "L": {"dim": 1024, "depth": 24, "num_heads": 16, "ffn_dim": 4096},
 }
+_VARIANT = re.compile(rf"({'|'.join(_SIZES)})/(0*[1-9][0-9]{{0,8}})")
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ class AdaTapeViTConfig(AdaTapeConfig):
     def __post_init__(self) -> None:
         """Check that patches tile the image and that a bank fills at least one tape token."""
         super().__post_init__()
-        check_integer("in_channels", self.in_channels, 1, MOST_TOKENS)
-        check_integer("image_size", self.image_size, 1, math.isqrt(MOST_VALUES // self.in_channels))
+        self._check_integer("in_channels", 1, MOST_TOKENS)
+        self._check_integer("image_size", 1, math.isqrt(MOST_VALUES // self.in_channels))
         for name in ("patch_size", "bank_patch_size"):
+            self._check_integer(name, 1, self.image_size)
             size = getattr(self, name)
-            check_integer(name, size, 1)
             if self.image_size % size:
                 raise ValueError(
                     f"{name}: expected a divisor of image_size = {self.image_size}, got {size}"
@@ -79,6 +82,15 @@ class AdaTapeViTConfig(AdaTapeConfig):
             raise ValueError(
                 f"topk: expected at most {self.bank_tokens} (the bank's tokens), got {self.topk}"
             )
+        pixels = self.patch_size**2 + self.bank_patch_size**2
+        embeddings = self.num_patches + self.in_channels * pixels
+        if self.bank == "input":
+            embeddings += self.bank_tokens
+        if self._parameters() + self.dim * embeddings > MOST_PARAMETERS:
+            raise ValueError(
+                "dim, image_size, patch_size: expected sizes that make up to 2**36 parameters, "
+                f"got {self._parameters() + self.dim * embeddings:,}"
+            )
 
     @classmethod
     def of(cls, variant: str, **options: "Unpack[AdaTapeViTOptions]") -> "AdaTapeViTConfig":
@@ -92,11 +104,13 @@ class AdaTapeViTConfig(AdaTapeConfig):
             >>> ak.models.AdaTapeViTConfig.of("Ti/16", num_classes=10).num_heads
             3
         """
-        size, _, patch = str(variant).partition("/")
-        if size not in _SIZES or not patch.isdecimal() or int(patch) < 1:
+        named = _VARIANT.fullmatch(variant) if isinstance(variant, str) else None
+        if named is None:
             raise ValueError(
-                f"variant: expected {', '.join(_SIZES)}, a slash and a patch size, got {variant!r}"
+                f"variant: expected {', '.join(_SIZES)}, a slash and a patch size, "
+                f"got {shown(variant)}"
             )
+        size, patch = named.groups()
         fields = {field.name for field in dataclasses.fields(cls)}
         for name in options:
             if name not in fields:
@@ -158,7 +172,7 @@ class AdaTapeViT(AdaTape):
         config: sizes and choices; `adatape_vit` fills them in by name.
 
     Raises:
-        ValueError: sizes do not fit one another.
+        TypeError: config is no AdaTapeViTConfig.
 
     Source: SPEC 2 and 6.
 
@@ -172,6 +186,7 @@ class AdaTapeViT(AdaTape):
     """
 
     def __init__(self, config: AdaTapeViTConfig):
+        check_kind("config", config, AdaTapeViTConfig)
         super().__init__(config)
         self.config: AdaTapeViTConfig = config
         c = config
@@ -199,6 +214,7 @@ class AdaTapeViT(AdaTape):
             one, and the bank (batch, bank_tokens, dim) or None where it is learnable.
 
         Raises:
+            TypeError: inputs is no tensor.
             ValueError: the images' shape is not the configured one.
 
         Example:
@@ -210,6 +226,7 @@ class AdaTapeViT(AdaTape):
         """
         c = self.config
         shape = (c.in_channels, c.image_size, c.image_size)
+        check_kind("inputs", inputs, Tensor)
         if inputs.dim() != 4 or inputs.shape[1:] != shape:
             raise ValueError(f"inputs: expected (batch, {shape}), got {tuple(inputs.shape)}")
         tokens = self.with_class_token(self.patch_embed(inputs).flatten(2).mT)

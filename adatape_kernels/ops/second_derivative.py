@@ -27,8 +27,9 @@ def twice_differentiable(
         backward_op: the op.
         gradients: its results by torch's own ops. Every floating-point tensor among its arguments
             requires a gradient, so that `gradient_of` applies to each.
-        closed_form: its results as formulas over all of its arguments, of which forward mode takes
-            tangents; None for the op's eager implementation.
+        closed_form: its results as formulas, of which forward mode takes tangents; None for the
+            op's eager implementation. Since autograd may differentiate a tangent once more, what
+            the forward op kept is computed anew here as well.
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -94,6 +95,12 @@ def gradient_of(
     """
     results = function(*inputs)
     results = (results,) if isinstance(results, Tensor) else results
+    if not any(x.requires_grad for x in inputs):
+        # Forward mode around them has no place where its tensors could require a gradient.
+        raise NotImplementedError(
+            "torch.func: expected forward mode inside of reverse mode for a third derivative, got "
+            "forward mode outside of two reverse passes"
+        )
     found = _derivatives(results, inputs, grads, create_graph=True)
     return tuple(
         torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)

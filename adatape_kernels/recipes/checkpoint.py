@@ -1,19 +1,20 @@
 """Checkpoints of a training run: checkpoint-N.safetensors and checkpoint.json, which names it.
 
 The tensors are written first, to a file named after the epoch, then checkpoint.json, which holds
-the name, the size and the SHA-256 of that file; only then is the previous epoch's file removed.
-Each file is written under a temporary name in the same folder, flushed to the disk and renamed. So
-whenever the power fails, the process is killed or the disk is full, checkpoint.json names a whole
-file, that of the last epoch that was saved.
+the name, the size and the SHA-256 of that file and a SHA-256 of itself; only then is the previous
+epoch's file removed. Each file is written under a temporary name in the same folder, flushed to the
+disk and renamed. So whenever the power fails, the process is killed or the disk is full,
+checkpoint.json names a whole file, that of the last epoch that was saved.
+
+The entry "format" says which format checkpoint.json has. Format 1, that of version 0.1, has no
+SHA-256 of itself, no hashes of the images and labels among its facts, and former names of options.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-FORMAT = "adatape-kernels training checkpoint, 1"
+from adatape_kernels.models.value_checks import shown
+from adatape_kernels.recipes.run_folder import RunFolder, claim
+
+FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2)}
+"""The formats that can be read, by what checkpoint.json calls them; the last one is written."""
+FORMAT = list(FORMATS)[-1]
 INDEX = "checkpoint.json"
 
-# Answers by which a file system says that it cannot flush, and not that flushing failed. Network
-# mounts, folders shared with a virtual machine and those that programs provide give them.
-_CANNOT_FLUSH = {
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EBADF,
-    errno.EISDIR,
-    errno.ENOTTY,
-    errno.EROFS,
-}
-
-_TENSORS = re.compile(r"checkpoint-\d+\.safetensors")
+_TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
+# The end of checkpoint.json. The SHA-256 is that of the file with zeros in its place.
+_SEAL = re.compile(rb'"sha256 of this file": "([0-9a-f]{64})"\n\}\n\Z')
+_SEALED = "sha256 of this file"
 _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
 
 
@@ -64,69 +58,175 @@ class Checkpoint:
     """Versions, threads and backend, on which the last bits of the curve depend."""
     tensors: dict[str, Tensor] = field(repr=False)
     """The parameters and the states of the optimizer and of torch's generator, by name."""
+    format: int = FORMATS[FORMAT]
+    """Number of the format that it was read in."""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
+def save(where: RunFolder | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; the previous one in the folder stays whole until this one is.
 
+    Args:
+        where: what writes into the folder; a path is claimed for as long as this takes.
+        checkpoint: what is written.
+
     Raises:
+        ValueError: another process writes into the folder.
         OSError: a file cannot be written; the error names it.
     """
+    if isinstance(where, Path):
+        with claim(where) as run:
+            save(run, checkpoint)
+        return
+    remove_leftovers(where)
     # The bytes are held in memory once, so that what is hashed is what is written.
     content = safetensors.torch.save(checkpoint.tensors)
-    file = folder / f"checkpoint-{checkpoint.epoch}.safetensors"
-    write_file(file, content)
-    entries = {key: value for key, value in vars(checkpoint).items() if key != "tensors"}
+    name = where.unused_name(f"checkpoint-{checkpoint.epoch}", ".safetensors")
+    try:
+        previous = _current(where.folder)
+    except ValueError:  # its index was damaged meanwhile, and so nothing is known of it
+        previous = None
+    # Whether we are killed before or after the index is written: one of the two is left over.
+    where.note(name, *([] if previous is None else [previous]))
+    where.write(name, content)
+    unnamed = ("tensors", "format")
     index = {
         "format": FORMAT,
-        "file": file.name,
+        "file": name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        **entries,
+        **{key: value for key, value in vars(checkpoint).items() if key not in unnamed},
     }
-    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-    for other in folder.glob("checkpoint-*.safetensors*"):
-        if other != file:
-            other.unlink(missing_ok=True)
+    where.write(INDEX, sealed(index))
+    where.clear(keep=name)
+
+
+def remove_leftovers(run: RunFolder) -> None:
+    """Remove what a save that did not end has left, but nothing that the checkpoint needs."""
+    try:
+        run.clear(keep=_current(run.folder))
+    except ValueError:
+        pass  # Where the index is damaged, a file that it named may still be of use.
+
+
+def _current(folder: Path) -> str | None:
+    """Return the name of the tensors' file of a folder's checkpoint; None where there is none.
+
+    Raises:
+        ValueError: checkpoint.json is damaged.
+    """
+    try:
+        content = _read(folder / INDEX)
+    except FileNotFoundError:
+        return None
+    return _parsed(folder / INDEX, content)["file"]
+
+
+def sealed(index: Mapping[str, Any]) -> bytes:
+    """Return the content of checkpoint.json, which holds a SHA-256 of itself."""
+    content = (json.dumps({**index, _SEALED: 64 * "0"}, indent=1) + "\n").encode()
+    found = _SEAL.search(content)
+    assert found is not None
+    return _with_digest(content, found, hashlib.sha256(content).hexdigest().encode())
+
+
+def _with_digest(content: bytes, found: re.Match[bytes], digest: bytes) -> bytes:
+    return content[: found.start(1)] + digest + content[found.end(1) :]
+
+
+def require(folder: Path) -> None:
+    """Raise ValueError unless a folder holds a checkpoint, whole or not."""
+    if not (folder / INDEX).exists():
+        raise ValueError(f"resume: expected {folder / INDEX}, got no such file")
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read the checkpoint that a folder holds.
+    """Read the checkpoint that a folder holds, also while a process writes the next one.
 
     Raises:
         ValueError: there is none, or it is cut, altered or of another format; the error names the
             file.
     """
     index_file = folder / INDEX
+    while True:
+        require(folder)
+        content = _read(index_file)
+        index = _parsed(index_file, content)
+        file = folder / index["file"]
+        try:
+            tensors = _tensors(file, index["bytes"], index["sha256"])
+        except FileNotFoundError:
+            # Who has written a newer checkpoint meanwhile has removed the tensors of this one.
+            if index_file.is_file() and _read(index_file) != content:
+                continue
+            raise ValueError(f"{file}: expected the tensors of {INDEX}, got no such file") from None
+        kept = ("epoch", "step", "config", "data", "history", "environment")
+        return Checkpoint(
+            **{name: index[name] for name in kept}, tensors=tensors, format=FORMATS[index["format"]]
+        )
+
+
+def _read(file: Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read; the error names it.
+    """
     try:
-        index = json.loads(index_file.read_bytes())
+        # A pipe would be waited for.
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError(f"{file}: expected a file, got something else")
+        with open(file, "rb") as stream:
+            return stream.read()
     except FileNotFoundError:
-        raise ValueError(f"resume: expected {index_file}, got no such file") from None
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{file}: expected a file that can be read, got {error.strerror}"
+        ) from None
+
+
+def _parsed(index_file: Path, content: bytes) -> dict[str, Any]:
+    """Return the entries of checkpoint.json.
+
+    Raises:
+        ValueError: it is cut, altered or of another format; the error names the file.
+    """
+    try:
+        index = json.loads(content)
     except (ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or ["too deep a nesting"])[0]
         raise ValueError(f"{index_file}: expected whole JSON, got {reason}") from None
     came = index.get("format") if isinstance(index, dict) else None
-    if came != FORMAT:
-        raise ValueError(f"{index_file}: expected the format {FORMAT!r}, got {came!r}")
+    if not isinstance(came, str) or came not in FORMATS:
+        raise ValueError(f"{index_file}: expected the format {FORMAT!r}, got {shown(came)}")
+    # An altered byte may also make it look like format 1, in which there is no such entry.
+    if FORMATS[came] > 1 or _SEALED in index:
+        found = _SEAL.search(content)
+        whole = b"" if found is None else _with_digest(content, found, 64 * b"0")
+        if found is None or hashlib.sha256(whole).hexdigest().encode() != found[1]:
+            raise ValueError(f"{index_file}: expected its own SHA-256, got that of another content")
     for name, kind in _ENTRIES.items():
         if type(index.get(name)) is not kind:
             raise ValueError(
-                f"{index_file}: expected {name} of type {kind.__name__}, got {index.get(name)!r}"
+                f"{index_file}: expected {name} of type {kind.__name__}, "
+                f"got {shown(index.get(name))}"
             )
     # The name comes from a file, which must not make us read outside of the folder.
     if not _TENSORS.fullmatch(index["file"]):
         raise ValueError(
             f"{index_file}: expected file of the form checkpoint-N.safetensors, "
-            f"got {index['file']!r}"
+            f"got {shown(index['file'])}"
         )
-    if not 0 <= index["epoch"] == len(index["history"]):
+    for name in ("epoch", "step", "bytes"):
+        if index[name] < 0:
+            raise ValueError(f"{index_file}: expected {name} of 0 or more, got {index[name]}")
+    if index["epoch"] != len(index["history"]):
         raise ValueError(
             f"{index_file}: expected epoch to be the length of history, {len(index['history'])}, "
-            f"got {index['epoch']}"
+            f"got {shown(index['epoch'])}"
         )
-    tensors = _read_tensors(folder / index["file"], index["bytes"], index["sha256"])
-    kept = ("epoch", "step", "config", "data", "history", "environment")
-    return Checkpoint(**{name: index[name] for name in kept}, tensors=tensors)
+    return index
 
 
 _ENTRIES: dict[str, type] = {
@@ -142,17 +242,19 @@ _ENTRIES: dict[str, type] = {
 }
 
 
-def _read_tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
-    """Read a safetensors file of this size in bytes and this hash. Raises ValueError."""
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{file}: expected the tensors of {INDEX}, got no such file") from None
+def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file of this size in bytes and this hash.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another one.
+    """
+    content = _read(file)
     if len(content) != size:
-        raise ValueError(f"{file}: expected {size} bytes, got {len(content)}")
+        raise ValueError(f"{file}: expected {shown(size)} bytes, got {len(content)}")
     came = hashlib.sha256(content).hexdigest()
     if came != sha256:
-        raise ValueError(f"{file}: expected SHA-256 {sha256[:16]}..., got {came[:16]}...")
+        raise ValueError(f"{file}: expected SHA-256 {shown(sha256[:16])}..., got {came[:16]}...")
     try:
         return safetensors.torch.load(content)
     except SafetensorError as error:
@@ -232,52 +334,3 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if prefix.startswith(_OPTIMIZER):
         return {name: tensor for name, tensor in found.items() if "." not in name}
     return found
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and through to the disk.
-
-    Raises:
-        OSError: it cannot be written; the error names it, and an earlier file of that name stays.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            _flush(stream.fileno())
-        os.replace(part, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: expected to write {len(content)} bytes, got {error.strerror or error}"
-        ) from None
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder to the disk, and so a rename within it; only POSIX systems can."""
-    if os.name == "posix":
-        with _where_it_can_be_done():
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                _flush(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _flush(descriptor: int) -> None:
-    """Flush a file or a folder to the disk, where its file system can."""
-    with _where_it_can_be_done():
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _where_it_can_be_done() -> Iterator[None]:
-    """Go on where a file system answers that it cannot flush; other errors are raised."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _CANNOT_FLUSH:
-            raise

@@ -1,7 +1,6 @@
 """The demo: train a small AdaTape ViT on real digits, and compare it with the padded model."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.output_folder import check_output_folder
+from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import TrainPlan, train
 
@@ -48,27 +49,25 @@ def run(
         seed: decides the split, the parameters and the batches.
 
     Raises:
-        ValueError: epochs is not positive, or `out` is a file.
-        OSError: the folder cannot be made or written.
+        ValueError: epochs or seed is out of range, `out` cannot be made or written, or another
+            process writes into it.
+        OSError: a file cannot be written.
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
     plan = TrainPlan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
+    folder = folder_argument("out", out)
     pictures.require("demo")
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
-    data = digits(seed)
-    out.mkdir(parents=True, exist_ok=True)
-    # A folder that cannot be written shows here, before a minute of training.
-    with tempfile.TemporaryFile(dir=out):
-        pass
+    check_output_folder(folder)
+    data = digits(plan.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     normalise = Normaliser.of(data.train_images)
-    torch.manual_seed(seed)
+    torch.manual_seed(plan.seed)
     model = AdaTapeViT(CONFIG)
-    with lenient_output(), _one_thread():
+    # A folder that cannot be written shows here, before a minute of training.
+    with lenient_output(), claim(folder) as run_folder, _one_thread():
         train(model, data, plan, normalise, turn_and_move, title="training on digits")
-        entries = {"epochs": epochs, "seed": seed}
-        return write_report(out, model, data, normalise, entries, rounds=ROUNDS)
+        entries = {"epochs": plan.epochs, "seed": plan.seed}
+        return write_report(run_folder, model, data, normalise, entries, rounds=ROUNDS)
 
 
 @contextlib.contextmanager

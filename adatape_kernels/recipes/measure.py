@@ -13,6 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from adatape_kernels.models.value_checks import check_integer
+
 Run = Callable[[], object]
 
 
@@ -39,7 +41,12 @@ def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, 
         runs: functions by name.
         rounds: number of times that each is timed.
         warmup: number of times that each is called before.
+
+    Raises:
+        ValueError: rounds is no positive integer, or warmup a negative one.
     """
+    check_integer("rounds", rounds, 1)
+    check_integer("warmup", warmup, 0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warmup + rounds):
         for name, run in runs.items():

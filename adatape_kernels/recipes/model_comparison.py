@@ -7,6 +7,7 @@ import torch
 
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
+from adatape_kernels.models.value_checks import check_integer, check_kind
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.train_loop import accuracy, predict
@@ -95,7 +96,14 @@ def compare(
 
     Returns:
         What was measured, and the elastic model's output for every test image.
+
+    Raises:
+        ValueError: rounds is no positive integer.
+        TypeError: the model is no AdaTape, or data no ImageSet.
     """
+    check_integer("rounds", rounds, 1)
+    check_kind("model", model, AdaTape)
+    check_kind("data", data, ImageSet)
     every = predict(model, data.test_images, normalise)
     sample = evenly_spaced(len(data.test_labels), COMPARED_IMAGES)
     images = normalise(unit_range(data.test_images[sample]))

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -11,13 +10,13 @@ from adatape_kernels.data.image_set import ImageSet, Normaliser
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import pictures
-from adatape_kernels.recipes.checkpoint import write_file
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import ModelComparison, compare
+from adatape_kernels.recipes.run_folder import RunFolder
 
 
 def write_report(
-    out: Path,
+    out: RunFolder,
     model: AdaTapeViT,
     data: ImageSet,
     normalise: Normaliser,
@@ -28,7 +27,7 @@ def write_report(
     """Compare, print a table, and write report.json, model.safetensors and pictures into `out`.
 
     Args:
-        out: an existing folder.
+        out: what writes into the folder.
         model: the trained model.
         data: its test half is used.
         normalise: what the model was trained with.
@@ -40,12 +39,12 @@ def write_report(
     """
     comparison, output = compare(model, data, normalise, rounds)
     report = {**comparison.report(), **entries, **environment()}
-    write_file(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    out.write("report.json", (json.dumps(report, indent=2) + "\n").encode())
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_file(out / "model.safetensors", safetensors.torch.save(weights))
+    out.write("model.safetensors", safetensors.torch.save(weights))
     pictures.draw_all(out, data, output, comparison, model.config.bank_patch_size)
     print(table(comparison))
-    print(f"pictures, report and model: {printable(out)}{os.sep}")
+    print(f"pictures, report and model: {printable(out.folder)}{os.sep}")
     return comparison
 
 

@@ -1,7 +1,7 @@
 """Pictures of what a model read: which patches, how many, and at what cost."""
 
+import io
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from adatape_kernels.data.image_set import ImageSet, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeOutput
 from adatape_kernels.recipes.model_comparison import Cost, ModelComparison
+from adatape_kernels.recipes.run_folder import RunFolder
 
 _ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
 
@@ -48,7 +49,7 @@ def require(command: str) -> None:
 
 
 def draw_all(
-    out: Path,
+    out: RunFolder,
     data: ImageSet,
     output: AdaTapeOutput,
     comparison: ModelComparison,
@@ -57,7 +58,7 @@ def draw_all(
     """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`.
 
     Args:
-        out: an existing folder.
+        out: what writes into the folder.
         data: its test half is drawn.
         output: the model's output for every test image.
         comparison: the costs and tape lengths to draw.
@@ -77,7 +78,9 @@ def draw_all(
             ("shortest_longest", shortest_longest(data, output, read, bank_patch_size)),
             ("costs", cost_shares(comparison.costs())),
         ):
-            figure.savefig(out / f"{name}.png", dpi=130)
+            content = io.BytesIO()
+            figure.savefig(content, dpi=130)
+            out.write(f"{name}.png", content.getvalue())
 
 
 def drawn_name(name: str, most: int = _MOST_CHARACTERS) -> str:

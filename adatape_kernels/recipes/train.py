@@ -1,9 +1,11 @@
 """Training of AdaTape on an image set from local files, with checkpoints and a report."""
 
+import contextlib
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,30 @@ from torch import Tensor
 from adatape_kernels import __version__
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.models.value_checks import (
+    check_flag,
+    check_integer,
+    check_kind,
+    check_number,
+    shown,
+)
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
+from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
 from adatape_kernels.recipes.terminal import lenient_output, say
-from adatape_kernels.recipes.train_config import TrainConfig, option_name, with_present_names
+from adatape_kernels.recipes.train_config import (
+    TrainConfig,
+    check_option,
+    option_name,
+    with_present_names,
+)
 from adatape_kernels.recipes.train_loop import (
     EpochResult,
     TrainPlan,
@@ -28,6 +46,8 @@ from adatape_kernels.recipes.train_loop import (
     predict,
     train,
 )
+
+_SHOWN_CHARACTERS = 200
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
@@ -69,22 +89,36 @@ def run(
         OSError: a file cannot be read or written.
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
-    with lenient_output():
-        return _run(Path(out), options, data_dir, resume)
+    with lenient_output(), contextlib.ExitStack() as until_the_end:
+        return _run(out, options, data_dir, resume, until_the_end)
 
 
 def _run(
-    out: Path, options: Mapping[str, Any], data_dir: str | Path | None, resume: bool
+    out: str | Path,
+    options: Mapping[str, Any],
+    data_dir: str | Path | None,
+    resume: bool,
+    until_the_end: contextlib.ExitStack,
 ) -> ModelComparison:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
+    folder = folder_argument("out", out)
+    check_kind("options", options, Mapping)
+    check_flag("resume", resume)
+    if data_dir is not None:
+        folder_argument("data-dir", data_dir)
     pictures.require("train")
-    saved = _saved(out, options) if resume else None
-    if saved is None:
-        _refuse_to_overwrite(out)
-        config = TrainConfig.of(options)
+    (check_run_folder if resume else check_output_folder)(folder)
+    run_folder, saved = None, None
+    if resume:
+        checkpoint.require(folder)
+        # Another process may be about to write the next checkpoint, until the folder is ours.
+        run_folder = until_the_end.enter_context(claim(folder))
+        saved = _saved(folder, options)
+        config = TrainConfig.of_saved(saved.config)
+        data_dir = data_dir or _saved_data_dir(folder, saved)
     else:
-        config = _saved_config(out, saved)
-        data_dir = data_dir or saved.environment.get("data_dir")
+        _refuse_to_overwrite(folder)
+        config = TrainConfig.of(options)
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.seed)
     if config.limit is not None:
         data = data.limited(config.limit, config.seed)
@@ -102,28 +136,36 @@ def _run(
     first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
     _try_step(model, normalise(unit_range(first[torch.zeros(1, dtype=torch.long)])))
     backend = attention_backend(lambda: predict(model, first, normalise))
-    facts, environment = _facts(data, normalise), _environment(data_dir, backend)
+    facts = data_facts(data, normalise, None if data_dir is None else Path(data_dir))
+    environment = _environment(data_dir, backend)
     steps = plan.steps_per_epoch(len(data.train_labels))
+    history: list[dict[str, Any]] = []
+    if saved is not None:
+        _check_facts(folder, saved, facts, steps)
+        checkpoint.restore(folder, saved.tensors, model, optimizer)
+        history = saved.history
+        _note_differences(saved, environment)
+    if run_folder is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A folder that cannot be written shows here, before any training.
+        run_folder = until_the_end.enter_context(claim(folder))
+        _refuse_to_overwrite(folder)
+    writing = run_folder
 
     def save(rows: list[dict[str, Any]]) -> None:
         tensors = checkpoint.tensors_of(model, optimizer)
         done = len(rows)
         checkpoint.save(
-            out,
+            writing,
             Checkpoint(done, done * steps, asdict(config), facts, rows, environment, tensors),
         )
-        checkpoint.write_file(out / "metrics.csv", _metrics_csv(rows))
+        writing.write("metrics.csv", _metrics_csv(rows))
 
-    history: list[dict[str, Any]] = []
+    checkpoint.remove_leftovers(writing)
     if saved is None:
-        out.mkdir(parents=True, exist_ok=True)
-        # A folder that cannot be written shows here, before any training.
         save(history)
     else:
-        _check_facts(out, saved, facts)
-        checkpoint.restore(out, saved.tensors, model, optimizer)
-        history = saved.history
-        _note_differences(saved, environment)
+        writing.write("metrics.csv", _metrics_csv(history))
 
     def after_epoch(result: EpochResult) -> str:
         output = predict(model, data.test_images, normalise)
@@ -153,10 +195,10 @@ def _run(
             after_epoch=after_epoch,
         )
         entries = {"config": asdict(config), "data": facts, "metrics": history}
-        return write_report(out, model, data, normalise, entries, rounds=ROUNDS)
+        return write_report(writing, model, data, normalise, entries, rounds=ROUNDS)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{out} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"
+            f"{folder} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"
         ) from None
 
 
@@ -186,62 +228,91 @@ def _try_step(model: AdaTapeViT, images: Tensor) -> None:
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    """Raise ValueError unless `out` is absent or an empty folder."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
-    found = min((inner.name for inner in out.iterdir()), default=None) if out.exists() else None
-    if (out / checkpoint.INDEX).exists():
+    """Raise ValueError unless a folder is absent, or empty but for what a killed start has left."""
+    names = {inner.name for inner in out.iterdir()} if out.exists() else set()
+    if checkpoint.INDEX in names:
         raise ValueError(f"out: expected a new folder, or --resume, got {out}, which holds a run")
+    found = min(names - leftovers(out), default=None)
     if found is not None:
-        raise ValueError(f"out: expected a new or empty folder, got {out}, which holds {found}")
+        raise ValueError(
+            f"out: expected a new or empty folder, got {out}, which holds {printable(found)}"
+        )
 
 
 def _saved(out: Path, options: Mapping[str, Any]) -> Checkpoint:
-    """Load the checkpoint of a run, and refuse options that the run was not started with."""
+    """Load the checkpoint of a run.
+
+    Raises:
+        ValueError: no run has written it, or an option is not that of the run.
+    """
     saved = checkpoint.load(out)
-    saved = replace(saved, config=with_present_names(saved.config))
-    for field in fields(TrainConfig):
-        given = options.get(field.name)
-        if given is not None and given != saved.config.get(field.name):
+    file = out / checkpoint.INDEX
+    try:
+        config = saved.config if saved.format > 1 else with_present_names(saved.config)
+        saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
+        _check_history(saved.history, saved.config["epochs"])
+    except ValueError as error:
+        raise ValueError(f"{file}: expected the options of a run, got {error}") from None
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name not in saved.config:
+            raise ValueError(f"options: expected a field of TrainConfig, got {shown(name)}")
+        if check_option(name, value) != saved.config[name]:
             raise ValueError(
-                f"{option_name(field.name)}: expected {saved.config.get(field.name)}, as in "
-                f"{out / checkpoint.INDEX}, got {given}"
+                f"{option_name(name)}: expected {saved.config[name]}, as in {file}, got {value}"
             )
     return saved
 
 
-def _saved_config(out: Path, saved: Checkpoint) -> TrainConfig:
-    """Return the configuration of a run, and refuse a checkpoint that no run has written."""
-    file = out / checkpoint.INDEX
-    try:
-        config = TrainConfig(**saved.config)
-        config.check()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: expected the options of a run, got {error}") from None
-    if any(type(row) is not dict or tuple(row) != METRICS for row in saved.history):
-        raise ValueError(f"{file}: expected {', '.join(METRICS)} for each epoch, got others")
-    return config
+def _check_history(history: Sequence[Any], epochs: int) -> None:
+    """Raise ValueError unless each entry holds the metrics of an epoch, of so many at most."""
+    if len(history) > epochs:
+        raise ValueError(f"history: expected up to {epochs} epochs, got {len(history)}")
+    for number, row in enumerate(history, start=1):
+        if type(row) is not dict or tuple(row) != METRICS:
+            raise ValueError(f"history: expected {', '.join(METRICS)} for each epoch, got others")
+        check_integer("history: epoch", row["epoch"], number, number)
+        for name in METRICS:
+            if not math.isfinite(check_number(f"history: {name}", row[name])):
+                raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
 
 
-def _facts(data: ImageSet, normalise: Normaliser) -> dict[str, Any]:
-    """Return facts by which an image set is recognised, in the types that JSON gives back."""
-    return {
-        "train_images": len(data.train_labels),
-        "test_images": len(data.test_labels),
-        "class_names": list(data.class_names),
-        "mean": list(normalise.mean),
-        "std": list(normalise.std),
-    }
+def _saved_data_dir(out: Path, saved: Checkpoint) -> str | None:
+    """Return where the images of a run were."""
+    found = saved.environment.get("data_dir")
+    if found is None:
+        return None
+    if not isinstance(found, str) or not found or "\0" in found or not Path(found).is_dir():
+        raise ValueError(
+            f"data-dir: expected the folder that {out / checkpoint.INDEX} names, "
+            f"got {shown(found)}, which is none"
+        )
+    return found
 
 
-def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any]) -> None:
+def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: int) -> None:
     """Raise ValueError where the images are not those that the run was started with."""
+    file = out / checkpoint.INDEX
     for name, value in facts.items():
-        if saved.data.get(name) != value:
+        if name in HASHED:
+            # In format 1 there are no hashes, and numbers and names are compared alone.
+            if saved.format > 1 and saved.data.get(name) != value:
+                raise ValueError(
+                    f"data-dir: expected the {HASHED[name]} that the run of {file} began with, "
+                    "got others"
+                )
+        elif saved.data.get(name) != value:
             raise ValueError(
-                f"data-dir: expected the images of {out / checkpoint.INDEX} with {name} "
-                f"{saved.data.get(name)}, got {value}"
+                f"data-dir: expected the images of {file} with {name} "
+                f"{printable(saved.data.get(name), _SHOWN_CHARACTERS)}, "
+                f"got {printable(value, _SHOWN_CHARACTERS)}"
             )
+    if saved.step != saved.epoch * steps:
+        raise ValueError(
+            f"{file}: expected step {saved.epoch * steps} at the end of epoch {saved.epoch}, "
+            f"got {shown(saved.step)}"
+        )
 
 
 def _environment(data_dir: str | Path | None, backend: str) -> dict[str, Any]:
@@ -261,7 +332,7 @@ def _note_differences(saved: Checkpoint, environment: Mapping[str, Any]) -> None
         before = saved.environment.get(name)
         if name != "data_dir" and value != before:
             say(
-                f"adatape-kernels: note: {name} was {before} and is {value}; "
+                f"adatape-kernels: note: {name} was {printable(before)} and is {value}; "
                 "the curve may differ in the last bits"
             )
 

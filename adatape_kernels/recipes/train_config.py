@@ -3,15 +3,22 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import Any
 
 import torch
 
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
-from adatape_kernels.models.config import check_integer
-from adatape_kernels.recipes.train_loop import Augment, TrainPlan
+from adatape_kernels.models.config import MOST_PARAMETERS
+from adatape_kernels.models.value_checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    shown,
+)
+from adatape_kernels.op_types import ACTIVATIONS, Activation
+from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
 
 # The image sets whose images all have one size.
 _FIXED_SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
@@ -27,6 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "limit": None,
     "drop_rest": False,
+    "activation": "gelu_tanh",
 }
 
 # The default batch, where the set has images enough for as many steps as these in an epoch.
@@ -51,6 +59,8 @@ _DEFAULT_TRAINING: dict[str, dict[str, Any]] = {
     "cifar10": {"epochs": 30},
     "imagefolder": {"epochs": 30, "image_size": 64},
 }
+
+_SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
 
 # Names that options have in checkpoints of version 0.1, by which such a run still resumes.
 _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
@@ -103,6 +113,8 @@ class TrainConfig:
     drop_rest: bool
     """Whether an epoch leaves out the images that do not fill a last batch. No option sets it: it
     is the case in runs of version 0.1 only, which go on as they began."""
+    activation: Activation
+    """That of the feed-forward for input rows."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "TrainConfig":
@@ -115,35 +127,57 @@ class TrainConfig:
         Raises:
             ValueError: there is no such set, or an option is out of range.
         """
-        name = options.get("data")
-        if name not in NAMES:
-            raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
+        name = _known_set(options.get("data"))
+        _check_names(options)
         given = {key: value for key, value in options.items() if value is not None}
         defaults = {**_DEFAULTS, **_DEFAULT_MODELS[name], **_DEFAULT_TRAINING[name]}
-        fixed = _FIXED_SIDES.get(name)
-        if fixed and given.setdefault("image_size", fixed) != fixed:
-            raise ValueError(
-                f"image-size: expected {fixed}, the size of {name}, got {given['image_size']}"
-            )
+        if name in _FIXED_SIDES:
+            defaults["image_size"] = _FIXED_SIDES[name]
         if "variant" in given:
-            defaults |= dict.fromkeys(("dim", "depth", "heads", "ffn", "patch"))
-        config = cls(**{**defaults, **given})
+            defaults |= dict.fromkeys(_SIZES_OF_A_VARIANT)
+        return cls(**{**defaults, **given}).checked()
+
+    @classmethod
+    def of_saved(cls, saved: Mapping[str, Any]) -> "TrainConfig":
+        """Return a configuration that was saved, all of whose fields are there.
+
+        Raises:
+            ValueError: a field is missing, unknown or out of range.
+        """
+        _check_names(saved)
+        for field in fields(cls):
+            if field.name not in saved:
+                raise ValueError(f"{option_name(field.name)}: expected a value, got none")
+        return cls(**saved).checked()
+
+    def checked(self) -> "TrainConfig":
+        """Return the configuration with numbers of Python's own types.
+
+        Raises:
+            ValueError: a value is out of range. No data is read for that.
+        """
+        _known_set(self.data)
+        numbers = {
+            field.name: check_option(field.name, getattr(self, field.name))
+            for field in fields(self)
+        }
+        config = replace(self, **numbers)
         config.check()
         return config
 
     def check(self) -> None:
         """Raise ValueError where a value is out of range, before any data is read."""
+        _known_set(self.data)
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == int | None and value is None:
-                continue
-            if field.type in (int, int | None):
-                check_integer(option_name(field.name), value, 0 if field.name == "seed" else 1)
-        threshold = self.halt_threshold
-        if not isinstance(threshold, Real) or not 0 < threshold < math.inf:
-            raise ValueError(f"halt-threshold: expected a number above 0, got {threshold!r}")
-        if not isinstance(self.drop_rest, bool):
-            raise ValueError(f"drop-rest: expected true or false, got {self.drop_rest!r}")
+            check_option(field.name, getattr(self, field.name))
+        fixed = _FIXED_SIDES.get(self.data, self.image_size)
+        if self.image_size != fixed:
+            raise ValueError(
+                f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
+            )
+        if self.variant is None:
+            for name in _SIZES_OF_A_VARIANT:
+                check_integer(option_name(name), getattr(self, name), 1)
         self.with_batch_for(1).plan()
         # The numbers of classes and channels come from the images, and any fit any model.
         self.vit_config(num_classes=1, in_channels=3)
@@ -200,6 +234,7 @@ class TrainConfig:
             "image_size": self.image_size,
             "in_channels": in_channels,
             "num_classes": num_classes,
+            "activation": self.activation,
         }
         if self.dim is not None:
             options["dim"] = self.dim
@@ -211,7 +246,9 @@ class TrainConfig:
             options["ffn_dim"] = self.ffn
         if self.patch is not None:
             options["patch_size"] = self.patch
-        return AdaTapeViTConfig.of(self.variant or f"Ti/{self.patch}", **options)
+        return AdaTapeViTConfig.of(
+            f"Ti/{self.patch}" if self.variant is None else self.variant, **options
+        )
 
     def augmentation(self) -> Augment:
         """Return how training images are changed, in ways that leave their classes as they are."""
@@ -234,7 +271,54 @@ def option_name(field: str) -> str:
     return field.replace("_", "-")
 
 
+def check_option(field: str, value: object) -> Any:
+    """Return a value of a field of TrainConfig, numbers in Python's own types.
+
+    Raises:
+        ValueError: the value's type or range is not that of the field, whatever the others are.
+    """
+    name, kind = option_name(field), _KINDS[field]
+    if kind in (int | None, str | None) and value is None:
+        return None
+    if kind in (int, int | None):
+        least, most = _RANGES.get(field, (1, MOST_PARAMETERS))
+        return check_integer(name, check_integer(name, value, least), least, most)
+    if kind is float:
+        expected = "0 or more" if field == "weight_decay" else "a number above 0"
+        number = check_number(name, value, expected)
+        if not 0 <= number < math.inf or (number == 0 and field != "weight_decay"):
+            raise ValueError(f"{name}: expected {expected}, got {number}")
+        return number
+    if kind is bool:
+        check_flag(name, value)
+    elif field == "activation":
+        check_choice(name, value, ACTIVATIONS)
+    elif not isinstance(value, str):
+        raise ValueError(f"{name}: expected a name, got {shown(value)}")
+    return value
+
+
+_KINDS: dict[str, Any] = {field.name: field.type for field in fields(TrainConfig)}
+_RANGES = {"seed": (0, (1 << 32) - 1), "epochs": (1, MOST_EPOCHS)}
+
+
+def _known_set(name: object) -> str:
+    """Return the name of an image set; raise ValueError if it is none."""
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"data: expected one of {', '.join(NAMES)}, got {shown(name)}")
+    return name
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where an option is no field of TrainConfig."""
+    for name in options:
+        if name not in _KINDS:
+            raise ValueError(
+                f"options: expected {', '.join(map(option_name, _KINDS))}, got {shown(name)}"
+            )
+
+
 def with_present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved configuration, of this version or of 0.1, as this version saves it."""
+    """Return a configuration that a checkpoint of format 1 holds, as this version saves it."""
     present = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
-    return {"drop_rest": True, **present}
+    return {"drop_rest": True, "activation": "gelu_tanh", **present}

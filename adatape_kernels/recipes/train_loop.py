@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
-from adatape_kernels.models.config import check_integer, check_number
+from adatape_kernels.models.value_checks import check_flag, check_integer, check_kind, check_number
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes.terminal import lenient_output
 
@@ -29,6 +28,8 @@ Augment = Callable[[Tensor, Generator], Tensor]
 """Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""
 
 PREDICT_BATCH = 256
+MOST_EPOCHS = 1_000_000
+"""Most epochs that a plan may have."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,35 @@ class TrainPlan:
 
     def __post_init__(self) -> None:
         """Check the numbers before any training."""
-        for name in ("epochs", "batch"):
-            check_integer(name, getattr(self, name), 1)
-        if not (_is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
-            raise ValueError(f"lr: expected a number above 0, got {self.learning_rate!r}")
-        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
-            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay!r}")
+        for name, least, most in (
+            ("epochs", 1, MOST_EPOCHS),
+            ("batch", 1, None),
+            ("seed", 0, (1 << 32) - 1),
+        ):
+            number = check_integer(name, getattr(self, name), least)
+            self._set(name, check_integer(name, number, least, most))
+        for name, shown_name in (
+            ("learning_rate", "lr"),
+            ("weight_decay", "weight-decay"),
+            ("label_smoothing", "label_smoothing"),
+            ("warmup_share", "warmup_share"),
+            ("max_grad_norm", "max_grad_norm"),
+        ):
+            self._set(name, check_number(shown_name, getattr(self, name)))
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
         for name in ("label_smoothing", "warmup_share"):
-            if not 0 <= check_number(name, getattr(self, name)) <= 1:
+            if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        if check_number("max_grad_norm", self.max_grad_norm) <= 0:
+        if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
-        check_integer("seed", self.seed, 0)
-        if self.seed >= 1 << 32:
-            raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
+        check_flag("drop_rest", self.drop_rest)
+
+    def _set(self, name: str, value: object) -> None:
+        """Replace a field by an equal value of the type that it is declared with."""
+        object.__setattr__(self, name, value)
 
     def steps_per_epoch(self, images: int) -> int:
         """Return the number of steps that an epoch over so many images takes."""
@@ -139,11 +155,17 @@ def train(
         after_epoch: called with each epoch's result; returns a line to print.
 
     Raises:
-        ValueError: the last batch is one image, which a batch norm of the model cannot train on.
+        ValueError: the last batch is one image, which a batch norm of the model cannot train on, or
+            epochs_done is out of range.
+        TypeError: the model is no module, data no ImageSet, or the plan no TrainPlan.
         RuntimeError: the loss is not finite; the error names epoch and step.
     """
     from tqdm import tqdm
 
+    check_kind("model", model, nn.Module)
+    check_kind("data", data, ImageSet)
+    check_kind("plan", plan, TrainPlan)
+    check_integer("epochs_done", epochs_done, 0, plan.epochs)
     _check_batches(model, plan, len(data.train_labels))
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))
@@ -259,12 +281,13 @@ def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
     return (output.logits.argmax(1) == labels).double().mean().item()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def epoch_generator(seed: int, epoch: int) -> Generator:
-    """Return a generator that is independent of those of other seeds and other epochs."""
+    """Return a generator that is independent of those of other seeds and other epochs.
+
+    Raises:
+        ValueError: one of the two is no integer of 0 or more.
+    """
+    seed, epoch = check_integer("seed", seed, 0), check_integer("epoch", epoch, 0)
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return Generator().manual_seed(int(state[0]))
 

@@ -17,6 +17,7 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.ops import triton_runtime
 from adatape_kernels.recipes.machine import cpu_name, environment
 from adatape_kernels.recipes.measure import Timing
+from adatape_kernels.recipes.run_folder import appending_alone
 
 DEFAULT_OUT = Path("adatape-bench")
 """Rows are written into this folder of the current directory unless another is named."""
@@ -183,7 +184,7 @@ def destination(out: Path, device_type: str) -> Path:
 
 def append(path: Path, rows: Iterable[ResultRow]) -> None:
     """Append rows to a CSV file; a new or empty one gets its header first."""
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="") as file, appending_alone(file):
         writer = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
             writer.writeheader()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adatape_kernels.benchmarks.harness.cases import BenchmarkCase
+from adatape_kernels.op_types import ACTIVATIONS
 
 PATTERNS = ("zero", "full", "uniform", "skewed")
 """Tape lengths are all 0, all T, spread evenly from 0 to T, or T // 10 with T for one in ten."""
@@ -27,6 +28,8 @@ LEGEND = {
     "d": "head_dim, the features of a head",
     "F": "hidden features of the feed-forward for input rows",
     "G": "hidden features of the feed-forward for tape rows",
+    "act": "activation of the feed-forward for input rows: gelu_tanh, gelu or relu; gelu_tanh, the "
+    "model's own, is left out",
     "V": "size and patch of the ViT, as S/16",
     "op": "the op that is called",
 }
@@ -94,8 +97,15 @@ class Suite:
 
 
 def shape_text(shape: Any) -> str:
-    """Return a shape as text, which `Suite.parse` takes."""
-    return " ".join(f"{name}={value}" for name, value in shape._asdict().items())
+    """Return a shape as text, which `Suite.parse` takes; usual values of some kinds are left out.
+
+    So rows that were measured before their letter was there are compared with present ones.
+    """
+    return " ".join(
+        f"{name}={value}"
+        for name, value in shape._asdict().items()
+        if value != getattr(value, "usual", None)
+    )
 
 
 class Size(int):
@@ -176,6 +186,19 @@ class Tape(str):
         else:
             spread = [most if self == "full" else 0] * batch
         return [spread[i] for i in torch.randperm(batch).tolist()]
+
+
+class Act(str):
+    """The activation of the feed-forward for input rows."""
+
+    meaning = f"one of {', '.join(ACTIVATIONS)}"
+    usual = "gelu_tanh"
+
+    def __new__(cls, value: object) -> "Act":
+        text = super().__new__(cls, value)
+        if text not in ACTIVATIONS:
+            raise ValueError(value)
+        return text
 
 
 def for_reading(device_type: str) -> Sequence[torch.dtype]:

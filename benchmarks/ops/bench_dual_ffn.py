@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from adatape_kernels.benchmarks.harness.cases import (
     with_backward,
 )
 from adatape_kernels.benchmarks.harness.suites import (
+    Act,
     Selection,
     Size,
     Suite,
@@ -28,7 +29,9 @@ from adatape_kernels.benchmarks.harness.suites import (
     for_products,
     shape_text,
 )
+from adatape_kernels.op_types import ACTIVATIONS, Activation
 from adatape_kernels.ops import FFN, ffn_products
+from adatape_kernels.reference import activate
 
 
 class FeedForwardShape(NamedTuple):
@@ -39,6 +42,7 @@ class FeedForwardShape(NamedTuple):
     D: Size = Size(384)
     F: Size = Size(1536)
     G: Size = Size(384)
+    act: Act = Act(Act.usual)
 
 
 class FFNInputs(NamedTuple):
@@ -49,6 +53,7 @@ class FFNInputs(NamedTuple):
     tape_ffn: FFN
     dy: Tensor
     backward: bool
+    activation: Activation
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -81,12 +86,19 @@ def inputs(
             parameters(2 * shape.G, shape.G),
             torch.randn(rows, shape.D).to(dtype),
             backward,
+            cast(Activation, str(shape.act)),
         )
 
 
 def elastic(given: FFNInputs) -> Prepared:
     def run() -> list[Tensor]:
-        y = ops.dual_ffn(given.x, given.num_input_rows, given.input_ffn, given.tape_ffn)
+        y = ops.dual_ffn(
+            given.x,
+            given.num_input_rows,
+            given.input_ffn,
+            given.tape_ffn,
+            activation=given.activation,
+        )
         return given.finish(y)
 
     return Prepared(run, lambda found: found)
@@ -103,15 +115,15 @@ def elastic_grouped(given: FFNInputs) -> Prepared:
     return each._replace(run=run)
 
 
-def sliced(x: Tensor, num_input_rows: int, one: FFN, two: FFN) -> Tensor:
-    act = F.gelu(F.linear(x[:num_input_rows], one.w1, one.b1), approximate="tanh")
+def sliced(x: Tensor, num_input_rows: int, one: FFN, two: FFN, activation: Activation) -> Tensor:
+    act = activate(F.linear(x[:num_input_rows], one.w1, one.b1), activation)
     tape = F.glu(F.linear(x[num_input_rows:], two.w1, two.b1))
     return torch.cat([F.linear(act, one.w2, one.b2), F.linear(tape, two.w2, two.b2)])
 
 
-def all_rows(x: Tensor, num_input_rows: int, one: FFN, two: FFN) -> Tensor:
+def all_rows(x: Tensor, num_input_rows: int, one: FFN, two: FFN, activation: Activation) -> Tensor:
     """Compute both feed-forwards for every row and choose, as a naive port does."""
-    act = F.gelu(F.linear(x, one.w1, one.b1), approximate="tanh")
+    act = activate(F.linear(x, one.w1, one.b1), activation)
     tape = F.glu(F.linear(x, two.w1, two.b1))
     is_input = torch.arange(len(x), device=x.device).unsqueeze(1) < num_input_rows
     return torch.where(is_input, F.linear(act, one.w2, one.b2), F.linear(tape, two.w2, two.b2))
@@ -120,7 +132,8 @@ def all_rows(x: Tensor, num_input_rows: int, one: FFN, two: FFN) -> Tensor:
 def function(compute: Callable[..., Tensor]) -> Callable[[FFNInputs], Prepared]:
     def prepare(given: FFNInputs) -> Prepared:
         def run() -> list[Tensor]:
-            y = compute(given.x, given.num_input_rows, given.input_ffn, given.tape_ffn)
+            ffns = given.input_ffn, given.tape_ffn
+            y = compute(given.x, given.num_input_rows, *ffns, given.activation)
             return given.finish(y)
 
         return Prepared(run, lambda found: found)
@@ -157,7 +170,7 @@ def grouped_mm(given: FFNInputs) -> Prepared:
 
     def run() -> list[Tensor]:
         h = F.grouped_mm(given.x, w1, offs=ends)
-        act = F.gelu(h[:middle, :hidden] + b1, approximate="tanh")
+        act = activate(h[:middle, :hidden] + b1, given.activation)
         tape = F.glu(h[middle:, :gates] + c1)
         joined = torch.cat([F.pad(a, (0, w2.shape[1] - a.shape[1])) for a in (act, tape)])
         y = F.grouped_mm(joined, w2, offs=ends)
@@ -240,6 +253,7 @@ def shapes(device_type: str) -> Selection:
     default = [
         f"B={batch} N=197 T=10",
         f"B={batch} N=50 T=64 tape=uniform D=768 F=3072 G=768",
+        *(f"B={batch} N=197 T=10 act={act}" for act in ACTIVATIONS if act != Act.usual),
     ]
     sweep = [
         f"B={b} N={n} T={t} tape={tape} D={dim} F={4 * dim} G={dim}"

@@ -23,6 +23,7 @@ SHARES = ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout")
 
 def test_no_field_is_forgotten():
     others = {"bank", "average_query", "loss_type", "query", "read_layers", "pooling"}
+    others |= {"activation"}
     names = {field.name for field in dataclasses.fields(AdaTapeConfig)}
     assert names == others | {*POSITIVE, *NOT_NEGATIVE, *NUMBERS}
 

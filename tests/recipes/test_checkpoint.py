@@ -13,7 +13,7 @@ from adatape_kernels.data import Normaliser, digits
 from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import checkpoint
-from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
+from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint, sealed
 from adatape_kernels.recipes.train_loop import (
     TrainPlan,
     epoch_generator,
@@ -140,7 +140,6 @@ def test_a_checkpoint_gives_back_what_it_was_given(saved, data):
 
 def test_only_the_newest_pair_stays(saved):
     model, optimizer = begin()
-    (saved / "checkpoint-9.safetensors.part").write_bytes(b"left by a kill")
     for epoch in (2, 3):
         checkpoint.save(saved, of(model, optimizer, epoch))
     assert {file.name for file in saved.iterdir()} == {INDEX, "checkpoint-3.safetensors"}
@@ -214,9 +213,9 @@ def test_a_full_disk_leaves_the_last_good_pair(saved, monkeypatch, fails, call):
     assert checkpoint.load(saved).epoch == 2
 
 
-def change(file, **entries):
-    index = json.loads(file.read_text())
-    file.write_text(json.dumps({**index, **entries}))
+def change(file, /, **entries):
+    """Change entries of an index, as its writer would have written them."""
+    file.write_bytes(sealed({**json.loads(file.read_text()), **entries}))
 
 
 def test_a_damaged_index_is_named(saved):
@@ -228,14 +227,26 @@ def test_a_damaged_index_is_named(saved):
         ("[" * 100_000, "whole JSON"),
         ("[1]", "the format"),
         ('{"format": "pytorch-lightning"}', "got 'pytorch-lightning'"),
-        (whole.replace("checkpoint, 1", "checkpoint, 2"), "checkpoint, 2'"),
-        (whole.replace('"sha256"', '"sha1"'), "sha256 of type str"),
-        (whole.replace('"epoch": 1,\n "step"', '"epoch": true,\n "step"'), "epoch of type int"),
-        (whole.replace('"epoch": 1,\n "step"', '"epoch": 7,\n "step"'), "length of history"),
-        (whole.replace("checkpoint-1.safe", "../checkpoint-1.safe"), "of the form"),
+        (whole.replace("checkpoint, 2", "checkpoint, 3"), "checkpoint, 3'"),
+        (whole.replace("checkpoint, 2", "checkpoint, 1"), "its own SHA-256"),
+        (whole.replace('"epoch": 1,', '"epoch": 2,'), "its own SHA-256"),
+        (whole[:-1], "its own SHA-256"),
+        (whole + "\n", "its own SHA-256"),
     ):
         assert content != whole
         file.write_text(content)
+        with refused(file, words):
+            checkpoint.load(saved)
+    for entry, value, words in (
+        ("sha256", None, "sha256 of type str"),
+        ("epoch", True, "epoch of type int"),
+        ("epoch", 7, "length of history"),
+        ("step", -1, "step of 0 or more"),
+        ("file", "../checkpoint-1.safetensors", "of the form"),
+        ("file", "checkpoint-best.safetensors", "of the form"),
+    ):
+        file.write_text(whole)
+        change(file, **{entry: value})
         with refused(file, words):
             checkpoint.load(saved)
     file.write_bytes(b"\xff\xfe\x00")

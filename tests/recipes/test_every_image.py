@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import in_format_1
 from checks import assert_same_bits, refused
 from image_files import write_mnist
 
@@ -126,7 +127,7 @@ def test_a_run_of_version_01_goes_on_on_its_own_curve(mnist, tmp_path, monkeypat
         assert main(arguments(mnist, tmp_path / "run", "--batch", "50")) == 130
     index = json.loads((tmp_path / "run" / INDEX).read_text())
     assert index["config"].pop("drop_rest") is True  # the earlier version knew no such entry
-    (tmp_path / "run" / INDEX).write_text(json.dumps(index))
+    (tmp_path / "run" / INDEX).write_bytes(in_format_1(index))
     capsys.readouterr()
     assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert "44 images are left out in each epoch" in capsys.readouterr().out

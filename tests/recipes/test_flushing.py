@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from adatape_kernels.recipes.checkpoint import write_file
+from adatape_kernels.recipes.run_folder import write_file
 
 
 @pytest.mark.parametrize(

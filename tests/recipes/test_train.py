@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from checkpoints import in_format_1
 from checks import assert_same_bits, refused
 from image_files import write_cifar_binary, write_folder, write_mnist
 from safetensors.torch import load_file
@@ -215,19 +216,25 @@ def test_a_run_resumes_only_on_its_images(unbroken, tmp_path, capsys):
 def test_a_foreign_or_damaged_checkpoint_is_one_line(unbroken, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "--out", str(out), "--resume"]) == 2
-    one_line(capsys, "resume: expected", out / INDEX)
+    one_line(capsys, "out: expected", out)
     out.mkdir()
     tensors = out / "checkpoint-3.safetensors"
     whole, weights = (unbroken / INDEX).read_text(), (unbroken / tensors.name).read_bytes()
+
+    def resealed(former, latter):
+        assert former in whole
+        return checkpoint.sealed(json.loads(whole.replace(former, latter))).decode()
+
     for index, content, words in (
         (whole[:-40], weights, (out / INDEX, "whole JSON")),
         (whole, weights[:-40], (tensors, f"expected {len(weights)} bytes")),
-        (whole.replace('"dim": 16', '"dim": 32'), weights, (out / INDEX, "of shape")),
-        (whole.replace('"dim": 16', '"dim": "16"'), weights, (out / INDEX, "options of a run")),
-        (whole.replace('"dim": 16,', ""), weights, (out / INDEX, "options of a run")),
-        (whole.replace('"dim": 16', '"dim": 0'), weights, (out / INDEX, "options of a run")),
-        (whole.replace('"train_loss"', '"loss"'), weights, (out / INDEX, "train_loss")),
-        (whole.replace("checkpoint, 1", "checkpoint, 0"), weights, (out / INDEX, "the format")),
+        (whole.replace('"dim": 16', '"dim": 32'), weights, (out / INDEX, "its own SHA-256")),
+        (resealed('"dim": 16', '"dim": 32'), weights, (out / INDEX, "of shape")),
+        (resealed('"dim": 16', '"dim": "16"'), weights, (out / INDEX, "options of a run")),
+        (resealed('"dim": 16,', ""), weights, (out / INDEX, "options of a run")),
+        (resealed('"dim": 16', '"dim": 0'), weights, (out / INDEX, "options of a run")),
+        (resealed('"train_loss"', '"loss"'), weights, (out / INDEX, "train_loss")),
+        (resealed("checkpoint, 2", "checkpoint, 0"), weights, (out / INDEX, "the format")),
     ):
         assert (index, content) != (whole, weights)
         (out / INDEX).write_text(index)
@@ -247,7 +254,7 @@ def test_a_checkpoint_of_the_former_option_names_resumes(unbroken, tmp_path, no_
         config.pop("num_tape_tokens"),
         config.pop("halt_threshold"),
     )
-    (out / INDEX).write_text(json.dumps(index))
+    (out / INDEX).write_bytes(in_format_1(index))
     resume = ["train", "--out", str(out), "--resume"]
     assert main([*resume, "--num-tape-tokens", "3", "--halt-threshold", "2"]) == 0
     assert main([*resume, "--num-tape-tokens", "4"]) == 2
@@ -261,7 +268,7 @@ def test_other_versions_are_noted(unbroken, tmp_path, no_report, capsys):
         (out / file).write_bytes((unbroken / file).read_bytes())
     index = json.loads((out / INDEX).read_text())
     index["environment"]["torch"] = "2.11.0"
-    (out / INDEX).write_text(json.dumps(index))
+    (out / INDEX).write_bytes(checkpoint.sealed(index))
     assert main(["train", "--out", str(out), "--resume"]) == 0
     one_line_of = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
     assert len(one_line_of) == 1 and "torch was 2.11.0" in one_line_of[0]

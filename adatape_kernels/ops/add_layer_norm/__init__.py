@@ -153,22 +153,27 @@ def _gradients(
     wide = wide_dtype(total.dtype)
 
     def normed(total: Tensor, weight: Tensor) -> Tensor:
-        total, weight = total.to(wide), weight.to(wide)
-        variance = total.var(-1, correction=0)
-        eps = (rstd**-2 - variance).detach()
-        centred = total - total.mean(-1, keepdim=True)
-        return weight * centred * (variance + eps).rsqrt().unsqueeze(-1)
+        y, _ = _standardised(total.to(wide), rstd)
+        return weight.to(wide) * y
 
     dx, dweight = gradient_of(normed, (total, weight), (dnormed.to(wide),))
     return dtotal + dx, dweight, dnormed.to(wide).sum(0).to(weight.dtype)
+
+
+def _standardised(total: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return total with mean 0 and variance 1, and rstd (rows, 1), as functions of total."""
+    variance = total.var(-1, correction=0)
+    eps = (rstd**-2 - variance).detach()
+    rstd = (variance + eps).rsqrt().unsqueeze(-1)
+    return (total - total.mean(-1, keepdim=True)) * rstd, rstd
 
 
 def _closed_form(
     dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the reference's formula, which torch's own op for it does not differentiate fully."""
-    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    y, dnormed = (total - mean) * rstd, dnormed.to(mean.dtype)
+    y, rstd = _standardised(total.to(mean.dtype), rstd)
+    dnormed = dnormed.to(mean.dtype)
     g = weight * dnormed
     dx = dtotal + rstd * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
     return dx, (dnormed * y).sum(0), dnormed.sum(0)

@@ -277,8 +277,24 @@ def _gradients(
     return *grads, *(x.new_empty(0) for _ in parameters[len(there) :])
 
 
+def _closed_form(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    num_input_rows: int | None,
+    bounds: Tensor | None,
+    activation: Activation,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, ...]:
+    options = num_input_rows, len(tape_hidden), bounds, activation
+    _, hidden, tape_hidden = eager.forward.function(x, *options, *parameters)
+    given = dy, x, hidden, tape_hidden, num_input_rows, bounds, activation
+    return eager.backward.function(*given, *parameters)
+
+
 _FORWARD.differentiable(_backward, _setup_context, _plain_torch)
-twice_differentiable(_BACKWARD, _gradients)
+twice_differentiable(_BACKWARD, _gradients, _closed_form)
 
 
 @flop_formula(torch.ops.adatape.dual_ffn)

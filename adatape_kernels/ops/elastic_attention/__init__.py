@@ -199,8 +199,25 @@ def _gradients(
     return gradient_of(attended, (q, k, v), (dout,))
 
 
+def _closed_form(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, ...]:
+    offsets = cu_inputs, cu_tapes
+    out, lse = reference.elastic_attention(q, k, v, *offsets, softmax_scale=softmax_scale)
+    return reference.elastic_attention_bwd(dout, q, k, v, out, lse, *offsets, softmax_scale)
+
+
 _FORWARD.differentiable(_backward, _setup_context, _plain_torch)
-twice_differentiable(_BACKWARD, _gradients)
+twice_differentiable(_BACKWARD, _gradients, _closed_form)
 
 
 @flop_formula(torch.ops.adatape.elastic_attention, get_raw=True)

@@ -1,0 +1,75 @@
+"""Facts by which an image set is recognised, so that a run goes on with the images it began with.
+
+Labels and images in memory are hashed whole. Of images that are files, the names within the set's
+folder and the sizes are hashed and not the contents, which would all have to be read.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.data import ImageSet, Normaliser
+from adatape_kernels.data.image_folder import FolderImages
+from adatape_kernels.data.image_set import Images, Subset
+
+HASHED = {
+    "train_labels_sha256": "training labels",
+    "test_labels_sha256": "test labels",
+    "train_images_sha256": "training images",
+    "test_images_sha256": "test images",
+}
+"""The facts that are hashes, and what each is one of."""
+
+_BATCH = 1000
+
+
+def data_facts(data: ImageSet, normalise: Normaliser, root: Path | None) -> dict[str, Any]:
+    """Return the facts of an image set, in the types that JSON gives back.
+
+    Args:
+        data: the image set.
+        normalise: mean and standard deviation of its training images.
+        root: the set's folder, within which files are named; None where it has none.
+    """
+    return {
+        "train_images": len(data.train_labels),
+        "test_images": len(data.test_labels),
+        "class_names": list(data.class_names),
+        "mean": list(normalise.mean),
+        "std": list(normalise.std),
+        "train_labels_sha256": _sha256_of_tensors(data.train_labels),
+        "test_labels_sha256": _sha256_of_tensors(data.test_labels),
+        "train_images_sha256": _sha256_of_images(data.train_images, root),
+        "test_images_sha256": _sha256_of_images(data.test_images, root),
+    }
+
+
+def _sha256_of_images(images: Images, root: Path | None) -> str:
+    chosen = torch.arange(len(images))
+    while isinstance(images, Subset):
+        chosen, images = images.chosen[chosen], images.images
+    if isinstance(images, FolderImages):
+        return _sha256_of_files([images.files[index] for index in chosen.tolist()], root)
+    return _sha256_of_tensors(*(images[indices] for indices in chosen.split(_BATCH)))
+
+
+def _sha256_of_tensors(*tensors: Tensor) -> str:
+    """Return the hash of the dtype, the shapes and the numbers of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _sha256_of_files(files: list[Path], root: Path | None) -> str:
+    """Return the hash of the names and the sizes of files, in their order."""
+    found = hashlib.sha256()
+    for file in files:
+        name = file if root is None else os.path.relpath(file, root)
+        found.update(os.fsencode(name) + b"\0%d\0" % file.stat().st_size)
+    return found.hexdigest()

@@ -1,0 +1,400 @@
+"""One process writes into the folder of a run, and a dead one neither blocks it nor leaves files.
+
+Processes are forked from one that has a single thread of torch, so that a trial takes milliseconds.
+"""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from checks import refused
+
+from adatape_kernels.cli import main
+from adatape_kernels.recipes import checkpoint, run_folder
+from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
+from adatape_kernels.recipes.run_folder import LOCK, claim, leftovers
+
+WRITER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from adatape_kernels.recipes import checkpoint, run_folder
+from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
+
+folder = Path(sys.argv[1])
+
+def save(run, epoch):
+    rows = [{"epoch": number + 1} for number in range(epoch)]
+    tensors = {"weight": torch.full((2000,), float(epoch))}
+    checkpoint.save(run, Checkpoint(epoch, epoch, {}, {}, rows, {}, tensors))
+
+def forked(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
+
+def check(*epochs):
+    found = checkpoint.load(folder)
+    assert found.epoch in epochs, (found.epoch, epochs)
+    assert found.tensors["weight"].eq(float(found.epoch)).all()
+    return found.epoch
+
+def names():
+    return {file.name for file in folder.iterdir()}
+"""
+
+
+def by_a_writer(folder, script):
+    """Run a script below WRITER in a process of its own."""
+    words = [sys.executable, "-c", WRITER + textwrap.dedent(script), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+def of(epoch):
+    rows = [{"epoch": number + 1} for number in range(epoch)]
+    return Checkpoint(epoch, epoch, {}, {}, rows, {}, {"weight": torch.full((20,), float(epoch))})
+
+
+def names(folder):
+    return {file.name for file in folder.iterdir()}
+
+
+def test_a_death_at_any_line_leaves_a_checkpoint_and_nothing_that_stays(tmp_path):
+    ends = by_a_writer(
+        tmp_path,
+        """
+        FILES = (run_folder.__file__, checkpoint.__file__)
+
+        def dying(line):
+            left = [line]
+            def trace(frame, event, argument):
+                if frame.f_code.co_filename not in FILES:
+                    return None
+                if event == "line":
+                    left[0] -= 1
+                    if left[0] == 0:
+                        os._exit(9)  # like a kill: nothing is tidied up
+                return trace
+            def work():
+                sys.settrace(trace)
+                with run_folder.claim(folder) as run:
+                    checkpoint.remove_leftovers(run)
+                    save(run, epoch + 1)
+            return work
+
+        with run_folder.claim(folder) as run:
+            save(run, 1)
+        epoch, line, saved = 1, 0, []
+        while True:
+            line += 1
+            _, status = os.waitpid(forked(dying(line)), 0)
+            saved.append(check(epoch, epoch + 1) - epoch)
+            code = os.waitstatus_to_exitcode(status)
+            with run_folder.claim(folder) as run:
+                checkpoint.remove_leftovers(run)
+            epoch = check(epoch, epoch + 1)
+            assert names() == {INDEX, f"checkpoint-{epoch}.safetensors"}, (line, names())
+            if code == 0:
+                break
+            assert code == 9
+        print(line, sum(saved), saved.count(0))
+        """,
+    )
+    lines, after, before = map(int, ends.split())
+    assert lines > 100 and after > 5 and before > 50
+
+
+def test_a_process_that_is_killed_at_any_time_leaves_a_checkpoint(tmp_path):
+    by_a_writer(
+        tmp_path,
+        """
+        def work():
+            with run_folder.claim(folder) as run:
+                checkpoint.remove_leftovers(run)
+                for number in range(epoch + 1, epoch + 10_000):
+                    save(run, number)
+
+        draw = random.Random(0)
+        with run_folder.claim(folder) as run:
+            save(run, 1)
+        epoch = 1
+        for trial in range(150):
+            child = forked(work)
+            time.sleep(draw.uniform(0.001, 0.03))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            epoch = check(*range(epoch, epoch + 10_000))
+        assert epoch > 1
+        with run_folder.claim(folder) as run:
+            checkpoint.remove_leftovers(run)
+        assert names() == {INDEX, f"checkpoint-{epoch}.safetensors"}, names()
+        """,
+    )
+
+
+def test_a_reader_beside_a_writer_always_finds_a_checkpoint(tmp_path):
+    by_a_writer(
+        tmp_path,
+        """
+        def work():
+            with run_folder.claim(folder) as run:
+                for number in range(2, 200):
+                    save(run, number)
+
+        with run_folder.claim(folder) as run:
+            save(run, 1)
+        child = forked(work)
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            check(*range(1, 200))
+        assert check(199)
+        """,
+    )
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_processes_at_once(tmp_path, locks):
+    """With locks one of them works; without, both do, and a checkpoint is there all the same."""
+    by_a_writer(
+        tmp_path,
+        f"""
+        if not {locks}:
+            run_folder.fcntl = None
+
+        def work():
+            try:
+                with run_folder.claim(folder) as run:
+                    for number in range(2, 60):
+                        save(run, number)
+            except ValueError as error:
+                assert "no other process writes into" in str(error), error
+                os._exit(3)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(4)
+
+        with run_folder.claim(folder) as run:
+            save(run, 1)
+        codes = []
+        children = {{forked(work), forked(work), forked(work)}}
+        while children:
+            check(*range(1, 60))
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended:
+                children.remove(ended)
+                codes.append(os.waitstatus_to_exitcode(status))
+        assert codes.count(0) >= 1 and set(codes) <= ({{0, 3}} if {locks} else {{0}}), codes
+        check(59)
+        """,
+    )
+
+
+def test_a_dead_process_holds_no_lock(tmp_path):
+    by_a_writer(
+        tmp_path,
+        """
+        def work():
+            with run_folder.claim(folder):
+                (folder / "begun").touch()
+                time.sleep(60)
+
+        child = forked(work)
+        while not (folder / "begun").exists():
+            time.sleep(0.001)
+        try:
+            with run_folder.claim(folder):
+                raise AssertionError
+        except ValueError as error:
+            assert f"where process {child} is at work" in str(error), error
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with run_folder.claim(folder):
+            pass
+        """,
+    )
+    assert names(tmp_path) == {"begun"}
+
+
+@pytest.mark.parametrize(
+    "words", [["demo", "--epochs", "1"], ["train", "--data", "digits"], ["train", "--resume"]]
+)
+def test_a_second_process_gets_one_line(tmp_path, capsys, words):
+    if "--resume" in words:
+        checkpoint.save(tmp_path, of(1))
+    with claim(tmp_path):
+        before = names(tmp_path)
+        assert main([*words, "--out", str(tmp_path)]) == 2
+        assert names(tmp_path) == before
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("adatape-kernels")]
+    assert len(lines) == 1 and "Traceback" not in error
+    assert f"out: expected a folder that no other process writes into, got {tmp_path}" in error
+    assert f"process {os.getpid()} is at work" in error
+
+
+@pytest.mark.parametrize("answer", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL"])
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, answer):
+    def flock(*arguments):
+        raise OSError(getattr(errno, answer), os.strerror(getattr(errno, answer)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claim(tmp_path) as run:
+        for epoch in (1, 2, 3):
+            checkpoint.save(run, of(epoch))
+    assert checkpoint.load(tmp_path).epoch == 3
+    assert capsys.readouterr().err.count("file system without locks") == 1
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_system_without_locks_can_import_and_write(tmp_path, monkeypatch, capsys):
+    script = "import sys; sys.modules['fcntl'] = None\n"
+    script += "import adatape_kernels.recipes.train, adatape_kernels.recipes.demo"
+    assert subprocess.run([sys.executable, "-c", script], timeout=100).returncode == 0
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    checkpoint.save(tmp_path, of(1))
+    assert checkpoint.load(tmp_path).epoch == 1
+    assert "without locks" in capsys.readouterr().err
+
+
+def test_processes_append_one_after_another(tmp_path):
+    """As the rows of benchmarks: whoever finds the file empty writes its header."""
+    lines = by_a_writer(
+        tmp_path,
+        """
+        def work():
+            for _ in range(20):
+                with open(folder / "rows.csv", "a") as file, run_folder.appending_alone(file):
+                    if file.tell() == 0:
+                        file.write("header\\n")
+                    for _ in range(3):
+                        file.write(f"{os.getpid()}\\n")
+                        file.flush()
+
+        children = [forked(work) for _ in range(4)]
+        for child in children:
+            assert os.waitpid(child, 0)[1] == 0
+        print((folder / "rows.csv").read_text())
+        """,
+    ).split()
+    assert lines[0] == "header" and lines.count("header") == 1 and len(lines) == 241
+    assert all(len({*lines[at : at + 3]}) == 1 for at in range(1, 241, 3))
+
+
+OF_THE_USER = (
+    "checkpoint-best.safetensors",
+    "checkpoint-0.safetensors",
+    "checkpoint-1.safetensors.bak",
+    "checkpoint-2.safetensors",
+    "checkpoint-3.safetensors.part",
+    "checkpoint.json.part",
+    "checkpoint.json.bak",
+    "checkpoint-1-00000000.safetensors",
+    "checkpoint-copy.json",
+    "model.safetensors.part",
+)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_others_wrote_stays(tmp_path, monkeypatch, locks):
+    checkpoint.save(tmp_path, of(1))
+    if not locks:
+        monkeypatch.setattr(run_folder, "fcntl", None)
+    for name in OF_THE_USER:
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        with claim(tmp_path) as run:
+            checkpoint.remove_leftovers(run)
+            first = checkpoint.load(tmp_path).epoch + 1
+            for epoch in range(first, first + 3):
+                checkpoint.save(run, of(epoch))
+                assert checkpoint.load(tmp_path).epoch == epoch
+    for name in OF_THE_USER:
+        assert (tmp_path / name).read_text() == "mine"
+    assert len(names(tmp_path)) == len(OF_THE_USER) + 2
+
+
+def test_a_lock_file_names_only_what_runs_write(tmp_path):
+    for name in ("notes.txt", "checkpoint-best.safetensors"):
+        (tmp_path / name).write_text("mine")
+    with claim(tmp_path) as run:
+        run.note("notes.txt", "checkpoint-best.safetensors", "../x", "checkpoint-7.safetensors")
+    (tmp_path / "checkpoint-7.safetensors").touch()
+    assert leftovers(tmp_path) == {LOCK, "checkpoint-7.safetensors"}
+    with claim(tmp_path) as run:
+        checkpoint.remove_leftovers(run)
+    assert names(tmp_path) == {"notes.txt", "checkpoint-best.safetensors"}
+
+
+def test_an_altered_lock_file_names_nothing(tmp_path):
+    with claim(tmp_path) as run:
+        run.note("checkpoint-7.safetensors")
+    whole = (tmp_path / LOCK).read_bytes().removesuffix(b"\n")
+    for place in range(len(whole)):
+        altered = bytearray(whole)
+        altered[place] ^= 1
+        (tmp_path / LOCK).write_bytes(altered)
+        assert leftovers(tmp_path) == {LOCK}
+        try:
+            with claim(tmp_path) as run:
+                assert run.noted == []
+                run.note("checkpoint-7.safetensors")
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path / LOCK}: expected"), error
+            assert place < whole.index(b"\n") + 1
+            (tmp_path / LOCK).unlink()
+
+
+@pytest.mark.parametrize("kind", ["text", "link", "pipe", "folder"])
+def test_a_lock_file_of_another_kind_is_named_and_kept(tmp_path, kind):
+    (tmp_path / "letter").write_text("mine")
+    out = tmp_path / "run"
+    out.mkdir()
+    if kind == "text":
+        (out / LOCK).write_text("mine")
+    elif kind == "link":
+        (out / LOCK).symlink_to(tmp_path / "letter")
+    elif kind == "pipe":
+        os.mkfifo(out / LOCK)
+    else:
+        (out / LOCK).mkdir()
+    with pytest.raises((ValueError, OSError)) as info, claim(out):
+        pass
+    assert str(out / LOCK) in str(info.value) and "\n" not in str(info.value)
+    assert (tmp_path / "letter").read_text() == "mine" and os.path.lexists(out / LOCK)
+    if kind == "text":
+        assert (out / LOCK).read_text() == "mine"
+
+
+def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
+    with claim(tmp_path) as run:
+        run.note("checkpoint-0.safetensors")
+    (tmp_path / "checkpoint-0.safetensors").write_bytes(b"half")
+    assert LOCK in names(tmp_path)
+    words = ["train", "--data", "digits", "--limit", "20", "--epochs", "1", "--dim", "16"]
+    words += ["--depth", "1", "--ffn", "16", "--heads", "2"]
+    from adatape_kernels.recipes import train
+
+    monkeypatch.setattr(train, "write_report", lambda *given, **options: None)
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert names(tmp_path) == {INDEX, "checkpoint-1.safetensors", "metrics.csv"}
+
+
+@pytest.mark.parametrize("value", [None, 5, 1.0, True, "", "a\0b", [], b"\0"])
+def test_folders_are_paths(value):
+    from adatape_kernels.recipes import demo, train
+
+    with refused("out"):
+        demo.run(value, epochs=1)
+    with refused("out"):
+        train.run(value, {"data": "digits"})
