@@ -38,9 +38,14 @@ def check_output_folder(out: Path) -> None:
 
 
 def check_run_folder(out: Path) -> None:
-    """Raise ValueError, which names `out` in one line, unless it is a folder that can be read."""
+    """Raise ValueError, which names `out` in one line, where a run's folder cannot be read.
+
+    Where there is none, loading the checkpoint says which file is missing.
+    """
     try:
         next(out.iterdir(), None)
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
