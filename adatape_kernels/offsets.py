@@ -50,8 +50,8 @@ def cumulative(lens: Tensor, start: int = 0) -> Tensor:
 def can_be_seen(values: Tensor) -> bool:
     """Return whether values lie on the host, where a look at them waits for nothing.
 
-    They do not while torch traces, and a tensor that then stands for another has a class of its
-    own.
+    They do not while torch traces, when a tensor that stands for another has a class of its own,
+    nor inside a transform of torch.func, whose tensors have no memory.
 
     Example:
         >>> import torch
@@ -59,8 +59,13 @@ def can_be_seen(values: Tensor) -> bool:
         >>> can_be_seen(torch.tensor([0, 3])), can_be_seen(torch.tensor([0, 3], device="meta"))
         (True, False)
     """
-    is_real = type(values) is Tensor and values.device.type == "cpu"
-    return is_real and not torch.compiler.is_compiling()
+    if type(values) is not Tensor or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        values.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool = True) -> None:

@@ -16,6 +16,7 @@ constexpr int64_t kMostTopk = 32;
 // Refuses a bank of keys or values, (bank_size, width) or (batch, bank_size, width).
 inline void check_bank(const char* name, const Tensor& bank, const Tensor& like, int64_t batch,
                        int64_t width) {
+  check_defined(name, bank);
   const ScalarType dtype = like.scalar_type();
   if (bank.dim() == 3) {
     check_tensor(name, bank, like, dtype, {batch, kAnySize, width});
@@ -58,6 +59,7 @@ inline void check_tape_select(const Tensor& query, const Tensor& keys, int64_t n
                  {batch, keys.size(keys.dim() - 2)});
   }
   if (bank_lens) {
+    check_defined("bank_lens", *bank_lens);
     const bool is_int = bank_lens->scalar_type() == ScalarType::Int;
     check_tensor("bank_lens", *bank_lens, query, is_int ? ScalarType::Int : ScalarType::Long,
                  {batch});
@@ -86,6 +88,7 @@ inline void check_tape_select_bwd(const Tensor& query, const Tensor& keys, const
 // Refuses a bank and what is read from it where they do not fit each other.
 inline void check_reading(const Tensor& bank, const Tensor& indices, const Tensor& weights,
                           const Tensor& counts, Dtypes dtypes) {
+  check_defined("bank", bank);
   if (bank.dim() == 3) {
     check_first("bank", bank, dtypes, {kAnySize, kAnySize, kAnySize});
   } else {
@@ -229,6 +232,7 @@ inline void check_dual_ffn_bwd(const Tensor& dy, const Tensor& x, const Tensor& 
 
 // Refuses a parameter (dim,) of a LayerNorm that is neither float32 nor of the dtype of x.
 inline void check_norm_parameter(const char* name, const Tensor& parameter, const Tensor& x) {
+  check_defined(name, parameter);
   const bool as_x = parameter.scalar_type() == x.scalar_type();
   check_tensor(name, parameter, x, as_x ? x.scalar_type() : ScalarType::Float, {x.size(1)});
 }

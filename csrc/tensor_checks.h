@@ -70,6 +70,11 @@ inline bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
   return true;
 }
 
+// Refuses None, which the dispatcher passes on as a tensor that is not defined.
+inline void check_defined(const char* name, const Tensor& x) {
+  if (!x.defined()) refuse(name, ": expected a tensor, got None");
+}
+
 // Refuses a tensor that lies elsewhere than `like`.
 inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
   if (!on_same_device(x, like)) {
@@ -80,6 +85,7 @@ inline void check_device(const char* name, const Tensor& x, const Tensor& like) 
 // Refuses a tensor of another dtype, of other sizes, or on another device than `like`.
 inline void check_tensor(const char* name, const Tensor& x, const Tensor& like, ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
+  check_defined(name, x);
   if (x.scalar_type() != dtype || !has_sizes(x, sizes)) {
     refuse(name, ": expected ", name_of(dtype), " ", text_of(sizes), ", got ",
            name_of(x.scalar_type()), " ", text_of(x.sizes()));
@@ -91,6 +97,7 @@ inline void check_tensor(const char* name, const Tensor& x, const Tensor& like, 
 // kernel is compiled for it.
 inline void check_first(const char* name, const Tensor& x, Dtypes dtypes,
                         std::initializer_list<int64_t> sizes) {
+  check_defined(name, x);
   bool known = false;
   for (const ScalarType dtype : dtypes) known |= x.scalar_type() == dtype;
   if (known && has_sizes(x, sizes)) return;

@@ -111,15 +111,12 @@ class CompiledKernel:
         arguments, _, results = schema.partition(") -> ")
         library.define(f"{arguments}{taken}) -> {results}")
         call = getattr(getattr(torch.ops, self.namespace), name).default
-        names = [argument.name for argument in call._schema.arguments]
         values = tuple(flags.values())
 
         def run(*args: Any) -> Any:
             try:
                 return call(*args, *(value() for value in values)) if values else call(*args)
             except RuntimeError as error:
-                if isinstance(error, NotImplementedError):  # of a device without kernels
-                    _refuse_other_device(names, args)
                 # C++ has no ValueError to throw through torch, nor the op's name at hand.
                 message = str(error).partition("\n")[0]
                 if ": expected " in message and not message.startswith("ADATAPE_"):
@@ -135,11 +132,3 @@ class CompiledKernel:
             self.checks_values,
             checks_arguments=True,
         )
-
-
-def _refuse_other_device(names: Sequence[str], args: Sequence[Any]) -> None:
-    """Raise ValueError for the first tensor that lies elsewhere than the first argument."""
-    device = args[0].device
-    for name, given in zip(names, args, strict=False):
-        if isinstance(given, torch.Tensor) and given.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, got {given.device}")

@@ -20,7 +20,7 @@ from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
-from adatape_kernels.ops.op_checks import check_one_device
+from adatape_kernels.ops.op_checks import check_one_device, refuse_unfit
 from adatape_kernels.ops.registration import Namespace, kept
 from adatape_kernels.ops.vmap_rule import one_by_one
 
@@ -163,6 +163,14 @@ class Operation:
 
     def _run(self, *args: Any) -> Any:
         """Serve a call: the op's only kernel below autograd."""
+        try:
+            return self._serve(*args)
+        except (AttributeError, RuntimeError):
+            # What no check looks for, because every call would pay for it.
+            refuse_unfit(self.overload._schema.arguments, args)
+            raise
+
+    def _serve(self, *args: Any) -> Any:
         tensor = args[0]
         device, backends = tensor.device, _choice.value or ()
         key = backends, device.type, tensor.dtype
@@ -195,8 +203,9 @@ class Operation:
             if given is not None and given.refusal_by_type(device_type, dtype) is None:
                 on_host = device_type == "cpu" and not given.checks_values
                 check_values = self.check_values if on_host else None
-                # What states limits looks at arguments, which have to be checked before.
-                checked = given.checks_arguments and given.limits is None
+                # What states limits or looks at values needs arguments that were checked before.
+                looks = given.limits is not None or check_values is not None
+                checked = given.checks_arguments and not looks
                 check_arguments = None if checked else self.check_arguments
                 found.append(
                     _Candidate(backend, given.function, given.limits, check_arguments, check_values)

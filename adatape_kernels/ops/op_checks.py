@@ -7,6 +7,7 @@ of their own, which also hold while torch traces and say more.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -241,6 +242,32 @@ def check_one_device(op: str, arguments: Any) -> None:
                 f"{op}: expected all tensors on {tensors[0].device} like the first, "
                 f"got one on {tensor.device}"
             )
+
+
+def refuse_unfit(schema: Sequence[Any], args: Sequence[Any]) -> None:
+    """Refuse None in a tensor's place, and a tensor on another device or without strides.
+
+    The dispatcher passes all of these on, and what then fails does not name them.
+
+    Args:
+        schema: the op's arguments, as torch describes them.
+        args: what came.
+    """
+    device = None
+    for argument, given in zip(schema, args, strict=True):
+        if given is None and isinstance(argument.type, torch.TensorType):
+            raise TypeError(f"{argument.name}: expected a tensor, got None")
+        if isinstance(given, Tensor):
+            device = device or given.device
+            if given.device != device:
+                raise ValueError(
+                    f"{argument.name}: expected a tensor on {device}, got {given.device}"
+                )
+            if given.layout != torch.strided:
+                raise ValueError(
+                    f"{argument.name}: expected a tensor of layout torch.strided, "
+                    f"got {given.layout}"
+                )
 
 
 def _check(
