@@ -293,6 +293,12 @@ def _check_ffn(prefix: str, ffn: list[Tensor], x: Tensor, gates: int) -> None:
     shapes = (gates * width, dim), (gates * width,), (dim, width), (dim,)
     for field, parameter, shape in zip(FFN._fields, ffn, shapes, strict=True):
         _check(prefix + field, parameter, x.dtype, shape, x.device)
+        # torch's products take a sparse matrix, too, and the kernels between them do not.
+        if parameter.layout is not torch.strided:
+            raise ValueError(
+                f"{prefix}{field}: expected a tensor of layout torch.strided, "
+                f"got {parameter.layout}"
+            )
 
 
 def _text(x: Tensor) -> str:
