@@ -168,7 +168,7 @@ def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
     input_lens = cu_inputs.diff()
     lens = input_lens + cu_tapes.diff()
     if can_be_seen(lens):
-        check_examples(cu_inputs, cu_tapes, int(cu_tapes[-1]), None)
+        check_examples(cu_inputs, cu_tapes, max(int(cu_inputs[-1]), int(cu_tapes[-1])), None)
         owned = int(lens.sum())
         if owned != total:
             raise ValueError(f"total: expected the {owned} rows that examples own, got {total}")

@@ -86,7 +86,7 @@ class Operation:
         implementations: Mapping[str, Implementation | CompiledKernel],
         *,
         typical: TypicalCalls,
-        check_arguments: Callable[..., None],
+        check_arguments: Callable[..., None] | None = None,
         check_values: Callable[..., None] | None = None,
     ):
         self.name = schema[: schema.index("(")]

@@ -112,9 +112,16 @@ def _check_four(name: str, ffn: FFN) -> None:
         raise TypeError(f"{name}: expected (w1, b1, w2, b2), got {type(ffn).__name__}")
     if len(ffn) != 4:
         raise ValueError(f"{name}: expected (w1, b1, w2, b2), got {len(ffn)} of them")
+    w1, b1, w2, b2 = ffn
+    if (
+        isinstance(w1, Tensor)
+        and isinstance(b1, Tensor)
+        and isinstance(w2, Tensor)
+        and isinstance(b2, Tensor)
+    ):
+        return
     for field, given in zip(FFN._fields, ffn, strict=True):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}.{field}: expected a tensor, got {type(given).__name__}")
+        check_tensor(f"{name}.{field}", given)
 
 
 def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
