@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_flag, check_int, check_tensor
 from adatape_kernels.offsets import (
     INTEGERS,
     as_int32,
+    can_be_seen,
     check_offsets,
     check_offsets_tensor,
     check_same_device,
@@ -441,6 +443,13 @@ class ElasticBatch:
             max_tapes: a bound on the rows that one example appends.
             exact: False when `tape` may hold unused rows (capacity mode).
 
+        Raises:
+            ValueError: a shape, dtype or device differs from the above or, where the offsets lie on
+                the host, they do not begin at 0, descend, do not end at the number of tape rows
+                (or pass it, in capacity mode), or exceed max_tapes. On a GPU they stay unseen, and
+                wrong offsets give wrong rows.
+            TypeError: an argument is of another type altogether.
+
         Example:
             >>> import torch, adatape_kernels as ak
             >>> batch = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 8))
@@ -449,7 +458,7 @@ class ElasticBatch:
             [5, 4]
         """
         _refuse_reentrant_checkpoint(self)
-        offsets = as_int32("offsets", offsets)
+        offsets = _checked_tape_offsets(self, tape, offsets, max_tapes, exact)
         cu_tapes = self.cu_tapes + offsets
         layout = dataclasses.replace(
             self,
@@ -470,6 +479,8 @@ class ElasticBatch:
         old_ends = torch.cat([self.cu_tapes[1:], self.cu_tapes.new_full((1,), self.data.shape[0])])
         inputs = torch.arange(self.num_input_rows, device=tape.device)
         target_row = torch.cat([inputs, old + offsets[old_example], new + old_ends[new_example]])
+        if target_row.device.type == "cuda":  # where wrong offsets stay unseen
+            target_row = target_row.clamp(0, rows.shape[0] - 1)
         return layout.with_data(torch.empty_like(rows).index_copy(0, target_row, rows))
 
     def pool(self, kind: Pooling) -> Tensor:
@@ -517,6 +528,35 @@ class ElasticBatch:
 
 
 torch.export.register_dataclass(ElasticBatch)
+
+
+def _checked_tape_offsets(
+    batch: ElasticBatch, tape: Tensor, offsets: Tensor, max_tapes: int, exact: bool
+) -> Tensor:
+    """Return the offsets of `append_tape` in int32; raises as it says."""
+    check_tensor("tape", tape)
+    if tape.dim() != 2 or tape.shape[1] != batch.data.shape[1]:
+        raise ValueError(
+            f"tape: expected (tape_rows, {batch.data.shape[1]}) like data, got {tuple(tape.shape)}"
+        )
+    check_same_device("tape", tape, batch.data)
+    check_offsets_tensor("offsets", offsets, batch.data)
+    if offsets.shape != batch.cu_tapes.shape:
+        raise ValueError(
+            f"offsets: expected {tuple(batch.cu_tapes.shape)} like cu_tapes, "
+            f"got {tuple(offsets.shape)}"
+        )
+    check_int("max_tapes", max_tapes)
+    check_flag("exact", exact)
+    limited = as_int32("offsets", offsets)
+    if can_be_seen(limited):
+        check_offsets("offsets", limited, 0, tape.shape[0], exact)
+        longest = max(limited.diff().tolist(), default=0)
+        if longest > max_tapes:
+            raise ValueError(
+                f"max_tapes: expected at least {longest} (the longest), got {max_tapes}"
+            )
+    return limited
 
 
 def _refuse_reentrant_checkpoint(batch: ElasticBatch) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adatape_kernels.arguments import check_int, check_tensor
+
 INTEGERS = (torch.int32, torch.int64)
 """The dtypes in which offsets, indices and lengths may be given."""
 
@@ -20,13 +22,50 @@ def cumulative(lens: Tensor, start: int = 0) -> Tensor:
     Returns:
         (batch + 1,) int32, from `start`; segment i stretches from offset i to offset i + 1.
 
+    Raises:
+        ValueError: the lengths have another shape or dtype or, where they can be seen, one of them
+            is negative or int32 does not hold their sum.
+
     Example:
         >>> import torch
         >>> from adatape_kernels.offsets import cumulative
         >>> cumulative(torch.tensor([3, 0, 2]), start=10).tolist()
         [10, 13, 13, 15]
     """
-    return F.pad(lens.cumsum(0), (1, 0)).add(start).to(torch.int32)
+    check_tensor("lens", lens)
+    if lens.dtype not in INTEGERS or lens.dim() != 1:
+        raise ValueError(
+            f"lens: expected int32 or int64 (batch,), got {lens.dtype} {tuple(lens.shape)}"
+        )
+    offsets = F.pad(lens.cumsum(0), (1, 0)).add(start)
+    if can_be_seen(offsets) and len(lens):
+        shortest, last = int(lens.min()), int(offsets[-1])
+        if shortest < 0:
+            raise ValueError(f"lens: expected 0 or more, got {shortest}")
+        if last > torch.iinfo(torch.int32).max:
+            raise ValueError(f"lens: expected a sum that int32 holds, got {last}")
+    return offsets.to(torch.int32)
+
+
+def can_be_seen(values: Tensor) -> bool:
+    """Return whether values lie on the host, where a look at them waits for nothing.
+
+    They do not while torch traces, when a tensor that stands for another has a class of its own,
+    nor inside a transform of torch.func, whose tensors have no memory.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.offsets import can_be_seen
+        >>> can_be_seen(torch.tensor([0, 3])), can_be_seen(torch.tensor([0, 3], device="meta"))
+        (True, False)
+    """
+    if type(values) is not Tensor or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        values.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool = True) -> None:
@@ -40,7 +79,7 @@ def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool 
         exact: whether the last offset must be `end`; otherwise it may be smaller.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not, or have another shape or dtype.
 
     Example:
         >>> import torch
@@ -49,6 +88,7 @@ def check_offsets(name: str, offsets: Tensor, start: int, end: int, exact: bool 
         Traceback (most recent call last):
         ValueError: cu_inputs: expected ascending offsets, got 3 then 2 at 1, 2
     """
+    check_offsets_tensor(name, offsets, offsets)
     values = offsets.tolist()
     if values[0] != start:
         raise ValueError(f"{name}: expected the first offset to be {start}, got {values[0]}")
@@ -77,11 +117,15 @@ def check_examples(
         max_rows: a bound on the rows of an example, or None.
 
     Raises:
-        ValueError: the offsets do not ascend, do not join or exceed the buffer, or an example has
-            more than max_rows rows.
+        ValueError: the offsets do not ascend, do not join or exceed the buffer, there are more of
+            one kind than of the other, or an example has more than max_rows rows.
     """
     check_offsets("cu_inputs", cu_inputs, 0, num_rows, exact=False)
     check_offsets("cu_tapes", cu_tapes, int(cu_inputs[-1]), num_rows, exact=False)
+    if len(cu_tapes) != len(cu_inputs):
+        raise ValueError(
+            f"cu_tapes: expected ({len(cu_inputs)},) like cu_inputs, got ({len(cu_tapes)},)"
+        )
     longest = max((cu_inputs.diff() + cu_tapes.diff()).tolist(), default=0)
     if max_rows is not None and longest > max_rows:
         raise ValueError(f"max_rows: expected at least {longest} (the longest), got {max_rows}")
@@ -100,6 +144,11 @@ def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
         (total,) int64 row numbers: first the input rows and tape rows of example 0, then those of
         example 1, and so on.
 
+    Raises:
+        ValueError: a shape or dtype differs from the above or, where the offsets can be seen, they
+            are none or their examples do not own `total` rows. Elsewhere wrong offsets give wrong
+            row numbers.
+
     Example:
         >>> import torch
         >>> from adatape_kernels.offsets import cumulative, packed_order
@@ -108,8 +157,21 @@ def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
         >>> packed_order(cu_inputs, cu_tapes, total=5).tolist()
         [0, 1, 3, 2, 4]
     """
+    check_int("total", total)
+    check_offsets_tensor("cu_inputs", cu_inputs, cu_inputs)
+    check_offsets_tensor("cu_tapes", cu_tapes, cu_inputs)
+    if cu_tapes.shape != cu_inputs.shape:
+        raise ValueError(
+            f"cu_tapes: expected {tuple(cu_inputs.shape)} like cu_inputs, "
+            f"got {tuple(cu_tapes.shape)}"
+        )
     input_lens = cu_inputs.diff()
     lens = input_lens + cu_tapes.diff()
+    if can_be_seen(lens):
+        check_examples(cu_inputs, cu_tapes, max(int(cu_inputs[-1]), int(cu_tapes[-1])), None)
+        owned = int(lens.sum())
+        if owned != total:
+            raise ValueError(f"total: expected the {owned} rows that examples own, got {total}")
     example = torch.repeat_interleave(lens, output_size=total)
     row = torch.arange(total, device=lens.device) - cumulative(lens)[example]
     in_tape = row - input_lens[example]
@@ -117,7 +179,13 @@ def packed_order(cu_inputs: Tensor, cu_tapes: Tensor, total: int) -> Tensor:
 
 
 def check_offsets_tensor(name: str, offsets: Tensor, data: Tensor) -> None:
-    """Check that offsets are integers (batch + 1,) on the device of `data`. Raises ValueError."""
+    """Check that offsets are integers (batch + 1,) on the device of `data`.
+
+    Raises:
+        ValueError: they are not.
+        TypeError: they are no tensor.
+    """
+    check_tensor(name, offsets)
     shape = offsets.shape
     if offsets.dtype not in INTEGERS or len(shape) != 1 or shape[0] == 0:
         raise ValueError(
@@ -134,8 +202,9 @@ def as_int32(name: str, values: Tensor) -> Tensor:
         values: of any shape.
 
     Raises:
-        ValueError: int32 does not hold a value, and the values lie on the host. On a GPU and while
-            torch traces, where nobody can look at them, `limited_to_int32` is all that is done.
+        ValueError: they are no int32 or int64, or int32 does not hold a value that lies on the
+            host. On a GPU and while torch traces, where nobody can look at them,
+            `limited_to_int32` is all that is done.
 
     Example:
         >>> import torch
@@ -146,10 +215,11 @@ def as_int32(name: str, values: Tensor) -> Tensor:
         Traceback (most recent call last):
         ValueError: cu_inputs: expected values that int32 holds, got 1099511627776
     """
+    check_tensor(name, values)
+    if values.dtype not in INTEGERS:
+        raise ValueError(f"{name}: expected int32 or int64, got {values.dtype}")
     limited = limited_to_int32(values)
-    # A tensor that stands for another while torch traces is of a class of its own.
-    is_real = type(values) is Tensor and values.device.type == "cpu"
-    if limited is not values and is_real and not torch.compiler.is_compiling():
+    if limited is not values and can_be_seen(values):
         wrong = values[limited != values]
         if len(wrong):
             raise ValueError(f"{name}: expected values that int32 holds, got {int(wrong[0])}")

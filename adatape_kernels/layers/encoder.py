@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adatape_kernels.arguments import check_flag, check_int, check_number
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import (
     activation_name,
@@ -16,6 +17,7 @@ from adatape_kernels.layers.conversion import (
     refuse_unknown,
 )
 from adatape_kernels.layers.feed_forward import DualFFN
+from adatape_kernels.layers.layer_checks import check_batch, check_rate
 from adatape_kernels.layers.reader import TapeReader
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
@@ -45,7 +47,9 @@ class ElasticEncoderLayer(DualFFN):
             LN(x + DualFFN(x)).
 
     Raises:
-        ValueError: num_heads does not divide dim, or the activation is unknown.
+        ValueError: num_heads does not divide dim, a size is too small, a rate is no probability,
+            or the activation is unknown.
+        TypeError: an argument is of another type altogether.
 
     Source: SPEC 6.
 
@@ -72,6 +76,10 @@ class ElasticEncoderLayer(DualFFN):
         norm_first: bool = True,
     ):
         super().__init__(dim, ffn_dim, tape_ffn_dim, dropout=dropout, activation=activation)
+        check_rate("attention_dropout", attention_dropout)
+        check_rate("stochastic_depth", stochastic_depth, less_than_one=True)
+        check_number("norm_eps", norm_eps, 0)
+        check_flag("norm_first", norm_first)
         self.dropout1 = self.dropout2 = dropout
         self.self_attn = ElasticAttention(dim, num_heads, dropout=attention_dropout)
         self.norm1 = nn.LayerNorm(dim, norm_eps)
@@ -150,6 +158,7 @@ class ElasticEncoderLayer(DualFFN):
             >>> y.shape
             torch.Size([2, 3, 8])
         """
+        check_batch(x)
         if not self.norm_first:
             x = self._add_and_norm(x, self.self_attn(x), self.dropout1, self.norm1)
             return self._add_and_norm(x, self.feed_forward(x), self.dropout2, self.norm2)
@@ -189,7 +198,8 @@ class ElasticEncoder(nn.Module):
         norm_eps: epsilon of the final LayerNorm.
 
     Raises:
-        ValueError: a reader's layer does not exist.
+        ValueError: a reader's layer does not exist, dim is less than 1, or norm_eps is negative.
+        TypeError: an argument is of another type altogether.
 
     Source: SPEC 6.
 
@@ -213,9 +223,14 @@ class ElasticEncoder(nn.Module):
         norm_eps: float = NORM_EPS,
     ):
         super().__init__()
+        check_int("dim", dim, 1)
+        check_number("norm_eps", norm_eps, 0)
         self.layers = nn.ModuleList(layers)
-        readers = readers or {}
+        readers = {} if readers is None else readers
+        if not isinstance(readers, Mapping):
+            raise TypeError(f"readers: expected readers by layer, got {type(readers).__name__}")
         for layer in readers:
+            check_int("readers", layer, None)
             if not 0 <= layer < len(self.layers):
                 raise ValueError(
                     f"readers: expected layers from 0 to {len(self.layers) - 1}, got {layer}"
@@ -265,6 +280,7 @@ class ElasticEncoder(nn.Module):
             >>> y.data.shape, reads
             (torch.Size([8, 8]), ())
         """
+        check_batch(x)
         reads = []
         for layer, reader in self.stages():
             if reader is not None:

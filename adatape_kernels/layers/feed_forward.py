@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels import ops
+from adatape_kernels.arguments import check_int
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.layer_checks import check_batch, check_rate
 from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
 from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn import check_activation
@@ -30,7 +32,9 @@ class DualFFN(nn.Module):
         activation: that of input rows: "gelu_tanh", "gelu" (the exact form) or "relu".
 
     Raises:
-        ValueError: the activation is none of these.
+        ValueError: a width is too small, dropout is no probability, or the activation is none of
+            these.
+        TypeError: an argument is of another type altogether.
 
     Source: SPEC 6.
 
@@ -52,6 +56,10 @@ class DualFFN(nn.Module):
         activation: Activation = "gelu_tanh",
     ):
         super().__init__()
+        check_int("dim", dim, 1)
+        check_int("ffn_dim", ffn_dim, 1)
+        check_int("tape_ffn_dim", tape_ffn_dim)
+        check_rate("dropout", dropout)
         check_activation(activation)
         self.dropout = dropout
         self.activation: Activation = activation
@@ -105,6 +113,7 @@ class DualFFN(nn.Module):
             >>> layer.feed_forward(x).data.shape  # neither attention, nor norms, nor residuals
             torch.Size([6, 8])
         """
+        check_batch(x)
         input_ffn, tape_ffn = self._plain_ffns()
         if input_ffn is None or (self.training and self.dropout > 0):
             return x.with_data(self._by_modules(x))

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from adatape_kernels import ops
+from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.layer_checks import check_batch, check_rate
 from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
 from adatape_kernels.op_types import LossType, TapeSelection
+from adatape_kernels.ops.reading_checks import MAX_TOPK
 
 QueryType = Literal["token", "gap"]
 """What a read looks for: the class token, or the mean over the example's rows."""
@@ -37,7 +40,10 @@ class TapeReader(nn.Module):
         bank_dropout: probability with which training hides a bank token from an example.
 
     Raises:
-        ValueError: query is neither "token" nor "gap", or key_split is not within 1 to dim.
+        ValueError: a size is too small, topk is more than 32 or than a learnable bank has, a rate
+            is no probability, loss_type is unknown, query is neither "token" nor "gap", or
+            key_split is not within 1 to dim.
+        TypeError: an argument is of another type altogether.
 
     Source: SPEC 2 to 5.
 
@@ -68,6 +74,20 @@ class TapeReader(nn.Module):
         bank_dropout: float = 0.0,
     ):
         super().__init__()
+        check_int("dim", dim, 1)
+        check_int("num_tape_tokens", num_tape_tokens)
+        check_int("topk", topk, 1, MAX_TOPK)
+        check_number("halt_threshold", halt_threshold, finite=False)
+        check_int("bank_size", bank_size)
+        check_int("key_split", key_split, None)
+        check_flag("average_query", average_query)
+        check_int("tape_mlp_dim", tape_mlp_dim)
+        check_number("query_noise", query_noise, 0)
+        check_rate("bank_dropout", bank_dropout)
+        if 0 < bank_size < topk:
+            raise ValueError(f"bank_size: expected 0 or at least topk = {topk}, got {bank_size}")
+        if loss_type not in ("entropy", "max"):
+            raise ValueError(f"loss_type: expected 'entropy' or 'max', got {loss_type!r}")
         if query not in ("token", "gap"):
             raise ValueError(f"query: expected 'token' or 'gap', got {query!r}")
         if not 1 <= key_split <= dim:
@@ -130,6 +150,7 @@ class TapeReader(nn.Module):
             >>> selection.counts.tolist()  # five tokens give two pairs
             [4, 2]
         """
+        check_batch(x)
         values, query, read_mask = self.normalised(bank, x.pool(_POOLING[self.query]))
         tape, offsets, selection = ops.tape_read(
             query[:, : self.key_dim],
@@ -181,7 +202,9 @@ class TapeReader(nn.Module):
         bank = self.tape_tokens if bank is None else bank
         if bank is None:
             raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
-        if bank.dim() not in (2, 3) or (bank.dim() == 3 and bank.shape[0] != query.shape[0]):
+        check_tensor("bank", bank)
+        fits = bank.dim() in (2, 3) and bank.shape[-1] == query.shape[1]
+        if not fits or (bank.dim() == 3 and bank.shape[0] != query.shape[0]):
             raise ValueError(
                 f"bank: expected ([{query.shape[0]},] bank_size, {query.shape[1]}), "
                 f"got {tuple(bank.shape)}"

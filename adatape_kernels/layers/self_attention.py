@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from adatape_kernels import ops, reference
+from adatape_kernels.arguments import check_int
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import (
     copy_parameters,
     differences_of_attention,
     refuse_unknown,
 )
+from adatape_kernels.layers.layer_checks import check_batch, check_rate
 
 
 class ElasticAttention(nn.Module):
@@ -27,7 +29,9 @@ class ElasticAttention(nn.Module):
         dropout: probability with which training drops an attention weight.
 
     Raises:
-        ValueError: num_heads does not divide dim.
+        ValueError: dim or num_heads is less than 1, num_heads does not divide dim, or dropout is no
+            probability.
+        TypeError: an argument is of another type altogether.
 
     Source: SPEC 6.
 
@@ -41,6 +45,9 @@ class ElasticAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0):
         super().__init__()
+        check_int("dim", dim, 1)
+        check_int("num_heads", num_heads, 1)
+        check_rate("dropout", dropout)
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
         self.num_heads = num_heads
@@ -95,6 +102,7 @@ class ElasticAttention(nn.Module):
             >>> attention(x).lens.tolist()
             [3, 1]
         """
+        check_batch(x)
         rows, dim = x.data.shape
         qkv = F.linear(x.data, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(rows, 3, self.num_heads, dim // self.num_heads).unbind(1)

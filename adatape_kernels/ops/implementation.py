@@ -43,6 +43,8 @@ class Implementation:
     """Why this installation lacks it; None where it is there."""
     checks_values: bool = False
     """True where it refuses bad values itself, in a pass over them that it makes anyway."""
+    checks_arguments: bool = False
+    """True where it refuses shapes, dtypes and devices itself that the op does not take."""
 
     def refusal(
         self,
@@ -122,5 +124,11 @@ class CompiledKernel:
                 raise
 
         return Implementation(
-            run, self.devices, self.dtypes, self.limits, self.absent, self.checks_values
+            run,
+            self.devices,
+            self.dtypes,
+            self.limits,
+            self.absent,
+            self.checks_values,
+            checks_arguments=True,
         )

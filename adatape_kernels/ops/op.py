@@ -21,6 +21,7 @@ from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
+from adatape_kernels.ops.op_checks import check_one_device, refuse_unfit
 from adatape_kernels.ops.registration import Namespace, kept
 from adatape_kernels.ops.vmap_rule import one_by_one
 
@@ -73,6 +74,8 @@ class Operation:
         fake: returns empty results of the right shapes, dtypes and device.
         implementations: by backend.
         typical: calls by which `explain` and `adatape-kernels info` tell who serves what.
+        check_arguments: raises ValueError for arguments that the op does not take, without a look
+            at values; it is called before an implementation that does not do so itself.
         check_values: raises ValueError for values that the arguments may not have, and copies them
             to the host; it is called where they lie there anyway, on a CPU, before an
             implementation that does not look at them itself.
@@ -85,12 +88,14 @@ class Operation:
         implementations: Mapping[str, Implementation | CompiledKernel],
         *,
         typical: TypicalCalls,
+        check_arguments: Callable[..., None] | None = None,
         check_values: Callable[..., None] | None = None,
     ):
         self.name = schema[: schema.index("(")]
         self.schema = schema
         self.fake = fake
         self.typical = typical
+        self.check_arguments = check_arguments
         self.check_values = check_values
         self.implementations: dict[str, Implementation] = {}
         for backend, given in implementations.items():
@@ -161,6 +166,14 @@ class Operation:
 
     def _run(self, *args: Any) -> Any:
         """Serve a call: the op's only kernel below autograd."""
+        try:
+            return self._serve(*args)
+        except (AttributeError, RuntimeError):
+            # What no check looks for, because every call would pay for it.
+            refuse_unfit(self.overload._schema.arguments, args)
+            raise
+
+    def _serve(self, *args: Any) -> Any:
         tensor = args[0]
         device, backends = tensor.device, _choice.value or ()
         key = backends, device.type, tensor.dtype
@@ -168,6 +181,8 @@ class Operation:
         if candidates is None:
             candidates = self._candidates[key] = self._candidates_for(*key)
         for candidate in candidates:
+            if candidate.check_arguments is not None:
+                candidate.check_arguments(*args)
             limits = candidate.limits
             if limits is None or limits(facts_of(device), *args) is None:
                 break
@@ -191,7 +206,13 @@ class Operation:
             if given is not None and given.refusal_by_type(device_type, dtype) is None:
                 on_host = device_type == "cpu" and not given.checks_values
                 check_values = self.check_values if on_host else None
-                found.append(_Candidate(backend, given.function, given.limits, check_values))
+                # What states limits or looks at values needs arguments that were checked before.
+                looks = given.limits is not None or check_values is not None
+                checked = given.checks_arguments and not looks
+                check_arguments = None if checked else self.check_arguments
+                found.append(
+                    _Candidate(backend, given.function, given.limits, check_arguments, check_values)
+                )
         return tuple(found)
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
@@ -210,6 +231,7 @@ class _Candidate(NamedTuple):
     backend: str
     function: Callable[..., Any]
     limits: Statement | None
+    check_arguments: Callable[..., None] | None
     check_values: Callable[..., None] | None
 
 
@@ -238,9 +260,19 @@ def _declare(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     name, library = schema[: schema.index("(")], _namespace.kernels
     overload = _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, _kernel(run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adatape::{name}", fake, lib=library)
+    torch.library.register_fake(f"adatape::{name}", _on_one_device(name, fake), lib=library)
     torch.library.register_vmap(f"adatape::{name}", one_by_one(name, overload), lib=library)
     return overload
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the fake with a check without which one tensor on meta would make a result of none."""
+
+    def checked(*args: Any) -> Any:
+        check_one_device(name, args)
+        return fake(*args)
+
+    return checked
 
 
 def _kernel(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,9 +3,28 @@
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor
 from adatape_kernels.offsets import INTEGERS
 
 MAX_TOPK = 32
+
+MOST_ROWS = torch.iinfo(torch.int32).max
+"""Offsets, counts and the numbers of rows that they stand for are int32."""
+
+
+def check_selection_types(
+    query: Tensor,
+    average_query: bool,
+    read_mask: Tensor | None,
+    bank_lens: Tensor | None,
+) -> None:
+    """Raise TypeError for what is no tensor or no flag at all, which torch's dispatcher refuses."""
+    check_tensor("query", query)
+    check_flag("average_query", average_query)
+    if read_mask is not None:
+        check_tensor("read_mask", read_mask)
+    if bank_lens is not None:
+        check_tensor("bank_lens", bank_lens)
 
 
 def check_selection(
@@ -19,7 +38,7 @@ def check_selection(
     bank_lens: Tensor | None,
     name: str = "keys",
 ) -> None:
-    """Raise ValueError as `tape_select` says; `name` is what the caller calls the keys."""
+    """Raise as `tape_select` says; `name` is what the caller calls the keys."""
     shape, keys_shape, dtype = query.shape, keys.shape, query.dtype
     if len(shape) != 2 or not dtype.is_floating_point or shape[1] == 0:
         raise ValueError(
@@ -35,15 +54,12 @@ def check_selection(
         raise ValueError(f"{name}: expected batch {batch} like query, got {tuple(keys_shape)}")
     if keys.dtype != dtype:
         raise ValueError(f"{name}: expected {dtype} like query, got {keys.dtype}")
-    if not 1 <= topk <= MAX_TOPK:
-        raise ValueError(f"topk: expected 1 to {MAX_TOPK}, got {topk}")
+    check_int("topk", topk, 1, MAX_TOPK)
     bank_size = keys_shape[-2]
     if bank_size < topk:
         raise ValueError(f"{name}: expected at least topk = {topk} bank entries, got {bank_size}")
-    if num_tape_tokens < 0:
-        raise ValueError(f"num_tape_tokens: expected 0 or more, got {num_tape_tokens}")
-    if halt_threshold != halt_threshold:
-        raise ValueError(f"halt_threshold: expected a number, got {halt_threshold}")
+    check_int("num_tape_tokens", num_tape_tokens)
+    check_number("halt_threshold", halt_threshold, finite=False)
     if loss_type not in ("entropy", "max"):
         raise ValueError(f"loss_type: expected 'entropy' or 'max', got {loss_type!r}")
     if read_mask is not None and (
@@ -73,9 +89,16 @@ def check_bank_lens(bank_lens: Tensor | None, bank_size: int) -> None:
 
 
 def check_capacity(capacity: int | None) -> None:
-    """Refuse a negative number of tape rows."""
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"capacity: expected 0 or more tape rows, got {capacity}")
+    """Refuse what is no number of tape rows."""
+    if capacity is not None:
+        check_int("capacity", capacity)
+
+
+def check_tape_rows(dtape: Tensor, counts: Tensor) -> None:
+    """Refuse a gradient of fewer tape rows than were read; copies their number to the host."""
+    total = int(counts.sum())
+    if total > len(dtape):
+        raise ValueError(f"dtape: expected at least the {total} tape rows read, got {len(dtape)}")
 
 
 def check_reads(bank: Tensor, indices: Tensor, counts: Tensor, capacity: int | None) -> None:
@@ -84,6 +107,8 @@ def check_reads(bank: Tensor, indices: Tensor, counts: Tensor, capacity: int | N
     if bool(((counts < 0) | (counts > num_tape_tokens)).any()):
         raise ValueError(f"counts: expected 0 to {num_tape_tokens}, got {counts.tolist()}")
     total = int(counts.sum())
+    if total > MOST_ROWS:
+        raise ValueError(f"counts: expected a sum of at most {MOST_ROWS}, got {total}")
     if capacity is not None and total > capacity:
         raise ValueError(f"capacity: expected at least the {total} tape rows read, got {capacity}")
     read = indices[torch.arange(num_tape_tokens, device=counts.device) < counts.unsqueeze(1)]

@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
                                                           const Tensor& branch_any,
                                                           const Tensor& weight_any,
                                                           const Tensor& bias_any, double eps) {
+  check_add_layer_norm(x_any, branch_any, weight_any, bias_any, eps, kCpuDtypes);
   const Tensor x = with_dense_rows(x_any), branch = readable(branch_any);
   const Tensor weight = as_float(weight_any), bias = as_float(bias_any);
   const CpuAddLayerNormOutputs outputs = allocate_outputs(x);
@@ -92,6 +93,8 @@ CpuAddLayerNormGradients allocate_gradients(const Tensor& total) {
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const Tensor& dtotal_any, const Tensor& dnormed_any, const Tensor& total_any,
     const Tensor& weight_any, const Tensor& mean_any, const Tensor& rstd_any) {
+  check_add_layer_norm_bwd(dtotal_any, dnormed_any, total_any, weight_any, mean_any, rstd_any,
+                           kCpuDtypes);
   const Tensor total = dense(total_any);
   const ScalarType dtype = total.scalar_type();
   const Tensor dtotal = with_dense_rows(torch::stable::to(dtotal_any, dtype));

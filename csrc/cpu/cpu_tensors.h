@@ -9,10 +9,14 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../op_checks.h"
 #include "../stable_torch.h"
 #include "cpu_kernels.h"
 
 namespace adatape {
+
+// The dtypes of an op's first argument that the kernels are compiled for.
+constexpr ScalarType kCpuDtypes[] = {ScalarType::Float, ScalarType::BFloat16};
 
 inline DType dtype_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Float ? DType::kFloat : DType::kBFloat16;

@@ -122,18 +122,18 @@ struct RowCounts {
 // num_input_rows is None. Without a feed-forward for the tape all rows in use are input rows.
 RowCounts checked_row_counts(std::optional<int64_t> num_input_rows, int64_t max_tape_rows,
                              const std::optional<Tensor>& bounds, int64_t rows, bool has_tape_ffn) {
-  if (!num_input_rows && !bounds) {
-    refuse("bounds: expected a tensor where num_input_rows is None, got None");
-  }
   int64_t inputs = num_input_rows.value_or(0), end = inputs + max_tape_rows;
   if (bounds) {
     const Tensor values = dense(*bounds);
     const int64_t* const value = values.const_data_ptr<int64_t>();
-    if (!num_input_rows) inputs = *value;
     end = *(value + 1);
-    if (!has_tape_ffn) inputs = end = std::min(inputs, end);
+    const int64_t expected = has_tape_ffn ? num_input_rows.value_or(*value) : end;
+    if (*value != expected) {
+      refuse("bounds: expected ", expected, " (num_input_rows) first, got ", *value);
+    }
+    inputs = *value;
   }
-  if (inputs < 0 || end < inputs || end > rows) {
+  if (inputs < 0 || end < inputs || end > rows || inputs > num_input_rows.value_or(rows)) {
     refuse("num_input_rows: expected 0 <= num_input_rows <= num_rows <= ", rows,
            " (the rows of x), got ", inputs, " and ", end);
   }
@@ -167,6 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
     const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& tape_w1,
     const std::optional<Tensor>& tape_b1, const std::optional<Tensor>& tape_w2,
     const std::optional<Tensor>& tape_b2) {
+  check_dual_ffn(x_any, num_input_rows, max_tape_rows, bounds, tape_w1.has_value(), kCpuDtypes);
+  check_ffns(w1, b1, w2, b2, tape_w1, tape_b1, tape_w2, tape_b2, x_any);
   const Tensor x = with_dense_rows(x_any);
   const RowCounts count =
       checked_row_counts(num_input_rows, max_tape_rows, bounds, x.size(0), tape_w1.has_value());
@@ -196,6 +198,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::string& activation, const Tensor& w1, const Tensor& b1, const Tensor& w2,
     const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
     const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
+  check_dual_ffn_bwd(dy_any, x_any, hidden, tape_hidden, num_input_rows, bounds, w1, tape_w1,
+                     kCpuDtypes);
+  check_ffns(w1, b1, w2, b2, tape_w1, tape_b1, tape_w2, tape_b2, x_any);
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   const RowCounts count = checked_row_counts(num_input_rows, tape_hidden.size(0), bounds, x.size(0),
                                              tape_w1.has_value());

@@ -97,6 +97,8 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
                                              const Tensor& cu_tapes_any,
                                              std::optional<int64_t> max_rows,
                                              std::optional<double> softmax_scale) {
+  check_elastic_attention(q_any, k_any, v_any, cu_inputs_any, cu_tapes_any, max_rows, softmax_scale,
+                          kCpuDtypes);
   const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
@@ -143,17 +145,17 @@ Tensor allocate_gradient(const Tensor& q, const ExampleOffsets& examples) {
 
 std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
     const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-    const Tensor& out, const Tensor& lse, const Tensor& cu_inputs_any, const Tensor& cu_tapes_any,
-    std::optional<int64_t> max_rows, std::optional<double> softmax_scale) {
+    const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_inputs_any,
+    const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
+    std::optional<double> softmax_scale) {
+  check_elastic_attention_bwd(dout_any, q_any, k_any, v_any, out_any, lse_any, cu_inputs_any,
+                              cu_tapes_any, max_rows, softmax_scale, kCpuDtypes);
   const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
-  const Tensor dout = with_dense_rows(dout_any);
+  const Tensor dout = with_dense_rows(dout_any), out = with_dense_rows(out_any);
+  const Tensor lse = dense(lse_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
-  if (lse.numel() != num_heads * examples.rows || !lse.is_contiguous()) {
-    refuse("lse: expected a contiguous (", num_heads, ", ", examples.rows, "), got ", lse.numel(),
-           " elements");
-  }
   const Tensor dq = allocate_gradient(q, examples);
   const Tensor dk = allocate_gradient(q, examples);
   const Tensor dv = allocate_gradient(q, examples);

@@ -17,6 +17,30 @@ struct TapeReads {
   int64_t bank_size;
   bool own_banks;  // whether every example reads from a bank of its own
 
+  // Returns the offsets (batch + 1,) of each example's tape tokens among those of all examples;
+  // refuses counts and indices that are out of range.
+  std::vector<int32_t> checked_offsets() const {
+    std::vector<int32_t> offsets(batch + 1, 0);
+    int64_t total = 0;
+    for (int64_t i = 0; i < batch; ++i) {
+      const int32_t count = counts[i];
+      if (count < 0 || count > num_tape_tokens) {
+        refuse("counts: expected 0 to ", num_tape_tokens, ", got ", count);
+      }
+      total += count;
+      if (total > kMostRows) refuse("counts: expected a sum of at most ", kMostRows, ", got more");
+      offsets[i + 1] = static_cast<int32_t>(total);
+      const int32_t* const entries = indices + i * num_tape_tokens * topk;
+      for (int64_t read = 0; read < count * topk; ++read) {
+        if (entries[read] < 0 || entries[read] >= bank_size) {
+          refuse("indices: expected 0 to ", bank_size - 1, " (inside the bank) where read, got ",
+                 entries[read]);
+        }
+      }
+    }
+    return offsets;
+  }
+
   // Calls visit(bank_row, example, token, rank) for every read, example after example, where
   // bank_row counts the rows of all banks.
   template <class Visit>

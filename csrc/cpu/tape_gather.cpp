@@ -10,27 +10,6 @@
 namespace adatape {
 namespace {
 
-// Returns the offsets (batch + 1,) of each example's rows of the tape; refuses counts and indices
-// that are out of range.
-std::vector<int32_t> checked_offsets(const TapeReads& reads) {
-  std::vector<int32_t> offsets(reads.batch + 1, 0);
-  for (int64_t i = 0; i < reads.batch; ++i) {
-    const int32_t count = reads.counts[i];
-    if (count < 0 || count > reads.num_tape_tokens) {
-      refuse("counts: expected 0 to ", reads.num_tape_tokens, ", got ", count);
-    }
-    offsets[i + 1] = offsets[i] + count;
-    const int32_t* const entries = reads.indices + i * reads.num_tape_tokens * reads.topk;
-    for (int64_t read = 0; read < count * reads.topk; ++read) {
-      if (entries[read] < 0 || entries[read] >= reads.bank_size) {
-        refuse("indices: expected 0 to ", reads.bank_size - 1,
-               " (inside the bank) where read, got ", entries[read]);
-      }
-    }
-  }
-  return offsets;
-}
-
 TapeReads tape_reads(const Tensor& bank, const Tensor& indices, const Tensor& counts) {
   return {.indices = indices.const_data_ptr<int32_t>(),
           .counts = counts.const_data_ptr<int32_t>(),
@@ -54,10 +33,11 @@ CpuTapeGatherOutputs allocate_tape(const Tensor& bank, const Tensor& counts, int
 std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& indices_any,
                                        const Tensor& weights_any, const Tensor& counts_any,
                                        std::optional<int64_t> capacity) {
+  check_tape_gather(bank_any, indices_any, weights_any, counts_any, capacity, kCpuDtypes);
   const Tensor bank = with_dense_rows(bank_any), indices = dense(indices_any);
   const Tensor weights = dense(weights_any), counts = dense(counts_any);
   const TapeReads reads = tape_reads(bank, indices, counts);
-  const std::vector<int32_t> offsets = checked_offsets(reads);
+  const std::vector<int32_t> offsets = reads.checked_offsets();
   const int64_t total = offsets[reads.batch];
   if (capacity && *capacity < total) {
     refuse("capacity: expected at least the ", total, " tape rows read, got ", *capacity);
@@ -95,11 +75,16 @@ CpuTapeGatherGradients allocate_gradients(const Tensor& bank, const Tensor& weig
 std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor& bank_any,
                                            const Tensor& indices_any, const Tensor& weights_any,
                                            const Tensor& counts_any) {
+  check_tape_gather_bwd(dtape_any, bank_any, indices_any, weights_any, counts_any, kCpuDtypes);
   const Tensor dtape = with_dense_rows(dtape_any), bank = with_dense_rows(bank_any);
   const Tensor indices = dense(indices_any);
   const Tensor weights = dense(weights_any), counts = dense(counts_any);
   const TapeReads reads = tape_reads(bank, indices, counts);
-  const std::vector<int32_t> offsets = checked_offsets(reads);
+  const std::vector<int32_t> offsets = reads.checked_offsets();
+  if (offsets[reads.batch] > dtape.size(0)) {
+    refuse("dtape: expected at least the ", offsets[reads.batch], " tape rows read, got ",
+           dtape.size(0));
+  }
   const CpuTapeGatherGradients gradients = allocate_gradients(bank, weights);
 
   const CpuTapeGatherParams p{

@@ -44,6 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
     const std::optional<Tensor>& read_mask_any, const std::optional<Tensor>& bank_lens) {
+  check_tape_select(query_any, keys_any, num_tape_tokens, topk, halt_threshold, loss_type,
+                    read_mask_any, bank_lens, kCpuDtypes);
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
   const int64_t batch = query.size(0);
   const CpuBank bank = bank_of(keys);
@@ -106,10 +108,20 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
                                            const Tensor& dweights_any, const Tensor& dponder_any,
                                            const Tensor& indices_any, const Tensor& counts_any,
                                            bool average_query, const std::string& loss_type) {
+  check_tape_select_bwd(query_any, keys_any, dweights_any, dponder_any, indices_any, counts_any,
+                        loss_type, kCpuDtypes);
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
   const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
   const Tensor indices = dense(indices_any), counts = dense(counts_any);
   const int64_t batch = query.size(0), num_tape_tokens = indices.size(1), topk = indices.size(2);
+  const TapeReads reads{.indices = indices.const_data_ptr<int32_t>(),
+                        .counts = counts.const_data_ptr<int32_t>(),
+                        .batch = batch,
+                        .num_tape_tokens = num_tape_tokens,
+                        .topk = topk,
+                        .bank_size = keys.size(keys.dim() - 2),
+                        .own_banks = keys.dim() == 3};
+  reads.checked_offsets();
   const CpuTapeSelectGradients gradients = allocate_gradients(query, keys, indices);
 
   const CpuTapeSelectParams p{
@@ -131,13 +143,6 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
   const CpuKernels& chosen = cpu_kernels();
   run_tasks(batch, [&](int64_t i) { chosen.select_bwd(p, i); });
 
-  const TapeReads reads{.indices = p.indices,
-                        .counts = p.counts,
-                        .batch = batch,
-                        .num_tape_tokens = num_tape_tokens,
-                        .topk = topk,
-                        .bank_size = p.keys.bank_size,
-                        .own_banks = keys.dim() == 3};
   const Segments segments =
       sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
         return {.row = (i * num_tape_tokens + token) * topk + rank, .weight = 1.0f};

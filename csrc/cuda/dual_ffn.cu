@@ -167,10 +167,6 @@ FFNRowKinds row_kinds(const Tensor& x, std::optional<int64_t> num_input_rows, in
   if (!num_input_rows && (has_tape_ffn || !bounds)) {
     refuse("num_input_rows: expected an int, got a number on the device");
   }
-  if (inputs < 0 || tapes < 0 || inputs + tapes > rows) {
-    refuse("num_input_rows: expected 0 <= num_input_rows <= num_rows <= ", rows,
-           " (the rows of x), got ", inputs, " and ", inputs + tapes);
-  }
   const int64_t* const num_rows = bounds ? bounds->const_data_ptr<int64_t>() + 1 : nullptr;
   return {.inputs = {.first = 0, .count = inputs, .num_rows = tapes == 0 ? num_rows : nullptr},
           .tapes = {.first = inputs, .count = tapes, .num_rows = num_rows}};
@@ -197,6 +193,9 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
     const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& tape_w1,
     const std::optional<Tensor>& tape_b1, const std::optional<Tensor>& tape_w2,
     const std::optional<Tensor>& tape_b2) {
+  check_dual_ffn(x_any, num_input_rows, max_tape_rows, bounds_any, tape_w1.has_value(),
+                 kCudaDtypes);
+  check_ffns(w1, b1, w2, b2, tape_w1, tape_b1, tape_w2, tape_b2, x_any);
   const Tensor x = with_dense_rows(x_any);
   std::optional<Tensor> bounds;
   if (bounds_any) bounds = dense(*bounds_any);
@@ -224,6 +223,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::string& activation, const Tensor& w1, const Tensor& b1, const Tensor& w2,
     const Tensor& b2, const std::optional<Tensor>& tape_w1, const std::optional<Tensor>& tape_b1,
     const std::optional<Tensor>& tape_w2, const std::optional<Tensor>& tape_b2) {
+  check_dual_ffn_bwd(dy_any, x_any, hidden, tape_hidden, num_input_rows, bounds_any, w1, tape_w1,
+                     kCudaDtypes);
+  check_ffns(w1, b1, w2, b2, tape_w1, tape_b1, tape_w2, tape_b2, x_any);
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   std::optional<Tensor> bounds;
   if (bounds_any) bounds = dense(*bounds_any);

@@ -38,13 +38,11 @@ Tensor in_accesses(const Tensor& x) {
   return copy;
 }
 
+constexpr ScalarType kHalves[] = {ScalarType::Half, ScalarType::BFloat16};
+
 // Refuses what the kernels do not serve.
 void check_served(const Tensor& q, std::optional<int64_t> max_rows) {
-  const bool half = q.scalar_type() == ScalarType::Half;
-  if (q.size(2) != kHeadDim || (!half && q.scalar_type() != ScalarType::BFloat16)) {
-    refuse("q: expected float16 or bfloat16 (rows, num_heads, ", kHeadDim, "), got head_dim ",
-           q.size(2), " of ", q.element_size(), " bytes an element");
-  }
+  if (q.size(2) != kHeadDim) refuse("q: expected head_dim ", kHeadDim, ", got ", q.size(2));
   if (!max_rows || *max_rows < 0 || *max_rows > kMaxRows) {
     refuse("max_rows: expected 0 to ", kMaxRows, ", got ",
            max_rows ? std::to_string(*max_rows) : "None");
@@ -93,6 +91,8 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
                                              const Tensor& cu_tapes_any,
                                              std::optional<int64_t> max_rows,
                                              std::optional<double> softmax_scale) {
+  check_elastic_attention(q_any, k_any, v_any, cu_inputs_any, cu_tapes_any, max_rows, softmax_scale,
+                          kHalves);
   check_served(q_any, max_rows);
   const Tensor q = in_accesses(q_any), k = in_accesses(k_any), v = in_accesses(v_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
@@ -139,13 +139,12 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
     const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_inputs_any,
     const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
     std::optional<double> softmax_scale) {
+  check_elastic_attention_bwd(dout_any, q_any, k_any, v_any, out_any, lse_any, cu_inputs_any,
+                              cu_tapes_any, max_rows, softmax_scale, kHalves);
   check_served(q_any, max_rows);
   const Tensor q = in_accesses(q_any), k = in_accesses(k_any), v = in_accesses(v_any);
   const Tensor dout = in_accesses(dout_any), out = in_accesses(out_any), lse = dense(lse_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
-  if (lse.numel() != q.size(0) * q.size(1)) {
-    refuse("lse: expected (", q.size(1), ", ", q.size(0), "), got ", lse.numel(), " elements");
-  }
   const Tensor dq = allocate_gradient(q), dk = allocate_gradient(q), dv = allocate_gradient(q);
 
   const CudaElasticAttentionParams p{

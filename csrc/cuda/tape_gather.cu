@@ -65,6 +65,7 @@ int64_t checked_rows(CudaTapeGatherParams p, const Tensor& counts, const LaunchS
 std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& indices_any,
                                        const Tensor& weights_any, const Tensor& counts_any,
                                        std::optional<int64_t> capacity) {
+  check_tape_gather(bank_any, indices_any, weights_any, counts_any, capacity, kCudaDtypes);
   const Tensor bank = with_dense_rows(bank_any), indices = dense(indices_any);
   const Tensor weights = dense(weights_any), counts = dense(counts_any);
   const LaunchStream stream = stream_of(bank);
@@ -115,6 +116,7 @@ CudaTapeGatherGradients allocate_gradients(const Tensor& bank, const Tensor& ind
 std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor& bank_any,
                                            const Tensor& indices_any, const Tensor& weights_any,
                                            const Tensor& counts_any, bool deterministic) {
+  check_tape_gather_bwd(dtape_any, bank_any, indices_any, weights_any, counts_any, kCudaDtypes);
   const Tensor dtape = with_dense_rows(dtape_any), bank = with_dense_rows(bank_any);
   const Tensor indices = dense(indices_any), weights = dense(weights_any);
   const Tensor counts = dense(counts_any);

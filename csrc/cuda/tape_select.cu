@@ -44,10 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
     const std::optional<Tensor>& read_mask_any, const std::optional<Tensor>& bank_lens_any) {
+  check_tape_select(query_any, keys_any, num_tape_tokens, topk, halt_threshold, loss_type,
+                    read_mask_any, bank_lens_any, kCudaDtypes);
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
   const int64_t batch = query.size(0), bank_size = keys.size(keys.dim() - 2);
   const bool own_banks = keys.dim() == 3;
-  if (topk < 1 || topk > kMaxTopk) refuse("topk: expected 1 to ", kMaxTopk, ", got ", topk);
   std::optional<Tensor> read_mask, bank_lens;
   if (read_mask_any) read_mask = dense(*read_mask_any);
   if (bank_lens_any) bank_lens = dense(torch::stable::to(*bank_lens_any, ScalarType::Long));
@@ -136,6 +137,8 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
                                            const Tensor& indices_any, const Tensor& counts_any,
                                            bool average_query, const std::string& loss_type,
                                            bool deterministic) {
+  check_tape_select_bwd(query_any, keys_any, dweights_any, dponder_any, indices_any, counts_any,
+                        loss_type, kCudaDtypes);
   const Tensor query = with_dense_rows(query_any), keys = with_dense_rows(keys_any);
   const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
   const Tensor indices = dense(indices_any), counts = dense(counts_any);

@@ -5,10 +5,14 @@
 
 #include <initializer_list>
 
+#include "../op_checks.h"
 #include "../stable_torch.h"
 #include "device.cuh"
 
 namespace adatape::cuda {
+
+// The dtypes of an op's first argument that the kernels are compiled for.
+constexpr ScalarType kCudaDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 
 // Calls body.template operator()<T>() where T is the type of the elements of `x`.
 template <class Body>

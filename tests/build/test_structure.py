@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adatape_kernels"
 # Lowest first: a part may import what stands before it, and itself.
 PARTS = (
-    ("_build", "offsets", "op_types"),
+    ("_build", "arguments", "offsets", "op_types"),
     ("reference",),
     ("elastic",),
     ("ops",),

@@ -33,7 +33,11 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adatape_kernels"
-CHECKED = [*sorted(PACKAGE.glob("ops/**/*.py")), PACKAGE / "elastic.py", PACKAGE / "offsets.py"]
+CHECKED = [
+    *sorted(PACKAGE.glob("ops/**/*.py")),
+    *sorted(PACKAGE.glob("layers/*.py")),
+    *(PACKAGE / name for name in ("arguments.py", "elastic.py", "offsets.py")),
+]
 CUDA_HOST = "build/cuda_host/adatape_cuda_host.so"
 LOG = "mutation.log"
 # The tests of a site take this many seconds at most; some mutants would run for ever.
@@ -129,15 +133,21 @@ ROOMS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_lay
 
 def tests_of(path):
     """The tests that may notice: those of what is refused."""
+    wrong_arguments = "tests/layers/test_wrong_arguments.py"
     if path.endswith(("elastic.py", "offsets.py")):
-        return ["tests/test_elastic_refusals.py", of("elastic_attention_refusals")]
+        refusals = of("elastic_attention_refusals")
+        return ["tests/test_elastic_refusals.py", refusals, wrong_arguments]
+    if path.endswith("arguments.py") or "layers" in path:
+        return [wrong_arguments, "tests/layers/test_layers.py"]
+    if "op_checks" in path or "tensor_checks" in path:
+        return [of("hostile_calls")]
     if path.endswith("reading_checks.py"):
         return [of("tape_select_refusals"), of("tape_gather_refusals"), of("tape_read")]
     if "tape_read" in path:
         return [of("tape_read")]
     for room in ROOMS:
         if room in path:
-            return [of(f"{room}_refusals")]
+            return [of(f"{room}_refusals"), wrong_arguments]
     return [of("use_backend"), of("op"), of("implementation"), of("compiled_part")]
 
 

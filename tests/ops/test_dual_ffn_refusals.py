@@ -129,7 +129,8 @@ def test_the_kernels_refuse_what_they_cannot_take(device, direction, case):
         if direction == "dual_ffn" or case == "negative tape":  # there is no such tensor to save
             kernel("dual_ffn")(x, num_input_rows, max_tape_rows, bounds, *parameters)
         else:
-            saved = x.new_zeros(9, 8), x.new_zeros(max_tape_rows, 10)
+            max_input_rows = 9 if num_input_rows is None else max(num_input_rows, 0)
+            saved = x.new_zeros(max_input_rows, 8), x.new_zeros(max_tape_rows, 10)
             kernel(direction)(dy, x, *saved, num_input_rows, bounds, *parameters)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_number, check_tensor
 from adatape_kernels.op_types import wide_dtype
+from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.add_layer_norm import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
@@ -30,7 +32,8 @@ def add_layer_norm(
         (float64 for float64 x), of the sum as it is stored.
 
     Raises:
-        ValueError: a shape, dtype or device differs from the above.
+        ValueError: a shape, dtype or device differs from the above, or eps is negative.
+        TypeError: an argument is of another type altogether.
 
     Differentiable in x, branch, weight and bias.
 
@@ -43,6 +46,11 @@ def add_layer_norm(
 
     Source: SPEC 6.
     """
+    check_tensor("x", x)
+    check_tensor("branch", branch)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias)
+    check_number("eps", eps, 0)
     if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
         raise ValueError(
             "x: expected floating-point (rows, dim), dim at least 1, "
@@ -111,6 +119,7 @@ _FORWARD = Operation(
         "triton": triton_forward.add_layer_norm,
     },
     typical={"up to 4,096 features": _typical(384), "more features": _typical(8192)},
+    check_arguments=op_checks.add_layer_norm,
 )
 _BACKWARD = Operation(
     "add_layer_norm_bwd(Tensor dtotal, Tensor dnormed, Tensor total, Tensor weight, Tensor mean, "
@@ -122,6 +131,7 @@ _BACKWARD = Operation(
         "triton": triton_backward.add_layer_norm_bwd,
     },
     typical={"up to 4,096 features": _typical_bwd(384), "more features": _typical_bwd(8192)},
+    check_arguments=op_checks.add_layer_norm_bwd,
 )
 
 

@@ -79,6 +79,7 @@ def add_layer_norm_bwd(
     """Launch the kernel, and add up the parts."""
     num_rows, dim = total.shape
     dtotal, dnormed = with_dense_rows(dtotal), with_dense_rows(dnormed)
+    total = total.contiguous()
     options = tile(dim)
     parts = min(triton.cdiv(num_rows, options["BLOCK_M"]), _MAX_PARTS)
     dweights, dbiases = (total.new_empty(parts, dim, dtype=torch.float32) for _ in range(2))
@@ -90,8 +91,8 @@ def add_layer_norm_bwd(
         dnormed_ptr=dnormed,
         total_ptr=total,
         weight_ptr=weight.contiguous(),
-        mean_ptr=mean,
-        rstd_ptr=rstd,
+        mean_ptr=mean.contiguous(),
+        rstd_ptr=rstd.contiguous(),
         dx_ptr=dx,
         dweights_ptr=dweights,
         dbiases_ptr=dbiases,

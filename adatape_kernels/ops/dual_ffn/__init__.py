@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_int, check_tensor
 from adatape_kernels.op_types import ACTIVATIONS, FFN, Activation
+from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
 from adatape_kernels.ops.dual_ffn.products import chosen, chosen_products
 from adatape_kernels.ops.op import Operation, meta
@@ -45,6 +47,7 @@ def dual_ffn(
 
     Raises:
         ValueError: a shape, dtype, device, row count or activation differs from the above.
+        TypeError: an argument is of another type altogether.
 
     Differentiable in x and all parameters; saves the pre-activations and recomputes the
     activations.
@@ -59,6 +62,10 @@ def dual_ffn(
 
     Source: SPEC 6; scenic adatape/layers.py, MlpBlock.
     """
+    check_tensor("x", x)
+    _check_four("input_ffn", input_ffn)
+    if tape_ffn is not None:
+        _check_four("tape_ffn", tape_ffn)
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x: expected floating-point (rows, dim), got {x.dtype} {tuple(x.shape)}")
     check_activation(activation)
@@ -100,8 +107,26 @@ def check_activation(activation: str) -> None:
         )
 
 
+def _check_four(name: str, ffn: FFN) -> None:
+    if not isinstance(ffn, tuple | list):
+        raise TypeError(f"{name}: expected (w1, b1, w2, b2), got {type(ffn).__name__}")
+    if len(ffn) != 4:
+        raise ValueError(f"{name}: expected (w1, b1, w2, b2), got {len(ffn)} of them")
+    w1, b1, w2, b2 = ffn
+    if (
+        isinstance(w1, Tensor)
+        and isinstance(b1, Tensor)
+        and isinstance(w2, Tensor)
+        and isinstance(b2, Tensor)
+    ):
+        return
+    for field, given in zip(FFN._fields, ffn, strict=True):
+        check_tensor(f"{name}.{field}", given)
+
+
 def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
-    dim, hidden, dtype, device = x.shape[1], ffn[0].shape[0] // gates, x.dtype, x.device
+    dim, dtype, device = x.shape[1], x.dtype, x.device
+    hidden = ffn[0].shape[0] // gates if ffn[0].dim() else 0
     shapes = ((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))
     for field, shape, given in zip(FFN._fields, shapes, ffn, strict=True):
         if given.shape != shape or given.dtype != dtype or given.device != device:
@@ -113,12 +138,15 @@ def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
 
 def _check_rows(name: str, count: int | Tensor, x: Tensor) -> None:
     if isinstance(count, Tensor):
-        if count.dim() != 0 or count.is_floating_point() or count.device != x.device:
+        whole = not (count.is_floating_point() or count.is_complex() or count.dtype == torch.bool)
+        if count.dim() != 0 or not whole or count.device != x.device:
             raise ValueError(
                 f"{name}: expected an int or an integer scalar on {x.device}, "
                 f"got {count.dtype} {tuple(count.shape)} on {count.device}"
             )
-    elif not 0 <= count <= x.shape[0]:
+        return
+    check_int(name, count, lowest=None)
+    if not 0 <= count <= x.shape[0]:
         raise ValueError(f"{name}: expected 0 to {x.shape[0]} (the rows of x), got {count}")
 
 
@@ -169,6 +197,19 @@ def _fake_bwd(
     )
 
 
+def _check_values_bwd(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    num_input_rows: int | None,
+    bounds: Tensor | None,
+    activation: Activation,
+    *parameters: Tensor | None,
+) -> None:
+    eager.check_row_counts(x, num_input_rows, len(tape_hidden), bounds, activation, *parameters)
+
+
 def _typical(*, on_host: bool) -> Any:
     """Return what makes a call over 60 rows, the last 10 of which are tape."""
 
@@ -215,6 +256,7 @@ _FORWARD = Operation(
         "cuda": compiled.cuda_forward,
     },
     typical=_typical_calls(_typical),
+    check_arguments=op_checks.dual_ffn,
     check_values=eager.check_row_counts,
 )
 _BACKWARD = Operation(
@@ -229,6 +271,8 @@ _BACKWARD = Operation(
         "cuda": compiled.cuda_backward,
     },
     typical=_typical_calls(_typical_bwd),
+    check_arguments=op_checks.dual_ffn_bwd,
+    check_values=_check_values_bwd,
 )
 
 

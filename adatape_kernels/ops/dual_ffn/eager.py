@@ -1,7 +1,5 @@
 """`dual_ffn` by the reference, on every device and in every dtype."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,15 +18,30 @@ def _row_counts(inputs: int, tapes: int, bounds: Tensor | None) -> tuple[int, in
 
 
 def check_row_counts(
-    x: Tensor, num_input_rows: int | None, max_tape_rows: int, bounds: Tensor | None, *rest: Any
+    x: Tensor,
+    num_input_rows: int | None,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    activation: Activation,
+    *parameters: Tensor | None,
 ) -> None:
     """Refuse numbers of rows that x does not have; copies them to the host."""
     max_input_rows = len(x) if num_input_rows is None else num_input_rows
     inputs, tapes = _row_counts(max_input_rows, max_tape_rows, bounds)
+    if bounds is not None:
+        _, tape_ffn = as_ffns(parameters)
+        given = inputs if num_input_rows is None else num_input_rows
+        expected = inputs + tapes if tape_ffn is None else given
+        if inputs != expected:
+            raise ValueError(f"bounds: expected {expected} (num_input_rows) first, got {inputs}")
     if not (0 <= inputs <= max_input_rows and 0 <= tapes and inputs + tapes <= len(x)):
         raise ValueError(
             f"num_input_rows: expected 0 <= num_input_rows <= num_rows <= {len(x)} (the rows of "
             f"x), got {inputs} and {inputs + tapes}"
+        )
+    if tapes > max_tape_rows:
+        raise ValueError(
+            f"max_tape_rows: expected at least the {tapes} tape rows, got {max_tape_rows}"
         )
 
 
@@ -42,7 +55,7 @@ def forward(
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the reference over the rows that are used; unused rows of the pre-activations are 0."""
-    check_row_counts(x, num_input_rows, max_tape_rows, bounds)
+    check_row_counts(x, num_input_rows, max_tape_rows, bounds, activation, *parameters)
     max_input_rows = len(x) if num_input_rows is None else num_input_rows
     inputs, tapes = _row_counts(max_input_rows, max_tape_rows, bounds)
     input_ffn, tape_ffn = as_ffns(parameters)
@@ -56,7 +69,7 @@ def forward(
     )
 
 
-@implementation()
+@implementation(checks_values=True)
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -68,6 +81,7 @@ def backward(
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Run the reference over the rows that are used."""
+    check_row_counts(x, num_input_rows, len(tape_hidden), bounds, activation, *parameters)
     inputs, tapes = _row_counts(len(hidden), len(tape_hidden), bounds)
     input_ffn, tape_ffn = as_ffns(parameters)
     dx, dinput, dtape = reference.dual_ffn_bwd(

@@ -135,6 +135,7 @@ def forward(
     parameters: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run two products for each kind of rows; returns y and both pre-activations."""
+    bounds = None if bounds is None else bounds.contiguous()
     y = x.new_empty(x.shape)
     hiddens = []
     for part in _slices(max_input_rows, max_tape_rows, bounds, activation, parameters):
@@ -174,6 +175,7 @@ def backward(
     parameters: Parameters,
 ) -> tuple[Tensor, ...]:
     """Run the products' gradients; returns the gradients of x and of the parameters."""
+    hidden, tape_hidden = hidden.contiguous(), tape_hidden.contiguous()
     dx = x.new_empty(x.shape)
     grads: list[Tensor] = []
     parts = _slices(len(hidden), len(tape_hidden), bounds, activation, parameters)

@@ -53,6 +53,7 @@ def forward(
     parameters: Parameters,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the two products; returns y and both pre-activations."""
+    bounds = None if bounds is None else bounds.contiguous()
     x, (w1, b1, w2, b2) = x.contiguous(), _pairs(parameters)
     y, max_rows = x.new_empty(x.shape), (max_input_rows, max_tape_rows)
     input_w1, tape_w1 = w1
@@ -101,6 +102,8 @@ def backward(
     parameters: Parameters,
 ) -> tuple[Tensor, ...]:
     """Launch the four products; returns the gradients of x and of the parameters."""
+    bounds = None if bounds is None else bounds.contiguous()
+    hidden, tape_hidden = hidden.contiguous(), tape_hidden.contiguous()
     dy, x, (w1, _, w2, _) = dy.contiguous(), x.contiguous(), _pairs(parameters)
     hiddens, max_rows = (hidden, tape_hidden), (len(hidden), len(tape_hidden))
     act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))

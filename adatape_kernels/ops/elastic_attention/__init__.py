@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.arguments import check_int, check_number, check_tensor
 from adatape_kernels.offsets import as_int32, check_examples, check_offsets_tensor
 from adatape_kernels.op_types import wide_dtype
+from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
@@ -46,6 +48,7 @@ def elastic_attention(
             do not join or pass the number of rows, or an example has more than max_rows. On a GPU
             these values stay unseen: wrong offsets attend to wrong rows, and an example of more
             than max_rows gets what it should or, from CUDA C++, NaN.
+        TypeError: an argument is of another type altogether.
 
     Differentiable in q, k and v.
 
@@ -60,6 +63,15 @@ def elastic_attention(
 
     Source: SPEC 6.
     """
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
+    check_tensor("cu_inputs", cu_inputs)
+    check_tensor("cu_tapes", cu_tapes)
+    if max_rows is not None:
+        check_int("max_rows", max_rows)
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
     shape, dtype, device = q.shape, q.dtype, q.device
     if len(shape) != 3 or not dtype.is_floating_point or shape[2] == 0:
         raise ValueError(
@@ -97,6 +109,21 @@ def _check_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> None:
+    check_examples(cu_inputs, cu_tapes, len(q), max_rows)
+
+
+def _check_values_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     cu_inputs: Tensor,
     cu_tapes: Tensor,
     max_rows: int | None,
@@ -144,6 +171,7 @@ _FORWARD = Operation(
         "cuda": compiled.cuda_forward,
     },
     typical=_typical_calls(_typical),
+    check_arguments=op_checks.elastic_attention,
     check_values=_check_values,
 )
 _BACKWARD = Operation(
@@ -158,6 +186,8 @@ _BACKWARD = Operation(
         "cuda": compiled.cuda_backward,
     },
     typical=_typical_calls(_typical_bwd),
+    check_arguments=op_checks.elastic_attention_bwd,
+    check_values=_check_values_bwd,
 )
 
 

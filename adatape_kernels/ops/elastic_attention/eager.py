@@ -22,7 +22,7 @@ def forward(
     return reference.elastic_attention(q, k, v, cu_inputs, cu_tapes, softmax_scale=softmax_scale)
 
 
-@implementation()
+@implementation(checks_values=True)
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -35,7 +35,8 @@ def backward(
     max_rows: int | None,
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the reference, to which the bound on an example's rows says nothing."""
+    """Look at the offsets, on any device, then run the reference."""
+    check_examples(cu_inputs, cu_tapes, len(q), max_rows)
     return reference.elastic_attention_bwd(
         dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale
     )

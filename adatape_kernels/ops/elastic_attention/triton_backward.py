@@ -152,6 +152,7 @@ def elastic_attention_bwd(
     """Launch the kernels."""
     rows, num_heads, head_dim = q.shape
     dout, dout_strides = with_adjacent_features(dout)
+    out, lse = out.contiguous(), lse.contiguous()
     (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = lse.new_empty(lse.shape)
@@ -182,8 +183,8 @@ def elastic_attention_bwd(
         v_ptr=v,
         lse_ptr=lse,
         delta_ptr=delta,
-        cu_inputs_ptr=cu_inputs,
-        cu_tapes_ptr=cu_tapes,
+        cu_inputs_ptr=cu_inputs.contiguous(),
+        cu_tapes_ptr=cu_tapes.contiguous(),
         dq_ptr=dq,
         dk_ptr=dk,
         dv_ptr=dv,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.arguments import check_tensor
 from adatape_kernels.offsets import INTEGERS, as_int32, limited_to_int32
 from adatape_kernels.op_types import wide_dtype
+from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.fast_autograd import dynamic_size
 from adatape_kernels.ops.op import Operation, meta
-from adatape_kernels.ops.reading_checks import check_capacity, check_reads
+from adatape_kernels.ops.reading_checks import check_capacity, check_reads, check_tape_rows
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.ops.tape_gather import compiled, eager, triton_backward, triton_forward
@@ -45,6 +47,7 @@ def tape_gather(
     Raises:
         ValueError: a shape, dtype or device differs from the above, an index lies outside the
             bank, a count outside 0 to num_tape_tokens, or the capacity is too small.
+        TypeError: an argument is of another type altogether.
 
     With a capacity Triton's kernels on a GPU copy nothing to the host, so that no value is refused:
     an index outside the bank moves to the nearest entry, a count into 0 to num_tape_tokens, and
@@ -64,6 +67,10 @@ def tape_gather(
 
     Source: SPEC 4; scenic adatape/layers.py, ACTFunction.act_step.
     """
+    check_tensor("bank", bank)
+    check_tensor("indices", indices)
+    check_tensor("weights", weights)
+    check_tensor("counts", counts)
     bank_shape, shape, dtype = bank.shape, indices.shape, bank.dtype
     if len(bank_shape) not in (2, 3) or not dtype.is_floating_point:
         raise ValueError(
@@ -116,6 +123,13 @@ def _check_values(
     check_reads(bank, indices, counts, capacity)
 
 
+def _check_values_bwd(
+    dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor
+) -> None:
+    check_reads(bank, indices, counts, None)
+    check_tape_rows(dtape, counts)
+
+
 def _typical(*bank: int) -> Any:
     """Return what makes a call of three examples with values (*bank, 384)."""
     return lambda dtype: (
@@ -142,6 +156,7 @@ _FORWARD = Operation(
         "cuda": compiled.cuda_forward,
     },
     typical={"banks of their own": _typical(3, 784), "a shared bank": _typical(10_000)},
+    check_arguments=op_checks.tape_gather,
     check_values=_check_values,
 )
 _BACKWARD = Operation(
@@ -155,6 +170,8 @@ _BACKWARD = Operation(
         "cuda": compiled.cuda_backward,
     },
     typical={"banks of their own": _typical_bwd(3, 784), "a shared bank": _typical_bwd(10_000)},
+    check_arguments=op_checks.tape_gather_bwd,
+    check_values=_check_values_bwd,
 )
 
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from adatape_kernels import reference
 from adatape_kernels.ops.implementation import implementation
-from adatape_kernels.ops.reading_checks import check_reads
+from adatape_kernels.ops.reading_checks import check_reads, check_tape_rows
 
 
 @implementation(checks_values=True)
@@ -16,4 +16,11 @@ def forward(
     return reference.tape_gather(bank, indices, weights, counts, capacity=capacity)
 
 
-backward = implementation()(reference.tape_gather_bwd)
+@implementation(checks_values=True)
+def backward(
+    dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Look at counts and indices, on any device, then run the reference."""
+    check_reads(bank, indices, counts, None)
+    check_tape_rows(dtape, counts)
+    return reference.tape_gather_bwd(dtape, bank, indices, weights, counts)

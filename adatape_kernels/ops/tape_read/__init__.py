@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adatape_kernels.arguments import check_tensor
 from adatape_kernels.op_types import LossType, TapeSelection
 from adatape_kernels.ops.fast_autograd import transforms_active
 from adatape_kernels.ops.op import Composition
-from adatape_kernels.ops.reading_checks import check_capacity, check_selection
+from adatape_kernels.ops.reading_checks import (
+    check_capacity,
+    check_selection,
+    check_selection_types,
+)
 from adatape_kernels.ops.registration import flop_formula
 
 
@@ -50,6 +55,7 @@ def tape_read(
     Raises:
         ValueError: a shape, dtype, device or value is not as the two ops say, of which the first
             has its keys from `bank`.
+        TypeError: an argument is of another type altogether.
 
     Differentiable in query and bank, through tape, weights and ponder.
 
@@ -63,13 +69,10 @@ def tape_read(
 
     Source: SPEC 3 and 4.
     """
-    key_dim = query.shape[1] if query.dim() == 2 else 0
-    if bank.dim() not in (2, 3) or bank.shape[-1] < key_dim:
-        raise ValueError(
-            f"bank: expected ([batch,] bank_size, dim), dim at least key_dim = {key_dim}, "
-            f"got {tuple(bank.shape)}"
-        )
-    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
+    check_selection_types(query, average_query, read_mask, bank_lens)
+    check_tensor("bank", bank)
+    _check_widths(query, bank)
+    key_dim = query.shape[1]
     check_selection(
         query,
         bank[..., :key_dim],
@@ -82,13 +85,27 @@ def tape_read(
         name="bank",
     )
     check_capacity(capacity)
+    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
     tape, weights, ponder, offsets, indices, counts = _READ.overload(
         query, bank, *options, read_mask, bank_lens, capacity
     )
     return tape, offsets, TapeSelection(indices, weights, counts, ponder)
 
 
+def _check_widths(query: Tensor, bank: Tensor) -> None:
+    """Refuse a bank that is too narrow to hold keys of the query's width."""
+    if query.dim() != 2:
+        raise ValueError(f"query: expected (batch, key_dim), got {tuple(query.shape)}")
+    key_dim = query.shape[1]
+    if bank.dim() not in (2, 3) or bank.shape[-1] < key_dim:
+        raise ValueError(
+            f"bank: expected ([batch,] bank_size, dim), dim at least key_dim = {key_dim}, "
+            f"got {tuple(bank.shape)}"
+        )
+
+
 def _compose(query: Tensor, bank: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    _check_widths(query, bank)
     *select_options, capacity = options
     weights, ponder, indices, counts = torch.ops.adatape.tape_select(
         query, bank[..., : query.shape[1]], *select_options

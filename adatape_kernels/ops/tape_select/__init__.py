@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import reference
+from adatape_kernels.arguments import check_tensor
 from adatape_kernels.op_types import LossType, TapeSelection, wide_dtype
+from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.op import Operation, meta
-from adatape_kernels.ops.reading_checks import check_bank_lens, check_selection
+from adatape_kernels.ops.reading_checks import (
+    check_bank_lens,
+    check_reads,
+    check_selection,
+    check_selection_types,
+)
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 from adatape_kernels.ops.tape_select import compiled, eager, triton_backward, triton_forward
@@ -51,6 +58,7 @@ def tape_select(
 
     Raises:
         ValueError: a shape, dtype, device or value differs from the above, or bank_size < topk.
+        TypeError: an argument is of another type altogether.
 
     Differentiable in query and keys, through weights and ponder.
 
@@ -67,6 +75,8 @@ def tape_select(
 
     Source: SPEC 3; scenic adatape/layers.py, ACTFunction.act_step.
     """
+    check_selection_types(query, average_query, read_mask, bank_lens)
+    check_tensor("keys", keys)
     check_selection(
         query, keys, num_tape_tokens, topk, halt_threshold, loss_type, read_mask, bank_lens
     )
@@ -91,6 +101,18 @@ def _fake_bwd(
 
 def _check_values(query: Tensor, keys: Tensor, *options: Any) -> None:
     check_bank_lens(options[-1], keys.shape[-2])
+
+
+def _check_values_bwd(
+    query: Tensor,
+    keys: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *options: Any,
+) -> None:
+    check_reads(keys, indices, counts, None)
 
 
 def _typical(*bank: int) -> Any:
@@ -126,6 +148,7 @@ _FORWARD = Operation(
         "cuda": compiled.cuda_forward,
     },
     typical={"banks of their own": _typical(3, 784), "a shared bank": _typical(10_000)},
+    check_arguments=op_checks.tape_select,
     check_values=_check_values,
 )
 _BACKWARD = Operation(
@@ -139,6 +162,8 @@ _BACKWARD = Operation(
         "cuda": compiled.cuda_backward,
     },
     typical={"banks of their own": _typical_bwd(3, 784), "a shared bank": _typical_bwd(10_000)},
+    check_arguments=op_checks.tape_select_bwd,
+    check_values=_check_values_bwd,
 )
 
 

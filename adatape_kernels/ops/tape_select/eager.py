@@ -5,7 +5,7 @@ from torch import Tensor
 from adatape_kernels import reference
 from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.implementation import implementation
-from adatape_kernels.ops.reading_checks import check_bank_lens
+from adatape_kernels.ops.reading_checks import check_bank_lens, check_reads
 
 
 @implementation(checks_values=True)
@@ -36,4 +36,19 @@ def forward(
     return selection.weights, selection.ponder, selection.indices, selection.counts
 
 
-backward = implementation()(reference.tape_select_bwd)
+@implementation(checks_values=True)
+def backward(
+    query: Tensor,
+    keys: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: LossType,
+) -> tuple[Tensor, Tensor]:
+    """Look at counts and indices, on any device, then run the reference."""
+    check_reads(keys, indices, counts, None)
+    return reference.tape_select_bwd(
+        query, keys, dweights, dponder, indices, counts, average_query, loss_type
+    )

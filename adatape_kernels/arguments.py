@@ -1,0 +1,118 @@
+"""Checks of plain arguments: numbers, flags, and that a tensor is one.
+
+Python lets anything stand for anything: True is an int, 2.0 is nearly one, and what is wrong with
+None shows far from where it was given. Each check raises one line that names the argument. All of
+them can be traced: a number of a traced program passes for the number that it stands for.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_text(value)}")
+
+
+def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = None) -> None:
+    """Refuse what is no whole number, and one outside the bounds.
+
+    Args:
+        name: the argument's name in an error.
+        value: anything. Whatever Python takes for an index is a whole number, a bool excepted.
+        lowest: the smallest that it may be; None where that depends on another argument.
+        most: the largest, or None.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it lies outside the bounds.
+
+    Example:
+        >>> from adatape_kernels.arguments import check_int
+        >>> check_int("num_heads", 2.0, lowest=1)
+        Traceback (most recent call last):
+        TypeError: num_heads: expected an int, got 2.0
+    """
+    if type(value) is not int and not _is_int(value):
+        raise TypeError(f"{name}: expected an int, got {_text(value)}")
+    if lowest is None:
+        return
+    if value < lowest or (most is not None and value > most):
+        bounds = f"{lowest} or more" if most is None else f"{lowest} to {most}"
+        raise ValueError(f"{name}: expected {bounds}, got {_text(value)}")
+
+
+def check_number(
+    name: str, value: Any, lowest: float = -math.inf, most: float = math.inf, *, finite: bool = True
+) -> None:
+    """Refuse what is no real number, NaN, and a number outside the bounds.
+
+    Args:
+        name: the argument's name in an error.
+        value: anything. Whatever Python turns to a float is a number; a bool and a text are none.
+        lowest, most: the smallest and the largest that it may be.
+        finite: whether infinity is refused as well.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is NaN, infinite, or outside the bounds.
+
+    Example:
+        >>> from adatape_kernels.arguments import check_number
+        >>> check_number("eps", -5, lowest=0)
+        Traceback (most recent call last):
+        ValueError: eps: expected a finite number of at least 0, got -5
+    """
+    if type(value) is not float and type(value) is not int and not _is_number(value):
+        raise TypeError(f"{name}: expected a number, got {_text(value)}")
+    # NaN compares as False with everything.
+    within = -math.inf < value < math.inf if finite else value == value
+    if not (within and lowest <= value <= most):
+        kind = "a finite number" if finite else "a number"
+        if lowest > -math.inf and most < math.inf:
+            kind = f"{lowest} to {most}"
+        elif lowest > -math.inf:
+            kind += f" of at least {lowest}"
+        raise ValueError(f"{name}: expected {kind}, got {_text(value)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name}: expected True or False, got {_text(value)}")
+
+
+def _is_int(value: Any) -> bool:
+    if isinstance(value, bool | Tensor):
+        return False
+    return isinstance(value, int | torch.SymInt) or hasattr(type(value), "__index__")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        return True
+    return hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+
+
+def _text(value: Any) -> str:
+    """Return a value in one line, whatever it is; a tensor by its dtype and shape."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,33 @@
+"""Checks of what layers are made of and called with."""
+
+from typing import Any
+
+from adatape_kernels.arguments import check_number
+from adatape_kernels.elastic import ElasticBatch
+
+
+def check_rate(name: str, value: Any, *, less_than_one: bool = False) -> None:
+    """Refuse what is no probability.
+
+    Args:
+        name: the argument's name in an error.
+        value: anything.
+        less_than_one: whether 1 is refused, since what is kept is divided by how much that is.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is less than 0 or more than 1, or 1 where that is refused.
+    """
+    check_number(name, value, 0, 1)
+    if less_than_one and value == 1:
+        raise ValueError(f"{name}: expected less than 1, got {value}")
+
+
+def check_batch(x: Any) -> None:
+    """Refuse what is no elastic batch.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(x, ElasticBatch):
+        raise TypeError(f"x: expected an ElasticBatch, got {type(x).__name__}")

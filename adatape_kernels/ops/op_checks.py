@@ -1,0 +1,305 @@
+"""What each op asks of its arguments below the dispatcher, where everybody can call it.
+
+A function here has the name of an op, and takes what the op takes. It looks at shapes, dtypes and
+devices, not at values. The dispatcher calls it before an implementation that does not check for
+itself; csrc/op_checks.h says the same for those in C++, which do. The public functions have checks
+of their own, which also hold while torch traces and say more.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.op_types import ACTIVATIONS, FFN, wide_dtype
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
+from adatape_kernels.ops.reading_checks import (
+    MAX_TOPK,
+    MOST_ROWS,
+    check_capacity,
+    check_selection,
+)
+
+
+def tape_select(
+    query: Tensor,
+    keys: Tensor,
+    num_tape_tokens: int,
+    topk: int,
+    halt_threshold: float,
+    average_query: bool,
+    loss_type: str,
+    read_mask: Tensor | None,
+    bank_lens: Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that the op `tape_select` does not take."""
+    check_selection(
+        query, keys, num_tape_tokens, topk, halt_threshold, loss_type, read_mask, bank_lens
+    )
+    if num_tape_tokens > MOST_ROWS:
+        raise ValueError(f"num_tape_tokens: expected 0 to {MOST_ROWS}, got {num_tape_tokens}")
+
+
+def tape_select_bwd(
+    query: Tensor,
+    keys: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: str,
+) -> None:
+    """Raise ValueError for arguments that the op `tape_select_bwd` does not take."""
+    shape, dtype, device = indices.shape, query.dtype, query.device
+    if len(shape) != 3 or not 1 <= shape[2] <= MAX_TOPK or indices.dtype is not torch.int32:
+        raise ValueError(
+            f"indices: expected int32 (batch, num_tape_tokens, 1 to {MAX_TOPK}), "
+            f"got {_text(indices)}"
+        )
+    check_selection(query, keys, shape[1], shape[2], 0.0, loss_type, None, None)
+    batch, wide = query.shape[:1], wide_dtype(dtype)
+    _check("indices", indices, torch.int32, (*batch, *shape[1:]), device)
+    _check("dweights", dweights, wide, shape, device)
+    _check("dponder", dponder, wide, batch, device)
+    _check("counts", counts, torch.int32, batch, device)
+
+
+def tape_gather(
+    bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, capacity: int | None
+) -> None:
+    """Raise ValueError for arguments that the op `tape_gather` does not take."""
+    bank_shape, shape, device = bank.shape, indices.shape, bank.device
+    if len(bank_shape) not in (2, 3):
+        raise ValueError(f"bank: expected ([batch,] bank_size, dim), got {tuple(bank_shape)}")
+    own_banks = len(bank_shape) == 3
+    if len(shape) != 3 or (own_banks and bank_shape[0] != shape[0]):
+        batch = bank_shape[0] if own_banks else "batch"
+        raise ValueError(f"indices: expected ({batch}, num_tape_tokens, topk), got {tuple(shape)}")
+    _check("indices", indices, torch.int32, shape, device)
+    _check("weights", weights, wide_dtype(bank.dtype), shape, device)
+    _check("counts", counts, torch.int32, shape[:1], device)
+    check_capacity(capacity)
+    if capacity is not None and capacity > MOST_ROWS:
+        raise ValueError(f"capacity: expected 0 to {MOST_ROWS} tape rows, got {capacity}")
+
+
+def tape_gather_bwd(
+    dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor
+) -> None:
+    """Raise ValueError for arguments that the op `tape_gather_bwd` does not take."""
+    tape_gather(bank, indices, weights, counts, None)
+    shape = dtape.shape
+    _check("dtape", dtape, bank.dtype, (shape[0] if shape else 0, bank.shape[-1]), bank.device)
+
+
+def elastic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> None:
+    """Raise ValueError for arguments that the op `elastic_attention` does not take."""
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 3 or shape[2] == 0:
+        raise ValueError(
+            f"q: expected (rows, num_heads, head_dim), head_dim at least 1, got {tuple(shape)}"
+        )
+    _check("k", k, dtype, shape, device)
+    _check("v", v, dtype, shape, device)
+    offsets = cu_inputs.shape
+    if len(offsets) != 1 or offsets[0] == 0:
+        raise ValueError(f"cu_inputs: expected (batch + 1,), got {tuple(offsets)}")
+    _check("cu_inputs", cu_inputs, torch.int32, offsets, device)
+    _check("cu_tapes", cu_tapes, torch.int32, offsets, device)
+    if max_rows is not None and max_rows < 0:
+        raise ValueError(f"max_rows: expected 0 or more, got {max_rows}")
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+
+
+def elastic_attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> None:
+    """Raise ValueError for arguments that the op `elastic_attention_bwd` does not take."""
+    elastic_attention(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    shape, dtype, device = q.shape, q.dtype, q.device
+    _check("dout", dout, dtype, shape, device)
+    _check("out", out, dtype, shape, device)
+    _check("lse", lse, wide_dtype(dtype), (shape[1], shape[0]), device)
+
+
+def dual_ffn(
+    x: Tensor,
+    num_input_rows: int | None,
+    max_tape_rows: int,
+    bounds: Tensor | None,
+    activation: str,
+    *parameters: Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that the op `dual_ffn` does not take."""
+    if x.dim() != 2:
+        raise ValueError(f"x: expected (rows, dim), got {tuple(x.shape)}")
+    if activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+    if bounds is not None:
+        _check("bounds", bounds, torch.int64, (2,), x.device)
+    elif num_input_rows is None:
+        raise ValueError("bounds: expected a tensor where num_input_rows is None, got None")
+    given = [p for p in parameters if p is not None]
+    if len(given) not in (4, 8):
+        raise ValueError(
+            f"tape_w1: expected all four of the tape's parameters or none, got {len(given) - 4}"
+        )
+    _check_ffn("", given[:4], x, gates=1)
+    if len(given) == 8:
+        _check_ffn("tape_", given[4:], x, gates=2)
+    rows, inputs = x.shape[0], 0 if num_input_rows is None else num_input_rows
+    if not (0 <= inputs <= rows and 0 <= max_tape_rows <= rows - inputs):
+        raise ValueError(
+            f"num_input_rows: expected 0 <= num_input_rows <= num_rows <= {rows} (the rows of x), "
+            f"got {inputs} and {inputs + max_tape_rows}"
+        )
+    if len(given) == 4 and max_tape_rows != 0:
+        raise ValueError(
+            f"max_tape_rows: expected 0 without a feed-forward for the tape, got {max_tape_rows}"
+        )
+
+
+def dual_ffn_bwd(
+    dy: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    tape_hidden: Tensor,
+    num_input_rows: int | None,
+    bounds: Tensor | None,
+    activation: str,
+    *parameters: Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that the op `dual_ffn_bwd` does not take."""
+    if tape_hidden.dim() != 2:
+        raise ValueError(
+            f"tape_hidden: expected (tape rows, columns), got {tuple(tape_hidden.shape)}"
+        )
+    tape_rows = tape_hidden.shape[0]
+    dual_ffn(x, num_input_rows, tape_rows, bounds, activation, *parameters)
+    dtype, device = x.dtype, x.device
+    w1, _, _, _, tape_w1, *_ = parameters
+    assert w1 is not None
+    inputs = x.shape[0] if num_input_rows is None else num_input_rows
+    _check("dy", dy, dtype, x.shape, device)
+    _check("hidden", hidden, dtype, (inputs, w1.shape[0]), device)
+    columns = tape_hidden.shape[1] if tape_w1 is None else tape_w1.shape[0]
+    _check("tape_hidden", tape_hidden, dtype, (tape_rows, columns), device)
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Raise ValueError for arguments that the op `add_layer_norm` does not take."""
+    shape, device = x.shape, x.device
+    _check_norm("x", x, weight)
+    if branch.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"branch: expected a floating-point tensor, got {_text(branch)}")
+    _check("branch", branch, branch.dtype, shape, device)
+    _check("bias", bias, bias.dtype if bias.dtype is x.dtype else torch.float32, shape[1:], device)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+
+
+def add_layer_norm_bwd(
+    dtotal: Tensor, dnormed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> None:
+    """Raise ValueError for arguments that the op `add_layer_norm_bwd` does not take."""
+    shape, dtype, device = total.shape, total.dtype, total.device
+    _check_norm("total", total, weight)
+    _check("dtotal", dtotal, dtype, shape, device)
+    _check("dnormed", dnormed, dtype, shape, device)
+    wide = wide_dtype(dtype)
+    _check("mean", mean, wide, shape[:1], device)
+    _check("rstd", rstd, wide, shape[:1], device)
+
+
+def check_one_device(op: str, arguments: Any) -> None:
+    """Raise ValueError where an op's tensors lie on several devices."""
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    for tensor in tensors:
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{op}: expected all tensors on {tensors[0].device} like the first, "
+                f"got one on {tensor.device}"
+            )
+
+
+def refuse_unfit(schema: Sequence[Any], args: Sequence[Any]) -> None:
+    """Refuse None in a tensor's place, and a tensor on another device or without strides.
+
+    The dispatcher passes all of these on, and what then fails does not name them.
+
+    Args:
+        schema: the op's arguments, as torch describes them.
+        args: what came.
+    """
+    device = None
+    for argument, given in zip(schema, args, strict=True):
+        if given is None and isinstance(argument.type, torch.TensorType):
+            raise TypeError(f"{argument.name}: expected a tensor, got None")
+        if isinstance(given, Tensor):
+            device = device or given.device
+            if given.device != device:
+                raise ValueError(
+                    f"{argument.name}: expected a tensor on {device}, got {given.device}"
+                )
+            if given.layout != torch.strided:
+                raise ValueError(
+                    f"{argument.name}: expected a tensor of layout torch.strided, "
+                    f"got {given.layout}"
+                )
+
+
+def _check(
+    name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if x.shape != shape or x.dtype is not dtype or x.device != device:
+        raise ValueError(
+            f"{name}: expected {dtype} {tuple(shape)} on {device}, got {_text(x)} on {x.device}"
+        )
+
+
+def _check_norm(name: str, x: Tensor, weight: Tensor) -> None:
+    shape = x.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"{name}: expected (rows, dim), dim at least 1, got {tuple(shape)}")
+    dtype = x.dtype if weight.dtype is x.dtype else torch.float32
+    _check("weight", weight, dtype, shape[1:], x.device)
+
+
+def _check_ffn(prefix: str, ffn: list[Tensor], x: Tensor, gates: int) -> None:
+    w1, dim = ffn[0], x.shape[1]
+    width = w1.shape[0] // gates if w1.dim() else 0
+    shapes = (gates * width, dim), (gates * width,), (dim, width), (dim,)
+    for field, parameter, shape in zip(FFN._fields, ffn, shapes, strict=True):
+        _check(prefix + field, parameter, x.dtype, shape, x.device)
+        # torch's products take a sparse matrix, too, and the kernels between them do not.
+        if parameter.layout is not torch.strided:
+            raise ValueError(
+                f"{prefix}{field}: expected a tensor of layout torch.strided, "
+                f"got {parameter.layout}"
+            )
+
+
+def _text(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)}"

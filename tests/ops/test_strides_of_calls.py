@@ -1,0 +1,110 @@
+"""A tensor argument may have any strides: a view gives the bits that its contiguous copy gives."""
+
+import op_calls
+import pytest
+import torch
+from checks import assert_close, assert_same_bits
+
+from adatape_kernels.ops.op import current_backend, operation
+
+OP = tuple(op for op in op_calls.OPS if not op.endswith("_bwd"))
+DTYPE = torch.float32
+
+
+def strided(x):
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 1)
+    wide[..., ::2] = 7
+    view = wide[..., 1::2]
+    view.copy_(x)
+    return view
+
+
+def transposed(x):
+    return x.mT.contiguous().mT if x.dim() > 1 else strided(x)
+
+
+def permuted(x):
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+def with_gaps_between_rows(x):
+    wide = x.new_zeros(*(size + 1 for size in x.shape))
+    view = wide[tuple(slice(1, None) for _ in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def behind_others(x):
+    """Contiguous, but three elements into its storage."""
+    storage = x.new_zeros(x.numel() + 3)
+    view = storage[3:].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+def expanded(x):
+    """All examples, or rows, or elements are the first one."""
+    return x[:1].expand_as(x)
+
+
+def expanded_columns(x):
+    return x[..., :1].expand_as(x)
+
+
+def negated(x):
+    """The imaginary part of a conjugate has its sign in a bit of the tensor."""
+    if not x.is_floating_point() or x.dtype in (torch.float16, torch.bfloat16):
+        return behind_others(x)
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+VIEWS = [
+    strided,
+    transposed,
+    permuted,
+    with_gaps_between_rows,
+    behind_others,
+    expanded,
+    expanded_columns,
+    negated,
+]
+CALLS = [(op, own) for op in op_calls.OPS for own in ((True, False) if "tape" in op else (True,))]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+@pytest.mark.parametrize(("op", "own_banks"), CALLS)
+@pytest.mark.runs_no_op
+@pytest.mark.many_emulated_threads
+def test_strides_do_not_show(device, op, own_banks, view):
+    given = operation(op).implementations.get(current_backend())
+    if given is None:
+        pytest.skip("there is no such kernel")
+    half = current_backend() == "cuda" and op.startswith("elastic_attention")
+    dtype, head_dim = (torch.float16, 64) if half else (DTYPE, 8)
+    args = op_calls.call_of(op, dtype, own_banks=own_banks, head_dim=head_dim)
+    args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+    call = getattr(torch.ops.adatape, op)
+    # torch adds up a product, or a column, in an order that follows the strides.
+    of_torch = current_backend() == "eager" or op.startswith("dual_ffn")
+    for place, name in enumerate(op_calls.names_of(op)):
+        if not isinstance(args[place], torch.Tensor):
+            continue
+        other = view(args[place])
+        if _is_corrupt(op, name, other):
+            continue
+        dense = other.resolve_neg().clone(memory_format=torch.contiguous_format)
+        expected = call(*args[:place], dense, *args[place + 1 :])
+        actual = call(*args[:place], other, *args[place + 1 :])
+        for a, e in zip(actual, expected, strict=True):
+            if of_torch:
+                assert_close(a, e, 1e-5)
+            else:
+                assert_same_bits(a, e)
+
+
+def _is_corrupt(op, name, offsets):
+    """Whether expanding made offsets, or numbers of rows, of what were none."""
+    return name in ("cu_inputs", "cu_tapes", "bounds") and bool((offsets == offsets[0]).all())
