@@ -26,8 +26,8 @@ struct CpuFFN {
   Activation activation;
 };
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  Tensor out = new_output(a, {a.size(0), b.size(1)}, a.scalar_type());
+Tensor product(const char* name, const Tensor& a, const Tensor& b) {
+  Tensor out = new_output(name, a, {a.size(0), b.size(1)}, a.scalar_type());
   multiply(a, b, out);
   return out;
 }
@@ -42,7 +42,7 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
   if (rows == 0) return;
   multiply(x, transposed(ffn.w1), hidden);
   const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
-  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
+  const Tensor act = new_output("act", x, {rows, width}, x.scalar_type());
   run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
        .bias = b1.data_ptr(),
@@ -70,20 +70,20 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
                          const Tensor& hidden_any, const Tensor& dx) {
   const Tensor hidden = dense(hidden_any);
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
-  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
+  const Tensor act = new_output("act", x, {rows, width}, x.scalar_type());
   run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
        .act = act.data_ptr(),
        .width = width,
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
-  const Tensor dw2 = product(transposed(dy), act);
+  const Tensor dw2 = product("dw2", transposed(dy), act);
   const Tensor& dact = act;
   multiply(dy, ffn.w2, dact);
   // The gradient overwrites dact, because each of its elements depends on its own alone; a GLU's
   // has twice as many.
   const Tensor dhidden = ffn.activation == Activation::kGlu
-                             ? new_output(x, {rows, hidden.size(1)}, x.scalar_type())
+                             ? new_output("dhidden", x, {rows, hidden.size(1)}, x.scalar_type())
                              : dact;
   run(cpu_kernels().act_bwd, rows,
       {.hidden = hidden.data_ptr(),
@@ -93,7 +93,7 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
   multiply(dhidden, ffn.w1, dx);
-  return {.dw1 = product(transposed(dhidden), x),
+  return {.dw1 = product("dw1", transposed(dhidden), x),
           .db1 = column_sums(dhidden),
           .dw2 = dw2,
           .db2 = column_sums(dy)};
@@ -144,9 +144,10 @@ CpuDualFFNOutputs allocate_outputs(const Tensor& x, std::optional<int64_t> num_i
                                    const std::optional<Tensor>& tape_w1) {
   const int64_t rows = x.size(0), tape_columns = tape_w1 ? tape_w1->size(0) : 0;
   return {
-      .y = new_output(x, {rows, x.size(1)}, x.scalar_type()),
-      .hidden = new_output(x, {num_input_rows.value_or(rows), w1.size(0)}, x.scalar_type()),
-      .tape_hidden = new_output(x, {max_tape_rows, tape_columns}, x.scalar_type()),
+      .y = new_output("y", x, {rows, x.size(1)}, x.scalar_type()),
+      .hidden =
+          new_output("hidden", x, {num_input_rows.value_or(rows), w1.size(0)}, x.scalar_type()),
+      .tape_hidden = new_output("tape_hidden", x, {max_tape_rows, tape_columns}, x.scalar_type()),
   };
 }
 
@@ -188,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   const RowCounts count = checked_row_counts(num_input_rows, tape_hidden.size(0), bounds, x.size(0),
                                              tape_w1.has_value());
-  const Tensor dx = new_output(x, {x.size(0), x.size(1)}, x.scalar_type());
+  const Tensor dx = new_output("dx", x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, count.used());
   const CpuFFNGradients input =
       backward(rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs),
@@ -213,6 +214,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
-  m.impl("dual_ffn", TORCH_BOX(&adatape::dual_ffn));
-  m.impl("dual_ffn_bwd", TORCH_BOX(&adatape::dual_ffn_bwd));
+  m.impl("dual_ffn", ADATAPE_KERNEL("dual_ffn", &adatape::dual_ffn));
+  m.impl("dual_ffn_bwd", ADATAPE_KERNEL("dual_ffn_bwd", &adatape::dual_ffn_bwd));
 }
