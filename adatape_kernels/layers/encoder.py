@@ -187,9 +187,11 @@ class ElasticEncoder(nn.Module):
         dim: width of a token.
         readers: readers by the index of the layer that they run before.
         norm_eps: epsilon of the final LayerNorm.
+        row_multiple: if more than 1, batches are given unused rows up to a multiple of it: see
+            `ElasticBatch.round_rows`. It is an attribute that may be set later.
 
     Raises:
-        ValueError: a reader's layer does not exist.
+        ValueError: a reader's layer does not exist, or row_multiple is below 1.
 
     Source: SPEC 6.
 
@@ -211,8 +213,12 @@ class ElasticEncoder(nn.Module):
         readers: Mapping[int, TapeReader] | None = None,
         *,
         norm_eps: float = NORM_EPS,
+        row_multiple: int = 1,
     ):
         super().__init__()
+        if row_multiple < 1:
+            raise ValueError(f"row_multiple: expected 1 or more, got {row_multiple}")
+        self.row_multiple = row_multiple
         self.layers = nn.ModuleList(layers)
         readers = readers or {}
         for layer in readers:
@@ -265,6 +271,8 @@ class ElasticEncoder(nn.Module):
             >>> y.data.shape, reads
             (torch.Size([8, 8]), ())
         """
+        if self.row_multiple > 1:
+            x = x.round_rows(self.row_multiple)
         reads = []
         for layer, reader in self.stages():
             if reader is not None:

@@ -99,6 +99,55 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
           .db2 = column_sums(dy)};
 }
 
+// torch's bfloat16 products on a CPU keep code for every number of rows that they have met. Where a
+// call reserves rows beyond those in use, its products run on one of few numbers of rows: on
+// multiples of this one, of which there are eight up to a number of rows and its double.
+int64_t row_multiple(int64_t rows) {
+  int64_t multiple = 1;
+  while (16 * multiple <= rows) multiple *= 2;
+  return multiple;
+}
+
+bool rounds_rows(const Tensor& x, const std::optional<Tensor>& bounds) {
+  return bounds && dtype_of(x) == DType::kBFloat16;
+}
+
+// Does what `forward` does, in two parts of rounded numbers of rows. They overlap, which leaves no
+// trace, because every row depends on itself alone.
+void forward_rounded(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Tensor& y) {
+  const int64_t rows = x.size(0), multiple = row_multiple(rows), most = rows - rows % multiple;
+  forward(rows_of(x, 0, most), ffn, rows_of(hidden, 0, most), rows_of(y, 0, most));
+  if (most == rows) return;
+  const int64_t first = rows - multiple;
+  forward(rows_of(x, first, multiple), ffn, rows_of(hidden, first, multiple),
+          rows_of(y, first, multiple));
+}
+
+// Returns a copy of `x` behind whose rows there are zeros.
+Tensor with_rows(const char* name, const Tensor& x, int64_t rows) {
+  const Tensor padded = new_output(name, x, {rows, x.size(1)}, x.scalar_type());
+  Tensor part = rows_of(padded, 0, x.size(0));
+  torch::stable::copy_(part, x);
+  zero_rows_from(padded, x.size(0));
+  return padded;
+}
+
+// Does what `backward` does, on copies with a rounded number of rows. Rows of zeros add nothing to
+// any gradient.
+CpuFFNGradients backward_rounded(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
+                                 const Tensor& hidden, const Tensor& dx) {
+  const int64_t rows = x.size(0), multiple = row_multiple(rows);
+  const int64_t rounded = (rows + multiple - 1) / multiple * multiple;
+  if (rounded == rows) return backward(dy, x, ffn, hidden, dx);
+  const Tensor dx_rounded = new_output("dx", x, {rounded, x.size(1)}, x.scalar_type());
+  const CpuFFNGradients gradients =
+      backward(with_rows("dy", dy, rounded), with_rows("x", x, rounded), ffn,
+               with_rows("hidden", hidden, rounded), dx_rounded);
+  Tensor to = dx;
+  torch::stable::copy_(to, rows_of(dx_rounded, 0, rows));
+  return gradients;
+}
+
 // How many rows of each kind there are: the input rows come first, then the tape rows, then rows
 // that no example owns.
 struct RowCounts {
@@ -162,17 +211,18 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
       checked_row_counts(num_input_rows, max_tape_rows, bounds, x.size(0), tape_w1.has_value());
   const auto [y, hidden, tape_hidden] =
       allocate_outputs(x, num_input_rows, max_tape_rows, w1, tape_w1);
-  forward(rows_of(x, 0, count.inputs),
-          {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
-          rows_of(hidden, 0, count.inputs), rows_of(y, 0, count.inputs));
+  const auto run_forward = rounds_rows(x, bounds) ? forward_rounded : forward;
+  run_forward(rows_of(x, 0, count.inputs),
+              {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+              rows_of(hidden, 0, count.inputs), rows_of(y, 0, count.inputs));
   if (tape_w1) {
-    forward(rows_of(x, count.inputs, count.tapes),
-            {.w1 = *tape_w1,
-             .b1 = *tape_b1,
-             .w2 = *tape_w2,
-             .b2 = *tape_b2,
-             .activation = Activation::kGlu},
-            rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
+    run_forward(rows_of(x, count.inputs, count.tapes),
+                {.w1 = *tape_w1,
+                 .b1 = *tape_b1,
+                 .w2 = *tape_w2,
+                 .b2 = *tape_b2,
+                 .activation = Activation::kGlu},
+                rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
   }
   zero_rows_from(y, count.used());
   zero_rows_from(hidden, count.inputs);
@@ -191,22 +241,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                                              tape_w1.has_value());
   const Tensor dx = new_output("dx", x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, count.used());
-  const CpuFFNGradients input =
-      backward(rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs),
-               {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
-               rows_of(hidden, 0, count.inputs), rows_of(dx, 0, count.inputs));
+  const auto run_backward = rounds_rows(x, bounds) ? backward_rounded : backward;
+  const CpuFFNGradients input = run_backward(
+      rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs),
+      {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+      rows_of(hidden, 0, count.inputs), rows_of(dx, 0, count.inputs));
   if (!tape_w1) {
     const auto none = [&x] { return torch::stable::new_empty(x, {0}); };
     return {dx, input.dw1, input.db1, input.dw2, input.db2, none(), none(), none(), none()};
   }
   const CpuFFNGradients tape =
-      backward(rows_of(dy, count.inputs, count.tapes), rows_of(x, count.inputs, count.tapes),
-               {.w1 = *tape_w1,
-                .b1 = *tape_b1,
-                .w2 = *tape_w2,
-                .b2 = *tape_b2,
-                .activation = Activation::kGlu},
-               rows_of(tape_hidden, 0, count.tapes), rows_of(dx, count.inputs, count.tapes));
+      run_backward(rows_of(dy, count.inputs, count.tapes), rows_of(x, count.inputs, count.tapes),
+                   {.w1 = *tape_w1,
+                    .b1 = *tape_b1,
+                    .w2 = *tape_w2,
+                    .b2 = *tape_b2,
+                    .activation = Activation::kGlu},
+                   rows_of(tape_hidden, 0, count.tapes), rows_of(dx, count.inputs, count.tapes));
   return {dx, input.dw1, input.db1, input.dw2, input.db2, tape.dw1, tape.db1, tape.dw2, tape.db2};
 }
 
