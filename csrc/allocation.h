@@ -103,6 +103,25 @@ std::vector<T> allocate_vector(const char* name, int64_t count, const T& value =
   }
 }
 
+inline Tensor contiguous_copy(const Tensor& x) {
+  try {
+    return torch::stable::contiguous(x);
+  } catch (const std::runtime_error&) {
+    refuse_allocation("a contiguous copy of an argument", x.element_size(), x.sizes());
+  }
+}
+
+// Returns `x` itself where its last dimension is contiguous, as the kernels need it, else a copy.
+inline Tensor with_dense_rows(const Tensor& x) {
+  return x.dim() == 0 || x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1
+             ? x
+             : contiguous_copy(x);
+}
+
+// Returns `x` itself where it is contiguous, which costs no trip through the dispatcher, else a
+// copy.
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : contiguous_copy(x); }
+
 // An op's name as an argument of a template.
 template <size_t kSize>
 struct OpName {
