@@ -23,7 +23,7 @@ from adatape_kernels import ElasticBatch, layers, models, ops
 from adatape_kernels.ops import FFN
 
 DTYPES = (torch.float32, torch.bfloat16)
-ROW_MULTIPLE = 64
+ROW_MULTIPLE = 256
 MOST_GROWTH = 1.1
 DIM, HEADS, KEY_DIM, CLASSES = 64, 2, 32, 10
 

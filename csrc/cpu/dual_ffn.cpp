@@ -2,6 +2,7 @@
 // activation between them.
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -100,27 +101,34 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
 }
 
 // torch's bfloat16 products on a CPU keep code for every number of rows that they have met. Where a
-// call reserves rows beyond those in use, its products run on one of few numbers of rows: on
-// multiples of this one, of which there are eight up to a number of rows and its double.
-int64_t row_multiple(int64_t rows) {
-  int64_t multiple = 1;
-  while (16 * multiple <= rows) multiple *= 2;
-  return multiple;
-}
-
+// call reserves rows beyond those in use, its products run on one of few numbers of rows.
 bool rounds_rows(const Tensor& x, const std::optional<Tensor>& bounds) {
   return bounds && dtype_of(x) == DType::kBFloat16;
 }
 
-// Does what `forward` does, in two parts of rounded numbers of rows. They overlap, which leaves no
-// trace, because every row depends on itself alone.
+// Does what `forward` does in parts whose numbers of rows are powers of two. The last part may
+// reach back into the one before, which leaves no trace, because every row depends on itself alone.
 void forward_rounded(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Tensor& y) {
-  const int64_t rows = x.size(0), multiple = row_multiple(rows), most = rows - rows % multiple;
-  forward(rows_of(x, 0, most), ffn, rows_of(hidden, 0, most), rows_of(y, 0, most));
-  if (most == rows) return;
-  const int64_t first = rows - multiple;
-  forward(rows_of(x, first, multiple), ffn, rows_of(hidden, first, multiple),
-          rows_of(y, first, multiple));
+  constexpr int64_t kMostRows = 512;
+  const int64_t rows = x.size(0);
+  for (int64_t first = 0; first < rows;) {
+    const int64_t left = rows - first;
+    const auto floor = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(left)));
+    const auto ceil = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(left)));
+    const bool last = 8 * left <= rows && ceil <= kMostRows;
+    const int64_t count = last ? ceil : std::min(floor, kMostRows);
+    if (last) first = rows - count;
+    forward(rows_of(x, first, count), ffn, rows_of(hidden, first, count), rows_of(y, first, count));
+    first += count;
+  }
+}
+
+// Returns a number of rows, at least as many as are given, of which there are two up to a number
+// and its double.
+int64_t rounded_rows(int64_t rows) {
+  int64_t unit = 32;
+  while (4 * unit < rows) unit *= 2;
+  return rows <= 2 * unit ? 2 * unit : rows <= 3 * unit ? 3 * unit : 4 * unit;
 }
 
 // Returns a copy of `x` behind whose rows there are zeros.
@@ -136,9 +144,8 @@ Tensor with_rows(const char* name, const Tensor& x, int64_t rows) {
 // any gradient.
 CpuFFNGradients backward_rounded(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
                                  const Tensor& hidden, const Tensor& dx) {
-  const int64_t rows = x.size(0), multiple = row_multiple(rows);
-  const int64_t rounded = (rows + multiple - 1) / multiple * multiple;
-  if (rounded == rows) return backward(dy, x, ffn, hidden, dx);
+  const int64_t rows = x.size(0), rounded = rounded_rows(rows);
+  if (rows == 0 || rounded == rows) return backward(dy, x, ffn, hidden, dx);
   const Tensor dx_rounded = new_output("dx", x, {rounded, x.size(1)}, x.scalar_type());
   const CpuFFNGradients gradients =
       backward(with_rows("dy", dy, rounded), with_rows("x", x, rounded), ffn,
