@@ -1,4 +1,4 @@
-"""What is said when memory runs out: the op, what the memory was for, and how many bytes it asked."""
+"""What is said when memory runs out: the op, what the memory is for, and how many bytes that is."""
 
 import subprocess
 import sys
