@@ -25,19 +25,6 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Returns `x` itself where its last dimension is contiguous, as the kernels need it, else a copy.
-inline Tensor with_dense_rows(const Tensor& x) {
-  return x.dim() == 0 || x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1
-             ? x
-             : torch::stable::contiguous(x);
-}
-
-// Returns `x` itself where it is contiguous, which costs no trip through the dispatcher, else a
-// copy.
-inline Tensor dense(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
 // Fills the rows of `x` from row `first` on with zeros.
 inline void zero_rows_from(Tensor x, int64_t first) {
   if (first == x.size(0)) return;

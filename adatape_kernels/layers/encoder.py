@@ -196,9 +196,12 @@ class ElasticEncoder(nn.Module):
         dim: width of a token.
         readers: readers by the index of the layer that they run before.
         norm_eps: epsilon of the final LayerNorm.
+        row_multiple: if more than 1, batches are given unused rows up to a multiple of it: see
+            `ElasticBatch.round_rows`. It is an attribute that may be set later.
 
     Raises:
-        ValueError: a reader's layer does not exist, dim is less than 1, or norm_eps is negative.
+        ValueError: a reader's layer does not exist, dim or row_multiple is below 1, or norm_eps is
+            negative.
         TypeError: an argument is of another type altogether.
 
     Source: SPEC 6.
@@ -221,10 +224,13 @@ class ElasticEncoder(nn.Module):
         readers: Mapping[int, TapeReader] | None = None,
         *,
         norm_eps: float = NORM_EPS,
+        row_multiple: int = 1,
     ):
         super().__init__()
         check_int("dim", dim, 1)
         check_number("norm_eps", norm_eps, 0)
+        check_int("row_multiple", row_multiple, 1)
+        self.row_multiple = row_multiple
         self.layers = nn.ModuleList(layers)
         readers = {} if readers is None else readers
         if not isinstance(readers, Mapping):
@@ -281,6 +287,8 @@ class ElasticEncoder(nn.Module):
             (torch.Size([8, 8]), ())
         """
         check_batch(x)
+        if self.row_multiple > 1:
+            x = x.round_rows(self.row_multiple)
         reads = []
         for layer, reader in self.stages():
             if reader is not None:

@@ -121,6 +121,8 @@ class CompiledKernel:
                 message = str(error).partition("\n")[0]
                 if ": expected " in message and not message.startswith("ADATAPE_"):
                     raise ValueError(f"{name}: {message}") from None
+                if ": out of memory: " in message and args[0].is_cuda:
+                    raise torch.OutOfMemoryError(message) from None
                 raise
 
         return Implementation(

@@ -27,10 +27,10 @@ struct CpuAddLayerNormOutputs {
 };
 
 CpuAddLayerNormOutputs allocate_outputs(const Tensor& x) {
-  return {.total = new_output(x, {x.size(0), x.size(1)}, x.scalar_type()),
-          .normed = new_output(x, {x.size(0), x.size(1)}, x.scalar_type()),
-          .mean = new_output(x, {x.size(0)}, ScalarType::Float),
-          .rstd = new_output(x, {x.size(0)}, ScalarType::Float)};
+  return {.total = new_output("total", x, {x.size(0), x.size(1)}, x.scalar_type()),
+          .normed = new_output("normed", x, {x.size(0), x.size(1)}, x.scalar_type()),
+          .mean = new_output("mean", x, {x.size(0)}, ScalarType::Float),
+          .rstd = new_output("rstd", x, {x.size(0)}, ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
 // Returns the sum of the parts (blocks, dim), in their order.
 Tensor sum_of_parts(const Tensor& parts, ScalarType dtype) {
   const int64_t blocks = parts.size(0), dim = parts.size(1);
-  Tensor sum = torch::stable::new_zeros(parts, {dim}, ScalarType::Float);
+  Tensor sum = allocate_zeros("sum", parts, {dim}, ScalarType::Float);
   const float* const from = parts.const_data_ptr<float>();
   float* const to = sum.mutable_data_ptr<float>();
   for (int64_t block = 0; block < blocks; ++block) {
@@ -85,9 +85,9 @@ struct CpuAddLayerNormGradients {
 CpuAddLayerNormGradients allocate_gradients(const Tensor& total) {
   const int64_t rows = total.size(0), dim = total.size(1);
   const int64_t blocks = (rows + kLayerNormRows - 1) / kLayerNormRows;
-  return {.dx = new_output(total, {rows, dim}, total.scalar_type()),
-          .dweight_parts = new_output(total, {blocks, dim}, ScalarType::Float),
-          .dbias_parts = new_output(total, {blocks, dim}, ScalarType::Float)};
+  return {.dx = new_output("dx", total, {rows, dim}, total.scalar_type()),
+          .dweight_parts = new_output("dweight_parts", total, {blocks, dim}, ScalarType::Float),
+          .dbias_parts = new_output("dbias_parts", total, {blocks, dim}, ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
@@ -129,6 +129,6 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
-  m.impl("add_layer_norm", TORCH_BOX(&adatape::add_layer_norm));
-  m.impl("add_layer_norm_bwd", TORCH_BOX(&adatape::add_layer_norm_bwd));
+  m.impl("add_layer_norm", ADATAPE_KERNEL("add_layer_norm", &adatape::add_layer_norm));
+  m.impl("add_layer_norm_bwd", ADATAPE_KERNEL("add_layer_norm_bwd", &adatape::add_layer_norm_bwd));
 }

@@ -8,10 +8,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 
+#include "../allocation.h"
 #include "../op_checks.h"
 #include "../stable_torch.h"
 #include "cpu_kernels.h"
+#include "kernels/scratch.h"
 
 namespace adatape {
 
@@ -34,9 +37,9 @@ inline CpuBank bank_of(const Tensor& x) {
 
 // Returns an uninitialised tensor on the device of `like`. Where it is large it asks the kernel for
 // huge pages, because the first touch of 4 kB pages costs several times what writing them does.
-inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                         ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(like, sizes, dtype);
+inline Tensor new_output(const char* name, const Tensor& like,
+                         torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  const Tensor out = allocate(name, like, sizes, dtype);
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   const auto start = reinterpret_cast<uintptr_t>(out.data_ptr());
@@ -48,14 +51,25 @@ inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   return out;
 }
 
-// Runs task(0) to task(count - 1), each in the next idle thread of torch's pool.
+// Runs task(0) to task(count - 1), each in the next idle thread of torch's pool. An exception that
+// a task throws is thrown here, because torch's pool would lose its message.
 template <class Task>
 void run_tasks(int64_t count, const Task& task) {
   const int64_t threads = torch::stable::get_num_threads();
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
   torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(i);
+    // A thread's tasks share the memory that the first of them took, until all of them are done.
+    const Scratch scratch;
+    try {
+      for (int64_t i = next++; i < count; i = next++) task(i);
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+      next = count;
+    }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // Calls task(first, count) for blocks of at most `rows_per_task` rows, which together are all rows.

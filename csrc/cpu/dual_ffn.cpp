@@ -2,6 +2,7 @@
 // activation between them.
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,8 +27,8 @@ struct CpuFFN {
   Activation activation;
 };
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  Tensor out = new_output(a, {a.size(0), b.size(1)}, a.scalar_type());
+Tensor product(const char* name, const Tensor& a, const Tensor& b) {
+  Tensor out = new_output(name, a, {a.size(0), b.size(1)}, a.scalar_type());
   multiply(a, b, out);
   return out;
 }
@@ -49,7 +50,7 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
   } else {
     multiply(x, transposed(ffn.w1), hidden);
   }
-  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
+  const Tensor act = new_output("act", x, {rows, width}, x.scalar_type());
   run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
        .bias = with_product ? nullptr : b1.data_ptr(),
@@ -81,20 +82,20 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
                          const Tensor& hidden_any, const Tensor& dx) {
   const Tensor hidden = dense(hidden_any);
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
-  const Tensor act = new_output(x, {rows, width}, x.scalar_type());
+  const Tensor act = new_output("act", x, {rows, width}, x.scalar_type());
   run(cpu_kernels().bias_act, rows,
       {.hidden = hidden.data_ptr(),
        .act = act.data_ptr(),
        .width = width,
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
-  const Tensor dw2 = product(transposed(dy), act);
+  const Tensor dw2 = product("dw2", transposed(dy), act);
   const Tensor& dact = act;
   multiply(dy, ffn.w2, dact);
   // The gradient overwrites dact, because each of its elements depends on its own alone; a GLU's
   // has twice as many.
   const Tensor dhidden = ffn.activation == Activation::kGlu
-                             ? new_output(x, {rows, hidden.size(1)}, x.scalar_type())
+                             ? new_output("dhidden", x, {rows, hidden.size(1)}, x.scalar_type())
                              : dact;
   run(cpu_kernels().act_bwd, rows,
       {.hidden = hidden.data_ptr(),
@@ -104,10 +105,65 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
   multiply(dhidden, ffn.w1, dx);
-  return {.dw1 = product(transposed(dhidden), x),
+  return {.dw1 = product("dw1", transposed(dhidden), x),
           .db1 = column_sums(dhidden),
           .dw2 = dw2,
           .db2 = column_sums(dy)};
+}
+
+// torch's bfloat16 products on a CPU keep code for every number of rows that they have met. Where a
+// call reserves rows beyond those in use, its products run on one of few numbers of rows.
+bool rounds_rows(const Tensor& x, const std::optional<Tensor>& bounds) {
+  return bounds && dtype_of(x) == DType::kBFloat16;
+}
+
+// Does what `forward` does in parts whose numbers of rows are powers of two. The last part may
+// reach back into the one before, which leaves no trace, because every row depends on itself alone.
+void forward_rounded(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Tensor& y) {
+  constexpr int64_t kMostRows = 512;
+  const int64_t rows = x.size(0);
+  for (int64_t first = 0; first < rows;) {
+    const int64_t left = rows - first;
+    const auto floor = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(left)));
+    const auto ceil = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(left)));
+    const bool last = 8 * left <= rows && ceil <= kMostRows;
+    const int64_t count = last ? ceil : std::min(floor, kMostRows);
+    if (last) first = rows - count;
+    forward(rows_of(x, first, count), ffn, rows_of(hidden, first, count), rows_of(y, first, count));
+    first += count;
+  }
+}
+
+// Returns a number of rows, at least as many as are given, of which there are two up to a number
+// and its double.
+int64_t rounded_rows(int64_t rows) {
+  int64_t unit = 32;
+  while (4 * unit < rows) unit *= 2;
+  return rows <= 2 * unit ? 2 * unit : rows <= 3 * unit ? 3 * unit : 4 * unit;
+}
+
+// Returns a copy of `x` behind whose rows there are zeros.
+Tensor with_rows(const char* name, const Tensor& x, int64_t rows) {
+  const Tensor padded = new_output(name, x, {rows, x.size(1)}, x.scalar_type());
+  Tensor part = rows_of(padded, 0, x.size(0));
+  torch::stable::copy_(part, x);
+  zero_rows_from(padded, x.size(0));
+  return padded;
+}
+
+// Does what `backward` does, on copies with a rounded number of rows. Rows of zeros add nothing to
+// any gradient.
+CpuFFNGradients backward_rounded(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
+                                 const Tensor& hidden, const Tensor& dx) {
+  const int64_t rows = x.size(0), rounded = rounded_rows(rows);
+  if (rows == 0 || rounded == rows) return backward(dy, x, ffn, hidden, dx);
+  const Tensor dx_rounded = new_output("dx", x, {rounded, x.size(1)}, x.scalar_type());
+  const CpuFFNGradients gradients =
+      backward(with_rows("dy", dy, rounded), with_rows("x", x, rounded), ffn,
+               with_rows("hidden", hidden, rounded), dx_rounded);
+  Tensor to = dx;
+  torch::stable::copy_(to, rows_of(dx_rounded, 0, rows));
+  return gradients;
 }
 
 // How many rows of each kind there are: the input rows come first, then the tape rows, then rows
@@ -155,9 +211,10 @@ CpuDualFFNOutputs allocate_outputs(const Tensor& x, std::optional<int64_t> num_i
                                    const std::optional<Tensor>& tape_w1) {
   const int64_t rows = x.size(0), tape_columns = tape_w1 ? tape_w1->size(0) : 0;
   return {
-      .y = new_output(x, {rows, x.size(1)}, x.scalar_type()),
-      .hidden = new_output(x, {num_input_rows.value_or(rows), w1.size(0)}, x.scalar_type()),
-      .tape_hidden = new_output(x, {max_tape_rows, tape_columns}, x.scalar_type()),
+      .y = new_output("y", x, {rows, x.size(1)}, x.scalar_type()),
+      .hidden =
+          new_output("hidden", x, {num_input_rows.value_or(rows), w1.size(0)}, x.scalar_type()),
+      .tape_hidden = new_output("tape_hidden", x, {max_tape_rows, tape_columns}, x.scalar_type()),
   };
 }
 
@@ -174,17 +231,18 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
       checked_row_counts(num_input_rows, max_tape_rows, bounds, x.size(0), tape_w1.has_value());
   const auto [y, hidden, tape_hidden] =
       allocate_outputs(x, num_input_rows, max_tape_rows, w1, tape_w1);
-  forward(rows_of(x, 0, count.inputs),
-          {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
-          rows_of(hidden, 0, count.inputs), rows_of(y, 0, count.inputs));
+  const auto run_forward = rounds_rows(x, bounds) ? forward_rounded : forward;
+  run_forward(rows_of(x, 0, count.inputs),
+              {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+              rows_of(hidden, 0, count.inputs), rows_of(y, 0, count.inputs));
   if (tape_w1) {
-    forward(rows_of(x, count.inputs, count.tapes),
-            {.w1 = *tape_w1,
-             .b1 = *tape_b1,
-             .w2 = *tape_w2,
-             .b2 = *tape_b2,
-             .activation = Activation::kGlu},
-            rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
+    run_forward(rows_of(x, count.inputs, count.tapes),
+                {.w1 = *tape_w1,
+                 .b1 = *tape_b1,
+                 .w2 = *tape_w2,
+                 .b2 = *tape_b2,
+                 .activation = Activation::kGlu},
+                rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
   }
   zero_rows_from(y, count.used());
   zero_rows_from(hidden, count.inputs);
@@ -204,24 +262,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor dy = dense(dy_any), x = with_dense_rows(x_any);
   const RowCounts count = checked_row_counts(num_input_rows, tape_hidden.size(0), bounds, x.size(0),
                                              tape_w1.has_value());
-  const Tensor dx = new_output(x, {x.size(0), x.size(1)}, x.scalar_type());
+  const Tensor dx = new_output("dx", x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, count.used());
-  const CpuFFNGradients input =
-      backward(rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs),
-               {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
-               rows_of(hidden, 0, count.inputs), rows_of(dx, 0, count.inputs));
+  const auto run_backward = rounds_rows(x, bounds) ? backward_rounded : backward;
+  const CpuFFNGradients input = run_backward(
+      rows_of(dy, 0, count.inputs), rows_of(x, 0, count.inputs),
+      {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+      rows_of(hidden, 0, count.inputs), rows_of(dx, 0, count.inputs));
   if (!tape_w1) {
     const auto none = [&x] { return torch::stable::new_empty(x, {0}); };
     return {dx, input.dw1, input.db1, input.dw2, input.db2, none(), none(), none(), none()};
   }
   const CpuFFNGradients tape =
-      backward(rows_of(dy, count.inputs, count.tapes), rows_of(x, count.inputs, count.tapes),
-               {.w1 = *tape_w1,
-                .b1 = *tape_b1,
-                .w2 = *tape_w2,
-                .b2 = *tape_b2,
-                .activation = Activation::kGlu},
-               rows_of(tape_hidden, 0, count.tapes), rows_of(dx, count.inputs, count.tapes));
+      run_backward(rows_of(dy, count.inputs, count.tapes), rows_of(x, count.inputs, count.tapes),
+                   {.w1 = *tape_w1,
+                    .b1 = *tape_b1,
+                    .w2 = *tape_w2,
+                    .b2 = *tape_b2,
+                    .activation = Activation::kGlu},
+                   rows_of(tape_hidden, 0, count.tapes), rows_of(dx, count.inputs, count.tapes));
   return {dx, input.dw1, input.db1, input.dw2, input.db2, tape.dw1, tape.db1, tape.dw2, tape.db2};
 }
 
@@ -229,6 +288,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
-  m.impl("dual_ffn", TORCH_BOX(&adatape::dual_ffn));
-  m.impl("dual_ffn_bwd", TORCH_BOX(&adatape::dual_ffn_bwd));
+  m.impl("dual_ffn", ADATAPE_KERNEL("dual_ffn", &adatape::dual_ffn));
+  m.impl("dual_ffn_bwd", ADATAPE_KERNEL("dual_ffn_bwd", &adatape::dual_ffn_bwd));
 }

@@ -78,8 +78,8 @@ struct CpuAttentionOutputs {
 // The kernels write all rows that examples own; the others become zeros here.
 CpuAttentionOutputs allocate_attention(const Tensor& q, const ExampleOffsets& examples) {
   const int64_t used = examples.used_rows();
-  const Tensor out = new_output(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  const Tensor lse = new_output(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  const Tensor out = new_output("out", q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  const Tensor lse = new_output("lse", q, {q.size(1), q.size(0)}, ScalarType::Float);
   if (used < examples.rows) {
     zero_rows_from(out, used);
     zero_rows_from(torch::stable::transpose(lse, 0, 1), used);
@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
 }
 
 // Returns a gradient shaped as q, with zeros in the rows that no example owns.
-Tensor allocate_gradient(const Tensor& q, const ExampleOffsets& examples) {
-  const Tensor gradient = new_output(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+Tensor allocate_gradient(const char* name, const Tensor& q, const ExampleOffsets& examples) {
+  const Tensor gradient = new_output(name, q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   zero_rows_from(gradient, examples.used_rows());
   return gradient;
 }
@@ -156,9 +156,9 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
-  const Tensor dq = allocate_gradient(q, examples);
-  const Tensor dk = allocate_gradient(q, examples);
-  const Tensor dv = allocate_gradient(q, examples);
+  const Tensor dq = allocate_gradient("dq", q, examples);
+  const Tensor dk = allocate_gradient("dk", q, examples);
+  const Tensor dv = allocate_gradient("dv", q, examples);
 
   const CpuElasticAttentionParams p{
       .q = head_rows(q),
@@ -189,6 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
-  m.impl("elastic_attention", TORCH_BOX(&adatape::elastic_attention));
-  m.impl("elastic_attention_bwd", TORCH_BOX(&adatape::elastic_attention_bwd));
+  m.impl("elastic_attention", ADATAPE_KERNEL("elastic_attention", &adatape::elastic_attention));
+  m.impl("elastic_attention_bwd",
+         ADATAPE_KERNEL("elastic_attention_bwd", &adatape::elastic_attention_bwd));
 }

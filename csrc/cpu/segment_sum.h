@@ -69,11 +69,13 @@ template <class MakeContribution>
 Segments sort_into_segments(const TapeReads& reads, const MakeContribution& contribution) {
   const int64_t bank_rows = reads.own_banks ? reads.batch * reads.bank_size : reads.bank_size;
   Segments segments;
-  segments.starts.assign(bank_rows + 1, 0);
+  segments.starts = allocate_vector<int64_t>("the starts of segments", bank_rows + 1);
   reads.for_each([&](int64_t row, int64_t, int64_t, int64_t) { ++segments.starts[row + 1]; });
   for (int64_t r = 0; r < bank_rows; ++r) segments.starts[r + 1] += segments.starts[r];
-  segments.contributions.resize(segments.starts[bank_rows]);
-  std::vector<int64_t> next(segments.starts.begin(), segments.starts.end() - 1);
+  segments.contributions =
+      allocate_vector<Contribution>("contributions", segments.starts[bank_rows]);
+  auto next = allocate_vector<int64_t>("the starts of segments", bank_rows);
+  std::copy(segments.starts.begin(), segments.starts.end() - 1, next.begin());
   reads.for_each([&](int64_t row, int64_t i, int64_t token, int64_t rank) {
     segments.contributions[next[row]++] = contribution(i, token, rank);
   });

@@ -26,8 +26,8 @@ struct CpuTapeGatherOutputs {
 };
 
 CpuTapeGatherOutputs allocate_tape(const Tensor& bank, const Tensor& counts, int64_t rows) {
-  return {.tape = new_output(bank, {rows, bank.size(bank.dim() - 1)}, bank.scalar_type()),
-          .offsets = new_output(counts, {counts.size(0) + 1}, counts.scalar_type())};
+  return {.tape = new_output("tape", bank, {rows, bank.size(bank.dim() - 1)}, bank.scalar_type()),
+          .offsets = new_output("offsets", counts, {counts.size(0) + 1}, counts.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& indices_any,
@@ -68,8 +68,8 @@ struct CpuTapeGatherGradients {
 };
 
 CpuTapeGatherGradients allocate_gradients(const Tensor& bank, const Tensor& weights) {
-  return {.dbank = new_output(bank, bank.sizes(), bank.scalar_type()),
-          .dweights = new_output(weights, weights.sizes(), ScalarType::Float)};
+  return {.dbank = new_output("dbank", bank, bank.sizes(), bank.scalar_type()),
+          .dweights = new_output("dweights", weights, weights.sizes(), ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor& bank_any,
@@ -120,6 +120,6 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
-  m.impl("tape_gather", TORCH_BOX(&adatape::tape_gather));
-  m.impl("tape_gather_bwd", TORCH_BOX(&adatape::tape_gather_bwd));
+  m.impl("tape_gather", ADATAPE_KERNEL("tape_gather", &adatape::tape_gather));
+  m.impl("tape_gather_bwd", ADATAPE_KERNEL("tape_gather_bwd", &adatape::tape_gather_bwd));
 }

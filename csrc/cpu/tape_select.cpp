@@ -18,7 +18,8 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 std::vector<int64_t> checked_bank_lens(const Tensor& any, int64_t bank_size) {
   const Tensor lens = dense(torch::stable::to(any, ScalarType::Long));
   const int64_t* const values = lens.const_data_ptr<int64_t>();
-  std::vector<int64_t> result(values, values + any.numel());
+  std::vector<int64_t> result = allocate_vector<int64_t>("bank_lens", any.numel());
+  std::copy(values, values + any.numel(), result.begin());
   for (const int64_t len : result) {
     if (len < 0 || len > bank_size) {
       refuse("bank_lens: expected 0 to ", bank_size, " (the bank's size), got ", len);
@@ -34,10 +35,11 @@ struct CpuTapeSelectOutputs {
 CpuTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_tokens,
                                         int64_t topk) {
   const int64_t batch = query.size(0);
-  return {.weights = new_output(query, {batch, num_tape_tokens, topk}, ScalarType::Float),
-          .ponder = new_output(query, {batch}, ScalarType::Float),
-          .indices = new_output(query, {batch, num_tape_tokens, topk}, ScalarType::Int),
-          .counts = new_output(query, {batch}, ScalarType::Int)};
+  return {
+      .weights = new_output("weights", query, {batch, num_tape_tokens, topk}, ScalarType::Float),
+      .ponder = new_output("ponder", query, {batch}, ScalarType::Float),
+      .indices = new_output("indices", query, {batch, num_tape_tokens, topk}, ScalarType::Int),
+      .counts = new_output("counts", query, {batch}, ScalarType::Int)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
@@ -56,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   const bool shared_bank = keys.dim() == 2 && batch > 0;
   const int64_t columns = round_up(bank.bank_size, kColumnMultiple);
   std::optional<Tensor> by_column;
-  if (shared_bank) by_column = new_output(query, {bank.width, columns}, ScalarType::Float);
+  if (shared_bank)
+    by_column = new_output("keys by column", query, {bank.width, columns}, ScalarType::Float);
   const CpuTapeSelectOutputs outputs = allocate_selection(query, num_tape_tokens, topk);
 
   const CpuTapeSelectParams p{
@@ -98,10 +101,11 @@ struct CpuTapeSelectGradients {
 CpuTapeSelectGradients allocate_gradients(const Tensor& query, const Tensor& keys,
                                           const Tensor& indices) {
   const int64_t batch = query.size(0), key_dim = keys.size(keys.dim() - 1);
-  return {.dquery = new_output(query, {batch, key_dim}, ScalarType::Float),
-          .dread_keys = new_output(query, {batch, indices.size(1), indices.size(2), key_dim},
-                                   ScalarType::Float),
-          .dkeys = new_output(keys, keys.sizes(), keys.scalar_type())};
+  return {.dquery = new_output("dquery", query, {batch, key_dim}, ScalarType::Float),
+          .dread_keys =
+              new_output("dread_keys", query, {batch, indices.size(1), indices.size(2), key_dim},
+                         ScalarType::Float),
+          .dkeys = new_output("dkeys", keys, keys.sizes(), keys.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor& keys_any,
@@ -160,6 +164,6 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
-  m.impl("tape_select", TORCH_BOX(&adatape::tape_select));
-  m.impl("tape_select_bwd", TORCH_BOX(&adatape::tape_select_bwd));
+  m.impl("tape_select", ADATAPE_KERNEL("tape_select", &adatape::tape_select));
+  m.impl("tape_select_bwd", ADATAPE_KERNEL("tape_select_bwd", &adatape::tape_select_bwd));
 }

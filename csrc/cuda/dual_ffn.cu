@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "../allocation.h"
 #include "../products.h"
 #include "kernels/bias_act.cuh"
 #include "launch.h"
@@ -87,7 +88,7 @@ Tensor without_unused(const FFNRows& rows, const Tensor& x) {
 void forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Tensor& hidden,
              const Tensor& y) {
   if (rows.count == 0) return;
-  const Tensor act = torch::stable::new_empty(x, {rows.count, ffn.w2.size(1)}, x.scalar_type());
+  const Tensor act = allocate("act", x, {rows.count, ffn.w2.size(1)}, x.scalar_type());
   linear(x, ffn.w1, ffn.b1, hidden);
   const LaunchStream stream = stream_of(x);
   const CudaBiasActParams p{.hidden = hidden.data_ptr(),
@@ -107,8 +108,8 @@ void forward(const FFNRows& rows, const Tensor& x, const CudaFFN& ffn, const Ten
   clear_unused(rows, y);
 }
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  const Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)}, a.scalar_type());
+Tensor product(const char* name, const Tensor& a, const Tensor& b) {
+  const Tensor out = allocate(name, a, {a.size(0), b.size(1)}, a.scalar_type());
   multiply(a, b, out);
   return out;
 }
@@ -121,11 +122,12 @@ struct CudaFFNGradients {
 CudaFFNGradients backward(const FFNRows& rows, const Tensor& dy_any, const Tensor& x_any,
                           const CudaFFN& ffn, const Tensor& hidden_any, const Tensor& dx) {
   const Tensor dy = without_unused(rows, dy_any), x = without_unused(rows, x_any);
-  const Tensor hidden = dense(hidden_any), dact = product(dy, ffn.w2);
-  const Tensor act = torch::stable::new_empty(dact, dact.sizes());
-  const Tensor dhidden = torch::stable::new_empty(hidden, hidden.sizes());
-  const Tensor dbias_parts = torch::stable::new_empty(
-      hidden, {ceil_div(rows.count, kBiasActRows), hidden.size(1)}, ScalarType::Float);
+  const Tensor hidden = dense(hidden_any), dact = product("dact", dy, ffn.w2);
+  const Tensor act = allocate("act", dact, dact.sizes());
+  const Tensor dhidden = allocate("dhidden", hidden, hidden.sizes());
+  const Tensor dbias_parts =
+      allocate("dbias_parts", hidden, {ceil_div(rows.count, kBiasActRows), hidden.size(1)},
+               ScalarType::Float);
   const LaunchStream stream = stream_of(x);
   const CudaBiasActParams p{.hidden = hidden.data_ptr(),
                             .act = act.data_ptr(),
@@ -144,9 +146,9 @@ CudaFFNGradients backward(const FFNRows& rows, const Tensor& dy_any, const Tenso
         rows_aligned({act, hidden}), ffn.activation);
   });
   multiply(dhidden, ffn.w1, dx);
-  return {.dw1 = product(transposed(dhidden), x),
+  return {.dw1 = product("dw1", transposed(dhidden), x),
           .db1 = torch::stable::to(column_sums(dbias_parts), x.scalar_type()),
-          .dw2 = product(transposed(dy), act),
+          .dw2 = product("dw2", transposed(dy), act),
           .db2 = column_sums(dy)};
 }
 
@@ -180,11 +182,11 @@ struct CudaDualFFNOutputs {
 
 CudaDualFFNOutputs allocate_outputs(const Tensor& x, const FFNRowKinds& rows, const Tensor& w1,
                                     const std::optional<Tensor>& tape_w1) {
-  using torch::stable::new_empty;
   const int64_t tape_columns = tape_w1 ? tape_w1->size(0) : 0;
-  return {.y = new_empty(x, {x.size(0), x.size(1)}, x.scalar_type()),
-          .hidden = new_empty(x, {rows.inputs.count, w1.size(0)}, x.scalar_type()),
-          .tape_hidden = new_empty(x, {rows.tapes.count, tape_columns}, x.scalar_type())};
+  return {
+      .y = allocate("y", x, {x.size(0), x.size(1)}, x.scalar_type()),
+      .hidden = allocate("hidden", x, {rows.inputs.count, w1.size(0)}, x.scalar_type()),
+      .tape_hidden = allocate("tape_hidden", x, {rows.tapes.count, tape_columns}, x.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> dual_ffn(
@@ -231,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (bounds_any) bounds = dense(*bounds_any);
   const FFNRowKinds rows =
       row_kinds(x, num_input_rows, tape_hidden.size(0), bounds, tape_w1.has_value());
-  const Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+  const Tensor dx = allocate("dx", x, {x.size(0), x.size(1)}, x.scalar_type());
   zero_rows_from(dx, rows.end());
   const CudaFFNGradients input =
       backward(rows.inputs, rows.inputs.of(dy), rows.inputs.of(x),
@@ -255,6 +257,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }  // namespace adatape::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
-  m.impl("dual_ffn", TORCH_BOX(&adatape::cuda::dual_ffn));
-  m.impl("dual_ffn_bwd", TORCH_BOX(&adatape::cuda::dual_ffn_bwd));
+  m.impl("dual_ffn", ADATAPE_KERNEL("dual_ffn", &adatape::cuda::dual_ffn));
+  m.impl("dual_ffn_bwd", ADATAPE_KERNEL("dual_ffn_bwd", &adatape::cuda::dual_ffn_bwd));
 }

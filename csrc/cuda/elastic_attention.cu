@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "../allocation.h"
 #include "kernels/elastic_attention_bwd.cuh"
 #include "kernels/elastic_attention_fwd.cuh"
 #include "launch.h"
@@ -33,7 +34,7 @@ int64_t most_shared_bytes() {
 // Returns `x` itself where all its rows can be read in accesses of 16 bytes, else a copy.
 Tensor in_accesses(const Tensor& x) {
   if (x.stride(2) == 1 && rows_aligned({x})) return x;
-  Tensor copy = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor copy = allocate("a copy with dense rows", x, {x.size(0), x.size(1), x.size(2)});
   torch::stable::copy_(copy, x);
   return copy;
 }
@@ -82,8 +83,8 @@ struct CudaAttentionOutputs {
 };
 
 CudaAttentionOutputs allocate_attention(const Tensor& q) {
-  return {.out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}),
-          .lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)};
+  return {.out = allocate("out", q, {q.size(0), q.size(1), q.size(2)}),
+          .lse = allocate("lse", q, {q.size(1), q.size(0)}, ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& k_any,
@@ -130,8 +131,8 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
   return {outputs.out, outputs.lse};
 }
 
-Tensor allocate_gradient(const Tensor& q) {
-  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+Tensor allocate_gradient(const char* name, const Tensor& q) {
+  return allocate(name, q, {q.size(0), q.size(1), q.size(2)});
 }
 
 std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
@@ -145,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
   const Tensor q = in_accesses(q_any), k = in_accesses(k_any), v = in_accesses(v_any);
   const Tensor dout = in_accesses(dout_any), out = in_accesses(out_any), lse = dense(lse_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
-  const Tensor dq = allocate_gradient(q), dk = allocate_gradient(q), dv = allocate_gradient(q);
+  const Tensor dq = allocate_gradient("dq", q), dk = allocate_gradient("dk", q),
+               dv = allocate_gradient("dv", q);
 
   const CudaElasticAttentionParams p{
       .q = head_rows(q),
@@ -185,6 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
 }  // namespace adatape::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
-  m.impl("elastic_attention", TORCH_BOX(&adatape::cuda::elastic_attention));
-  m.impl("elastic_attention_bwd", TORCH_BOX(&adatape::cuda::elastic_attention_bwd));
+  m.impl("elastic_attention",
+         ADATAPE_KERNEL("elastic_attention", &adatape::cuda::elastic_attention));
+  m.impl("elastic_attention_bwd",
+         ADATAPE_KERNEL("elastic_attention_bwd", &adatape::cuda::elastic_attention_bwd));
 }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../allocation.h"
 #include "kernels/tape_gather_kernels.cuh"
 #include "launch.h"
 #include "template_arguments.h"
@@ -32,11 +33,11 @@ CudaTapeGatherParams reading_params(const Tensor& bank, const Tensor& indices,
 }
 
 Tensor allocate_offsets(const Tensor& counts) {
-  return torch::stable::new_empty(counts, {counts.size(0) + 1});
+  return allocate("offsets", counts, {counts.size(0) + 1});
 }
 
 Tensor allocate_tape(const Tensor& bank, int64_t rows) {
-  return torch::stable::new_empty(bank, {rows, bank.size(bank.dim() - 1)});
+  return allocate("tape", bank, {rows, bank.size(bank.dim() - 1)});
 }
 
 void write_offsets(const CudaTapeGatherParams& p, const LaunchStream& stream) {
@@ -47,7 +48,7 @@ void write_offsets(const CudaTapeGatherParams& p, const LaunchStream& stream) {
 // Writes the offsets, looks at every count and index, and returns how many rows are read.
 int64_t checked_rows(CudaTapeGatherParams p, const Tensor& counts, const LaunchStream& stream) {
   constexpr int64_t kInts = sizeof(TapeGatherStatus) / sizeof(int32_t);
-  const Tensor status = torch::stable::new_zeros(counts, {kInts});
+  const Tensor status = allocate_zeros("status", counts, {kInts});
   p.status = reinterpret_cast<TapeGatherStatus*>(status.data_ptr());
   const int64_t looking = ceil_div(p.batch * p.num_tape_tokens * p.topk, kGatherThreads);
   launch(tape_gather_offsets_kernel,
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
     p.rows = *capacity;
     if (!p.fused) write_offsets(p, stream);
   }
-  if (empty) return {torch::stable::new_zeros(bank, {p.rows, p.dim}), offsets};
+  if (empty) return {allocate_zeros("tape", bank, {p.rows, p.dim}), offsets};
 
   const Tensor tape = allocate_tape(bank, p.rows);
   p.tape = tape.data_ptr();
@@ -104,11 +105,11 @@ struct CudaTapeGatherGradients {
 
 CudaTapeGatherGradients allocate_gradients(const Tensor& bank, const Tensor& indices,
                                            const Tensor& weights, bool atomic) {
-  return {.dbank = atomic ? torch::stable::new_zeros(bank, bank.sizes(), ScalarType::Float)
-                          : torch::stable::new_empty(bank, bank.sizes()),
-          .dweights = torch::stable::new_empty(weights, weights.sizes()),
-          .entries = torch::stable::new_empty(indices, indices.sizes()),
-          .row_of = torch::stable::new_empty(indices, indices.sizes())};
+  return {.dbank = atomic ? allocate_zeros("dbank", bank, bank.sizes(), ScalarType::Float)
+                          : allocate("dbank", bank, bank.sizes()),
+          .dweights = allocate("dweights", weights, weights.sizes()),
+          .entries = allocate("entries", indices, indices.sizes()),
+          .row_of = allocate("row_of", indices, indices.sizes())};
 }
 
 // If `deterministic`, a bank's gradient is summed in a fixed order, so that equal input gives equal
@@ -121,8 +122,8 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   const Tensor indices = dense(indices_any), weights = dense(weights_any);
   const Tensor counts = dense(counts_any);
   if (indices.numel() == 0 || bank.numel() == 0) {
-    return {torch::stable::new_zeros(bank, bank.sizes()),
-            torch::stable::new_zeros(weights, weights.sizes())};
+    return {allocate_zeros("dbank", bank, bank.sizes()),
+            allocate_zeros("dweights", weights, weights.sizes())};
   }
   const LaunchStream stream = stream_of(bank);
   const Tensor offsets = allocate_offsets(counts);
@@ -176,6 +177,6 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
 }  // namespace adatape::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
-  m.impl("tape_gather", TORCH_BOX(&adatape::cuda::tape_gather));
-  m.impl("tape_gather_bwd", TORCH_BOX(&adatape::cuda::tape_gather_bwd));
+  m.impl("tape_gather", ADATAPE_KERNEL("tape_gather", &adatape::cuda::tape_gather));
+  m.impl("tape_gather_bwd", ADATAPE_KERNEL("tape_gather_bwd", &adatape::cuda::tape_gather_bwd));
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "../allocation.h"
 #include "kernels/tape_select_bwd.cuh"
 #include "kernels/tape_select_fwd.cuh"
 #include "launch.h"
@@ -32,12 +33,11 @@ struct CudaTapeSelectOutputs {
 
 CudaTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_tokens,
                                          int64_t topk) {
-  using torch::stable::new_empty;
   const int64_t batch = query.size(0);
-  return {.weights = new_empty(query, {batch, num_tape_tokens, topk}, ScalarType::Float),
-          .ponder = new_empty(query, {batch}, ScalarType::Float),
-          .indices = new_empty(query, {batch, num_tape_tokens, topk}, ScalarType::Int),
-          .counts = new_empty(query, {batch}, ScalarType::Int)};
+  return {.weights = allocate("weights", query, {batch, num_tape_tokens, topk}, ScalarType::Float),
+          .ponder = allocate("ponder", query, {batch}, ScalarType::Float),
+          .indices = allocate("indices", query, {batch, num_tape_tokens, topk}, ScalarType::Int),
+          .counts = allocate("counts", query, {batch}, ScalarType::Int)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   const bool resident = sizes.tile_bytes(threads, true, bank_size) <= kResidentBytes;
   std::optional<Tensor> workspaces;
   if (workspace > kSharedWorkspaceBytes) {
-    workspaces = torch::stable::new_empty(query, {blocks * workspace}, ScalarType::Byte);
+    workspaces = allocate("workspaces", query, {blocks * workspace}, ScalarType::Byte);
   }
 
   const CudaTapeSelectParams p{
@@ -116,18 +116,18 @@ struct CudaTapeSelectGradients {
 
 CudaTapeSelectGradients allocate_gradients(const Tensor& query, const Tensor& keys,
                                            const Tensor& indices, KeyGradients kind) {
-  using torch::stable::new_empty;
-  using torch::stable::new_zeros;
   const int64_t batch = indices.size(0), num_tape_tokens = indices.size(1);
   const int64_t key_dim = query.size(1);
   const int64_t rows = kind == KeyGradients::kContributions ? indices.numel() : 0;
-  return {.dquery = new_empty(query, query.sizes()),
-          .dkeys = kind == KeyGradients::kStored  ? new_zeros(keys, keys.sizes())
-                   : kind == KeyGradients::kAdded ? new_zeros(keys, keys.sizes(), ScalarType::Float)
-                                                  : new_empty(keys, keys.sizes()),
-          .contributions = new_empty(query, {rows, key_dim}, ScalarType::Float),
-          .entries = new_empty(indices, indices.sizes()),
-          .states = new_empty(query, {batch, num_tape_tokens + 1, key_dim}, ScalarType::Float)};
+  return {.dquery = allocate("dquery", query, query.sizes()),
+          .dkeys = kind == KeyGradients::kStored ? allocate_zeros("dkeys", keys, keys.sizes())
+                   : kind == KeyGradients::kAdded
+                       ? allocate_zeros("dkeys", keys, keys.sizes(), ScalarType::Float)
+                       : allocate("dkeys", keys, keys.sizes()),
+          .contributions = allocate("contributions", query, {rows, key_dim}, ScalarType::Float),
+          .entries = allocate("entries", indices, indices.sizes()),
+          .states =
+              allocate("states", query, {batch, num_tape_tokens + 1, key_dim}, ScalarType::Float)};
 }
 
 // If `deterministic`, the gradient of a shared bank's keys is summed in a fixed order, so that
@@ -210,6 +210,6 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
 }  // namespace adatape::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
-  m.impl("tape_select", TORCH_BOX(&adatape::cuda::tape_select));
-  m.impl("tape_select_bwd", TORCH_BOX(&adatape::cuda::tape_select_bwd));
+  m.impl("tape_select", ADATAPE_KERNEL("tape_select", &adatape::cuda::tape_select));
+  m.impl("tape_select_bwd", ADATAPE_KERNEL("tape_select_bwd", &adatape::cuda::tape_select_bwd));
 }
