@@ -28,7 +28,9 @@ class Supervisor:
         self.workers = workers
         self.tally = Tally()
         self.faults = {}
+        self.smallest = {}
         self.minimise = SECONDS_TO_MINIMISE
+        self.worth = lambda key: True
 
     def run(self, seconds):
         """Work for so many seconds; return the number of different faults."""
@@ -57,10 +59,11 @@ class Supervisor:
         self.out(f"FAULT {' '.join(key)}: {found['text']}")
         self.out(f"  case {number} of the lane {lane}, seed {self.seed}")
         began = time.monotonic()
-        if len(self.faults) <= MOST_MINIMISED and self.left() > 0:
+        if self.worth(key) and len(self.smallest) < MOST_MINIMISED and self.left() > 0:
             case, runs = minimised(
                 case, found["fault"], lambda c: isolated_outcome(c).get("fault"), self.minimise
             )
+            self.smallest[key] = case
             text = isolated_outcome(case).get("text", "it does not repeat")
             self.out(f"  made smaller in {runs} runs: {text}")
         self.out(f"  repeat: {command(case)}")
