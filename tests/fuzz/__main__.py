@@ -1,4 +1,4 @@
-"""Runs the tester: `python -m fuzz --seconds 60`, or one case again: `python -m fuzz --case '{…}'`."""
+"""Runs the tester, `python -m fuzz --seconds 60`, or one case again, `… --case '{…}'`."""
 
 import argparse
 import json
@@ -23,7 +23,9 @@ def main(argv=None):
 
     if given.case:
         found = one_case.isolated_outcome(json.loads(given.case))
-        print(f"FAULT {found['fault']}: {found['text']}" if "fault" in found else f"no fault: {found}")
+        print(
+            f"FAULT {found['fault']}: {found['text']}" if "fault" in found else f"no fault: {found}"
+        )
         return 1 if "fault" in found else 0
     names = given.backends.split(",") if given.backends else lanes.available()
     unknown = set(names) - set(lanes.available())

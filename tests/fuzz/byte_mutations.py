@@ -2,7 +2,20 @@
 
 NAMES = ("flip", "cut", "insert", "overwrite", "delete", "repeat", "number", "swap")
 _NUMBERS = (0, 1, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
-_PIECES = ("00", "ff", "0a", "20", "22", "7b", "5b", "2d31", "4e614e", "504b0304", "89504e47", "fffe")
+_PIECES = (
+    "00",
+    "ff",
+    "0a",
+    "20",
+    "22",
+    "7b",
+    "5b",
+    "2d31",
+    "4e614e",
+    "504b0304",
+    "89504e47",
+    "fffe",
+)
 
 
 def random_mutations(rng):

@@ -52,7 +52,10 @@ def run_case(case):
         _read_whole_once(name)
         before = peak_bytes()
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 result = read(name, Path(folder))
         except Exception as error:
             check_refusal(error, (ValueError, OSError))

@@ -2,9 +2,8 @@
 
 import random
 
-from fuzz import file_lane, layout_lane, model_cases, op_cases, op_lane
-
 from adatape_kernels.ops.op import BACKENDS, why_absent
+from fuzz import file_lane, layout_lane, model_cases, op_cases, op_lane
 
 AREAS = {
     "ops": op_lane.run_case,

@@ -3,13 +3,13 @@
 import itertools
 
 import torch
+
+from adatape_kernels import ElasticBatch
 from fuzz.breakages import broken
 from fuzz.verdict import Fault, check_refusal, first_line
 
-from adatape_kernels import ElasticBatch
-
-_CHANGES = ("descending", "shifted", "short_end", "one_negative", "one_beyond", "negative", "largest",
-            "longer", "shorter", "rank_up", "dtype float32", "dtype bool")  # fmt: skip
+_CHANGES = ("descending", "shifted", "short_end", "one_negative", "one_beyond", "negative",
+            "largest", "longer", "shorter", "rank_up", "dtype float32", "dtype bool")  # fmt: skip
 
 
 def random_case(rng):
@@ -46,14 +46,19 @@ def run_case(case):
     for name, which in case["changes"]:
         offsets[which] = broken(name, offsets[which])
     rows, extra = sum(inputs) + sum(tapes) + case["unused"], sum(appended) + case["spare"]
-    data, tape = torch.arange(2.0 * rows).view(rows, 2), -torch.arange(1.0, 2 * extra + 1).view(extra, 2)
+    data, tape = (
+        torch.arange(2.0 * rows).view(rows, 2),
+        -torch.arange(1.0, 2 * extra + 1).view(extra, 2),
+    )
     valid = _valid(offsets, rows, extra, case)
     try:
         batch = ElasticBatch.from_offsets(
             data, offsets["cu_inputs"], offsets["cu_tapes"], exact=not case["unused"]
         )
         most = max(appended, default=0)
-        longer = batch.append_tape(tape, offsets["offsets"], max_tapes=most, exact=not case["spare"])
+        longer = batch.append_tape(
+            tape, offsets["offsets"], max_tapes=most, exact=not case["spare"]
+        )
     except Exception as error:
         if valid:
             raise Fault("refused a valid layout", first_line(error)) from error
@@ -82,7 +87,7 @@ def _valid(offsets, rows, extra, case):
     for bounds, first, last, exact in ends:
         if not bounds or bounds[0] != first or any(b < a for a, b in itertools.pairwise(bounds)):
             return False
-        if bounds[-1] > last or exact and bounds[-1] != last:
+        if bounds[-1] > last or (exact and bounds[-1] != last):
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""Files that are wrong on purpose, beyond what changed bytes find: a list [name, ...] makes each."""
+"""Files that are wrong on purpose in ways that changed bytes would not find."""
 
 import gzip
 import io
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def random_made(rng, name):
-    """Return what makes such a file of a format, or None where there is no such way."""
+    """Return what makes such a file of a format, a list [name, ...]; None where there is no way."""
     if name.startswith("npz"):
         if rng.random() < 0.4:
             value = rng.choice((0, -1, 2.5, 1e-320, "x", None, 10**30, [], True, 65_537))
@@ -22,18 +22,24 @@ def random_made(rng, name):
     if name == "idx.gz":
         return ["bomb", rng.choice((1 << 20, 1 << 28, 1 << 30))]
     if name == "checkpoint":
-        key = rng.choice(("epochs", "variant", "limit", "dim", "depth", "lr", "batch", "seed", "data"))
-        return ["saved", key, rng.choice((2.5, 5, 48.5, 8.0, 10**30, -1, "x", True, float("nan"), []))]
+        key = rng.choice(
+            ("epochs", "variant", "limit", "dim", "depth", "lr", "batch", "seed", "data")
+        )
+        return [
+            "saved",
+            key,
+            rng.choice((2.5, 5, 48.5, 8.0, 10**30, -1, "x", True, float("nan"), [])),
+        ]
     return None
 
 
 def made(whole, parts):
-    """Return a format's files after a change of what they mean; `must` says how it has to end."""
+    """Return a format's files after a change of what they mean, and whether it has to be seen."""
     return _MAKERS[parts[0]](dict(whole), *parts[1:])
 
 
 def _array(files, number, change):
-    (name, content), arrays = next(iter(files.items())), _arrays(files)
+    name, arrays = next(iter(files)), _arrays(files)
     names = [n for n in arrays if n != "config"]
     chosen = names[number % len(names)]
     array = arrays[chosen]

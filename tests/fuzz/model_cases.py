@@ -1,15 +1,15 @@
-"""Random models and layers: valid ones against the padded model or themselves, wrong ones refused."""
+"""Random models and layers: valid ones beside the padded model, wrong ones to be refused."""
 
 import itertools
 
 import torch
-from fuzz.verdict import Fault, check_refusal, first_line
 
 from adatape_kernels import ElasticBatch
 from adatape_kernels.layers import ElasticAttention, ElasticEncoderLayer, TapeReader
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.models import AdaTapeParity, AdaTapeParityConfig, AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.offsets import cumulative
+from fuzz.verdict import Fault, check_refusal, first_line
 
 _INTEGERS = (-1, 2.5, 2.0, "4", None, True, float("nan"), 10**30, "@complex")
 _POSITIVE = (0, *_INTEGERS)
@@ -235,5 +235,3 @@ def _close(name, a, b, tolerance, size=0.0):
     scale = max(size, b.abs().max().item(), 1.0)
     if not error <= tolerance * scale:
         raise Fault("models differ", f"{name}: {error:.3g} at a size of {scale:.3g}")
-
-

@@ -3,9 +3,9 @@
 import itertools
 
 import torch
-from fuzz.op_tensors import floats, generator_of, laid_out
 
 from adatape_kernels.op_types import FFN, wide_dtype
+from fuzz.op_tensors import floats, generator_of, laid_out
 
 OPS = (
     "tape_select", "tape_gather", "tape_read", "elastic_attention", "dual_ffn", "add_layer_norm",
@@ -128,15 +128,18 @@ def _ffn(make, sizes, options):
     def count(n):
         return torch.tensor(n, dtype=make.index_dtype()) if options["counts_on_device"] else n
 
-    call = {
-        "x": make.floats("x", inputs + tapes + sizes["unused"], dim),
+    x = make.floats("x", inputs + tapes + sizes["unused"], dim)
+    own, of_tape = parameters("input_ffn", sizes["hidden"], 1), None
+    if options["tape_ffn"]:
+        of_tape = parameters("tape_ffn", sizes["tape_hidden"], 2)
+    return {
+        "x": x,
         "num_input_rows": count(inputs),
-        "input_ffn": parameters("input_ffn", sizes["hidden"], 1),
-        "tape_ffn": parameters("tape_ffn", sizes["tape_hidden"], 2) if options["tape_ffn"] else None,
+        "input_ffn": own,
+        "tape_ffn": of_tape,
         "num_rows": count(inputs + tapes),
         "activation": options["activation"],
     }
-    return call
 
 
 def _norm(make, sizes, options):

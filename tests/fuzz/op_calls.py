@@ -1,14 +1,14 @@
 """Runs a call of an op, forward and backward, as a user or below the public functions."""
 
 import torch
+
+from adatape_kernels import ops
+from adatape_kernels.op_types import FFN, wide_dtype
+from adatape_kernels.ops.op import NotServed, use_backend
 from fuzz.breakages import broken
 from fuzz.op_contract import judged
 from fuzz.op_tensors import contiguous, laid_out
 from fuzz.verdict import ERRORS, Fault, check_refusal, first_line
-
-from adatape_kernels import ops
-from adatape_kernels.op_types import FFN
-from adatape_kernels.ops.op import NotServed, use_backend
 
 RESULTS = {
     "tape_select": ("indices", "weights", "counts", "ponder"),
@@ -262,8 +262,8 @@ def _judged_after_change(op, call, results):
         key_dim = call["query"].shape[1]
         values["keys"], op = values["bank"][..., :key_dim], "tape_select"
     if op == "elastic_attention":
-        values |= {"lse": values["out"].new_zeros(values["out"].shape[1::-1]).to(torch.float32)}
-        values["lse"] = values["lse"].double() if values["q"].dtype == torch.float64 else values["lse"]
+        q = values["q"]
+        values["lse"] = q.new_zeros(q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype))
     arguments = backward_arguments(op, values, values, grads)
     for name in ("indices", "counts", "cu_inputs", "cu_tapes"):
         if name in arguments and arguments[name].dtype == torch.int64:

@@ -1,5 +1,6 @@
 """Random calls of the ops: their sizes, options, values, strides, and what is broken in them."""
 
+from adatape_kernels.op_types import FFN
 from fuzz.breakages import random_breakage
 from fuzz.op_arguments import OPS
 from fuzz.op_tensors import FLOAT_VALUES, LAYOUTS
@@ -9,7 +10,7 @@ TENSORS = {
     "tape_read": ("query", "bank", "read_mask", "bank_lens"),
     "tape_gather": ("bank", "indices", "weights", "counts"),
     "elastic_attention": ("q", "k", "v", "cu_inputs", "cu_tapes"),
-    "dual_ffn": ("x", *(f"{n}_ffn.{p}" for n in ("input", "tape") for p in ("w1", "b1", "w2", "b2"))),
+    "dual_ffn": ("x", *(f"{name}_ffn.{p}" for name in ("input", "tape") for p in FFN._fields)),
     "add_layer_norm": ("x", "branch", "weight", "bias"),
 }  # fmt: skip
 INTEGERS = ("read_mask", "bank_lens", "indices", "counts", "cu_inputs", "cu_tapes")
@@ -79,7 +80,9 @@ def _select_sizes(rng, slow):
     topk = rng.choice((1, 1, 2, 3, rng.randint(1, 4 if slow else 32)))
     return {
         "batch": _size(rng, 3 if slow else 6),
-        "bank_size": max(topk, rng.randint(1000, 2500) if large else _size(rng, 24 if slow else 70)),
+        "bank_size": max(
+            topk, rng.randint(1000, 2500) if large else _size(rng, 24 if slow else 70)
+        ),
         "key_dim": max(1, _size(rng, 20 if slow else 140)),
         "topk": topk,
         "num_tape_tokens": _size(rng, 2 if slow else 6),

@@ -126,7 +126,7 @@ def _reads(call, level):
     if level != "public" and indices.dtype == INT64:
         raise _Open("int64 below the public function")
     _require(indices.dim() == 3, "indices have another rank")
-    batch, steps, _ = indices.shape
+    batch = len(indices)
     _require(bank.dim() == 2 or bank.shape[0] == batch, "the bank has another batch")
     _tensor("weights", call["weights"], indices.shape, (wide_dtype(bank.dtype),))
     counts = _tensor("counts", call["counts"], (batch,), (INT32, INT64))

@@ -1,13 +1,13 @@
 """Compares the results of a valid call with the exact ones, bit by bit where bits are promised."""
 
 import torch
+
+from adatape_kernels.op_types import FFN, wide_dtype
 from fuzz import plain_ops
 from fuzz.op_calls import cotangents
 from fuzz.op_tensors import same_bits
 from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
-
-from adatape_kernels.op_types import FFN, wide_dtype
 
 
 def judge(case, call, results):
@@ -40,7 +40,7 @@ def judge(case, call, results):
     sound = None if finite else _sound_examples(op, call, results)
     for name, expected in exact.items():
         ours = results.get(name)
-        if name not in given and (ours is None or not finite and sound is None):
+        if name not in given and (ours is None or (not finite and sound is None)):
             continue
         if name not in given and sound is not None and not sound.all():
             if name in ("dkeys", "dbank") and ours.dim() == 2:
@@ -57,7 +57,7 @@ def judge(case, call, results):
 def _sound_examples(op, call, results):
     """Return the mask of examples that read finite numbers only; None where there is none.
 
-    Gradients of the others are products of 0 and infinity, which depend on how a formula is written.
+    Gradients of the others are products of 0 and infinity, which depend on how one writes them.
     """
     if op == "dual_ffn":
         odd = [call["x"], *call["input_ffn"], *(call["tape_ffn"] or ())]
@@ -76,7 +76,7 @@ def _sound_examples(op, call, results):
 
 
 class _Noise:
-    """Disturbs inputs by rounding errors of the wide dtype, intermediates by those of the narrow."""
+    """Disturbs what is wide by rounding errors of the wide dtype, the rest by the narrow one's."""
 
     def __init__(self, seed, dtype, wide):
         self.generator = torch.Generator().manual_seed(seed + 2)
@@ -119,7 +119,9 @@ def _compare(name, ours, plain, exact, noise, classes, eps):
     _check(name, ours.shape == exact.shape, f"shape {tuple(ours.shape)}")
     plain, ours64 = plain.double(), ours.double()
     info = torch.finfo(ours.dtype)
-    finite = exact.isfinite() & plain.isfinite() & noise.isfinite() & (exact.abs() < info.max * 0.98)
+    finite = (
+        exact.isfinite() & plain.isfinite() & noise.isfinite() & (exact.abs() < info.max * 0.98)
+    )
     if classes:
         odd = ~exact.isfinite() & ~noise.isfinite() & ~plain.isfinite()
         same = _class(exact) == _class(plain)
@@ -211,9 +213,7 @@ def _ffn(call, results):
         x, *parameters = leaves.values()
         of_tape = parameters[4:] or None
         return {
-            "y": plain_ops.ffn(
-                x, middle, end, parameters[:4], of_tape, call["activation"], jitter
-            )
+            "y": plain_ops.ffn(x, middle, end, parameters[:4], of_tape, call["activation"], jitter)
         }
 
     return function, leaves
@@ -222,7 +222,10 @@ def _ffn(call, results):
 def _norm(call, results):
     def function(leaves, jitter):
         total, weight, bias = leaves.values()
-        return {"total": total * 1, "normed": plain_ops.norm(total, weight, bias, call["eps"], jitter)}
+        return {
+            "total": total * 1,
+            "normed": plain_ops.norm(total, weight, bias, call["eps"], jitter),
+        }
 
     return function, {"total": results["total"], "weight": call["weight"], "bias": call["bias"]}
 

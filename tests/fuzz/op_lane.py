@@ -4,15 +4,15 @@ import collections
 import random
 
 import torch
+
+from adatape_kernels.offsets import cumulative
+from adatape_kernels.op_types import FFN
+from adatape_kernels.ops.op import record
 from fuzz.op_arguments import arguments
 from fuzz.op_calls import NotRun, run, torch_arguments, with_breakages
 from fuzz.op_judgement import judge
 from fuzz.op_tensors import contiguous, same_bits
 from fuzz.verdict import Fault
-
-from adatape_kernels.offsets import cumulative
-from adatape_kernels.op_types import FFN
-from adatape_kernels.ops.op import record
 
 
 def run_case(case):
@@ -58,7 +58,11 @@ def _public_names(results, call):
 
 def _check_unchanged(case, before, call):
     for name, value in call.items():
-        pairs = zip(before[name], value, strict=True) if isinstance(value, FFN) else [(before[name], value)]
+        pairs = (
+            zip(before[name], value, strict=True)
+            if isinstance(value, FFN)
+            else [(before[name], value)]
+        )
         for old, new in pairs:
             if isinstance(new, torch.Tensor) and not same_bits(old, new.detach()):
                 raise Fault("changed its argument", name)
@@ -91,7 +95,11 @@ def _check_subset(case, call, results):
         sub = {name: _of_examples(name, value, chosen) for name, value in call.items()}
         if op != "tape_select":
             sub["capacity"] = None
-        pairs = {n: results[n][chosen] for n in ("indices", "weights", "counts", "ponder") if n in results}
+        pairs = {
+            n: results[n][chosen]
+            for n in ("indices", "weights", "counts", "ponder")
+            if n in results
+        }
         if "tape" in results:
             rows = [r for i in chosen for r in _rows(results["offsets"], i)]
             pairs["tape"] = results["tape"][rows]

@@ -4,7 +4,16 @@ import torch
 
 from adatape_kernels.op_types import FFN
 
-LAYOUTS = ("contiguous", "offset", "wide", "step", "first_step", "transposed", "permuted", "stride0")
+LAYOUTS = (
+    "contiguous",
+    "offset",
+    "wide",
+    "step",
+    "first_step",
+    "transposed",
+    "permuted",
+    "stride0",
+)
 """Names of strides. What lies between the values is NaN, or a number that is no valid index."""
 
 HUGE = {torch.float16: 1e4}
@@ -94,5 +103,7 @@ def same_bits(a, b):
     if not a.is_floating_point():
         return torch.equal(a, b)
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
-    bits = (x.detach().nan_to_num(0.0, torch.inf, -torch.inf).contiguous().view(integer) for x in (a, b))
+    bits = (
+        x.detach().nan_to_num(0.0, torch.inf, -torch.inf).contiguous().view(integer) for x in (a, b)
+    )
     return torch.equal(*bits) and torch.equal(a.isnan(), b.isnan())

@@ -89,6 +89,11 @@ def plant():
         operation(op).replace("eager", dataclasses.replace(found, function=fault(found.function)))
 
 
+def _is_new(key, found):
+    op, kind = key
+    return PLANTED.get(op, ("", ""))[1] == kind and key not in found
+
+
 def main():
     """Run the tester on the planted faults alone, and print what it found."""
     from fuzz.preparation import prepare
@@ -100,7 +105,7 @@ def main():
     one_case.TIMEOUT = 1
     run = supervisor.Supervisor(["eager"], 1, 2, out=lambda line: None)
     run.minimise = 4
-    run.worth = lambda key: len(key) > 2 and PLANTED.get(key[1], ("", ""))[1] == key[2]
+    run.worth = lambda key: _is_new(key[1:3], {found[1:3] for found in run.smallest})
     run.run(8)
     print(json.dumps([[*key[:3], case] for key, case in run.smallest.items()]))
 

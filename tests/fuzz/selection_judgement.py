@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from fuzz.verdict import Fault
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fuzz.byte_mutations import mutated, random_mutations
 from fuzz.lanes import available, make_case
 from fuzz.minimiser import minimised
