@@ -21,9 +21,10 @@ def check_refusal(error, allowed=ERRORS):
     """Raise Fault unless an error is of an allowed class and says something in one line."""
     name = type(error).__name__
     if not isinstance(error, allowed):
-        raise Fault(f"raised {name}", f"expected one of {_names(allowed)}, got {name}: {error}")
+        text = f"expected one of {_names(allowed)}, got {name}: {first_line(error)}"
+        raise Fault(f"raised {name}", text)
     if not str(error) or "\n" in str(error):
-        raise Fault("not one line", f"{name}: {str(error)!r}")
+        raise Fault("not one line", f"{name}: {str(error)[:300]!r}")
 
 
 def _names(classes):
