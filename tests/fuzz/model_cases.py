@@ -51,7 +51,10 @@ def random_case(rng):
     wrong = []
     if rng.random() < 0.5:
         name = rng.choice([name for name in fields if name in WRONG])
-        wrong = [[name, rng.choice(WRONG[name])]]
+        # A layer drops everything at a rate of 1, as torch's does; a model is refused it.
+        layers = kind not in _MODELS
+        values = [v for v in WRONG[name] if not (layers and type(v) is float and v == 1.0)]
+        wrong = [[name, rng.choice(values)]]
     return {
         "area": "models",
         "kind": kind,

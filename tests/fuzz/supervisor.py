@@ -31,6 +31,7 @@ class Supervisor:
         self.smallest = {}
         self.minimise = SECONDS_TO_MINIMISE
         self.worth = lambda key: True
+        self.enough = lambda: False
 
     def run(self, seconds):
         """Work for so many seconds; return the number of different faults."""
@@ -38,9 +39,11 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             self.folder = Path(folder)
             running = [_Worker(self, number) for number in range(self.workers)]
-            while any(not worker.done for worker in running):
+            while any(not worker.done for worker in running) and not self.enough():
                 for worker in running:
                     worker.watch()
+            for worker in running:
+                worker.child.kill()
         self.tally.seconds = time.monotonic() - self.started
         return len(self.faults)
 
