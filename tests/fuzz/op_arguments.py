@@ -25,6 +25,12 @@ class Maker:
         x = floats(shape, dtype or self.dtype, values, self.generator)
         return self.placed(name, x)
 
+    def heads(self, name, rows, num_heads, head_dim):
+        """Return (rows, num_heads, head_dim); the patterns of values follow the rows."""
+        values = self.case["values"].get(name, "normal")
+        x = floats((num_heads, rows, head_dim), self.dtype, values, self.generator)
+        return self.placed(name, x.transpose(0, 1).contiguous())
+
     def integers(self, name, values, shape, dtype=torch.int32):
         return self.placed(name, torch.tensor(values, dtype=torch.int64).view(shape).to(dtype))
 
@@ -105,7 +111,7 @@ def _attention(make, sizes, options):
     shape = (rows, sizes["num_heads"], max(1, sizes["head_dim"]))
     dtype = make.index_dtype()
     return {
-        **{name: make.floats(name, *shape) for name in "qkv"},
+        **{name: make.heads(name, *shape) for name in "qkv"},
         "cu_inputs": make.integers("cu_inputs", cu_inputs, (batch + 1,), dtype),
         "cu_tapes": make.integers("cu_tapes", cu_tapes, (batch + 1,), dtype),
         "max_rows": longest + options["spare"] if options["max_rows"] else None,
@@ -132,6 +138,10 @@ def _ffn(make, sizes, options):
     own, of_tape = parameters("input_ffn", sizes["hidden"], 1), None
     if options["tape_ffn"]:
         of_tape = parameters("tape_ffn", sizes["tape_hidden"], 2)
+    if options["cancel"] and len(x):
+        # Where all rows are one, a bias can take away what the product gives but for its rounding.
+        x = x[:1].clone().expand(x.shape).contiguous()
+        own, of_tape = (ffn and _cancelling(x[0], ffn) for ffn in (own, of_tape))
     return {
         "x": x,
         "num_input_rows": count(inputs),
@@ -140,6 +150,11 @@ def _ffn(make, sizes, options):
         "num_rows": count(inputs + tapes),
         "activation": options["activation"],
     }
+
+
+def _cancelling(row, ffn):
+    product = ffn.w1.double() @ row.double()
+    return ffn._replace(b1=-product.to(row.dtype), b2=torch.zeros_like(ffn.b2))
 
 
 def _norm(make, sizes, options):

@@ -58,16 +58,28 @@ def random_case(rng, backend):
             case["layouts"][name] = rng.choice(LAYOUTS)
     if rng.random() < 0.3:
         case["layouts"][COTANGENT] = rng.choice(LAYOUTS)
-    if rng.random() < 0.05 and op in ("tape_select", "tape_read", "elastic_attention"):
-        first, second = {"tape_read": ("query", "bank"), "tape_select": ("query", "keys")}.get(
-            op, ("q", "k")
-        )
-        case["values"] |= {first: "positive", second: "low_first"}
+    if rng.random() < 0.05:
+        _score_low(rng, case, slow)
     if rng.random() < 0.3:
         case["breakages"] = [random_breakage(rng, case)]
         if rng.random() < 0.1:
             case["breakages"].append(random_breakage(rng, case))
     return case
+
+
+def _score_low(rng, case, slow):
+    """Let the first keys have scores of -inf, so many that a kernel has a block of them alone."""
+    first = {"tape_select": "query", "tape_read": "query", "elastic_attention": "q"}.get(case["op"])
+    if first is None:
+        return
+    second = {"tape_select": "keys", "tape_read": "bank"}.get(case["op"], "k")
+    case["values"] |= {first: "positive", second: "low_first"}
+    sizes = case["sizes"]
+    if case["op"] != "elastic_attention":
+        sizes["bank_size"] = max(sizes["topk"], rng.randint(60, 90) if slow else 1500)
+    elif sizes["input_lens"]:
+        sizes["num_heads"] = 1
+        sizes["input_lens"][0] = rng.randint(90, 150) if slow else rng.randint(1400, 1800)
 
 
 def _size(rng, most):
@@ -167,6 +179,7 @@ def _ffn_options(rng):
         "tape_ffn": rng.random() < 0.7,
         "counts_on_device": rng.random() < 0.25,
         "activation": rng.choice(("gelu_tanh", "gelu", "relu")),
+        "cancel": rng.random() < 0.1,
     }
 
 

@@ -89,12 +89,12 @@ def activate(x, name):
 def ffn(x, middle, end, own, of_tape, activation, jitter=EXACT):
     """The two feed-forwards, zero from row `end` on."""
     w1, b1, w2, b2 = own
-    hidden = jitter(x[:middle] @ w1.mT + b1)
-    parts = [jitter(activate(hidden, activation)) @ w2.mT + b2]
+    hidden = jitter(F.linear(x[:middle], w1, b1))
+    parts = [F.linear(jitter(activate(hidden, activation)), w2, b2)]
     if of_tape is not None:
         w1, b1, w2, b2 = of_tape
-        a, g = jitter(x[middle:end] @ w1.mT + b1).chunk(2, 1)
-        parts.append(jitter(a * torch.sigmoid(g)) @ w2.mT + b2)
+        a, g = jitter(F.linear(x[middle:end], w1, b1)).chunk(2, 1)
+        parts.append(F.linear(jitter(a * torch.sigmoid(g)), w2, b2))
     return F.pad(torch.cat(parts), (0, 0, 0, len(x) - end))
 
 
