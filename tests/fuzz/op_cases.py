@@ -19,6 +19,9 @@ COTANGENT = "cotangent"
 
 _DTYPES = ("float32", "float32", "bfloat16", "float16", "float64")
 _SLOW = ("triton", "cuda")
+# Of scores that float32 rounds to whole numbers, no backward can take exponentials once more; and
+# what a LayerNorm is to make of a row that is all rounding is nobody's guess.
+_ILL_CONDITIONED = ("elastic_attention", "add_layer_norm")
 
 
 def random_case(rng, backend):
@@ -53,7 +56,10 @@ def random_case(rng, backend):
     }
     for name in TENSORS[op]:
         if name not in INTEGERS and rng.random() < 0.2:
-            case["values"][name] = rng.choice(FLOAT_VALUES)
+            values = rng.choice(FLOAT_VALUES)
+            if values == "huge" and op in _ILL_CONDITIONED:
+                values = "large"
+            case["values"][name] = values
         if rng.random() < 0.25:
             case["layouts"][name] = rng.choice(LAYOUTS)
     if rng.random() < 0.3:

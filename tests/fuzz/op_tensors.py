@@ -48,6 +48,8 @@ def floats(shape, dtype, values, generator):
                 x[..., : x.shape[-2] * 3 // 4, 0] = -torch.inf
         case "huge":
             x = x * HUGE.get(dtype, 1e12)
+        case "large":
+            x = x * 30
         case "tiny":
             x = x * 1e-30
     return x.to(dtype)
