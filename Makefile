@@ -5,6 +5,11 @@ VENV ?= .venv
 NEWEST_VENV ?= .venv-newest
 ARGS ?=
 OUT ?= benchmarks/results
+SECONDS ?= 60
+SANITIZED_SECONDS ?= 20
+SEED ?=
+BACKENDS ?=
+CASE ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -28,12 +33,19 @@ define sanitized
 	PATH="$(abspath $(bin)):$$PATH" cmake --build build/$(2) --target all adatape_cuda_host
 	rm -rf $(site) && mkdir -p $(site) && cp -r adatape_kernels $(site) && rm -f $(site)/*/_C*
 	PATH="$(abspath $(bin)):$$PATH" cmake --install build/$(2) --prefix $(site)
-	LD_PRELOAD="$$($(CXX) -print-file-name=lib$(2).so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 \
-	  TSAN_OPTIONS="suppressions=tests/tsan.supp ignore_noninstrumented_modules=1" \
-	  ADATAPE_SANITIZER=$(2) ADATAPE_CUDA_HOST=build/$(2)/adatape_cuda_host.so \
-	  PYTHONPATH=$(site) $(bin)/pytest -q -p no:cacheprovider tests/ops -m $(3) $(ARGS)
+	$(call under_sanitizer,$(2)) $(bin)/pytest -q -p no:cacheprovider tests/ops -m $(3) $(ARGS)
 endef
+# $(call under_sanitizer,NAME) is what stands before a command that is to run on that copy.
+under_sanitizer = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) \
+  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+  TSAN_OPTIONS="suppressions=$(abspath tests/tsan.supp) ignore_noninstrumented_modules=1" \
+  ADATAPE_SANITIZER=$(1) ADATAPE_CUDA_HOST=$(abspath build/$(1))/adatape_cuda_host.so \
+  PYTHONPATH=$(abspath build/$(1)/site)
+
+# $(call run_fuzzer,SECONDS,BACKENDS), or with CASE that case again. It runs in tests/, so that Python
+# does not find the package of the working tree first.
+run_fuzzer = $(abspath $(bin))/python -m fuzz $(if $(CASE),--case '$(CASE)',--seconds $(1) \
+  $(if $(SEED),--seed $(SEED)) $(if $(2),--backends $(2)))
 
 newest := $(abspath $(NEWEST_VENV))/bin
 newest_constraints := $(NEWEST_VENV)/adatape-constraints.txt
@@ -55,8 +67,12 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto $(ARGS)
 
+fuzz: $(ready) $(cuda_host)  ## run random calls, models and files for SECONDS=60, from SEED=
+	cd tests && $(call run_fuzzer,$(SECONDS),$(BACKENDS))
+
 asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
 	$(call sanitized,address$(comma)undefined,asan,sanitize)
+	cd tests && $(call under_sanitizer,asan) $(call run_fuzzer,$(SANITIZED_SECONDS),cpp$(comma)cuda)
 
 tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
 	$(call sanitized,thread,tsan,sanitize_threads)
@@ -149,4 +165,4 @@ $(docs_ready): $(ready)
 	$(pip) install -c $(constraints) furo myst-parser sphinx
 	touch $@
 
-.PHONY: help venv demo test asan tsan nvcc newest memcheck audit bench gpu report lint types format docs clean
+.PHONY: help venv demo test fuzz asan tsan nvcc newest memcheck audit bench gpu report lint types format docs clean
