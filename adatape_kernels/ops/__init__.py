@@ -8,6 +8,7 @@ from adatape_kernels.ops.elastic_attention import elastic_attention
 from adatape_kernels.ops.tape_gather import tape_gather
 from adatape_kernels.ops.tape_read import tape_read
 from adatape_kernels.ops.tape_select import tape_select
+from adatape_kernels.ops.varlen_attention import varlen_attention, varlen_attn
 
 __all__ = [
     "FFN",
@@ -20,4 +21,6 @@ __all__ = [
     "tape_gather",
     "tape_read",
     "tape_select",
+    "varlen_attention",
+    "varlen_attn",
 ]

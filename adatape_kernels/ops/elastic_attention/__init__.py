@@ -63,6 +63,28 @@ def elastic_attention(
 
     Source: SPEC 6.
     """
+    out, _ = attention_with_lse(
+        q, k, v, cu_inputs, cu_tapes, max_rows=max_rows, softmax_scale=softmax_scale
+    )
+    return out
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    *,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Do what `elastic_attention` does, and return the log-sum-exp of the scores as well.
+
+    Returns:
+        What `elastic_attention` returns, and (num_heads, rows) float32, float64 for float64,
+        through which no gradient flows.
+    """
     check_tensor("q", q)
     check_tensor("k", k)
     check_tensor("v", v)
@@ -92,8 +114,7 @@ def elastic_attention(
             f"got {tuple(cu_tapes.shape)}"
         )
     cu_inputs, cu_tapes = as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
-    out, _ = _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
-    return out
+    return _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
