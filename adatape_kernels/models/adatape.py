@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.hub import HubModel
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded import PaddedAdaTape
 from adatape_kernels.models.value_checks import check_kind, check_number
 
 
-class AdaTape(nn.Module, ABC):
+class AdaTape(HubModel, ABC):
     """An elastic encoder with a class token, a head and a loss; subclasses define `embed`.
 
     Args:
@@ -80,10 +80,6 @@ class AdaTape(nn.Module, ABC):
             },
         )
         self.class_token = nn.Parameter(torch.zeros(1, 1, c.dim)) if c.pooling == "token" else None
-        self.class_names: tuple[str, ...] | None = None
-        """The name of each class, where it is known; saved with the model."""
-        self.preprocessing: Preprocessing | None = None
-        """What makes the input of image files, where it is known; saved with the model."""
         self.head = nn.Linear(c.dim, c.num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

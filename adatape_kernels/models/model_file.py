@@ -9,34 +9,52 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig
-from adatape_kernels.models.parity import AdaTapeParity, AdaTapeParityConfig
 from adatape_kernels.models.value_checks import shown
-from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTConfig
 
 FILE = "model.safetensors"
 """Name of a model's file in a folder."""
 FORMAT = 1
 """Version of the format; files of a newer one are refused."""
 
-_MODELS: dict[str, tuple[type[AdaTape], type[AdaTapeConfig]]] = {
-    "AdaTapeViT": (AdaTapeViT, AdaTapeViTConfig),
-    "AdaTapeParity": (AdaTapeParity, AdaTapeParityConfig),
-}
 _METADATA, _CHECKSUM = "adatape_kernels", "adatape_kernels_sha256"
+
+
+class SavedModel(nn.Module):
+    """What a model that can be saved has, beside its parameters."""
+
+    config: AdaTapeConfig
+    """Sizes and choices; the model is made of nothing else."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each class, where it is known; saved with the model."""
+    preprocessing: Preprocessing | None = None
+    """What makes the input of image files, where it is known; saved with the model."""
+
+
+_Model = TypeVar("_Model", bound=type[SavedModel])
+_MODELS: dict[str, tuple[type[SavedModel], type[AdaTapeConfig]]] = {}
+
+
+def saved_with(config_class: type[AdaTapeConfig]) -> Callable[[_Model], _Model]:
+    """Return a decorator of a model that is built of one configuration of this class alone."""
+
+    def register(model_class: _Model) -> _Model:
+        _MODELS[model_class.__name__] = model_class, config_class
+        return model_class
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -50,15 +68,20 @@ class Description:
     preprocessing: Preprocessing | None = None
     """What makes the model's input of image files; None where it is not known."""
 
-    def build(self, tensors: Mapping[str, Tensor], file: Path) -> AdaTape:
+    def build(self, tensors: Mapping[str, Tensor], file: Path) -> SavedModel:
         """Return the model with these parameters, in the mode for evaluation.
 
         Raises:
             ValueError: the tensors' names or shapes are not the model's; the error names the file.
         """
-        model_class = next(m for m, config in _MODELS.values() if type(self.config) is config)
+        found = [m for m, config in _MODELS.values() if type(self.config) is config]
+        if not found:
+            raise ValueError(
+                f"config: expected that of {' or '.join(_MODELS)}, got {type(self.config).__name__}"
+            )
+        make: Callable[[AdaTapeConfig], SavedModel] = found[0]
         with torch.device("meta"):
-            model = model_class(self.config)
+            model = make(self.config)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         check_names_and_shapes(file, expected, {n: tuple(t.shape) for n, t in tensors.items()})
         model.load_state_dict(dict(tensors), assign=True)
@@ -67,7 +90,7 @@ class Description:
 
 
 def save(
-    model: AdaTape,
+    model: SavedModel,
     target: str | os.PathLike[str],
     *,
     class_names: Sequence[str] | None = None,
@@ -76,7 +99,7 @@ def save(
     """Write a model into one safetensors file, from which `load` builds it again.
 
     Args:
-        model: an AdaTapeViT or AdaTapeParity, on any device and in any dtype.
+        model: one of `adatape_kernels.models`, on any device and in any dtype.
         target: a file whose name ends in .safetensors, or a folder, made if it is missing, in which
             the file is called model.safetensors. A file of this name is replaced.
         class_names: the name of each class; None for those that the model has, if any.
@@ -114,7 +137,7 @@ def save(
 
 
 def serialised(
-    model: AdaTape,
+    model: SavedModel,
     *,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
@@ -144,9 +167,7 @@ def serialised(
     }
     text = json.dumps(entries)
     metadata = {"format": "pt", _METADATA: text}
-    return safetensors.torch.save(
-        tensors, {**metadata, _CHECKSUM: _checksum(metadata, tensors)}
-    )
+    return safetensors.torch.save(tensors, {**metadata, _CHECKSUM: _checksum(metadata, tensors)})
 
 
 def read(file: Path) -> tuple[Description | None, dict[str, Tensor]]:
@@ -258,5 +279,5 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from adatape_kernels.data import Normaliser, Preprocessing, digits
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTape, AdaTapeConfig
-from adatape_kernels.models.model_file import FILE, Description, read
+from adatape_kernels.models import AdaTapeConfig
+from adatape_kernels.models.model_file import FILE, Description, SavedModel, read
 from adatape_kernels.models.value_checks import shown
 from adatape_kernels.recipes import checkpoint, demo
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
 
 _REPORT = "report.json"
 _MODEL = "model."
@@ -29,7 +29,7 @@ def load(
     dtype: torch.dtype | None = None,
     halt_threshold: float | None = None,
     config: AdaTapeConfig | None = None,
-) -> AdaTape:
+) -> SavedModel:
     """Build a trained model from a file that `save` wrote, or from the folder of a run.
 
     Args:
@@ -143,13 +143,13 @@ def _of_run(file: Path, config: Any, data: Any) -> Description:
     try:
         names = tuple(map(str, data["class_names"]))
         normalise = Normaliser(tuple(data["mean"]), tuple(data["std"]))
-        options = TrainConfig.of_saved(config)
+        options = TrainConfig.of_saved(with_present_names(config))
         return Description(
             options.vit_config(len(names), len(normalise.mean)),
             names,
             Preprocessing.of(options.image_size, normalise),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{printable(file)}: expected the options and images of a run, got "
             f"{printable(error, 200)}"

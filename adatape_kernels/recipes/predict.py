@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from adatape_kernels.models import AdaTape
+from adatape_kernels.models.model_file import SavedModel
 from adatape_kernels.models.value_checks import check_integer
 
 
@@ -47,7 +47,7 @@ class Predictor:
         ValueError: the model knows no preprocessing, or `top` is below 1.
     """
 
-    def __init__(self, model: AdaTape, *, top: int = 3):
+    def __init__(self, model: SavedModel, *, top: int = 3):
         if model.preprocessing is None:
             raise ValueError(
                 "model: expected one that was saved with its preprocessing, got one without"
