@@ -5,9 +5,20 @@ __version__ = "0.1.0"
 from adatape_kernels import layers, models, ops, scenic
 from adatape_kernels._build import warn_of_plain_python
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.models.model_file import save
 from adatape_kernels.ops.compiled_part import FACTS
 from adatape_kernels.ops.op import use_backend
+from adatape_kernels.recipes.model_loading import load
 
-__all__ = ["ElasticBatch", "layers", "models", "ops", "scenic", "use_backend"]
+__all__ = [
+    "ElasticBatch",
+    "layers",
+    "load",
+    "models",
+    "ops",
+    "save",
+    "scenic",
+    "use_backend",
+]
 
 warn_of_plain_python(FACTS)

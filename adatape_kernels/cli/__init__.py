@@ -10,6 +10,7 @@ from adatape_kernels.cli import (
     check_command,
     demo_command,
     info_command,
+    predict_command,
     train_command,
     verify_command,
 )
@@ -22,7 +23,14 @@ from adatape_kernels.cli.options import (
 from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes.terminal import say
 
-COMMANDS = (info_command, check_command, verify_command, demo_command, train_command)
+COMMANDS = (
+    info_command,
+    check_command,
+    verify_command,
+    demo_command,
+    train_command,
+    predict_command,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

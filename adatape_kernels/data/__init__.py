@@ -7,9 +7,10 @@ from adatape_kernels.data.digits import digits
 from adatape_kernels.data.idx import DIGIT_CLASSES, FASHION_CLASSES, mnist_layout
 from adatape_kernels.data.image_folder import image_folder
 from adatape_kernels.data.image_set import ImageSet, Normaliser
+from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
 
-__all__ = ["NAMES", "ImageSet", "Normaliser", "digits", "load"]
+__all__ = ["NAMES", "ImageSet", "Normaliser", "Preprocessing", "digits", "load"]
 
 NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "imagefolder")
 """The image sets that `load` knows."""

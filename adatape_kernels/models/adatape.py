@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.hub import HubModel
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded import PaddedAdaTape
 from adatape_kernels.models.value_checks import check_kind, check_number
 
 
-class AdaTape(nn.Module, ABC):
+class AdaTape(HubModel, ABC):
     """An elastic encoder with a class token, a head and a loss; subclasses define `embed`.
 
     Args:

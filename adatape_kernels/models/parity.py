@@ -11,6 +11,7 @@ from adatape_kernels.models.config import (
     MOST_VALUES,
     AdaTapeConfig,
 )
+from adatape_kernels.models.model_file import saved_with
 from adatape_kernels.models.value_checks import check_kind
 
 
@@ -51,6 +52,7 @@ class AdaTapeParityConfig(AdaTapeConfig):
             )
 
 
+@saved_with(AdaTapeParityConfig)
 class AdaTapeParity(AdaTape):
     """A classifier of sequences (batch, seq_len, element_dim).
 

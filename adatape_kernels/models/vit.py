@@ -17,6 +17,7 @@ from adatape_kernels.models.config import (
     AdaTapeConfig,
     AdaTapeOptions,
 )
+from adatape_kernels.models.model_file import saved_with
 from adatape_kernels.models.value_checks import check_kind, shown
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
@@ -165,6 +166,7 @@ class AdaTapeViTOptions(AdaTapeOptions, total=False):
     bank_patch_size: int
 
 
+@saved_with(AdaTapeViTConfig)
 class AdaTapeViT(AdaTape):
     """A ViT on images (batch, in_channels, image_size, image_size) with an elastic tape.
 

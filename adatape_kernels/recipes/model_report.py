@@ -4,11 +4,11 @@ import json
 import os
 from typing import Any
 
-import safetensors.torch
-
 from adatape_kernels.data.image_set import ImageSet, Normaliser
+from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.models.model_file import FILE, serialised
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import ModelComparison, compare
@@ -40,8 +40,9 @@ def write_report(
     comparison, output = compare(model, data, normalise, rounds)
     report = {**comparison.report(), **entries, **environment()}
     out.write("report.json", (json.dumps(report, indent=2) + "\n").encode())
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    out.write("model.safetensors", safetensors.torch.save(weights))
+    preprocessing = Preprocessing.of(model.config.image_size, normalise)
+    content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
+    out.write(FILE, content)
     pictures.draw_all(out, data, output, comparison, model.config.bank_patch_size)
     print(table(comparison))
     print(f"pictures, report and model: {printable(out.folder)}{os.sep}")
