@@ -39,7 +39,11 @@ if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
 # What a GPU machine may lack, and the files that are of no use without it.
 _TRAINING = ("checkpoint", "demo", "every_image", "flushing", "lenient_output", "train")
 _NEEDS = {
-    "safetensors": tuple(f"recipes/test_{name}.py" for name in _TRAINING),
+    "safetensors": (
+        "models/test_hub.py",
+        "models/test_model_file.py",
+        *(f"recipes/test_{name}.py" for name in ("predict", *_TRAINING)),
+    ),
     "matplotlib": ("recipes/test_demo.py", "recipes/test_pictures.py"),
     "PIL": ("data/test_*.py", *(f"recipes/test_{name}.py" for name in _TRAINING)),
 }

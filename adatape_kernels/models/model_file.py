@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import shown
@@ -167,6 +165,8 @@ def serialised(
     }
     text = json.dumps(entries)
     metadata = {"format": "pt", _METADATA: text}
+    import safetensors.torch
+
     return safetensors.torch.save(tensors, {**metadata, _CHECKSUM: _checksum(metadata, tensors)})
 
 
@@ -182,6 +182,9 @@ def read(file: Path) -> tuple[Description | None, dict[str, Tensor]]:
             names it.
         OSError: it cannot be read.
     """
+    # The kernels can be tested and measured without safetensors.
+    from safetensors import SafetensorError, safe_open
+
     name = printable(file)
     try:
         with safe_open(os.fspath(file), framework="pt") as opened:

@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,6 +76,8 @@ def save(where: RunFolder | Path, checkpoint: Checkpoint) -> None:
             save(run, checkpoint)
         return
     remove_leftovers(where)
+    import safetensors.torch
+
     # The bytes are held in memory once, so that what is hashed is what is written.
     content = safetensors.torch.save(checkpoint.tensors)
     name = where.unused_name(f"checkpoint-{checkpoint.epoch}", ".safetensors")
@@ -249,6 +249,10 @@ def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is another one.
     """
+    # The kernels can be tested and measured without safetensors.
+    import safetensors.torch
+    from safetensors import SafetensorError
+
     content = _read(file)
     if len(content) != size:
         raise ValueError(f"{file}: expected {shown(size)} bytes, got {len(content)}")

@@ -13,7 +13,8 @@ from adatape_kernels.ops.op import current_backend
 OP = ("tape_select", "tape_gather", "dual_ffn")
 compiled = pytest.mark.backends("cpp", "cuda")
 pytestmark = pytest.mark.runs_no_op  # whatever is asked for here fails
-TERABYTES = 2**40
+MOST_ROWS = 2**31 - 1
+DIM = 2**16
 
 
 def message_of(call):
@@ -25,23 +26,23 @@ def message_of(call):
 def absurd_selection(device, batch):
     """A call for the most tape tokens that there may be, of examples that are one in memory."""
     query = torch.zeros(1, 8, device=device).expand(batch, 8)
-    options = {"num_tape_tokens": 2**31 - 1, "topk": 2, "halt_threshold": 1.0}
+    options = {"num_tape_tokens": MOST_ROWS, "topk": 2, "halt_threshold": 1.0}
     return lambda: ops.tape_select(query, torch.zeros(40, 8, device=device), **options)
 
 
 def absurd_tape(device):
     numbers = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
     counts = torch.ones(1, dtype=torch.int32, device=device)
-    bank = torch.zeros(40, 8, device=device)
-    return lambda: ops.tape_gather(bank, numbers, numbers.float(), counts, capacity=TERABYTES)
+    bank = torch.zeros(40, 1, device=device).expand(40, DIM)
+    return lambda: ops.tape_gather(bank, numbers, numbers.float(), counts, capacity=MOST_ROWS)
 
 
 def absurd_hidden(device):
-    # One row of hidden features for each of so many rows, which are all the same in memory.
-    x = torch.zeros(1, 1, device=device).expand(2**36, 1)
-    w1, w2 = torch.zeros(64, 1, device=device), torch.zeros(1, 64, device=device)
-    ffn = ops.FFN(w1, torch.zeros(64, device=device), w2, torch.zeros(1, device=device))
-    return lambda: ops.dual_ffn(x, 2**36, ffn)
+    # The hidden features of so many rows, which are all the same in memory.
+    x = torch.zeros(1, 1, device=device).expand(MOST_ROWS, 1)
+    w1, w2 = torch.zeros(DIM, 1, device=device), torch.zeros(1, DIM, device=device)
+    ffn = ops.FFN(w1, torch.zeros(DIM, device=device), w2, torch.zeros(1, device=device))
+    return lambda: ops.dual_ffn(x, MOST_ROWS, ffn)
 
 
 @pytest.mark.backends("cpp", "cuda", "eager")
@@ -55,7 +56,7 @@ def test_memory_and_bytes_are_named(device):
 @compiled
 @pytest.mark.parametrize("batch", [2**10, 2**30])
 def test_selection_names_the_tensor(device, batch):
-    wanted = min(batch * (2**31 - 1) * 2 * 4, 2**63 - 1)
+    wanted = min(batch * MOST_ROWS * 2 * 4, 2**63 - 1)
     assert message_of(absurd_selection(device, batch)) == (
         f"tape_select: out of memory: cannot allocate {wanted} bytes for weights"
     )
@@ -63,7 +64,7 @@ def test_selection_names_the_tensor(device, batch):
 
 @compiled
 def test_gathering_names_the_tensor(device):
-    wanted = TERABYTES * 8 * 4
+    wanted = MOST_ROWS * DIM * 4
     assert message_of(absurd_tape(device)) == (
         f"tape_gather: out of memory: cannot allocate {wanted} bytes for tape"
     )
