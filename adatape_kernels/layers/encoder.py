@@ -242,7 +242,7 @@ class ElasticEncoder(nn.Module):
                     f"readers: expected layers from 0 to {len(self.layers) - 1}, got {layer}"
                 )
         self.readers = nn.ModuleDict({str(layer): reader for layer, reader in readers.items()})
-        self.norm = nn.LayerNorm(dim, norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(dim, norm_eps)
 
     def stages(self) -> Iterator[tuple[ElasticEncoderLayer, TapeReader | None]]:
         """Yield each layer with the reader that runs before it, or with None.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from adatape_kernels.elastic import Pooling
-from adatape_kernels.layers import QueryType
+from adatape_kernels.layers import NORM_EPS, QueryType
 from adatape_kernels.models.config import MOST_TOKENS, check_integer, check_number
 from adatape_kernels.models.parity import AdaTapeParityConfig
 from adatape_kernels.models.vit import AdaTapeViTConfig
@@ -80,6 +80,7 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
         "query_noise": halting["query_noise"],
         "bank_dropout": halting["bernoulli_p"],
         "activation": "gelu_tanh",
+        "norm_eps": NORM_EPS,
     }
     if config["kind"] == "adatape_vit":
         return AdaTapeViTConfig(
