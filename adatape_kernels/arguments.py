@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST_CHARACTERS = 80
+# Integers of more bits are described; Python refuses to write the longest ones at all.
+_MOST_BITS = 256
+
 
 def check_tensor(name: str, value: Any) -> None:
     """Refuse what is no tensor.
@@ -19,7 +23,7 @@ def check_tensor(name: str, value: Any) -> None:
         TypeError: it is none.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_text(value)}")
+        raise TypeError(f"{name}: expected a tensor, got {shown(value)}")
 
 
 def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = None) -> None:
@@ -42,12 +46,12 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
         TypeError: num_heads: expected an int, got 2.0
     """
     if type(value) is not int and not _is_int(value):
-        raise TypeError(f"{name}: expected an int, got {_text(value)}")
+        raise TypeError(f"{name}: expected an int, got {shown(value)}")
     if lowest is None:
         return
     if value < lowest or (most is not None and value > most):
         bounds = f"{lowest} or more" if most is None else f"{lowest} to {most}"
-        raise ValueError(f"{name}: expected {bounds}, got {_text(value)}")
+        raise ValueError(f"{name}: expected {bounds}, got {shown(value)}")
 
 
 def check_number(
@@ -72,7 +76,7 @@ def check_number(
         ValueError: eps: expected a finite number of at least 0, got -5
     """
     if type(value) is not float and type(value) is not int and not _is_number(value):
-        raise TypeError(f"{name}: expected a number, got {_text(value)}")
+        raise TypeError(f"{name}: expected a number, got {shown(value)}")
     # NaN compares as False with everything.
     within = -math.inf < value < math.inf if finite else value == value
     if not (within and lowest <= value <= most):
@@ -81,7 +85,7 @@ def check_number(
             kind = f"{lowest} to {most}"
         elif lowest > -math.inf:
             kind += f" of at least {lowest}"
-        raise ValueError(f"{name}: expected {kind}, got {_text(value)}")
+        raise ValueError(f"{name}: expected {kind}, got {shown(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -91,7 +95,13 @@ def check_flag(name: str, value: Any) -> None:
         TypeError: it is neither.
     """
     if not isinstance(value, bool | torch.SymBool):
-        raise TypeError(f"{name}: expected True or False, got {_text(value)}")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless an object is of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected an object of {kind.__name__}, got {shown(value)}")
 
 
 def _is_int(value: Any) -> bool:
@@ -110,9 +120,17 @@ def _is_number(value: Any) -> bool:
     return hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
 
 
-def _text(value: Any) -> str:
-    """Return a value in one line, whatever it is; a tensor by its dtype and shape."""
+def shown(value: object) -> str:
+    """Return a value as an error shows it: in one line that is not too long.
+
+    A tensor is shown by its dtype and shape.
+    """
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        return f"an object of type {type(value).__name__}"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

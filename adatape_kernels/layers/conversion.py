@@ -36,8 +36,8 @@ def activation_name(activation: Any) -> Activation | None:
 def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
     """Return in words all that torch's layer has and ours has not."""
     if type(layer) is not nn.TransformerEncoderLayer:
-        return [f"the class {_class_name(layer)}"]
-    found = [] if is_bare(layer) else [_not_bare("it")]
+        return [f"the class {class_name(layer)}"]
+    found = [] if is_bare(layer) else [not_bare("it")]
     for name, kinds in (
         ("linear1", (nn.Linear,)),
         ("linear2", (nn.Linear,)),
@@ -47,7 +47,7 @@ def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
         ("dropout1", (nn.Dropout, nn.Identity)),
         ("dropout2", (nn.Dropout, nn.Identity)),
     ):
-        found += _differences_of_part(name, getattr(layer, name), kinds)
+        found += differences_of_part(name, getattr(layer, name), kinds)
     for name in ("dropout", "dropout1", "dropout2"):
         part = getattr(layer, name)
         if type(part) is nn.Dropout and part.p > 0 and part.training != layer.training:
@@ -61,12 +61,10 @@ def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
 def differences_of_attention(attention: nn.MultiheadAttention) -> list[str]:
     """Return in words all that torch's attention has and ours has not."""
     if type(attention) is not nn.MultiheadAttention:
-        return [f"the class {_class_name(attention)}"]
-    found = [] if is_bare(attention) else [_not_bare("it")]
+        return [f"the class {class_name(attention)}"]
+    found = [] if is_bare(attention) else [not_bare("it")]
     out_proj = attention.out_proj
-    found += _differences_of_part(
-        "out_proj", out_proj, (nn.Linear, NonDynamicallyQuantizableLinear)
-    )
+    found += differences_of_part("out_proj", out_proj, (nn.Linear, NonDynamicallyQuantizableLinear))
     for name in ("kdim", "vdim"):
         if getattr(attention, name) != attention.embed_dim:
             found.append(f"{name} = {getattr(attention, name)}")
@@ -107,17 +105,20 @@ def copy_parameters(theirs: nn.Module, ours: nn.Module) -> None:
         setattr(ours.get_submodule(parent), leaf, copy)
 
 
-def _differences_of_part(name: str, part: nn.Module, kinds: tuple[type, ...]) -> list[str]:
+def differences_of_part(name: str, part: object, kinds: tuple[type, ...]) -> list[str]:
+    """Return in words why a part is not one of some classes, or does more than its class."""
     if type(part) not in kinds:
-        return [f"{name} of class {_class_name(part)}"]
-    return [] if is_bare(part) else [_not_bare(name)]
+        return [f"{name} of class {class_name(part)}"]
+    return [] if isinstance(part, nn.Module) and is_bare(part) else [not_bare(name)]
 
 
-def _not_bare(name: str) -> str:
+def not_bare(name: str) -> str:
+    """Return in words that calling a module runs more than the forward of its class."""
     return f"{name} with hooks, a forward of its own, or compiled by itself"
 
 
-def _class_name(module: object) -> str:
+def class_name(module: object) -> str:
+    """Return the full name of an object's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adatape_kernels.arguments import check_kind, shown
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
     MOST_PARAMETERS,
@@ -18,7 +19,7 @@ from adatape_kernels.models.config import (
     AdaTapeOptions,
 )
 from adatape_kernels.models.model_file import saved_with
-from adatape_kernels.models.value_checks import check_flag, check_kind, shown
+from adatape_kernels.models.value_checks import as_flag
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
     from typing_extensions import Unpack
@@ -66,7 +67,7 @@ class AdaTapeViTConfig(AdaTapeConfig):
     def __post_init__(self) -> None:
         """Check that patches tile the image and that a bank fills at least one tape token."""
         super().__post_init__()
-        check_flag("pre_norm", self.pre_norm)
+        as_flag("pre_norm", self.pre_norm)
         self._check_integer("in_channels", 1, MOST_TOKENS)
         self._check_integer("image_size", 1, math.isqrt(MOST_VALUES // self.in_channels))
         for name in ("patch_size", "bank_patch_size"):

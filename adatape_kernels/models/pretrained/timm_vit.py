@@ -1,0 +1,276 @@
+"""The VisionTransformer of timm: what of it AdaTape computes, and its tensors."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from adatape_kernels.data.preprocessing import Preprocessing
+from adatape_kernels.layers.conversion import activation_name, class_name, not_bare
+from adatape_kernels.layers.torch_modules import is_bare
+from adatape_kernels.models.config import BankKind
+from adatape_kernels.models.pretrained.source_vit import (
+    SourceViT,
+    build,
+    refuse_parts,
+    state_dict_source,
+)
+from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTOptions
+from adatape_kernels.op_types import Activation
+
+if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
+    from typing_extensions import Unpack
+
+_POOLINGS = {"token": "token", "avg": "mean", "max": "max"}
+_ACTIVATIONS: dict[str, Activation] = {"GELU": "gelu", "GELUTanh": "gelu_tanh"}
+_NORMS = ("torch.LayerNorm", "timm.LayerNorm")
+_ABSENT = ("torch.Identity",)
+# The classes that a part may have, by its name: the package of a class, and its own name.
+_PARTS = {
+    "patch_embed": ("timm.PatchEmbed",),
+    "patch_embed.proj": ("torch.Conv2d",),
+    "patch_embed.norm": _ABSENT,
+    "pos_drop": ("torch.Dropout",),
+    "patch_drop": _ABSENT,
+    "norm_pre": (*_ABSENT, *_NORMS),
+    "blocks": ("torch.Sequential",),
+    "norm": (*_ABSENT, *_NORMS),
+    "fc_norm": (*_ABSENT, *_NORMS),
+    "head_drop": ("torch.Dropout",),
+    "head": ("torch.Linear", *_ABSENT),
+}
+_BLOCK_PARTS = {
+    "norm1": _NORMS,
+    "attn": ("timm.Attention",),
+    "attn.qkv": ("torch.Linear",),
+    "attn.q_norm": _ABSENT,
+    "attn.k_norm": _ABSENT,
+    "attn.norm": _ABSENT,
+    "attn.attn_drop": ("torch.Dropout",),
+    "attn.proj": ("torch.Linear",),
+    "attn.proj_drop": ("torch.Dropout",),
+    "ls1": ("timm.LayerScale", *_ABSENT),
+    "drop_path1": ("timm.DropPath", *_ABSENT),
+    "norm2": _NORMS,
+    "mlp": ("timm.Mlp",),
+    "mlp.fc1": ("torch.Linear",),
+    "mlp.drop1": ("torch.Dropout",),
+    "mlp.norm": _ABSENT,
+    "mlp.fc2": ("torch.Linear",),
+    "mlp.drop2": ("torch.Dropout",),
+    "ls2": ("timm.LayerScale", *_ABSENT),
+    "drop_path2": ("timm.DropPath", *_ABSENT),
+}
+
+
+def from_timm(
+    model: nn.Module | Mapping[str, Tensor],
+    bank: BankKind = "input",
+    *,
+    new_head: bool = False,
+    **options: "Unpack[AdaTapeViTOptions]",
+) -> AdaTapeViT:
+    """Make an AdaTape model of a VisionTransformer of timm, on copies of its parameters.
+
+    While nothing is read (`num_tape_tokens=0`, `halt_threshold=0` or `read_layers=()`) its logits
+    are the source's. Sizes, activation, epsilon of norms, pooling, register tokens, the place of
+    norms, rates of dropout, preprocessing, dtype, device, mode and what requires a gradient come
+    from the source; LayerScale is multiplied into the weights. A bias that the source does not have
+    is zero and stays so. What the tape needs is new, initialised as in `adatape_vit`.
+
+    Args:
+        model: the VisionTransformer, or its state dict. A state dict does not tell num_heads, which
+            is required then; activation is "gelu", norm_eps 1e-6, pooling that of the tensors
+            and image_size that of square positions unless options say otherwise.
+        bank: what the tape is read from, "input" or "learn".
+        new_head: whether the head is a new one, for num_classes classes, rather than the source's.
+        options: fields of AdaTapeViTConfig; what the source decides may not differ from it, save
+            for the rates with which training drops something. tape_ffn_dim is dim,
+            bank_patch_size half the patch size or the next smaller divisor of the image.
+
+    Returns:
+        The model, in the source's mode, or in the mode for evaluation for a state dict.
+
+    Raises:
+        TypeError: the model is neither a module nor a mapping.
+        ValueError: the source has something that is not computed here, such as a norm of queries
+            and keys, RMSNorm, SwiGLU, a second class token or pooling by attention, all of which
+            is named; its tensors have other names or shapes; or an option is unknown or wrong.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> block = {"norm1": (6,), "norm2": (6,), "attn.qkv": (18, 6), "attn.proj": (6, 6),
+        ...     "mlp.fc1": (8, 6), "mlp.fc2": (6, 8)}
+        >>> shapes = {"norm": (6,), "head": (5, 6), "patch_embed.proj": (6, 3, 4, 4)}
+        >>> shapes |= {f"blocks.0.{name}": shape for name, shape in block.items()}
+        >>> state = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+        >>> state |= {f"{name}.bias": torch.randn(shape[0]) for name, shape in shapes.items()}
+        >>> state |= {"cls_token": torch.randn(1, 1, 6), "pos_embed": torch.randn(1, 5, 6)}
+        >>> model = ak.models.from_timm(state, num_heads=2)
+        >>> model.config.image_size, model(torch.randn(2, 3, 8, 8)).logits.shape
+        (8, torch.Size([2, 5]))
+    """
+    if isinstance(model, nn.Module):
+        refuse_parts("timm", _differences(model))
+        facts = _facts(model)
+        preprocessing = _preprocessing(model, facts["image_size"])
+        source = SourceViT(_tensors(model), facts, preprocessing, model.training)
+    elif isinstance(model, Mapping):
+        source = state_dict_source(model)
+    else:
+        raise TypeError(
+            "model: expected a VisionTransformer of timm or its state dict, "
+            f"got {type(model).__name__}"
+        )
+    return build(source, bank, new_head, options)
+
+
+def _differences(model: nn.Module) -> Iterator[str]:
+    """Yield in words all that timm's model has and ours has not."""
+    if _kind(model) != "timm.VisionTransformer":
+        yield f"the class {class_name(model)}"
+        return
+    if getattr(model, "attn_pool", None) is not None:
+        yield f"attn_pool of class {class_name(model.attn_pool)}"
+    elif model.global_pool not in _POOLINGS:
+        yield f"global_pool = {model.global_pool!r}"
+    for name, module in model.named_modules():
+        if not is_bare(module):
+            yield not_bare(name or "it")
+    wrong = list(_wrong_classes(model))
+    yield from wrong
+    if wrong:  # what follows relies on the classes
+        return
+    yield from _wrong_values(model)
+
+
+def _wrong_classes(model: nn.Module) -> Iterator[str]:
+    parts = dict(_PARTS)
+    for index, block in enumerate(model.get_submodule("blocks").children()):
+        parts[f"blocks.{index}"] = ("timm.Block",)
+        if _kind(block) == "timm.Block":
+            parts |= {f"blocks.{index}.{name}": kinds for name, kinds in _BLOCK_PARTS.items()}
+    for name, kinds in parts.items():
+        part = _part(model, name)
+        if _kind(part) not in kinds and not (part is None and "torch.Identity" in kinds):
+            yield f"{name} of class {class_name(part)}"
+    for index, block in enumerate(model.get_submodule("blocks").children()):
+        if _activation(_part(block, "mlp.act")) is None:
+            yield f"blocks.{index}.mlp.act of class {class_name(_part(block, 'mlp.act'))}"
+        if getattr(_part(block, "attn"), "gate", None) is not None:
+            yield f"blocks.{index}.attn.gate"
+
+
+def _wrong_values(model: Any) -> Iterator[str]:
+    """Yield in words what differs in a model whose parts all have classes that are known."""
+    proj, embed, blocks = model.patch_embed.proj, model.patch_embed, model.blocks
+    if len(blocks) == 0:
+        yield "no blocks"
+        return
+    square = len(set(proj.kernel_size)) == 1 and proj.kernel_size == proj.stride
+    if not square or proj.padding != (0, 0) or proj.groups != 1 or proj.dilation != (1, 1):
+        yield f"patch_embed.proj with patches other than squares side by side: {proj}"
+    if embed.img_size is None or len(set(embed.img_size)) > 1:
+        yield f"patch_embed.img_size = {embed.img_size}"
+    if (_kind(model.norm) == "torch.Identity") == (_kind(model.fc_norm) == "torch.Identity"):
+        yield "two norms behind the blocks, or none"
+    if model.global_pool != "token" and model.pool_include_prefix and model.num_prefix_tokens:
+        yield "pool_include_prefix = True"
+    if model.global_pool == "token" and model.cls_token is None:
+        yield "pooling by a class token that it does not have"
+    dim, heads = proj.out_channels, blocks[0].attn.num_heads
+    for index, block in enumerate(blocks):
+        attn = block.attn
+        if attn.num_heads != heads or attn.head_dim * heads != dim:
+            yield f"blocks.{index}.attn with {attn.num_heads} heads of {attn.head_dim}"
+        elif abs(attn.scale * attn.head_dim**0.5 - 1) > 1e-6:
+            yield f"blocks.{index}.attn.scale = {attn.scale}"
+    yield from _several("epsilons of norms", (m.eps for _, m in _norms(model)))
+    yield from _several("activations", (_activation(block.mlp.act) for block in blocks))
+    if model.head_drop.p > 0:
+        yield f"head_drop of {model.head_drop.p}"
+    rates = [model.pos_drop.p]
+    for block in blocks:
+        rates += [block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p]
+    yield from _several("rates of dropout", rates)
+    yield from _several("rates of attn_drop", (block.attn.attn_drop.p for block in blocks))
+    last = _drop_path(blocks[-1].drop_path2)
+    for index, block in enumerate(blocks):
+        expected = last * index / max(1, len(blocks) - 1)
+        for part in (block.drop_path1, block.drop_path2):
+            if abs(_drop_path(part) - expected) > 1e-6:
+                yield f"blocks.{index} with a drop_path of {_drop_path(part)}"
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """Return the fields of a configuration that tensors do not tell."""
+    first = model.blocks[0]
+    return {
+        "image_size": model.patch_embed.img_size[0],
+        "num_heads": first.attn.num_heads,
+        "activation": _activation(first.mlp.act),
+        "norm_eps": first.norm1.eps,
+        "pooling": _POOLINGS[model.global_pool],
+        "dropout": model.pos_drop.p,
+        "attention_dropout": first.attn.attn_drop.p,
+        "stochastic_depth": _drop_path(model.blocks[-1].drop_path2),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters by name, with ones and zeros where a norm has no weight or bias."""
+    tensors = dict(model.named_parameters())
+    like = next(iter(tensors.values())).detach()
+    made = {}
+    for name, norm in _norms(model):
+        if norm.weight is None:
+            made[f"{name}.weight"] = like.new_ones(norm.normalized_shape)
+        if norm.bias is None:
+            made[f"{name}.bias"] = like.new_zeros(norm.normalized_shape)
+    return {**tensors, **made}
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            yield name, module
+
+
+def _preprocessing(model: Any, image_size: int) -> Preprocessing | None:
+    """Return what timm says of the model's images, or None where it says nothing."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    channels = model.patch_embed.proj.in_channels
+    entries = {"image_size": image_size, "channels": channels}
+    try:
+        return Preprocessing.from_entries({**entries, "mean": config["mean"], "std": config["std"]})
+    except (KeyError, ValueError):
+        return None
+
+
+def _several(what: str, values: Iterator[Any] | list[Any]) -> Iterator[str]:
+    """Yield in words that values differ which are one in our model."""
+    different = sorted(set(values))
+    if len(different) > 1:
+        yield f"several {what}: {', '.join(map(str, different))}"
+
+
+def _drop_path(part: Any) -> float:
+    return getattr(part, "drop_prob", 0.0)
+
+
+def _activation(part: object) -> Activation | None:
+    package, _, name = _kind(part).partition(".")
+    return _ACTIVATIONS.get(name) if package == "timm" else activation_name(part)
+
+
+def _part(model: nn.Module, path: str) -> object:
+    """Return a submodule, or None where there is none."""
+    part: Any = model
+    for name in path.split("."):
+        part = part[int(name)] if name.isdigit() else getattr(part, name, None)
+    return part
+
+
+def _kind(part: object) -> str:
+    """Return the package that an object's class comes from and the class's own name."""
+    return f"{type(part).__module__.partition('.')[0]}.{type(part).__qualname__}"
