@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_flag, shown
 from adatape_kernels.data.preprocessing import Preprocessing
-from adatape_kernels.models.config import BankKind
+from adatape_kernels.layers.conversion import once
 from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTConfig
 
 _PATCHES, _BLOCK = "patch_embed.proj.weight", re.compile(r"blocks\.(\d{1,6})\.")
@@ -59,7 +60,7 @@ def refuse_parts(package: str, differences: Iterable[str]) -> None:
 
     What all blocks have is named once, with a star for the block.
     """
-    found = _by_block(differences)
+    found = once(differences)
     if found:
         raise ValueError(
             f"model: expected a ViT of {package} with nothing that ours does not compute, "
@@ -67,9 +68,7 @@ def refuse_parts(package: str, differences: Iterable[str]) -> None:
         )
 
 
-def build(
-    source: SourceViT, bank: BankKind, new_head: bool, options: Mapping[str, Any]
-) -> AdaTapeViT:
+def build(source: SourceViT, new_head: bool, options: Mapping[str, Any]) -> AdaTapeViT:
     """Return the AdaTape model that computes what the source does while nothing is read.
 
     Raises:
@@ -80,7 +79,6 @@ def build(
     tensors = source.tensors
     known = {**source.facts, **_sizes(tensors)}
     _check_tensors(tensors, known)
-    given = {**options, "bank": bank}
     pooling = known.get("pooling", options.get("pooling"))
     if pooling is None:
         pooling = "token" if "cls_token" in tensors and "norm.weight" in tensors else "mean"
@@ -91,7 +89,7 @@ def build(
     known.setdefault("image_size", options.get("image_size", None))
     if known["image_size"] is None:
         known["image_size"] = known["patch_size"] * _grid(tensors, prefix)
-    config = _config(known, given, new_head)
+    config = _config(known, options, new_head)
     ours = _renamed(tensors, config, prefix)
     if config.num_classes == known.get("num_classes") and not new_head:
         ours["head.weight"] = tensors["head.weight"]
@@ -161,7 +159,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> N
         came = tuple(tensors[name].shape) if name in tensors else None
         if came != expected:
             differ.append(f"{name} {expected or 'none'} / {'none' if came is None else came}")
-    wrong = _by_block(differ)
+    wrong = once(differ)
     if wrong:
         more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
         raise ValueError(
@@ -187,7 +185,7 @@ def _grid(tensors: Mapping[str, Tensor], prefix: int) -> int:
     )
 
 
-def _config(known: dict[str, Any], given: dict[str, Any], new_head: bool) -> AdaTapeViTConfig:
+def _config(known: Mapping[str, Any], given: Mapping[str, Any], new_head: bool) -> AdaTapeViTConfig:
     """Return the configuration of what is known of the source, and of the options."""
     fields = {each.name for each in dataclasses.fields(AdaTapeViTConfig)}
     for name, value in given.items():
@@ -211,7 +209,7 @@ def _config(known: dict[str, Any], given: dict[str, Any], new_head: bool) -> Ada
         "query": "token" if known["pooling"] == "token" else "gap",
         "activation": "gelu",
     }
-    if isinstance(image, int):
+    if isinstance(image, Integral):
         smaller = range(max(1, patch // 2), 0, -1)
         defaults["bank_patch_size"] = next(size for size in smaller if image % size == 0)
     return AdaTapeViTConfig(**{**defaults, **known, **given})
@@ -219,7 +217,12 @@ def _config(known: dict[str, Any], given: dict[str, Any], new_head: bool) -> Ada
 
 def _equal(value: object, known: object) -> bool:
     """Return whether an option is what the source has; 1 is not True."""
-    return isinstance(value, bool) == isinstance(known, bool) and bool(value == known)
+    if value is known:
+        return True
+    try:
+        return isinstance(value, bool) == isinstance(known, bool) and bool(value == known)
+    except (RuntimeError, TypeError, ValueError):  # a tensor or an array of several numbers
+        return False
 
 
 def _renamed(
@@ -295,14 +298,6 @@ def _position(tensors: Mapping[str, Tensor], config: AdaTapeViTConfig, prefix: i
         f"pos_embed: expected {patches} or {prefix + patches} positions for image_size "
         f"{config.image_size}, got {position.shape[1]}"
     )
-
-
-def _by_block(differences: Iterable[str]) -> list[str]:
-    """Return what is said of several blocks once, with a star for the block."""
-    found: dict[str, list[str]] = {}
-    for each in differences:
-        found.setdefault(_BLOCK.sub("blocks.*.", each), []).append(each)
-    return [star if len(same) > 1 else same[0] for star, same in found.items()]
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

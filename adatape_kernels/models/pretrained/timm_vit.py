@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.layers.conversion import activation_name, class_name, not_bare
 from adatape_kernels.layers.torch_modules import is_bare
-from adatape_kernels.models.config import BankKind
 from adatape_kernels.models.pretrained.source_vit import (
     SourceViT,
     build,
@@ -65,7 +64,6 @@ _BLOCK_PARTS = {
 
 def from_timm(
     model: nn.Module | Mapping[str, Tensor],
-    bank: BankKind = "input",
     *,
     new_head: bool = False,
     **options: "Unpack[AdaTapeViTOptions]",
@@ -82,11 +80,11 @@ def from_timm(
         model: the VisionTransformer, or its state dict. A state dict does not tell num_heads, which
             is required then; activation is "gelu", norm_eps 1e-6, pooling that of the tensors
             and image_size that of square positions unless options say otherwise.
-        bank: what the tape is read from, "input" or "learn".
         new_head: whether the head is a new one, for num_classes classes, rather than the source's.
-        options: fields of AdaTapeViTConfig; what the source decides may not differ from it, save
-            for the rates with which training drops something. tape_ffn_dim is dim,
-            bank_patch_size half the patch size or the next smaller divisor of the image.
+        options: fields of AdaTapeViTConfig, such as bank, what the tape is read from. What the
+            source decides may not differ from it, save for the rates with which training drops
+            something. tape_ffn_dim is dim where it is not given, and bank_patch_size half the
+            patch size or the next smaller divisor of the image.
 
     Returns:
         The model, in the source's mode, or in the mode for evaluation for a state dict.
@@ -122,7 +120,7 @@ def from_timm(
             "model: expected a VisionTransformer of timm or its state dict, "
             f"got {type(model).__name__}"
         )
-    return build(source, bank, new_head, options)
+    return build(source, new_head, options)
 
 
 def _differences(model: nn.Module) -> Iterator[str]:

@@ -13,7 +13,6 @@ from adatape_kernels.layers.conversion import (
     not_bare,
 )
 from adatape_kernels.layers.torch_modules import is_bare
-from adatape_kernels.models.config import BankKind
 from adatape_kernels.models.pretrained.source_vit import (
     SourceViT,
     build,
@@ -48,7 +47,6 @@ _NAMES = (
 
 def from_torchvision(
     model: nn.Module | Mapping[str, Tensor],
-    bank: BankKind = "input",
     *,
     new_head: bool = False,
     **options: "Unpack[AdaTapeViTOptions]",
@@ -60,7 +58,7 @@ def from_torchvision(
 
     Args:
         model: the VisionTransformer, or its state dict, with which num_heads is required.
-        bank, new_head, options: as in `from_timm`.
+        new_head, options: as in `from_timm`.
 
     Raises:
         TypeError: the model is neither a module nor a mapping.
@@ -86,7 +84,7 @@ patch, patch) and blocks.0.mlp.fc1.weight (ffn_dim, dim) among them, got none
             "model: expected a VisionTransformer of torchvision or its state dict, "
             f"got {type(model).__name__}"
         )
-    return build(source, bank, new_head, options)
+    return build(source, new_head, options)
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
