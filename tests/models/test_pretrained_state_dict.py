@@ -242,7 +242,7 @@ def test_a_new_head():
     assert from_timm(bare, num_heads=HEADS, num_classes=2).head.weight.shape == (2, DIM)
 
 
-def changed(**changes):
+def changed(changes):
     state = vit() | changes
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
@@ -289,6 +289,8 @@ STRANGE = {
         ("patch_embed.proj.weight", "conv1.weight (4, 3, 7, 7)"),
     ),
     "nothing": ({name: None for name in vit()}, ("none",)),
+    "a number for a name": ({3: torch.ones(1)}, ("3 for a name",)),
+    "two devices": ({"cls_token": torch.ones(1, 1, DIM, device="meta")}, ("cpu, meta",)),
     "a wrapped state dict": ({"state_dict": {}}, ("'state_dict' of dict",)),
     "integers": ({"cls_token": torch.ones(1, 1, DIM, dtype=torch.int64)}, ("int64",)),
 }
@@ -299,7 +301,7 @@ def test_tensors_of_something_else_are_refused_in_one_line(case):
     changes, parts = STRANGE[case]
     name = "pos_embed" if case == "odd positions" else "model"
     with refused(name, *parts):
-        from_timm(changed(**changes), num_heads=HEADS)
+        from_timm(changed(changes), num_heads=HEADS)
 
 
 @pytest.mark.parametrize(

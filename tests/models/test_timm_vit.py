@@ -187,6 +187,28 @@ def test_a_source_without_a_head_gets_a_new_one():
     assert from_timm(theirs, num_classes=4).head.weight.shape == (4, 24)
 
 
+def test_parts_that_do_nothing_and_buffers_are_known():
+    theirs, images = vit(), torch.randn(2, 3, 32, 32)
+    theirs.blocks[0].attn.proj_drop = theirs.head_drop = nn.Identity()
+    position = theirs.pos_embed.detach()
+    del theirs.pos_embed
+    theirs.register_buffer("pos_embed", position)
+    ours = from_timm(theirs, read_layers=())
+    assert_close(ours(images).logits, theirs(images).detach(), 1e-5)
+    assert not ours.position.requires_grad
+    del theirs.pos_embed
+    theirs.pos_embed = position
+    with refused("model", "pos_embed that is neither a parameter nor a buffer"):
+        from_timm(theirs)
+
+
+def test_a_block_that_is_there_twice():
+    theirs, images = vit(), torch.randn(2, 3, 32, 32)
+    theirs.blocks[2] = theirs.blocks[0]
+    ours = from_timm(theirs, read_layers=())
+    assert_close(ours(images).logits, theirs(images).detach(), 1e-5)
+
+
 def test_the_source_stays_as_it_is():
     theirs = vit(init_values=0.1)
     before = copy.deepcopy(theirs.state_dict())

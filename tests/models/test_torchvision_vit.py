@@ -62,7 +62,7 @@ def test_early_names_of_parameters_are_known():
     [
         ({"representation_size": 12}, "heads of pre_logits, act, head"),
         ({"conv_stem_configs": [ConvStemConfig(8, 8, 8)]}, "conv_proj of class"),
-        ({"norm_layer": nn.RMSNorm}, "blocks.*.ln_1 of class torch.nn.modules.norm"),
+        ({"norm_layer": nn.RMSNorm}, "encoder.layers.*.ln_1 of class torch.nn.modules.norm"),
     ],
 )
 def test_what_is_not_computed_is_named(options, part):
@@ -73,7 +73,27 @@ def test_what_is_not_computed_is_named(options, part):
 def test_changed_parts_are_named_all_at_once():
     theirs = vit()
     theirs.encoder.layers[1].mlp[1] = nn.SiLU()
-    theirs.encoder.layers[2].ln_1.eps = 0.1
     theirs.heads.register_forward_hook(lambda *_: None)
-    with refused("model", "blocks.1.mlp of", "SiLU", "several epsilons", "heads with hooks"):
+    with refused("model", "encoder.layers.1.mlp.1 of", "SiLU", "heads with hooks"):
+        from_torchvision(theirs)
+    theirs = vit()
+    theirs.encoder.layers[2].ln_1.eps = 0.1
+    theirs.encoder.layers[2].dropout.p = 0.5
+    theirs.encoder.layers[0].mlp[1].approximate = "tanh"
+    with refused("model", "several epsilons", "several rates of dropout", "form of GELU"):
+        from_torchvision(theirs)
+
+
+def test_other_heads():
+    theirs, images = vit(), torch.randn(2, 3, 32, 32)
+    theirs.heads = nn.Linear(24, 5)
+    ours = from_torchvision(theirs, halt_threshold=0)
+    assert_close(ours(images).logits, theirs(images).detach(), 1e-5)
+    for head in (nn.Identity(), nn.Sequential()):
+        theirs.heads = head
+        with refused("num_classes", "no head"):
+            from_torchvision(theirs)
+        assert from_torchvision(theirs, num_classes=4).config.num_classes == 4
+    theirs.heads = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 5))
+    with refused("model", "heads of 0, 1"):
         from_torchvision(theirs)

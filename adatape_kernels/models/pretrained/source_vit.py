@@ -7,7 +7,7 @@ rest the names that timm uses. This file reads the sizes off the tensors and cop
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_flag, shown
 from adatape_kernels.data.preprocessing import Preprocessing
-from adatape_kernels.layers.conversion import once
+from adatape_kernels.layers.conversion import class_name, not_bare, once
+from adatape_kernels.layers.torch_modules import is_bare
 from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTConfig
 
 _PATCHES, _BLOCK = "patch_embed.proj.weight", re.compile(r"blocks\.(\d{1,6})\.")
@@ -47,12 +48,64 @@ def state_dict_source(argument: Mapping[str, Any]) -> SourceViT:
         ValueError: it has something that is no tensor of floating-point numbers.
     """
     for name, tensor in argument.items():
+        if not isinstance(name, str):
+            raise ValueError(f"model: expected tensors by name, got {shown(name)} for a name")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
                 f"model: expected floating-point tensors by name, got {shown(name)} of {kind}"
             )
     return SourceViT({name: t.detach().requires_grad_() for name, t in argument.items()})
+
+
+ABSENT = ("torch.Identity",)
+"""The kind of a part that does nothing, or is not there."""
+NORMS = ("torch.LayerNorm", "timm.LayerNorm")
+"""The kinds of LayerNorm."""
+
+
+def kind(part: object) -> str:
+    """Return the package that an object's class comes from and the class's own name."""
+    return f"{type(part).__module__.partition('.')[0]}.{type(part).__qualname__}"
+
+
+def part_at(model: nn.Module, path: str) -> Any:
+    """Return a submodule, or None where there is none."""
+    part: Any = model
+    for name in path.split("."):
+        part = part[int(name)] if name.isdigit() else getattr(part, name, None)
+    return part
+
+
+def wrong_parts(model: nn.Module, kinds: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Yield in words which parts of a ViT are of none of the kinds that they may be of.
+
+    Args:
+        model: the ViT.
+        kinds: by a part's path, the kinds that it may be of, as `kind` names them.
+    """
+    for name, module in model.named_modules():
+        if not is_bare(module):
+            yield not_bare(name or "it")
+    for path, possible in kinds.items():
+        part = part_at(model, path)
+        if kind(part) not in possible and not (part is None and "torch.Identity" in possible):
+            yield f"{path} of class {class_name(part)}"
+
+
+def several(what: str, values: Iterable[Any]) -> Iterator[str]:
+    """Yield in words that values differ which are one in our model."""
+    different = sorted(set(values))
+    if len(different) > 1:
+        yield f"several {what}: {', '.join(map(str, different))}"
+
+
+def missing_tokens(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yield in words which tokens or positions a ViT has, but not as parameters or buffers."""
+    held = model.state_dict(keep_vars=True)
+    for name in names:
+        if part_at(model, name) is not None and name not in held:
+            yield f"{name} that is neither a parameter nor a buffer"
 
 
 def refuse_parts(package: str, differences: Iterable[str]) -> None:
@@ -167,9 +220,10 @@ def _check_tensors(tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> N
             f"others (name, the expected shape / its own): {'; '.join(wrong[:_MOST_SHOWN])}"
             f"{more}"
         )
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
-    if len(dtypes) > 1:
-        raise ValueError(f"model: expected tensors of one dtype, got {', '.join(dtypes)}")
+    for what in ("dtype", "device"):
+        found = sorted({str(getattr(tensor, what)) for tensor in tensors.values()})
+        if len(found) > 1:
+            raise ValueError(f"model: expected tensors of one {what}, got {', '.join(found)}")
 
 
 def _grid(tensors: Mapping[str, Tensor], prefix: int) -> int:
@@ -242,7 +296,7 @@ def _renamed(
         first = [tensors[name] for name in ("cls_token", "reg_token") if name in tensors]
         if config.pooling == "token":
             ours["class_token"] = first.pop(0)
-        if first:
+        if config.num_registers:
             ours["registers"] = torch.cat(first, 1)
         norms = {"norm_pre": "pre_norm", "norm": "encoder.norm", "fc_norm": "head.norm"}
         for index in range(config.depth):

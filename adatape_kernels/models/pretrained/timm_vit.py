@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from adatape_kernels.data.preprocessing import Preprocessing
-from adatape_kernels.layers.conversion import activation_name, class_name, not_bare
-from adatape_kernels.layers.torch_modules import is_bare
+from adatape_kernels.layers.conversion import activation_name, class_name
 from adatape_kernels.models.pretrained.source_vit import (
+    ABSENT,
+    NORMS,
     SourceViT,
     build,
+    kind,
+    missing_tokens,
+    part_at,
     refuse_parts,
+    several,
     state_dict_source,
+    wrong_parts,
 )
 from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTOptions
 from adatape_kernels.op_types import Activation
@@ -22,43 +28,42 @@ if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10
 
 _POOLINGS = {"token": "token", "avg": "mean", "max": "max"}
 _ACTIVATIONS: dict[str, Activation] = {"GELU": "gelu", "GELUTanh": "gelu_tanh"}
-_NORMS = ("torch.LayerNorm", "timm.LayerNorm")
-_ABSENT = ("torch.Identity",)
+_DROPOUT = ("torch.Dropout", *ABSENT)
 # The classes that a part may have, by its name: the package of a class, and its own name.
 _PARTS = {
     "patch_embed": ("timm.PatchEmbed",),
     "patch_embed.proj": ("torch.Conv2d",),
-    "patch_embed.norm": _ABSENT,
-    "pos_drop": ("torch.Dropout",),
-    "patch_drop": _ABSENT,
-    "norm_pre": (*_ABSENT, *_NORMS),
+    "patch_embed.norm": ABSENT,
+    "pos_drop": _DROPOUT,
+    "patch_drop": ABSENT,
+    "norm_pre": (*ABSENT, *NORMS),
     "blocks": ("torch.Sequential",),
-    "norm": (*_ABSENT, *_NORMS),
-    "fc_norm": (*_ABSENT, *_NORMS),
-    "head_drop": ("torch.Dropout",),
-    "head": ("torch.Linear", *_ABSENT),
+    "norm": (*ABSENT, *NORMS),
+    "fc_norm": (*ABSENT, *NORMS),
+    "head_drop": _DROPOUT,
+    "head": ("torch.Linear", *ABSENT),
 }
 _BLOCK_PARTS = {
-    "norm1": _NORMS,
+    "norm1": NORMS,
     "attn": ("timm.Attention",),
     "attn.qkv": ("torch.Linear",),
-    "attn.q_norm": _ABSENT,
-    "attn.k_norm": _ABSENT,
-    "attn.norm": _ABSENT,
-    "attn.attn_drop": ("torch.Dropout",),
+    "attn.q_norm": ABSENT,
+    "attn.k_norm": ABSENT,
+    "attn.norm": ABSENT,
+    "attn.attn_drop": _DROPOUT,
     "attn.proj": ("torch.Linear",),
-    "attn.proj_drop": ("torch.Dropout",),
-    "ls1": ("timm.LayerScale", *_ABSENT),
-    "drop_path1": ("timm.DropPath", *_ABSENT),
-    "norm2": _NORMS,
+    "attn.proj_drop": _DROPOUT,
+    "ls1": ("timm.LayerScale", *ABSENT),
+    "drop_path1": ("timm.DropPath", *ABSENT),
+    "norm2": NORMS,
     "mlp": ("timm.Mlp",),
     "mlp.fc1": ("torch.Linear",),
-    "mlp.drop1": ("torch.Dropout",),
-    "mlp.norm": _ABSENT,
+    "mlp.drop1": _DROPOUT,
+    "mlp.norm": ABSENT,
     "mlp.fc2": ("torch.Linear",),
-    "mlp.drop2": ("torch.Dropout",),
-    "ls2": ("timm.LayerScale", *_ABSENT),
-    "drop_path2": ("timm.DropPath", *_ABSENT),
+    "mlp.drop2": _DROPOUT,
+    "ls2": ("timm.LayerScale", *ABSENT),
+    "drop_path2": ("timm.DropPath", *ABSENT),
 }
 
 
@@ -123,40 +128,30 @@ def from_timm(
     return build(source, new_head, options)
 
 
-def _differences(model: nn.Module) -> Iterator[str]:
+def _differences(model: Any) -> Iterator[str]:
     """Yield in words all that timm's model has and ours has not."""
-    if _kind(model) != "timm.VisionTransformer":
+    if kind(model) != "timm.VisionTransformer":
         yield f"the class {class_name(model)}"
         return
     if getattr(model, "attn_pool", None) is not None:
         yield f"attn_pool of class {class_name(model.attn_pool)}"
     elif model.global_pool not in _POOLINGS:
         yield f"global_pool = {model.global_pool!r}"
-    for name, module in model.named_modules():
-        if not is_bare(module):
-            yield not_bare(name or "it")
-    wrong = list(_wrong_classes(model))
+    kinds = dict(_PARTS)
+    for index, block in enumerate(model.blocks.children()):
+        kinds[f"blocks.{index}"] = ("timm.Block",)
+        if kind(block) == "timm.Block":
+            kinds |= {f"blocks.{index}.{name}": possible for name, possible in _BLOCK_PARTS.items()}
+    wrong = list(wrong_parts(model, kinds))
+    for index, block in enumerate(model.blocks.children()):
+        act = part_at(block, "mlp.act")
+        if act is not None and _activation(act) is None:
+            wrong.append(f"blocks.{index}.mlp.act of class {class_name(act)}")
+        if part_at(block, "attn.gate") is not None:
+            wrong.append(f"blocks.{index}.attn.gate")
     yield from wrong
-    if wrong:  # what follows relies on the classes
-        return
-    yield from _wrong_values(model)
-
-
-def _wrong_classes(model: nn.Module) -> Iterator[str]:
-    parts = dict(_PARTS)
-    for index, block in enumerate(model.get_submodule("blocks").children()):
-        parts[f"blocks.{index}"] = ("timm.Block",)
-        if _kind(block) == "timm.Block":
-            parts |= {f"blocks.{index}.{name}": kinds for name, kinds in _BLOCK_PARTS.items()}
-    for name, kinds in parts.items():
-        part = _part(model, name)
-        if _kind(part) not in kinds and not (part is None and "torch.Identity" in kinds):
-            yield f"{name} of class {class_name(part)}"
-    for index, block in enumerate(model.get_submodule("blocks").children()):
-        if _activation(_part(block, "mlp.act")) is None:
-            yield f"blocks.{index}.mlp.act of class {class_name(_part(block, 'mlp.act'))}"
-        if getattr(_part(block, "attn"), "gate", None) is not None:
-            yield f"blocks.{index}.attn.gate"
+    if not wrong:  # what follows relies on the classes
+        yield from _wrong_values(model)
 
 
 def _wrong_values(model: Any) -> Iterator[str]:
@@ -170,9 +165,9 @@ def _wrong_values(model: Any) -> Iterator[str]:
         yield f"patch_embed.proj with patches other than squares side by side: {proj}"
     if embed.img_size is None or len(set(embed.img_size)) > 1:
         yield f"patch_embed.img_size = {embed.img_size}"
-    if (_kind(model.norm) == "torch.Identity") == (_kind(model.fc_norm) == "torch.Identity"):
+    if (kind(model.norm) == "torch.Identity") == (kind(model.fc_norm) == "torch.Identity"):
         yield "two norms behind the blocks, or none"
-    if model.global_pool != "token" and model.pool_include_prefix and model.num_prefix_tokens:
+    if model.global_pool != "token" and _pools_prefix(model):
         yield "pool_include_prefix = True"
     if model.global_pool == "token" and model.cls_token is None:
         yield "pooling by a class token that it does not have"
@@ -183,15 +178,16 @@ def _wrong_values(model: Any) -> Iterator[str]:
             yield f"blocks.{index}.attn with {attn.num_heads} heads of {attn.head_dim}"
         elif abs(attn.scale * attn.head_dim**0.5 - 1) > 1e-6:
             yield f"blocks.{index}.attn.scale = {attn.scale}"
-    yield from _several("epsilons of norms", (m.eps for _, m in _norms(model)))
-    yield from _several("activations", (_activation(block.mlp.act) for block in blocks))
-    if model.head_drop.p > 0:
+    yield from missing_tokens(model, ("cls_token", "reg_token", "pos_embed"))
+    yield from several("epsilons of norms", (m.eps for _, m in _norms(model)))
+    yield from several("activations", (_activation(block.mlp.act) for block in blocks))
+    if _rate(model, "head_drop") > 0:
         yield f"head_drop of {model.head_drop.p}"
-    rates = [model.pos_drop.p]
+    rates = [_rate(model, "pos_drop")]
     for block in blocks:
-        rates += [block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p]
-    yield from _several("rates of dropout", rates)
-    yield from _several("rates of attn_drop", (block.attn.attn_drop.p for block in blocks))
+        rates += [_rate(block, name) for name in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")]
+    yield from several("rates of dropout", rates)
+    yield from several("rates of attn_drop", (_rate(block, "attn.attn_drop") for block in blocks))
     last = _drop_path(blocks[-1].drop_path2)
     for index, block in enumerate(blocks):
         expected = last * index / max(1, len(blocks) - 1)
@@ -209,15 +205,15 @@ def _facts(model: Any) -> dict[str, Any]:
         "activation": _activation(first.mlp.act),
         "norm_eps": first.norm1.eps,
         "pooling": _POOLINGS[model.global_pool],
-        "dropout": model.pos_drop.p,
-        "attention_dropout": first.attn.attn_drop.p,
+        "dropout": _rate(model, "pos_drop"),
+        "attention_dropout": _rate(first, "attn.attn_drop"),
         "stochastic_depth": _drop_path(model.blocks[-1].drop_path2),
     }
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters by name, with ones and zeros where a norm has no weight or bias."""
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.state_dict(keep_vars=True))
     like = next(iter(tensors.values())).detach()
     made = {}
     for name, norm in _norms(model):
@@ -245,11 +241,12 @@ def _preprocessing(model: Any, image_size: int) -> Preprocessing | None:
         return None
 
 
-def _several(what: str, values: Iterator[Any] | list[Any]) -> Iterator[str]:
-    """Yield in words that values differ which are one in our model."""
-    different = sorted(set(values))
-    if len(different) > 1:
-        yield f"several {what}: {', '.join(map(str, different))}"
+def _pools_prefix(model: Any) -> bool:
+    return model.num_prefix_tokens > 0 and getattr(model, "pool_include_prefix", False)
+
+
+def _rate(model: nn.Module, path: str) -> float:
+    return getattr(part_at(model, path), "p", 0.0)
 
 
 def _drop_path(part: Any) -> float:
@@ -257,18 +254,5 @@ def _drop_path(part: Any) -> float:
 
 
 def _activation(part: object) -> Activation | None:
-    package, _, name = _kind(part).partition(".")
+    package, _, name = kind(part).partition(".")
     return _ACTIVATIONS.get(name) if package == "timm" else activation_name(part)
-
-
-def _part(model: nn.Module, path: str) -> object:
-    """Return a submodule, or None where there is none."""
-    part: Any = model
-    for name in path.split("."):
-        part = part[int(name)] if name.isdigit() else getattr(part, name, None)
-    return part
-
-
-def _kind(part: object) -> str:
-    """Return the package that an object's class comes from and the class's own name."""
-    return f"{type(part).__module__.partition('.')[0]}.{type(part).__qualname__}"

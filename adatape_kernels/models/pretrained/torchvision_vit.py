@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from adatape_kernels.layers.conversion import (
     class_name,
     differences_of_attention,
-    differences_of_part,
-    not_bare,
 )
-from adatape_kernels.layers.torch_modules import is_bare
 from adatape_kernels.models.pretrained.source_vit import (
+    ABSENT,
     SourceViT,
     build,
+    kind,
+    missing_tokens,
     refuse_parts,
+    several,
     state_dict_source,
+    wrong_parts,
 )
 from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTOptions
 
@@ -30,7 +32,7 @@ _NAMES = (
     (r"conv_proj\.(.*)", r"patch_embed.proj.\1"),
     (r"encoder\.pos_embedding", "pos_embed"),
     (r"encoder\.ln\.(.*)", r"norm.\1"),
-    (r"heads\.head\.(.*)", r"head.\1"),
+    (r"heads\.(?:head\.)?(weight|bias)", r"head.\1"),
     (r"encoder\.layers\.encoder_layer_(\d+)\.ln_([12])\.(.*)", r"blocks.\1.norm\2.\3"),
     (
         r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(weight|bias)",
@@ -43,6 +45,16 @@ _NAMES = (
     (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)\.(.*)", r"blocks.\1.mlp.fc1.\2"),
     (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)\.(.*)", r"blocks.\1.mlp.fc2.\2"),
 )
+
+_DROPOUT = ("torch.Dropout", *ABSENT)
+_MLP = ("torch.Linear", "torch.GELU", "torch.Dropout", "torch.Linear", "torch.Dropout")
+_LAYER_PARTS: dict[str, tuple[str, ...]] = {
+    "ln_1": ("torch.LayerNorm",),
+    "self_attention": ("torch.MultiheadAttention",),
+    "dropout": _DROPOUT,
+    "ln_2": ("torch.LayerNorm",),
+    "mlp": ("torchvision.MLPBlock",),
+}
 
 
 def from_torchvision(
@@ -75,7 +87,7 @@ patch, patch) and blocks.0.mlp.fc1.weight (ffn_dim, dim) among them, got none
     """
     if isinstance(model, nn.Module):
         refuse_parts("torchvision", _differences(model))
-        tensors = _renamed(dict(model.named_parameters()))
+        tensors = _renamed(dict(model.state_dict(keep_vars=True)))
         source = SourceViT(tensors, _facts(model), training=model.training)
     elif isinstance(model, Mapping):
         source = state_dict_source(_renamed(model))
@@ -102,48 +114,64 @@ def _timm_name(name: str) -> str:
 
 def _differences(model: Any) -> Iterator[str]:
     """Yield in words all that torchvision's model has and ours has not."""
-    if class_name(model) != "torchvision.models.vision_transformer.VisionTransformer":
+    if kind(model) != "torchvision.VisionTransformer":
         yield f"the class {class_name(model)}"
         return
-    for name, module in model.named_modules():
-        if not is_bare(module):
-            yield not_bare(name or "it")
-    yield from differences_of_part("conv_proj", model.conv_proj, (nn.Conv2d,))
-    yield from differences_of_part("encoder.ln", model.encoder.ln, (nn.LayerNorm,))
-    if list(dict(model.heads.named_children())) != ["head"]:
-        yield f"heads of {', '.join(dict(model.heads.named_children()))}"
-    yield from differences_of_part("heads.head", model.heads[-1], (nn.Linear,))
-    norms = [model.encoder.ln]
-    for index, layer in enumerate(model.encoder.layers):
-        block = f"blocks.{index}"
-        for name, kind in (
-            ("ln_1", nn.LayerNorm),
-            ("ln_2", nn.LayerNorm),
-            ("dropout", nn.Dropout),
-        ):
-            yield from differences_of_part(f"{block}.{name}", getattr(layer, name), (kind,))
-        norms += [layer.ln_1, layer.ln_2]
-        kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)
-        if [type(part) for part in layer.mlp] != list(kinds):
-            yield f"{block}.mlp of {', '.join(class_name(part) for part in layer.mlp)}"
-        elif layer.mlp[1].approximate != "none":
-            yield f"{block}.mlp with another form of GELU"
+    kinds: dict[str, tuple[str, ...]] = {
+        "conv_proj": ("torch.Conv2d",),
+        "encoder": ("torchvision.Encoder",),
+        "encoder.dropout": _DROPOUT,
+        "encoder.layers": ("torch.Sequential",),
+        "encoder.ln": ("torch.LayerNorm",),
+        "heads": ("torch.Sequential", "torch.Linear", *ABSENT),
+    }
+    layers = list(model.encoder.layers.children())
+    for index, layer in enumerate(layers):
+        kinds[f"encoder.layers.{index}"] = ("torchvision.EncoderBlock",)
+        if kind(layer) == "torchvision.EncoderBlock":
+            kinds |= {f"encoder.layers.{index}.{name}": each for name, each in _LAYER_PARTS.items()}
+            if kind(layer.mlp) == "torchvision.MLPBlock":
+                kinds |= {f"encoder.layers.{index}.mlp.{i}": (e,) for i, e in enumerate(_MLP)}
+    wrong = list(wrong_parts(model, kinds))
+    parts = dict(model.heads.named_children())
+    if kind(model.heads) == "torch.Sequential" and parts:
+        if list(parts) != ["head"] or kind(parts["head"]) not in ("torch.Linear", *ABSENT):
+            wrong.append(f"heads of {', '.join(parts)}")
+    yield from wrong
+    if wrong:  # what follows relies on the classes
+        return
+    if not layers:
+        yield "no layers"
+    for index, layer in enumerate(layers):
+        if layer.mlp[1].approximate != "none":
+            yield f"encoder.layers.{index}.mlp with another form of GELU"
         for each in differences_of_attention(layer.self_attention):
-            yield f"{block}.self_attention: {each}"
-    if len({getattr(norm, "eps", None) for norm in norms}) > 1:
-        yield "several epsilons of norms"
+            yield f"encoder.layers.{index}.self_attention: {each}"
+    norms = [model.encoder.ln, *(norm for layer in layers for norm in (layer.ln_1, layer.ln_2))]
+    yield from missing_tokens(model, ("class_token", "encoder.pos_embedding"))
+    yield from several("epsilons of norms", (norm.eps for norm in norms))
+    yield from several("numbers of heads", (layer.self_attention.num_heads for layer in layers))
+    rates = [_rate(model.encoder.dropout)]
+    for layer in layers:
+        rates += [_rate(part) for part in (layer.dropout, layer.mlp[2], layer.mlp[4])]
+    yield from several("rates of dropout", rates)
+    yield from several("rates of attention", (layer.self_attention.dropout for layer in layers))
 
 
 def _facts(model: Any) -> dict[str, Any]:
     """Return the fields of a configuration that tensors do not tell."""
-    first = model.encoder.layers[0]
+    attention = model.encoder.layers[0].self_attention
     return {
         "image_size": model.image_size,
-        "num_heads": first.num_heads,
+        "num_heads": attention.num_heads,
         "activation": "gelu",
         "norm_eps": model.encoder.ln.eps,
         "pooling": "token",
-        "dropout": model.dropout,
-        "attention_dropout": model.attention_dropout,
+        "dropout": _rate(model.encoder.dropout),
+        "attention_dropout": attention.dropout,
         "stochastic_depth": 0.0,
     }
+
+
+def _rate(dropout: Any) -> float:
+    return getattr(dropout, "p", 0.0)
