@@ -167,9 +167,11 @@ class AdaTape(HubModel, ABC):
         rows = (x.cu_inputs[:-1].unsqueeze(1) + first).flatten()
         neutral = -torch.inf if pooling == "max" else 0.0
         pooled = x.with_data(x.data.index_fill(0, rows, neutral)).pool(pooling)
-        if pooling != "mean":
-            return pooled
-        return pooled * (x.lens / (x.lens - hidden)).to(pooled.dtype).unsqueeze(1)
+        seen = (x.lens - hidden).unsqueeze(1)
+        if pooling == "mean":
+            wide = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+            pooled = (wide * x.lens.unsqueeze(1) / seen.clamp(min=1)).to(pooled.dtype)
+        return pooled.where(seen > 0, 0)
 
     def loss(
         self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0

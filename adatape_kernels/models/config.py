@@ -154,6 +154,8 @@ class AdaTapeConfig:
                 raise ValueError(
                     f"{name}: expected a finite number of 0 or more, got {getattr(self, name)}"
                 )
+        if self.norm_eps == 0:
+            raise ValueError("norm_eps: expected more than 0, which rows of zeros need, got 0")
         for name in shares:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 to below 1, got {getattr(self, name)}")

@@ -68,7 +68,7 @@ MODEL = {
     "query_noise": FACTOR,
     "bank_dropout": PROBABILITY,
     "activation": NO_WORD,
-    "norm_eps": FACTOR,
+    "norm_eps": POSITIVE,
     "norm_after_pooling": NO_FLAG,
     "num_registers": WIDTH,
 }

@@ -177,6 +177,13 @@ def test_a_converted_model_is_saved_and_loaded(tmp_path):
     assert model(images).tape_lens.min() > 0
 
 
+def test_the_mean_without_registers_is_as_exact_as_the_dtype():
+    state = {name: t.double() for name, t in vit(registers=3, pooling="mean").items()}
+    model = from_timm(state, num_heads=HEADS, pooling="mean", topk=2)
+    images = torch.randn(4, 3, IMAGE, IMAGE, dtype=torch.float64)
+    assert_close(model(images).logits, model.padded()(images).logits, 1e-13)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max", "token"])
 @pytest.mark.parametrize("capacity", [None, 60])
 def test_the_head_sees_the_tape_and_no_register(pooling, capacity):

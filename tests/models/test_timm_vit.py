@@ -1,6 +1,8 @@
 """`from_timm` beside timm's own VisionTransformer."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -200,6 +202,12 @@ def test_parts_that_do_nothing_and_buffers_are_known():
     theirs.pos_embed = position
     with refused("model", "pos_embed that is neither a parameter nor a buffer"):
         from_timm(theirs)
+
+
+def test_importing_the_package_imports_neither_timm_nor_torchvision():
+    program = "import sys, adatape_kernels; print({'timm', 'torchvision'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stdout.strip() == "set()", found.stderr
 
 
 def test_a_block_that_is_there_twice():
