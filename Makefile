@@ -80,18 +80,19 @@ tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
 	$(bin)/python -m adatape_kernels.benchmarks.audit.cuda_audit
 
+# timm and torchvision are here alone: torchvision's wheels do not fit every build of torch.
 # The package is installed as a user gets it, from a source distribution, and its tests are copied:
 # the working tree holds a module for another torch. pip's cache would keep the first build for ever.
 newest:  ## build for the newest torch with CUDA, in an environment of its own; run a sample of the tests
 	test -x $(newest)/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	sed '/^torch==/d; /^triton==/d' .ci/constraints.txt > $(newest_constraints)
 	$(newest)/python -m pip install -c $(newest_constraints) --upgrade \
-	  torch setuptools pybind11 cmake ninja
+	  torch torchvision timm setuptools pybind11 cmake ninja
 	rm -rf build/newest && mkdir -p build/newest && cp -r tests pyproject.toml build/newest
 	$(newest)/python setup.py --quiet sdist --dist-dir build/newest
 	ADATAPE_BUILD=require ADATAPE_CUDA=require $(newest)/python -m pip install \
 	  -c $(newest_constraints) --no-build-isolation --no-cache-dir \
-	  "$$(echo build/newest/*.tar.gz)[test]"
+	  "$$(echo build/newest/*.tar.gz)[test,pretrained]"
 	$(newest)/adatape-kernels info
 	$(newest)/adatape-kernels check --device cpu
 	cd build/newest && TRITON_INTERPRET=0 $(newest)/pytest -q -n auto $(sample)

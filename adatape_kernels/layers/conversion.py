@@ -1,6 +1,8 @@
 """Taking over torch's layers: what of them ours can compute, and copies of their parameters."""
 
 import functools
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +15,14 @@ from adatape_kernels.op_types import Activation
 
 _GELU: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
 """Our names of the forms of GELU, by torch's argument `approximate`."""
+
+_NUMBERED = re.compile(r"\b(layers|blocks)\.\d+\b")
+_KINDS: dict[str, type[nn.Module]] = {
+    "attention": nn.MultiheadAttention,
+    "layer": nn.TransformerEncoderLayer,
+    "encoder": nn.TransformerEncoder,
+}
+"""torch's classes that ours stand for, by the name of the argument that takes one."""
 
 
 def activation_name(activation: Any) -> Activation | None:
@@ -36,8 +46,8 @@ def activation_name(activation: Any) -> Activation | None:
 def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
     """Return in words all that torch's layer has and ours has not."""
     if type(layer) is not nn.TransformerEncoderLayer:
-        return [f"the class {_class_name(layer)}"]
-    found = [] if is_bare(layer) else [_not_bare("it")]
+        return [f"the class {class_name(layer)}"]
+    found = [] if is_bare(layer) else [not_bare("it")]
     for name, kinds in (
         ("linear1", (nn.Linear,)),
         ("linear2", (nn.Linear,)),
@@ -47,7 +57,7 @@ def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
         ("dropout1", (nn.Dropout, nn.Identity)),
         ("dropout2", (nn.Dropout, nn.Identity)),
     ):
-        found += _differences_of_part(name, getattr(layer, name), kinds)
+        found += differences_of_part(name, getattr(layer, name), kinds)
     for name in ("dropout", "dropout1", "dropout2"):
         part = getattr(layer, name)
         if type(part) is nn.Dropout and part.p > 0 and part.training != layer.training:
@@ -61,12 +71,10 @@ def differences_of_layer(layer: nn.TransformerEncoderLayer) -> list[str]:
 def differences_of_attention(attention: nn.MultiheadAttention) -> list[str]:
     """Return in words all that torch's attention has and ours has not."""
     if type(attention) is not nn.MultiheadAttention:
-        return [f"the class {_class_name(attention)}"]
-    found = [] if is_bare(attention) else [_not_bare("it")]
+        return [f"the class {class_name(attention)}"]
+    found = [] if is_bare(attention) else [not_bare("it")]
     out_proj = attention.out_proj
-    found += _differences_of_part(
-        "out_proj", out_proj, (nn.Linear, NonDynamicallyQuantizableLinear)
-    )
+    found += differences_of_part("out_proj", out_proj, (nn.Linear, NonDynamicallyQuantizableLinear))
     for name in ("kdim", "vdim"):
         if getattr(attention, name) != attention.embed_dim:
             found.append(f"{name} = {getattr(attention, name)}")
@@ -77,14 +85,34 @@ def differences_of_attention(attention: nn.MultiheadAttention) -> list[str]:
     return found
 
 
+def differences_of_encoder(encoder: nn.TransformerEncoder) -> list[str]:
+    """Return in words all that torch's encoder has and ours has not."""
+    if type(encoder) is not nn.TransformerEncoder:
+        return [f"the class {class_name(encoder)}"]
+    found = [] if is_bare(encoder) else [not_bare("it")]
+    if len(encoder.layers) == 0:
+        found.append("no layers")
+    found += differences_of_part("norm", encoder.norm, (nn.LayerNorm, type(None)))
+    for index, layer in enumerate(encoder.layers):
+        found += [f"layers.{index}: {each}" for each in differences_of_layer(layer)]
+    return found
+
+
 def refuse_unknown(name: str, module: nn.Module, differences: list[str]) -> None:
     """Raise one ValueError that names all differences, if there are any."""
     if differences:
-        kind = nn.MultiheadAttention if name == "attention" else nn.TransformerEncoderLayer
         raise ValueError(
-            f"{name}: expected an nn.{kind.__name__} with nothing that ours does not compute, "
-            f"got {'; '.join(differences)}"
+            f"{name}: expected an nn.{_KINDS[name].__name__} with nothing that ours does not "
+            f"compute, got {'; '.join(once(differences))}"
         )
+
+
+def once(differences: Iterable[str]) -> list[str]:
+    """Return what is said of several layers or blocks once, with a star for their numbers."""
+    found: dict[str, list[str]] = {}
+    for each in differences:
+        found.setdefault(_NUMBERED.sub(r"\1.*", each), []).append(each)
+    return [star if len(same) > 1 else same[0] for star, same in found.items()]
 
 
 def dropout_rate(module: nn.Module) -> float:
@@ -107,17 +135,20 @@ def copy_parameters(theirs: nn.Module, ours: nn.Module) -> None:
         setattr(ours.get_submodule(parent), leaf, copy)
 
 
-def _differences_of_part(name: str, part: nn.Module, kinds: tuple[type, ...]) -> list[str]:
+def differences_of_part(name: str, part: object, kinds: tuple[type, ...]) -> list[str]:
+    """Return in words why a part is not one of some classes, or does more than its class."""
     if type(part) not in kinds:
-        return [f"{name} of class {_class_name(part)}"]
-    return [] if is_bare(part) else [_not_bare(name)]
+        return [f"{name} of class {class_name(part)}"]
+    return [not_bare(name)] if isinstance(part, nn.Module) and not is_bare(part) else []
 
 
-def _not_bare(name: str) -> str:
+def not_bare(name: str) -> str:
+    """Return in words that calling a module runs more than the forward of its class."""
     return f"{name} with hooks, a forward of its own, or compiled by itself"
 
 
-def _class_name(module: object) -> str:
+def class_name(module: object) -> str:
+    """Return the full name of an object's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -1,5 +1,6 @@
 """The Transformer encoder over elastic batches: one layer, and a stack with reads in between."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +13,7 @@ from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import (
     activation_name,
     copy_parameters,
+    differences_of_encoder,
     differences_of_layer,
     dropout_rate,
     refuse_unknown,
@@ -242,7 +244,58 @@ class ElasticEncoder(nn.Module):
                     f"readers: expected layers from 0 to {len(self.layers) - 1}, got {layer}"
                 )
         self.readers = nn.ModuleDict({str(layer): reader for layer, reader in readers.items()})
-        self.norm = nn.LayerNorm(dim, norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(dim, norm_eps)
+
+    @classmethod
+    def from_torch(
+        cls,
+        encoder: nn.TransformerEncoder,
+        tape_ffn_dim: int = 0,
+        readers: Mapping[int, TapeReader] | None = None,
+        *,
+        stochastic_depth: float = 0.0,
+        row_multiple: int = 1,
+    ) -> "ElasticEncoder":
+        """Make an encoder that computes what torch's does while nothing is read, on copies.
+
+        Each layer is converted by `ElasticEncoderLayer.from_torch`. Without a final norm in torch's
+        encoder there is none here. `batch_first`, `enable_nested_tensor` and `mask_check` play no
+        part.
+
+        Args:
+            encoder: torch's encoder.
+            tape_ffn_dim: hidden width of each layer's feed-forward for tape rows; 0 shares that of
+                input rows.
+            readers, row_multiple: as in the constructor.
+            stochastic_depth: the rate of every layer.
+
+        Raises:
+            ValueError: the encoder or one of its layers has something that ours does not have; all
+                of it is named.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+            >>> theirs = torch.nn.TransformerEncoder(layer, 3, torch.nn.LayerNorm(8)).eval()
+            >>> ours, x = ak.layers.ElasticEncoder.from_torch(theirs), torch.randn(3, 5, 8)
+            >>> y, _ = ours(ak.ElasticBatch.from_padded(x))
+            >>> torch.allclose(y.to_padded()[0], theirs(x), atol=1e-5)
+            True
+        """
+        refuse_unknown("encoder", encoder, differences_of_encoder(encoder))
+        layers = [
+            ElasticEncoderLayer.from_torch(
+                cast(nn.TransformerEncoderLayer, layer),
+                tape_ffn_dim,
+                stochastic_depth=stochastic_depth,
+            )
+            for layer in encoder.layers
+        ]
+        dim = layers[0].self_attn.out_proj.out_features
+        ours = cls(layers, dim, readers, row_multiple=row_multiple)
+        ours.norm = nn.Identity() if encoder.norm is None else copy.deepcopy(encoder.norm)
+        ours.training = encoder.training
+        return ours
 
     def stages(self) -> Iterator[tuple[ElasticEncoderLayer, TapeReader | None]]:
         """Yield each layer with the reader that runs before it, or with None.

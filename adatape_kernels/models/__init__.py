@@ -5,6 +5,7 @@ from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
 from adatape_kernels.models.output import AdaTapeOutput
 from adatape_kernels.models.padded import PaddedAdaTape
 from adatape_kernels.models.parity import AdaTapeParity, AdaTapeParityConfig
+from adatape_kernels.models.pretrained import from_timm, from_torchvision
 from adatape_kernels.models.vit import (
     AdaTapeViT,
     AdaTapeViTConfig,
@@ -24,4 +25,6 @@ __all__ = [
     "AdaTapeViTOptions",
     "PaddedAdaTape",
     "adatape_vit",
+    "from_timm",
+    "from_torchvision",
 ]

@@ -11,6 +11,7 @@ from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.head import NormedHead
 from adatape_kernels.models.hub import HubModel
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded import PaddedAdaTape
@@ -57,6 +58,7 @@ class AdaTape(HubModel, ABC):
                     dropout=c.dropout,
                     attention_dropout=c.attention_dropout,
                     stochastic_depth=c.stochastic_depth * layer / max(1, c.depth - 1),
+                    norm_eps=c.norm_eps,
                     activation=c.activation,
                 )
                 for layer in range(c.depth)
@@ -79,9 +81,17 @@ class AdaTape(HubModel, ABC):
                 )
                 for layer in sorted(c.read_layers)
             },
+            norm_eps=c.norm_eps,
         )
         self.class_token = nn.Parameter(torch.zeros(1, 1, c.dim)) if c.pooling == "token" else None
+        self.registers: nn.Parameter | None = None
+        if c.num_registers:
+            self.registers = nn.Parameter(torch.empty(1, c.num_registers, c.dim))
+            nn.init.normal_(self.registers, std=0.02)
         self.head = nn.Linear(c.dim, c.num_classes)
+        if c.norm_after_pooling:
+            self.encoder.norm = nn.Identity()
+            self.head = NormedHead(c.dim, c.num_classes, c.norm_eps)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -102,13 +112,13 @@ class AdaTape(HubModel, ABC):
         """
 
     def with_class_token(self, tokens: Tensor) -> Tensor:
-        """Put the class token, where the model has one, before each example's tokens.
+        """Put the class token and the registers before each example's tokens.
 
         Args:
             tokens: (batch, seqlen, dim).
 
         Returns:
-            (batch, seqlen + 1, dim), or the tokens as they are.
+            (batch, seqlen + 1 + num_registers, dim), or less by what the model does not have.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -116,9 +126,10 @@ class AdaTape(HubModel, ABC):
             >>> model.with_class_token(torch.zeros(2, 4, 192)).shape
             torch.Size([2, 5, 192])
         """
-        if self.class_token is None:
+        learned = [part for part in (self.class_token, self.registers) if part is not None]
+        if not learned:
             return tokens
-        return torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], 1)
+        return torch.cat([*(part.expand(tokens.shape[0], -1, -1) for part in learned), tokens], 1)
 
     def forward(self, inputs: Tensor, *, capacity: int | None = None) -> AdaTapeOutput:
         """Classify a batch.
@@ -141,11 +152,26 @@ class AdaTape(HubModel, ABC):
         """
         tokens, bank = self.embed(inputs)
         x, reads = self.encoder(ElasticBatch.from_padded(tokens), bank, capacity=capacity)
-        logits = self.head(x.pool(self.config.pooling))
+        logits = self.head(self._pool(x))
         return AdaTapeOutput(logits, x.tape_lens, stack_ponder(reads, logits), reads)
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def _pool(self, x: ElasticBatch) -> Tensor:
+        """Reduce each example's rows to what the head sees, (batch, dim), without registers."""
+        pooling, hidden = self.config.pooling, self.config.num_registers
+        if pooling == "token" or hidden == 0:
+            return x.pool(pooling)
+        first = torch.arange(hidden, device=x.data.device)
+        rows = (x.cu_inputs[:-1].unsqueeze(1) + first).flatten()
+        neutral = -torch.inf if pooling == "max" else 0.0
+        pooled = x.with_data(x.data.index_fill(0, rows, neutral)).pool(pooling)
+        seen = (x.lens - hidden).unsqueeze(1)
+        if pooling == "mean":
+            wide = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+            pooled = (wide * x.lens.unsqueeze(1) / seen.clamp(min=1)).to(pooled.dtype)
+        return pooled.where(seen > 0, 0)
 
     def loss(
         self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0

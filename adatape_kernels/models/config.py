@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.layers import QueryType
+from adatape_kernels.layers import NORM_EPS, QueryType
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation, LossType
 from adatape_kernels.ops.reading_checks import MAX_TOPK
@@ -94,6 +94,12 @@ class AdaTapeConfig:
     """Probability with which training hides a bank token from an example."""
     activation: Activation = "gelu_tanh"
     """That of the feed-forward for input rows; "gelu" is GELU's exact form."""
+    norm_eps: float = NORM_EPS
+    """Epsilon of the encoder's LayerNorms; that of a reader's is always 1e-6."""
+    norm_after_pooling: bool = False
+    """Whether the last LayerNorm is applied to what the head sees rather than to every row."""
+    num_registers: int = 0
+    """Learned tokens that follow the class token and that the head does not see."""
 
     def __post_init__(self) -> None:
         """Check every value, so that what is wrong shows here and not in the first step."""
@@ -103,12 +109,14 @@ class AdaTapeConfig:
         as_choice("loss_type", self.loss_type, ("entropy", "max"))
         as_choice("activation", self.activation, ACTIVATIONS)
         as_flag("average_query", self.average_query)
+        as_flag("norm_after_pooling", self.norm_after_pooling)
         for name in ("num_classes", "dim", "depth", "num_heads", "ffn_dim"):
             self._check_integer(name, 1, MOST_PARAMETERS)
         for name in ("tape_ffn_dim", "tape_mlp_dim"):
             self._check_integer(name, 0, MOST_PARAMETERS)
         self._check_integer("bank_size", 1, _MOST_BANK_TOKENS)
         self._check_integer("num_tape_tokens", 0, MOST_TOKENS)
+        self._check_integer("num_registers", 0, MOST_TOKENS)
         self._check_integer("topk", 1, MAX_TOPK)
         self._check_integer("key_split", 1, self.dim)
         if self.dim % self.num_heads:
@@ -125,8 +133,8 @@ class AdaTapeConfig:
         self._check_reads()
         if self._parameters() > MOST_PARAMETERS:
             raise ValueError(
-                "dim, bank_size, tape_mlp_dim: expected sizes that make up to 2**36 parameters, "
-                f"got {self._parameters():,}"
+                "dim, bank_size, tape_mlp_dim, num_registers: expected sizes that make up to 2**36 "
+                f"parameters, got {self._parameters():,}"
             )
 
     def _set(self, name: str, value: object) -> None:
@@ -137,15 +145,17 @@ class AdaTapeConfig:
         self._set(name, as_integer(name, getattr(self, name), least, most))
 
     def _check_numbers(self) -> None:
-        names = ("halt_threshold", "query_noise", "ponder_weight")
+        names = ("halt_threshold", "query_noise", "ponder_weight", "norm_eps")
         shares = ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout")
         for name in (*names, *shares):
             self._set(name, as_number(name, getattr(self, name)))
-        for name in ("query_noise", "ponder_weight"):
+        for name in ("query_noise", "ponder_weight", "norm_eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{name}: expected a finite number of 0 or more, got {getattr(self, name)}"
                 )
+        if self.norm_eps == 0:
+            raise ValueError("norm_eps: expected more than 0, which rows of zeros need, got 0")
         for name in shares:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 to below 1, got {getattr(self, name)}")
@@ -177,7 +187,8 @@ class AdaTapeConfig:
         """Return about how many parameters a model has; subclasses add what they embed with."""
         bank = self.bank_size if self.bank == "learn" else 0
         reader = self.dim * (bank + 3 * self.tape_mlp_dim)
-        return self._layer_parameters() + len(self.read_layers) * reader
+        registers = self.num_registers * self.dim
+        return self._layer_parameters() + len(self.read_layers) * reader + registers
 
 
 class AdaTapeOptions(TypedDict, total=False):
@@ -215,3 +226,6 @@ class AdaTapeOptions(TypedDict, total=False):
     query_noise: float
     bank_dropout: float
     activation: Activation
+    norm_eps: float
+    norm_after_pooling: bool
+    num_registers: int

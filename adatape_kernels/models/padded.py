@@ -58,11 +58,13 @@ class _PaddedTokens:
     num_inputs: int
     """Number of input positions."""
 
-    def pool(self, kind: Pooling) -> Tensor:
-        """Reduce the positions that exist to (batch, dim), as `ElasticBatch.pool` does."""
+    def pool(self, kind: Pooling, num_registers: int = 0) -> Tensor:
+        """Reduce the positions that exist, without registers, as the elastic model does."""
         if kind == "token":
             return self.data[:, 0]
-        mask, lens = self.mask.unsqueeze(2), self.mask.sum(1, keepdim=True)
+        mask = self.mask.clone()
+        mask[:, :num_registers] = False
+        mask, lens = mask.unsqueeze(2), mask.sum(1, keepdim=True)
         if kind == "max":
             return self.data.masked_fill(~mask, -torch.inf).amax(1).where(lens > 0, 0)
         total = (self.data * mask).sum(1)
@@ -132,7 +134,7 @@ class PaddedAdaTape(nn.Module):
             make_weights(layer.self_attn)
             x = _encode(layer, x)
         x = _PaddedTokens(model.encoder.norm(x.data), x.mask, x.num_inputs)
-        logits = model.head(x.pool(model.config.pooling))
+        logits = model.head(x.pool(model.config.pooling, model.config.num_registers))
         tape_lens = x.mask[:, x.num_inputs :].sum(1, dtype=torch.int32)
         return AdaTapeOutput(logits, tape_lens, stack_ponder(tuple(reads), logits), tuple(reads))
 

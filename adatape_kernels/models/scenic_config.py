@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from adatape_kernels.layers import QueryType
+from adatape_kernels.layers import NORM_EPS, QueryType
 from adatape_kernels.models.config import MOST_TOKENS
 from adatape_kernels.models.parity import AdaTapeParityConfig
 from adatape_kernels.models.value_checks import as_integer, as_number
@@ -81,6 +81,7 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
         "query_noise": halting["query_noise"],
         "bank_dropout": halting["bernoulli_p"],
         "activation": "gelu_tanh",
+        "norm_eps": NORM_EPS,
     }
     if config["kind"] == "adatape_vit":
         return AdaTapeViTConfig(

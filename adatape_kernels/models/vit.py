@@ -19,6 +19,7 @@ from adatape_kernels.models.config import (
     AdaTapeOptions,
 )
 from adatape_kernels.models.model_file import saved_with
+from adatape_kernels.models.value_checks import as_flag
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
     from typing_extensions import Unpack
@@ -60,10 +61,13 @@ class AdaTapeViTConfig(AdaTapeConfig):
     """Height and width of the patches that become input tokens; a divisor of image_size."""
     bank_patch_size: int = 8
     """Height and width of the patches that an input-driven bank is made of; likewise a divisor."""
+    pre_norm: bool = False
+    """Whether a LayerNorm follows the sum of embeddings and positions, as in CLIP."""
 
     def __post_init__(self) -> None:
         """Check that patches tile the image and that a bank fills at least one tape token."""
         super().__post_init__()
+        as_flag("pre_norm", self.pre_norm)
         self._check_integer("in_channels", 1, MOST_TOKENS)
         self._check_integer("image_size", 1, math.isqrt(MOST_VALUES // self.in_channels))
         for name in ("patch_size", "bank_patch_size"):
@@ -164,6 +168,7 @@ class AdaTapeViTOptions(AdaTapeOptions, total=False):
     in_channels: int
     patch_size: int
     bank_patch_size: int
+    pre_norm: bool
 
 
 @saved_with(AdaTapeViTConfig)
@@ -193,7 +198,7 @@ class AdaTapeViT(AdaTape):
         self.config: AdaTapeViTConfig = config
         c = config
         self.patch_embed = _patches(c, c.patch_size)
-        tokens = c.num_patches + (self.class_token is not None)
+        tokens = c.num_patches + (self.class_token is not None) + c.num_registers
         self.position = nn.Parameter(torch.empty(1, tokens, c.dim))
         nn.init.normal_(self.position, std=0.02)
         if c.bank == "input":
@@ -204,6 +209,7 @@ class AdaTapeViT(AdaTape):
             nn.init.xavier_uniform_(self.pre_bank.weight)
             nn.init.zeros_(self.pre_bank.bias)
         self.dropout = nn.Dropout(c.dropout)
+        self.pre_norm = nn.LayerNorm(c.dim, c.norm_eps) if c.pre_norm else nn.Identity()
 
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Cut images into input tokens and, for an input-driven bank, into bank tokens.
@@ -212,8 +218,9 @@ class AdaTapeViT(AdaTape):
             inputs: (batch, in_channels, image_size, image_size), normalised.
 
         Returns:
-            Input tokens (batch, num_patches (+ 1), dim), with the class token where the model has
-            one, and the bank (batch, bank_tokens, dim) or None where it is learnable.
+            Input tokens (batch, num_patches (+ 1), dim), with the class token and the registers
+            that the model has, and the bank (batch, bank_tokens, dim) or None where it is
+            learnable.
 
         Raises:
             TypeError: inputs is no tensor.
@@ -232,7 +239,7 @@ class AdaTapeViT(AdaTape):
         if inputs.dim() != 4 or inputs.shape[1:] != shape:
             raise ValueError(f"inputs: expected (batch, {shape}), got {tuple(inputs.shape)}")
         tokens = self.with_class_token(self.patch_embed(inputs).flatten(2).mT)
-        tokens = self.dropout(tokens + self.position)
+        tokens = self.pre_norm(self.dropout(tokens + self.position))
         if c.bank == "learn":
             return tokens, None
         bank = self.bank_embed(inputs).flatten(2).mT + self.bank_position

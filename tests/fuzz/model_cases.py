@@ -22,11 +22,12 @@ WRONG = {
     **dict.fromkeys(("seq_len", "element_dim", "in_channels"), _POSITIVE),
     **dict.fromkeys(("tape_ffn_dim", "tape_mlp_dim", "num_tape_tokens"), _INTEGERS),
     **dict.fromkeys(("dropout", "attention_dropout", "stochastic_depth", "bank_dropout"), _RATES),
+    "num_registers": _INTEGERS,
     "halt_threshold": _NUMBERS,
     "query_noise": (-1.0, float("inf"), *_NUMBERS),
     "ponder_weight": (-1.0, float("inf"), *_NUMBERS),
     "norm_eps": (-5.0, *_NUMBERS),
-    "average_query": (None, 1, "yes", 0.0),
+    **dict.fromkeys(("average_query", "norm_after_pooling", "pre_norm"), (None, 1, "yes", 0.0)),
     **dict.fromkeys(("bank", "pooling", "query", "loss_type", "activation"), _WORDS),
     "read_layers": ([99], [-1], [0, 0], "0", 3, [0.5], [True]),
 }
@@ -88,12 +89,16 @@ def _model_fields(rng, kind):
         "read_layers": sorted(rng.sample(range(depth), rng.randint(0, depth))),
         "tape_mlp_dim": rng.choice((0, 4)),
         "pooling": pooling,
+        "norm_eps": rng.choice((1e-6, 1e-3, 0.1)),
+        "norm_after_pooling": rng.random() < 0.3,
+        "num_registers": rng.choice((0, 0, 1, 3)),
         **{name: 0.0 for name in ("dropout", "bank_dropout", "query_noise", "ponder_weight")},
     }
     fields["key_split"] = rng.randint(1, fields["dim"])
     if kind == "vit":
         patch, tiles = rng.randint(1, 3), 2 * rng.randint(1, 2)
         sizes = {"image_size": patch * tiles, "patch_size": patch, "bank_patch_size": patch}
+        sizes["pre_norm"] = rng.random() < 0.3
         return fields | sizes | {"in_channels": rng.randint(1, 3)}
     return fields | {"seq_len": rng.randint(4, 12), "element_dim": rng.randint(1, 3)}
 

@@ -68,6 +68,9 @@ MODEL = {
     "query_noise": FACTOR,
     "bank_dropout": PROBABILITY,
     "activation": NO_WORD,
+    "norm_eps": POSITIVE,
+    "norm_after_pooling": NO_FLAG,
+    "num_registers": WIDTH,
 }
 IMAGES = {
     **MODEL,
@@ -75,6 +78,7 @@ IMAGES = {
     "in_channels": COUNT,
     "patch_size": (*COUNT, 3, 32),
     "bank_patch_size": (*COUNT, 3, 32),
+    "pre_norm": NO_FLAG,
 }
 SEQUENCES = {**MODEL, "seq_len": COUNT, "element_dim": COUNT}
 PLAN = {
@@ -123,7 +127,7 @@ CASES = [(kind, name) for kind, (table, _) in TABLES.items() for name in table]
 SHOWN = {"learning_rate": "lr", "weight_decay": "weight-decay"}
 # Where sizes are too large together, the line names all that could be smaller.
 TOGETHER = {"dim", "depth", "ffn_dim", "bank_size", "tape_mlp_dim", "image_size", "patch_size"}
-TOGETHER |= {"seq_len", "element_dim"}
+TOGETHER |= {"seq_len", "element_dim", "num_registers"}
 
 
 @pytest.mark.parametrize("kind", [*TABLES, TrainConfig])
