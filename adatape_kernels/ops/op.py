@@ -315,11 +315,9 @@ def use_backend(
     further = (fallback,) if isinstance(fallback, str) else tuple(fallback or ())
     for given in (*(() if name is None else (name,)), *further):
         if given not in BACKENDS:
-            raise ValueError(
-                f"use_backend: expected one of {', '.join(BACKENDS)}, got {shown(given)}"
-            )
-        reason = why_absent(given)
-        if reason is not None:
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"use_backend: expected one of {known}, got {shown(given)}")
+        if (reason := why_absent(given)) is not None:
             raise RuntimeError(f"use_backend: backend {given!r} is not available: {reason}")
     if name is None and further:
         raise ValueError(f"fallback: expected None without a backend, got {shown(fallback)}")
