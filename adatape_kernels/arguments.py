@@ -6,6 +6,9 @@ them can be traced: a number of a traced program passes for the number that it s
 """
 
 import math
+import operator
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +29,18 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {shown(value)}")
 
 
-def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = None) -> None:
-    """Refuse what is no whole number, and one outside the bounds.
+def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = None) -> int:
+    """Return a whole number as Python's own; refuse what is none, and one outside the bounds.
 
     Args:
         name: the argument's name in an error.
         value: anything. Whatever Python takes for an index is a whole number, a bool excepted.
         lowest: the smallest that it may be; None where that depends on another argument.
         most: the largest, or None.
+
+    Returns:
+        The number as an int, which does not overflow as one of numpy's eight bits would; in a
+        traced program that which stands for it.
 
     Raises:
         TypeError: it is no whole number.
@@ -47,11 +54,13 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
     """
     if type(value) is not int and not _is_int(value):
         raise TypeError(f"{name}: expected an int, got {shown(value)}")
+    number: Any = value if isinstance(value, int | torch.SymInt) else operator.index(value)
     if lowest is None:
-        return
+        return number
     if value < lowest or (most is not None and value > most):
         bounds = f"{lowest} or more" if most is None else f"{lowest} to {most}"
         raise ValueError(f"{name}: expected {bounds}, got {shown(value)}")
+    return number
 
 
 def check_number(
@@ -104,19 +113,44 @@ def check_kind(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name}: expected an object of {kind.__name__}, got {shown(value)}")
 
 
+def check_path(name: str, value: object) -> Path:
+    """Return a path of the file system; refuse what is none, as bytes and a text with zeros are.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, or holds a zero.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a path, got {shown(value)}")
+    if not text or "\0" in text:
+        raise ValueError(f"{name}: expected a path, got {shown(text)}")
+    return Path(text)
+
+
 def _is_int(value: Any) -> bool:
     if isinstance(value, bool | Tensor):
         return False
-    return isinstance(value, int | torch.SymInt) or hasattr(type(value), "__index__")
+    if isinstance(value, int | torch.SymInt):
+        return True
+    try:
+        operator.index(value)
+    except TypeError:
+        return False  # as arrays answer that have an axis
+    return True
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+        real = not value.is_complex() and value.dtype != torch.bool
+        return value.dim() == 0 and real and not value.is_meta
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         return True
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    if getattr(value, "ndim", 0) or kind not in "iuf":
+        return False  # arrays, and what numpy has for a bool, a complex number or a text
     return hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
 
 

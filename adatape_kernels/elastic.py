@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.arguments import check_flag, check_int, check_tensor
+from adatape_kernels.arguments import check_flag, check_int, check_tensor, shown
 from adatape_kernels.offsets import (
     INTEGERS,
     as_int32,
@@ -99,6 +99,7 @@ class ElasticBatch:
             ([2, 1], [0, 2])
         """
         _check_layout(data, cu_inputs, cu_tapes)
+        check_flag("exact", exact)
         input_lens = cu_inputs.diff().tolist()
         num_input_rows = int(cu_inputs[-1])
         check_offsets("cu_inputs", cu_inputs, 0, min(num_input_rows, len(data)))
@@ -136,6 +137,7 @@ class ElasticBatch:
             >>> batch.lens.tolist()
             [3, 3]
         """
+        check_tensor("padded", padded)
         if padded.dim() != 3:
             raise ValueError(f"padded: expected (batch, seqlen, dim), got {tuple(padded.shape)}")
         batch, seqlen, dim = padded.shape
@@ -148,6 +150,7 @@ class ElasticBatch:
             return cls(data, cu_inputs, torch.full_like(numbers, rows), rows, seqlen, seqlen)
         if mask is None:
             mask = torch.ones(batch, seqlen, dtype=torch.bool, device=padded.device)
+        check_tensor("mask", mask)
         if mask.shape != (batch, seqlen) or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask: expected bool ({batch}, {seqlen}) like padded, "
@@ -186,6 +189,7 @@ class ElasticBatch:
         if tape_lens is None:
             return cls.from_offsets(packed, cu_seqlens, torch.full_like(cu_seqlens, len(packed)))
         lens = as_int32("cu_seqlens", cu_seqlens).diff()
+        check_tensor("tape_lens", tape_lens)
         if tape_lens.shape != lens.shape or tape_lens.dtype not in INTEGERS:
             raise ValueError(
                 f"tape_lens: expected int32 or int64 ({len(lens)},), "
@@ -223,6 +227,7 @@ class ElasticBatch:
             >>> ak.ElasticBatch.from_nested(nested).lens.tolist()
             [2, 5]
         """
+        check_tensor("nested", nested)
         jagged: Any = nested
         shape = tuple(nested.shape) if nested.is_nested and nested.layout == torch.jagged else ()
         # A transposed nested tensor has its ragged dimension last.
@@ -401,12 +406,16 @@ class ElasticBatch:
         Args:
             data: (rows, any width), of any dtype.
 
+        Raises:
+            TypeError: the buffer is no tensor.
+
         Example:
             >>> import torch, adatape_kernels as ak
             >>> batch = ak.ElasticBatch.from_padded(torch.ones(2, 3, 8))
             >>> batch.with_data(batch.data[:, :4]).data.shape
             torch.Size([6, 4])
         """
+        check_tensor("data", data)
         refuse_reentrant_checkpoint(self)
         return dataclasses.replace(self, data=data)
 
@@ -416,6 +425,9 @@ class ElasticBatch:
         Args:
             data: (rows, any width).
 
+        Raises:
+            TypeError: the buffer is no tensor.
+
         Example:
             >>> import torch, adatape_kernels as ak
             >>> batch = ak.ElasticBatch.from_padded(torch.ones(1, 2, 1))
@@ -424,6 +436,7 @@ class ElasticBatch:
             >>> batch.clear_unused(batch.data).flatten().tolist()
             [1.0, 1.0, 1.0, 0.0, 0.0]
         """
+        check_tensor("data", data)
         if self.exact:
             return data
         row = torch.arange(data.shape[0], device=data.device)
@@ -441,6 +454,7 @@ class ElasticBatch:
 
         Raises:
             ValueError: the multiple is below 1.
+            TypeError: it is no whole number.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -448,8 +462,7 @@ class ElasticBatch:
             >>> batch.data.shape, batch.lens.tolist()
             (torch.Size([64, 8]), [5, 5])
         """
-        if multiple < 1:
-            raise ValueError(f"multiple: expected 1 or more, got {multiple}")
+        multiple = check_int("multiple", multiple, 1)
         refuse_reentrant_checkpoint(self)
         data = torch.nn.functional.pad(self.data, (0, 0, 0, -len(self.data) % multiple))
         return dataclasses.replace(self, data=data, exact=False, row_multiple=multiple)
@@ -483,6 +496,7 @@ class ElasticBatch:
             [5, 4]
         """
         refuse_reentrant_checkpoint(self)
+        max_tapes = check_int("max_tapes", max_tapes)
         offsets = _checked_tape_offsets(self, tape, offsets, max_tapes, exact)
         if self.row_multiple > 1:
             missing = -(len(self.data) + len(tape)) % self.row_multiple
@@ -536,7 +550,7 @@ class ElasticBatch:
                 raise ValueError("kind: expected an input row in every example for 'token', got 0")
             return self.data.index_select(0, self.cu_inputs[:-1])
         if kind not in ("mean", "max", "sum"):
-            raise ValueError(f"kind: expected token, mean, max or sum, got {kind!r}")
+            raise ValueError(f"kind: expected token, mean, max or sum, got {shown(kind)}")
         return pool_rows(self.data, self.example_of_rows(), self.lens, kind)
 
 
@@ -559,7 +573,6 @@ def _checked_tape_offsets(
             f"offsets: expected {tuple(batch.cu_tapes.shape)} like cu_tapes, "
             f"got {tuple(offsets.shape)}"
         )
-    check_int("max_tapes", max_tapes)
     check_flag("exact", exact)
     limited = as_int32("offsets", offsets)
     if can_be_seen(limited):
@@ -580,6 +593,7 @@ def _check_layout(
     offsets_name: str | None = None,
 ) -> None:
     """Check shapes, dtypes and devices of a buffer and its offsets. Raises ValueError."""
+    check_tensor(data_name, data)
     if data.dim() != 2:
         raise ValueError(f"{data_name}: expected (rows, dim), got {tuple(data.shape)}")
     for name, offsets in (("cu_inputs", cu_inputs), ("cu_tapes", cu_tapes)):

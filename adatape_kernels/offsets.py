@@ -17,7 +17,7 @@ def cumulative(lens: Tensor, start: int = 0) -> Tensor:
 
     Args:
         lens: (batch,) integers, the segments' lengths.
-        start: where the first segment starts.
+        start: where the first segment starts, 0 or more.
 
     Returns:
         (batch + 1,) int32, from `start`; segment i stretches from offset i to offset i + 1.
@@ -33,6 +33,7 @@ def cumulative(lens: Tensor, start: int = 0) -> Tensor:
         [10, 13, 13, 15]
     """
     check_tensor("lens", lens)
+    start = check_int("start", start)
     if lens.dtype not in INTEGERS or lens.dim() != 1:
         raise ValueError(
             f"lens: expected int32 or int64 (batch,), got {lens.dtype} {tuple(lens.shape)}"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.npz_file import NpzFile, UnreadableFile
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import (
@@ -86,6 +87,8 @@ def load(params: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdaTape
         >>> bool(((model(images).logits - torch.tensor(arrays["logits"])).abs() < 1e-4).all())
         True
     """
+    check_kind("params", params, Mapping)
+    check_kind("config", config, Mapping)
     ours_config = model_config(config)
     targets = check_params(params, ours_config)
     model = _build(ours_config)

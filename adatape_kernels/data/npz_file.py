@@ -19,6 +19,7 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
+from adatape_kernels.arguments import check_path
 from adatape_kernels.data.printable import printable
 
 FREE_BYTES = 1 << 28
@@ -73,7 +74,7 @@ class NpzFile(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = check_path("path", path)
         self._read_bytes: dict[str, int] = {}
         with self._naming():
             if not self.path.is_file():

@@ -1,20 +1,31 @@
 """What becomes of an image before a model sees it: kept with the model that was trained so."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_int, check_number, check_path, check_tensor, shown
 from adatape_kernels.data.image_file import decode
 from adatape_kernels.data.image_set import Normaliser, unit_range
+from adatape_kernels.data.printable import printable
+
+MOST_SIDE = 1 << 14
+"""Most pixels of a side; images that are scaled to more take gigabytes."""
+# Images are in 0 to 1. `Normaliser` measures no deviation below a thousandth.
+_MOST_VALUE, _LEAST_DEVIATION = 1e9, 1e-9
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Makes the input of a model from image files: size, channels, mean and deviation.
+
+    Raises:
+        ValueError: a value is out of range, or there is not one for each channel.
+        TypeError: a value is of another type altogether.
 
     Example:
         >>> import torch
@@ -31,7 +42,23 @@ class Preprocessing:
     mean: tuple[float, ...]
     """Mean of each channel, of images in 0 to 1."""
     std: tuple[float, ...]
-    """Standard deviation of each channel, of images in 0 to 1."""
+    """Standard deviation of each channel, of images in 0 to 1; positive."""
+
+    def __post_init__(self) -> None:
+        """Check every value, since it may come from a file; they are kept in Python's types."""
+        size = check_int("image_size", self.image_size, 1, MOST_SIDE)
+        channels = check_int("channels", self.channels, 1, 3)
+        if channels == 2:
+            raise ValueError("channels: expected 1 or 3, got 2")
+        object.__setattr__(self, "image_size", size)
+        object.__setattr__(self, "channels", channels)
+        for name, lowest in (("mean", -_MOST_VALUE), ("std", _LEAST_DEVIATION)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list) or len(values) != channels:
+                raise ValueError(f"{name}: expected {channels} numbers, got {shown(values)}")
+            for value in values:
+                check_number(name, value, lowest, _MOST_VALUE)
+            object.__setattr__(self, name, tuple(map(float, values)))
 
     @classmethod
     def of(cls, image_size: int, normalise: Normaliser) -> "Preprocessing":
@@ -46,24 +73,12 @@ class Preprocessing:
             ValueError: these are no such entries.
         """
         try:
-            mean, std = (tuple(float(v) for v in entries[name]) for name in ("mean", "std"))
-            made = cls(entries["image_size"], entries["channels"], mean, std)
-        except (KeyError, TypeError, ValueError):
+            return cls(**{field.name: entries[field.name] for field in fields(cls)})
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"preprocessing: expected image_size, channels, mean and std, got {entries!r:.80}"
+                "preprocessing: expected image_size, channels, mean and std, got a fault in "
+                f"{printable(error, 200)}"
             ) from None
-        sizes = made.image_size, made.channels
-        if not all(type(n) is int and n >= 1 for n in sizes) or made.channels not in (1, 3):
-            raise ValueError(
-                f"preprocessing: expected a size of 1 or more and 1 or 3 channels, got {sizes}"
-            )
-        whole = all(-1e9 < v < 1e9 for v in mean) and all(0 < v < 1e9 for v in std)
-        if not len(mean) == len(std) == made.channels or not whole:
-            raise ValueError(
-                f"preprocessing: expected a mean and a positive std for each of {made.channels} "
-                f"channels, got {mean} and {std}"
-            )
-        return made
 
     def entries(self) -> dict[str, Any]:
         """Return the values by name, in types that JSON has."""
@@ -84,7 +99,9 @@ class Preprocessing:
 
         Raises:
             ValueError: the shape is another.
+            TypeError: this is no tensor.
         """
+        check_tensor("images", images)
         shape = (self.channels, self.image_size, self.image_size)
         if images.dim() != 4 or images.shape[1:] != shape:
             raise ValueError(f"images: expected (batch, {shape}), got {tuple(images.shape)}")
@@ -97,7 +114,7 @@ class Preprocessing:
             ValueError: this is no image that can be decoded; the error names the file.
             RuntimeError: Pillow is not installed.
         """
-        pixels = decode(Path(file), self.image_size)
+        pixels = decode(check_path("file", file), self.image_size)
         if self.channels == 1:
             pixels = _grey(pixels)
         return self(pixels.unsqueeze(0))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adatape_kernels.arguments import check_flag, check_int, check_number
+from adatape_kernels.arguments import check_flag, check_int, check_kind, check_number, shown
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import (
     activation_name,
@@ -77,6 +77,7 @@ class ElasticEncoderLayer(DualFFN):
         activation: Activation = "gelu_tanh",
         norm_first: bool = True,
     ):
+        dim = check_int("dim", dim, 1)
         super().__init__(dim, ffn_dim, tape_ffn_dim, dropout=dropout, activation=activation)
         check_rate("attention_dropout", attention_dropout)
         check_rate("stochastic_depth", stochastic_depth, less_than_one=True)
@@ -229,20 +230,23 @@ class ElasticEncoder(nn.Module):
         row_multiple: int = 1,
     ):
         super().__init__()
-        check_int("dim", dim, 1)
+        dim = check_int("dim", dim, 1)
         check_number("norm_eps", norm_eps, 0)
-        check_int("row_multiple", row_multiple, 1)
-        self.row_multiple = row_multiple
-        self.layers = nn.ModuleList(layers)
+        self.row_multiple = check_int("row_multiple", row_multiple, 1)
+        try:
+            self.layers = nn.ModuleList([*layers])
+        except TypeError:
+            raise TypeError(f"layers: expected modules, got {shown(layers)}") from None
         readers = {} if readers is None else readers
         if not isinstance(readers, Mapping):
             raise TypeError(f"readers: expected readers by layer, got {type(readers).__name__}")
-        for layer in readers:
+        for layer, reader in readers.items():
             check_int("readers", layer, None)
             if not 0 <= layer < len(self.layers):
                 raise ValueError(
                     f"readers: expected layers from 0 to {len(self.layers) - 1}, got {layer}"
                 )
+            check_kind("readers", reader, nn.Module)
         self.readers = nn.ModuleDict({str(layer): reader for layer, reader in readers.items()})
         self.norm: nn.Module = nn.LayerNorm(dim, norm_eps)
 

@@ -56,9 +56,8 @@ class DualFFN(nn.Module):
         activation: Activation = "gelu_tanh",
     ):
         super().__init__()
-        check_int("dim", dim, 1)
-        check_int("ffn_dim", ffn_dim, 1)
-        check_int("tape_ffn_dim", tape_ffn_dim)
+        dim, ffn_dim = check_int("dim", dim, 1), check_int("ffn_dim", ffn_dim, 1)
+        tape_ffn_dim = check_int("tape_ffn_dim", tape_ffn_dim)
         check_rate("dropout", dropout)
         check_activation(activation)
         self.dropout = dropout

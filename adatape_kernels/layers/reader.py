@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adatape_kernels import ops
-from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor
+from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.layer_checks import check_batch, check_rate
 from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
@@ -74,22 +74,22 @@ class TapeReader(nn.Module):
         bank_dropout: float = 0.0,
     ):
         super().__init__()
-        check_int("dim", dim, 1)
-        check_int("num_tape_tokens", num_tape_tokens)
-        check_int("topk", topk, 1, MAX_TOPK)
+        dim = check_int("dim", dim, 1)
+        num_tape_tokens = check_int("num_tape_tokens", num_tape_tokens)
+        topk = check_int("topk", topk, 1, MAX_TOPK)
         check_number("halt_threshold", halt_threshold, finite=False)
-        check_int("bank_size", bank_size)
-        check_int("key_split", key_split, None)
+        bank_size = check_int("bank_size", bank_size)
+        key_split = check_int("key_split", key_split, None)
         check_flag("average_query", average_query)
-        check_int("tape_mlp_dim", tape_mlp_dim)
+        tape_mlp_dim = check_int("tape_mlp_dim", tape_mlp_dim)
         check_number("query_noise", query_noise, 0)
         check_rate("bank_dropout", bank_dropout)
         if 0 < bank_size < topk:
             raise ValueError(f"bank_size: expected 0 or at least topk = {topk}, got {bank_size}")
         if loss_type not in ("entropy", "max"):
-            raise ValueError(f"loss_type: expected 'entropy' or 'max', got {loss_type!r}")
+            raise ValueError(f"loss_type: expected 'entropy' or 'max', got {shown(loss_type)}")
         if query not in ("token", "gap"):
-            raise ValueError(f"query: expected 'token' or 'gap', got {query!r}")
+            raise ValueError(f"query: expected 'token' or 'gap', got {shown(query)}")
         if not 1 <= key_split <= dim:
             raise ValueError(f"key_split: expected 1 to dim = {dim}, got {key_split}")
         self.num_tape_tokens = num_tape_tokens

@@ -45,8 +45,7 @@ class ElasticAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0):
         super().__init__()
-        check_int("dim", dim, 1)
-        check_int("num_heads", num_heads, 1)
+        dim, num_heads = check_int("dim", dim, 1), check_int("num_heads", num_heads, 1)
         check_rate("dropout", dropout)
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")

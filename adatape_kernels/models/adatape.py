@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adatape_kernels.arguments import check_kind
+from adatape_kernels.arguments import check_kind, check_tensor
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
@@ -16,6 +16,9 @@ from adatape_kernels.models.hub import HubModel
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded import PaddedAdaTape
 from adatape_kernels.models.value_checks import as_number
+from adatape_kernels.offsets import can_be_seen
+
+_NOT_COUNTED = -100
 
 
 class AdaTape(HubModel, ABC):
@@ -180,11 +183,14 @@ class AdaTape(HubModel, ABC):
 
         Args:
             output: what the model returned for the batch.
-            labels: (batch,) int64.
+            labels: (batch,) int64, 0 to num_classes - 1, or -100 where an example does not count;
+                or (batch, num_classes), a probability of each class, of the logits' dtype.
             label_smoothing: the share of the target that is spread over all classes, 0 to 1.
 
         Raises:
-            ValueError: label_smoothing is out of range.
+            ValueError: label_smoothing is out of range, or the labels have another shape or dtype
+                or, where they lie on the host, are none of the classes.
+            TypeError: an argument is of another type altogether.
 
         Source: SPEC 7.
 
@@ -195,8 +201,11 @@ class AdaTape(HubModel, ABC):
             >>> math.isclose(loss.item(), math.log(5), rel_tol=1e-6)  # a new head guesses
             True
         """
-        if not 0 <= as_number("label_smoothing", label_smoothing) <= 1:
+        label_smoothing = as_number("label_smoothing", label_smoothing)
+        if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+        check_kind("output", output, AdaTapeOutput)
+        _check_labels(labels, output.logits)
         classification = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
         return classification + self.config.ponder_weight * output.ponder.sum(1).mean()
 
@@ -211,3 +220,23 @@ class AdaTape(HubModel, ABC):
             True
         """
         return PaddedAdaTape(self)
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse what are no labels of these logits; values on the host alone, as they can be seen."""
+    check_tensor("labels", labels)
+    batch, num_classes = logits.shape
+    if labels.dtype == logits.dtype and labels.shape == logits.shape:
+        return  # a probability of each class
+    if labels.dtype != torch.int64 or labels.shape != (batch,):
+        raise ValueError(
+            f"labels: expected torch.int64 ({batch},) or {logits.dtype} ({batch}, {num_classes}), "
+            f"got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels: expected a tensor on {logits.device}, got {labels.device}")
+    if not can_be_seen(labels):
+        return
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != _NOT_COUNTED)]
+    if len(wrong):
+        raise ValueError(f"labels: expected 0 to {num_classes - 1}, got {int(wrong[0])}")

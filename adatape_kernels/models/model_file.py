@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from adatape_kernels.arguments import shown
+from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
 
 FILE = "model.safetensors"
 """Name of a model's file in a folder."""
@@ -70,7 +71,8 @@ class Description:
         """Return the model with these parameters, in the mode for evaluation.
 
         Raises:
-            ValueError: the tensors' names or shapes are not the model's; the error names the file.
+            ValueError: the tensors' names or shapes are not the model's, or one is of a dtype that
+                no parameter has; the error names the file.
         """
         found = [m for m, config in _MODELS.values() if type(self.config) is config]
         if not found:
@@ -82,6 +84,12 @@ class Description:
             model = make(self.config)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         check_names_and_shapes(file, expected, {n: tuple(t.shape) for n, t in tensors.items()})
+        for name, tensor in tensors.items():
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise ValueError(
+                    f"{printable(file)}: expected floating-point of 16 to 64 bits for {name}, "
+                    f"got {tensor.dtype}"
+                )
         model.load_state_dict(dict(tensors), assign=True)
         model.class_names, model.preprocessing = self.class_names, self.preprocessing
         return model.eval()
@@ -107,8 +115,9 @@ def save(
         The path of the file.
 
     Raises:
-        TypeError: the model is of another class.
-        ValueError: there are not as many names as classes.
+        TypeError: the model is of another class, or another argument of another type.
+        ValueError: there are not as many names as classes, or the preprocessing makes images of
+            another size than the model's.
         OSError: the file cannot be written; an earlier one stays.
 
     Example:
@@ -119,8 +128,8 @@ def save(
         ...     ak.load(folder).class_names
         ('cat', 'dog')
     """
+    file = check_path("target", target)
     content = serialised(model, class_names=class_names, preprocessing=preprocessing)
-    file = Path(target)
     if file.suffix != ".safetensors":
         file.mkdir(parents=True, exist_ok=True)
         file = file / FILE
@@ -147,12 +156,17 @@ def serialised(
             f"model: expected {' or '.join(_MODELS)}, as a file holds no code, "
             f"got {type(model).__name__}"
         )
+    if class_names is not None and not isinstance(class_names, Sequence):
+        raise TypeError(f"class_names: expected a sequence of names, got {shown(class_names)}")
+    if preprocessing is not None:
+        check_kind("preprocessing", preprocessing, Preprocessing)
     names = model.class_names if class_names is None else tuple(map(str, class_names))
     preprocess = model.preprocessing if preprocessing is None else preprocessing
     if names is not None and len(names) != model.config.num_classes:
         raise ValueError(
             f"class_names: expected {model.config.num_classes} names, got {len(names)}"
         )
+    _check_images(preprocess, model.config)
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
@@ -189,11 +203,12 @@ def read(file: Path) -> tuple[Description | None, dict[str, Tensor]]:
     try:
         with safe_open(os.fspath(file), framework="pt") as opened:
             metadata = opened.metadata() or {}
-            description = _description(file, metadata) if _METADATA in metadata else None
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, UnicodeDecodeError) as error:
+    # Sizes that no tensor can have make torch raise TypeError, OverflowError or RuntimeError.
+    except (SafetensorError, UnicodeDecodeError, TypeError, OverflowError, RuntimeError) as error:
         reason = printable((str(error).splitlines() or ["damage"])[0], 200)
         raise ValueError(f"{name}: expected a whole safetensors file, got {reason}") from None
+    description = _description(file, metadata) if _METADATA in metadata else None
     if description is not None:
         came = _checksum(metadata, tensors)
         if came != metadata.get(_CHECKSUM):
@@ -254,6 +269,7 @@ def _description(file: Path, metadata: Mapping[str, str]) -> Description:
             None if names is None else tuple(map(str, names)),
             None if preprocessing is None else Preprocessing.from_entries(preprocessing),
         )
+        _check_images(description.preprocessing, description.config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {printable(error, 300)}") from None
     count = description.config.num_classes
@@ -262,6 +278,18 @@ def _description(file: Path, metadata: Mapping[str, str]) -> Description:
             f"{name}: expected {count} class names, got {len(description.class_names)}"
         )
     return description
+
+
+def _check_images(preprocessing: Preprocessing | None, config: AdaTapeConfig) -> None:
+    """Raise ValueError where the preprocessing makes other images than a model takes."""
+    if preprocessing is None:
+        return
+    takes = getattr(config, "in_channels", None), getattr(config, "image_size", None)
+    makes = preprocessing.channels, preprocessing.image_size
+    if makes != takes:
+        raise ValueError(
+            f"preprocessing: expected the model's channels and image size, {takes}, got {makes}"
+        )
 
 
 def _config(config_class: type[AdaTapeConfig], entries: Mapping[str, Any]) -> AdaTapeConfig:

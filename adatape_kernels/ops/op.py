@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.ops import fast_autograd
 from adatape_kernels.ops.carried_choice import carry, declare_carrying
 from adatape_kernels.ops.choice import Choice, Chosen
@@ -310,20 +311,20 @@ def use_backend(
         [2, 2]
     """
     if not isinstance(fallback, str | list | tuple | None):
-        raise ValueError(f"fallback: expected a name or a list of names, got {fallback!r}")
+        raise ValueError(f"fallback: expected a name or a list of names, got {shown(fallback)}")
     further = (fallback,) if isinstance(fallback, str) else tuple(fallback or ())
     for given in (*(() if name is None else (name,)), *further):
         if given not in BACKENDS:
-            raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)}, got {given!r}")
-        reason = why_absent(given)
-        if reason is not None:
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"use_backend: expected one of {known}, got {shown(given)}")
+        if (reason := why_absent(given)) is not None:
             raise RuntimeError(f"use_backend: backend {given!r} is not available: {reason}")
     if name is None and further:
-        raise ValueError(f"fallback: expected None without a backend, got {fallback!r}")
+        raise ValueError(f"fallback: expected None without a backend, got {shown(fallback)}")
     if len({name, *further}) <= len(further):
         raise ValueError(
             f"fallback: expected backends that differ from {name!r} and from each other, "
-            f"got {fallback!r}"
+            f"got {shown(fallback)}"
         )
     return Chosen(_choice, () if name is None else (name, *further), "use_backend")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.op_types import ACTIVATIONS, FFN, wide_dtype
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.reading_checks import (
@@ -156,7 +157,7 @@ def dual_ffn(
         raise ValueError(f"x: expected (rows, dim), got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+        raise ValueError(f"activation: expected one of {names}, got {shown(activation)}")
     if bounds is not None:
         _check("bounds", bounds, torch.int64, (2,), x.device)
     elif num_input_rows is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor
+from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
 from adatape_kernels.offsets import INTEGERS
 
 MAX_TOPK = 32
@@ -61,7 +61,7 @@ def check_selection(
     check_int("num_tape_tokens", num_tape_tokens)
     check_number("halt_threshold", halt_threshold, finite=False)
     if loss_type not in ("entropy", "max"):
-        raise ValueError(f"loss_type: expected 'entropy' or 'max', got {loss_type!r}")
+        raise ValueError(f"loss_type: expected 'entropy' or 'max', got {shown(loss_type)}")
     if read_mask is not None and (
         read_mask.dtype != torch.bool or read_mask.shape != (batch, bank_size)
     ):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_int, check_tensor, shown
 from adatape_kernels.offsets import check_offsets_tensor
 from adatape_kernels.ops.elastic_attention import attention_with_lse, elastic_attention
 
@@ -61,6 +62,7 @@ def varlen_attention(
 
     Source: SPEC 6, with empty tapes.
     """
+    check_tensor("q", q)
     cu_tapes = _no_tapes("cu_seqlens", cu_seqlens, q)
     return _calling_arguments(
         _OURS,
@@ -126,10 +128,16 @@ def varlen_attn(
 
     Source: the documentation of torch.nn.attention.varlen, torch 2.13 and 2.14.
     """
-    if tuple(window_size) != (-1, -1):
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("cu_seq_q", cu_seq_q)):
+        check_tensor(name, tensor)
+    if cu_seq_k is not None:
+        check_tensor("cu_seq_k", cu_seq_k)
+    max_q, max_k = check_int("max_q", max_q), check_int("max_k", max_k)
+    window_size = tuple(window_size) if isinstance(window_size, list) else window_size
+    if not isinstance(window_size, tuple) or window_size != (-1, -1):
         raise NotImplementedError(
             f"window_size: expected (-1, -1), as every row attends to its whole sequence, "
-            f"got {tuple(window_size)}"
+            f"got {shown(window_size)}"
         )
     for name, given in (("seqused_k", seqused_k), ("block_table", block_table)):
         if given is not None:
@@ -141,6 +149,9 @@ def varlen_attn(
         )
     if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
         _check_same_sequences(cu_seq_q, cu_seq_k)
+    wants_lse = getattr(return_aux, "lse", None)
+    if return_aux is not None and not isinstance(wants_lse, bool):
+        raise TypeError(f"return_aux: expected None or an AuxRequest, got {shown(return_aux)}")
     key, value = (
         _for_every_head(name, given, query, enable_gqa)
         for name, given in (("key", key), ("value", value))
@@ -152,7 +163,7 @@ def varlen_attn(
             query, key, value, cu_seq_q, cu_tapes, max_rows=max_q, softmax_scale=scale
         ),
     )
-    return (out, lse.detach()) if return_aux is not None and return_aux.lse else out
+    return (out, lse.detach()) if wants_lse else out
 
 
 def _no_tapes(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:

@@ -261,10 +261,10 @@ def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{file}: expected SHA-256 {shown(sha256[:16])}..., got {came[:16]}...")
     try:
         return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: expected safetensors, got {str(error).splitlines()[0]}"
-        ) from None
+    # Sizes that no tensor can have make torch raise TypeError, OverflowError or RuntimeError.
+    except (SafetensorError, UnicodeDecodeError, TypeError, OverflowError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["damage"])[0]
+        raise ValueError(f"{file}: expected safetensors, got {reason}") from None
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -298,7 +298,8 @@ def restore(
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         ours, theirs = (
-            tuple(found[name].shape) if name in found else "none" for found in (expected, weights)
+            f"{tuple(found[name].shape)} {found[name].dtype}" if name in found else "none"
+            for found in (expected, weights)
         )
         if ours != theirs:
             raise ValueError(
@@ -308,12 +309,15 @@ def restore(
     for index, (name, parameter) in enumerate(model.named_parameters()):
         entries = _below(tensors, f"{_OPTIMIZER}{name}.")
         if entries:
-            # AdamW's count of steps is a scalar; its moments have the shape of the parameter.
-            wrong = [k for k, v in entries.items() if v.dim() and v.shape != parameter.shape]
-            if wrong or entries.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            # AdamW's count of steps is a float32 scalar; its moments are like the parameter.
+            like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            fits = entries.keys() == like.keys() and all(
+                (v.shape, v.dtype) == (like[k].shape, like[k].dtype) for k, v in entries.items()
+            )
+            if not fits:
                 raise ValueError(
                     f"{folder / INDEX}: expected step, exp_avg and exp_avg_sq for {name}, "
-                    f"got {', '.join(sorted(entries))} of other shapes or names"
+                    f"got {', '.join(sorted(entries))} of other shapes, dtypes or names"
                 )
             state[index] = entries
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.arguments import shown
+from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import Normaliser, Preprocessing, digits
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeConfig
@@ -49,6 +49,7 @@ def load(
     Raises:
         ValueError: there is no model, a file is cut, altered, of a newer format or of another
             configuration, or an argument is out of range; the error names the file or argument.
+        TypeError: an argument is of another type altogether.
         OSError: a file cannot be read.
 
     Example:
@@ -59,17 +60,22 @@ def load(
         ...     ak.load(file, halt_threshold=0.5).config.halt_threshold
         0.5
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+    file = check_path("source", source)
+    if dtype is not None:
+        check_kind("dtype", dtype, torch.dtype)
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+    if config is not None:
+        check_kind("config", config, AdaTapeConfig)
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = printable((str(error).splitlines() or ["none"])[0], 200)
         raise ValueError(
-            f"device: expected one that is here, got {shown(str(device))} ({reason})"
+            f"device: expected one that is here, got {shown(device)} ({reason})"
         ) from None
-    file, description, tensors = _found(Path(source), config)
+    file, description, tensors = _found(file, config)
     if halt_threshold is not None:
         with_threshold = replace(description.config, halt_threshold=halt_threshold)
         description = replace(description, config=with_threshold)

@@ -3,10 +3,10 @@
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from adatape_kernels.arguments import check_kind, check_path
 from adatape_kernels.models.model_file import SavedModel
 from adatape_kernels.models.value_checks import as_integer
 
@@ -45,9 +45,11 @@ class Predictor:
 
     Raises:
         ValueError: the model knows no preprocessing, or `top` is below 1.
+        TypeError: the model is of another class.
     """
 
     def __init__(self, model: SavedModel, *, top: int = 3):
+        check_kind("model", model, SavedModel)
         if model.preprocessing is None:
             raise ValueError(
                 "model: expected one that was saved with its preprocessing, got one without"
@@ -68,7 +70,7 @@ class Predictor:
             RuntimeError: Pillow is not installed.
         """
         device = self._parameter.device
-        image = self.preprocessing.file(Path(file)).to(device, self._parameter.dtype)
+        image = self.preprocessing.file(check_path("file", file)).to(device, self._parameter.dtype)
         if not self._warm:
             # What is done once, choosing kernels for instance, is no image's cost.
             self.model(image)

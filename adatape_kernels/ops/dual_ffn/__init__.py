@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.arguments import check_int, check_tensor
+from adatape_kernels.arguments import check_int, check_tensor, shown
 from adatape_kernels.op_types import ACTIVATIONS, FFN, Activation
 from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
@@ -79,10 +79,9 @@ def dual_ffn(
     if tape_ffn is not None:
         _check_ffn("tape_ffn", tape_ffn, x, gates=2)
     rows = x.shape[0]
-    end = rows if num_rows is None else num_rows
+    num_input_rows = _checked_rows("num_input_rows", num_input_rows, x)
+    end = rows if num_rows is None else _checked_rows("num_rows", num_rows, x)
     middle = end if tape_ffn is None else num_input_rows
-    _check_rows("num_input_rows", num_input_rows, x)
-    _check_rows("num_rows", end, x)
     if isinstance(middle, int) and isinstance(end, int) and middle > end:
         raise ValueError(f"num_input_rows: expected at most num_rows = {end}, got {middle}")
     max_tape_rows = 0 if tape_ffn is None else _bound(end, rows) - _bound(middle, 0)
@@ -103,7 +102,7 @@ def check_activation(activation: str) -> None:
     """Raise ValueError if an activation's name is none of those that there are."""
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {shown(activation)}"
         )
 
 
@@ -136,7 +135,7 @@ def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
             )
 
 
-def _check_rows(name: str, count: int | Tensor, x: Tensor) -> None:
+def _checked_rows(name: str, count: int | Tensor, x: Tensor) -> int | Tensor:
     if isinstance(count, Tensor):
         whole = not (count.is_floating_point() or count.is_complex() or count.dtype == torch.bool)
         if count.dim() != 0 or not whole or count.device != x.device:
@@ -144,10 +143,11 @@ def _check_rows(name: str, count: int | Tensor, x: Tensor) -> None:
                 f"{name}: expected an int or an integer scalar on {x.device}, "
                 f"got {count.dtype} {tuple(count.shape)} on {count.device}"
             )
-        return
-    check_int(name, count, lowest=None)
-    if not 0 <= count <= x.shape[0]:
-        raise ValueError(f"{name}: expected 0 to {x.shape[0]} (the rows of x), got {count}")
+        return count
+    number = check_int(name, count, lowest=None)
+    if not 0 <= number <= x.shape[0]:
+        raise ValueError(f"{name}: expected 0 to {x.shape[0]} (the rows of x), got {number}")
+    return number
 
 
 def _bound(count: int | Tensor, otherwise: int) -> int:
