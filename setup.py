@@ -17,6 +17,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
@@ -36,8 +37,13 @@ def missing_tool() -> str | None:
     cmake = find_tool("cmake")
     if cmake is None:
         return "CMake was not found (pip install cmake ninja)"
-    version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    try:
+        version = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    except OSError:  # pip's is a script, whose Python may have gone
+        version = ""
     numbers = re.findall(r"\d+", version)[:3]
+    if not numbers:
+        return f"{cmake} does not run (pip install cmake ninja)"
     # 3.25.1, which is Debian 12's, does not know how nvcc is told to compile C++20.
     if tuple(map(int, numbers)) < (3, 25, 2):
         found = ".".join(numbers)
@@ -74,16 +80,26 @@ def one_of(variable: str, *values: str) -> str:
     return value
 
 
+def check_setuptools() -> None:
+    """Name a setuptools that cannot read pyproject.toml before it fails over it at length."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise SystemExit(
+            "error: setuptools 77 or newer is needed, and this is "
+            f"{setuptools.__version__} (pip install 'setuptools>=77')"
+        )
+
+
 class CMakeBuild(build_ext):
     """Builds the extension with CMake, or leaves a note that says why there is none."""
 
     def run(self) -> None:
         """Decide by ADATAPE_BUILD and by the tools at hand."""
         mode = one_of("ADATAPE_BUILD", "auto", "require", "python")
-        one_of("ADATAPE_CUDA", "auto", "require", "skip")
+        cuda = one_of("ADATAPE_CUDA", "auto", "require", "skip")
         why = "ADATAPE_BUILD=python asked for it" if mode == "python" else missing_tool()
-        if why and mode == "require":
-            raise SetupError(f"ADATAPE_BUILD=require, but {why}")
+        for variable, value in (("ADATAPE_BUILD", mode), ("ADATAPE_CUDA", cuda)):
+            if why and value == "require":
+                raise SetupError(f"{variable}=require, but {why}")
         if not why and find_spec("torch") is None:
             raise SetupError(
                 "adatape-kernels is built in an environment that has torch: install torch, then "
@@ -145,6 +161,7 @@ class CMakeBuild(build_ext):
             ) from None
 
 
+check_setuptools()
 # Nothing here is compiled by setuptools: `depends` puts the files into a source distribution.
 sources = [str(path) for path in Path("csrc").rglob("*") if path.is_file()]
 benchmarks = "adatape_kernels.benchmarks"

@@ -29,6 +29,8 @@ _CHECKPOINT = re.compile(
     r"checkpoint-\d+(-[0-9a-f]{8})?\.safetensors(\..*)?|checkpoint\.json\..*|adatape-kernels\.lock"
 )
 _SHOWN_CHARACTERS = 40
+# How many folders below a folder of runs a run is looked for, as in runs/photos/first.
+_DEPTH_OF_RUNS = 4
 
 
 class SkippedEntries:
@@ -159,7 +161,10 @@ def _is_run(folder: Path) -> bool:
     return any(not images or str(table.with_suffix(".md")) in names for table in tables)
 
 
-def _holds_runs(folder: Path) -> bool:
-    """Return whether a folder holds folders of runs, and nothing else that could be a class."""
-    inner = [entry for entry in folder.iterdir() if entry.is_dir()]
-    return any(_is_run(entry) for entry in inner)
+def _holds_runs(folder: Path, depth: int = _DEPTH_OF_RUNS) -> bool:
+    """Return whether a folder without images holds folders of runs, up to `depth` folders down."""
+    try:
+        inner = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
+    except OSError:
+        return False
+    return any(_is_run(entry) or (depth > 1 and _holds_runs(entry, depth - 1)) for entry in inner)

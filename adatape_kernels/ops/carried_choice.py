@@ -79,8 +79,9 @@ def declare_carrying(schema: str, run: Callable[..., Any], fake: Callable[..., A
         return fake(*args)
 
     _namespace.define(schema.replace(") ->", ", *, Tensor carried) ->"), _tags)
-    _namespace.kernels.impl(name, fast_autograd.untraced(run_carrying), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_namespace.name}::{name}", fake_carrying, lib=_namespace.kernels)
+    library = _namespace.kernels_of(name)
+    library.impl(name, fast_autograd.untraced(run_carrying), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_namespace.name}::{name}", fake_carrying, lib=library)
 
 
 def carrying(name: str) -> Callable[..., Any] | None:
@@ -118,5 +119,6 @@ def _restored(carried: Tensor) -> Iterator[None]:
 
 
 _namespace.define("present(Device device) -> Tensor", _tags)
-_namespace.kernels.impl("present", fast_autograd.untraced(_number), "CompositeExplicitAutograd")
-torch.library.register_fake("adatape_carrying::present", _fake_number, lib=_namespace.kernels)
+_library = _namespace.kernels_of("present")
+_library.impl("present", fast_autograd.untraced(_number), "CompositeExplicitAutograd")
+torch.library.register_fake("adatape_carrying::present", _fake_number, lib=_library)

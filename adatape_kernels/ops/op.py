@@ -104,9 +104,10 @@ class Operation:
                 given = given.bind(self.name, schema, _compiled[given.namespace])
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
-        self.overload = _declare(schema, self._run, fake)
+        library = _namespace.kernels_of(self.name)
+        self.overload = _declare(schema, library, self._run, fake)
         declare_carrying(schema, self._run, fake)
-        self._derivative = Derivative(self.name, _namespace.kernels, _choice)
+        self._derivative = Derivative(self.name, library, _choice)
         self._derivative.attach(self._run)
         _operations[self.name] = self
 
@@ -246,19 +247,20 @@ class Composition:
         self.name = schema[: schema.index("(")]
         self.schema = schema
         self.function = function
-        self.overload = _declare(schema, function, function)
+        self._library = _namespace.kernels_of(self.name)
+        self.overload = _declare(schema, self._library, function, function)
 
     def differentiable(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
     ) -> None:
         """Give the op its derivative, as `Operation.differentiable` does."""
-        derivative = Derivative(self.name, _namespace.kernels, _choice)
+        derivative = Derivative(self.name, self._library, _choice)
         derivative.set(backward, setup_context, None)
         derivative.attach(self.function, composed=True)
 
 
-def _declare(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name, library = schema[: schema.index("(")], _namespace.kernels
+def _declare(schema: str, library: Any, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema[: schema.index("(")]
     overload = _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, _kernel(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"adatape::{name}", _on_one_device(name, fake), lib=library)
@@ -348,8 +350,7 @@ def current_backend() -> str | None:
         ...     current_backend()
         'eager'
     """
-    backends = _choice.value
-    return backends[0] if backends else None
+    return (_choice.value or (None,))[0]
 
 
 @contextlib.contextmanager

@@ -23,18 +23,26 @@ class Namespace:
 
     Args:
         name: the namespace.
-
-    Attributes:
-        kernels: the library that kernels, fakes and derivatives are registered with.
     """
 
     def __init__(self, name: str):
         self.name = name
         self._definitions = kept(f"{name}.definitions", lambda: _library(name, "FRAGMENT"))
-        earlier = _kept.pop(f"{name}.kernels", None)
+
+    def kernels_of(self, op: str) -> Any:
+        """Return a new library for the kernels, fakes and derivatives of an op.
+
+        What an earlier import registered for this op is taken back. The other ops keep theirs, so
+        that an import that fails, or that of a single module, leaves them as they are.
+
+        Args:
+            op: the op's name, without the namespace.
+        """
+        name = f"{self.name}.{op}.kernels"
+        earlier = _kept.pop(name, None)
         if earlier is not None:
             fast_autograd.take_back(earlier)
-        self.kernels = kept(f"{name}.kernels", lambda: _library(name, "IMPL"))
+        return kept(name, lambda: _library(self.name, "IMPL"))
 
     def define(self, schema: str, tags: Sequence[torch.Tag] = ()) -> Any:
         """Define an op, unless an earlier import has, and return its overload.

@@ -1,6 +1,7 @@
 """The folder that a run writes into: whether it can be made and written, before hours of work."""
 
 import contextlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,8 +24,10 @@ def check_output_folder(out: Path) -> None:
         for folder in reversed(missing):
             folder.mkdir()
             made.append(folder)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        descriptor, name = tempfile.mkstemp(dir=out)
+        # Folders that a virtual machine shares keep a file that is open from being removed.
+        os.close(descriptor)
+        os.unlink(name)
     except OSError as error:
         raise _not_usable(out, error.strerror or str(error)) from None
     except ValueError as error:

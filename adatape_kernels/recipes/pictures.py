@@ -19,9 +19,11 @@ _ELASTIC, _PADDED = "#1b7f79", "#b8b8b8"
 _MEAN_IMAGES = 200
 # The number of classes that are drawn, since more would be too small to see.
 _MOST_CLASSES = 11
-# The number of characters of a class's name that fit above a picture, alone and behind other words.
+# The number of characters of a class's name that fit above a picture, if they are narrow.
 _MOST_CHARACTERS = 16
-_FEWER_CHARACTERS = 10
+# The room above a picture for a line of text, and the size of the text, both in points.
+_ROOM = 98
+_TEXT_SIZE = 9
 # The number of tape lengths that fit below an axis.
 _MOST_TICKS = 21
 
@@ -83,9 +85,27 @@ def draw_all(
             out.write(f"{name}.png", content.getvalue())
 
 
-def drawn_name(name: str, most: int = _MOST_CHARACTERS) -> str:
-    """Return a class's name as pictures show it: printable, in one line, and not too long."""
-    return printable(name, most)
+def drawn_name(name: str, words: str = "") -> str:
+    """Return a class's name as pictures show it: printable, in one line, and not too long.
+
+    Args:
+        name: the class's name.
+        words: what stands before the name in its line, and comes back with it.
+    """
+    for characters in range(_MOST_CHARACTERS, 1, -1):
+        line = words + printable(name, characters)
+        if _width(line) <= _ROOM:
+            break
+    return line
+
+
+def _width(line: str) -> float:
+    """Return the width in points of a line above a picture."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font = FontProperties(size=_TEXT_SIZE)
+    return TextToPath().get_text_width_height_descent(line, font, ismath=False)[0]
 
 
 def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -101,7 +121,7 @@ def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, An
 
 def _title(axis: Any, text: str) -> None:
     """Put a text with names of users above a picture; `$` is a letter there like any other."""
-    axis.set_title(text, fontsize=9, parse_math=False)
+    axis.set_title(text, fontsize=_TEXT_SIZE, parse_math=False)
 
 
 def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
@@ -196,7 +216,7 @@ def shortest_longest(
     score = output.tape_lens + output.ponder.sum(1) / (1 + output.ponder.sum(1))
     order = score.argsort()
     columns = min(columns, len(order))
-    figure, axes = _axes(2, columns, max(6, 1.5 * columns), 4.3)
+    figure, axes = _axes(2, columns, max(7, 1.5 * columns), 4.3)
     margin, width = 0.06 - 0.5, bank_patch_size - 0.12
     for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
         images = unit_range(data.test_images[chosen])
@@ -208,9 +228,10 @@ def shortest_longest(
                 axis.add_patch(Rectangle(corner, width, width, fill=False, color="#ff9f1c", lw=1.2))
             label, guess = int(data.test_labels[image]), int(output.logits[image].argmax())
             name = drawn_name(data.class_names[label])
-            taken_for = drawn_name(data.class_names[guess], _FEWER_CHARACTERS)
-            wrong = "" if label == guess else f"\ntaken for {taken_for}"
-            _title(axis, f"{name}{wrong}\n{int(output.tape_lens[image])} tokens")
+            taken_for = drawn_name(data.class_names[guess], "taken for ")
+            wrong = "" if label == guess else f"\n{taken_for}"
+            tokens = int(output.tape_lens[image])
+            _title(axis, f"{name}{wrong}\n{tokens} {'token' if tokens == 1 else 'tokens'}")
     figure.suptitle("The shortest tapes (above) and the longest (below); outlined: patches read")
     return figure
 

@@ -31,6 +31,7 @@ LOCK = "adatape-kernels.lock"
 
 _FIRST_LINE = b"adatape-kernels, lock of a run\n"
 _MOST_RECORD = 1 << 20
+_MOST_TRIES = 1000
 # The names of files that this module removes: parts of files, and tensors of a checkpoint.
 _REMOVABLE = re.compile(
     r"[\w.-]+\.[0-9]+-[0-9a-f]{8}\.part|checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors"
@@ -198,7 +199,7 @@ def _locked(folder: Path) -> int | None:
     if fcntl is None:
         return None
     file = folder / LOCK
-    while True:
+    for _ in range(_MOST_TRIES):
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = os.open(file, flags, 0o666)
@@ -218,9 +219,11 @@ def _locked(folder: Path) -> int | None:
                 )
         except OSError as error:
             holder = _holder(descriptor)
-            if error.errno in _CANNOT_LOCK and os.fstat(descriptor).st_size == 0:
-                file.unlink(missing_ok=True)
+            empty = os.fstat(descriptor).st_size == 0
+            # Some of these file systems keep a file that is open from being removed.
             os.close(descriptor)
+            if error.errno in _CANNOT_LOCK and empty:
+                file.unlink(missing_ok=True)
             if error.errno in _HELD:
                 raise ValueError(
                     "out: expected a folder that no other process writes into, got "
@@ -236,6 +239,8 @@ def _locked(folder: Path) -> int | None:
         if _is_at(descriptor, file):
             return descriptor
         os.close(descriptor)
+    # The numbers by which this file system tells files apart do not stay, so that no lock is sure.
+    return None
 
 
 def _is_at(descriptor: int, file: Path) -> bool:

@@ -74,6 +74,43 @@ def test_an_old_cmake_is_named_with_what_helps(build, with_cmake):
     assert process.returncode != 0 and "CMake 3.25.2 or newer is needed" in process.stderr
 
 
+@pytest.mark.parametrize("script", ["exit 1", "echo cmake", "exec nowhere"])
+def test_a_cmake_that_does_not_run_is_named(build, with_cmake, script):
+    process, package = build(ADATAPE_BUILD="auto", **with_cmake(script))
+    assert process.returncode == 0, process.stderr
+    note = (package / "_build_note.txt").read_text()
+    assert note.endswith("bin/cmake does not run (pip install cmake ninja)\n")
+    assert note.count("\n") == 1
+
+
+def test_a_script_of_a_python_that_has_gone_does_not_run(build, with_cmake, tmp_path):
+    environment = with_cmake("")
+    (tmp_path / "bin/cmake").write_text("#!/nowhere/python\n")
+    process, package = build(ADATAPE_BUILD="auto", **environment)
+    assert process.returncode == 0, process.stderr
+    assert "bin/cmake does not run" in (package / "_build_note.txt").read_text()
+
+
+@pytest.mark.parametrize("mode", ["auto", "python"])
+def test_kernels_for_gpus_are_required_where_nothing_can_be_compiled(build, with_cmake, mode):
+    old_cmake = with_cmake("echo cmake version 3.25.1")
+    process, _ = build(ADATAPE_BUILD=mode, ADATAPE_CUDA="require", **old_cmake)
+    assert process.returncode != 0 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: ADATAPE_CUDA=require, but ")
+
+
+def test_an_old_setuptools_is_named(build, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import setuptools\nsetuptools.__version__ = '65.5.0.post1'\n"
+    )
+    process, _ = build(PYTHONPATH=str(tmp_path))
+    assert process.returncode != 0
+    assert process.stderr.splitlines()[-1] == (
+        "error: setuptools 77 or newer is needed, and this is 65.5.0.post1 "
+        "(pip install 'setuptools>=77')"
+    )
+
+
 @pytest.mark.parametrize("variable", ["ADATAPE_BUILD", "ADATAPE_CUDA"])
 def test_an_unknown_value_is_one_line(build, variable):
     process, _ = build(**{variable: "bogus"})

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys, warnings
 import torch
@@ -56,10 +58,60 @@ print("done")
 """
 
 
-def test_the_package_can_be_imported_again_and_again():
+AFTER_A_FAILURE = """
+import importlib, sys
+import torch
+import adatape_kernels as first
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            raise ImportError(name)
+
+def purge():
+    for name in [n for n in sys.modules if n.split(".")[0] == "adatape_kernels"]:
+        del sys.modules[name]
+
+def use(ak):
+    layer = ak.layers.ElasticEncoderLayer(4, 1, 8)
+    x = torch.ones(1, 3, 4, requires_grad=True)
+    layer(ak.ElasticBatch.from_padded(x)).data.sum().backward()
+    compiled = torch.compile(lambda x: layer(ak.ElasticBatch.from_padded(x)).data.sum(),
+                             fullgraph=True, backend="aot_eager")
+    compiled(x).backward()
+
+finder = Absent()
+for finder.name in ("scenic", "ops.dual_ffn", "ops.carried_choice", "ops.registration"):
+    finder.name = f"adatape_kernels.{finder.name}"
+    purge()
+    sys.meta_path.insert(0, finder)
+    try:
+        import adatape_kernels
+    except ImportError as error:
+        assert str(error) == finder.name
+    else:
+        raise AssertionError("the import has not failed")
+    sys.meta_path.remove(finder)
+    use(first)
+purge()
+import adatape_kernels as second
+
+use(second)
+use(first)
+for name in ("ops.dual_ffn", "ops.carried_choice", "ops.registration", "ops.op"):
+    importlib.reload(sys.modules[f"adatape_kernels.{name}"])
+    use(second)
+importlib.reload(second)
+use(second)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, AFTER_A_FAILURE], ids=["purge", "failure"])
+def test_the_package_can_be_imported_again_and_again(script):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == "done"

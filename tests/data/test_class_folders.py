@@ -28,13 +28,15 @@ def test_folders_of_runs_are_no_classes(tmp_path):
             (run / "heatmap.png").touch()
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "checkpoint.json").touch()
+    (tmp_path / "old" / "photos" / "second").mkdir(parents=True)
+    (tmp_path / "old" / "photos" / "second" / "checkpoint.json").touch()
     (tmp_path / "bench").mkdir()
     for name in ("amd.csv", "amd.md", "amd-rows.png"):
         (tmp_path / "bench" / name).touch()
     data = loaded(tmp_path)
     assert data.class_names == ("cat", "dog")
     assert data.notes == (
-        f"skipped in {tmp_path}: 6 folder of a run (bench, …), 1 folder of runs (runs)",
+        f"skipped in {tmp_path}: 6 folder of a run (bench, …), 2 folder of runs (old, …)",
     )
 
 
