@@ -6,10 +6,15 @@ them can be traced: a number of a traced program passes for the number that it s
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MOST_INT = (1 << 63) - 1
+"""The largest number that torch takes for a size or an index."""
+_MOST_FLOAT = int(sys.float_info.max)
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -29,7 +34,7 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
         name: the argument's name in an error.
         value: anything. Whatever Python takes for an index is a whole number, a bool excepted.
         lowest: the smallest that it may be; None where that depends on another argument.
-        most: the largest, or None.
+        most: the largest; None for whatever torch takes, which is 64 bits wide.
 
     Raises:
         TypeError: it is no whole number.
@@ -45,8 +50,10 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
         raise TypeError(f"{name}: expected an int, got {_text(value)}")
     if lowest is None:
         return
-    if value < lowest or (most is not None and value > most):
+    if value < lowest or (_beyond(value, MOST_INT) if most is None else value > most):
         bounds = f"{lowest} or more" if most is None else f"{lowest} to {most}"
+        if most is None and value >= lowest:
+            bounds = f"at most {MOST_INT}"
         raise ValueError(f"{name}: expected {bounds}, got {_text(value)}")
 
 
@@ -75,6 +82,7 @@ def check_number(
         raise TypeError(f"{name}: expected a number, got {_text(value)}")
     # NaN compares as False with everything.
     within = -math.inf < value < math.inf if finite else value == value
+    within = within and not _beyond(value, _MOST_FLOAT)
     if not (within and lowest <= value <= most):
         kind = "a finite number" if finite else "a number"
         if lowest > -math.inf and most < math.inf:
@@ -92,6 +100,12 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool | torch.SymBool):
         raise TypeError(f"{name}: expected True or False, got {_text(value)}")
+
+
+def _beyond(value: Any, most: int) -> bool:
+    """Whether an int, of which Python's have no end, is larger than what torch can hold."""
+    # What is traced cannot be, and a comparison would become a guard.
+    return isinstance(value, int) and not torch.compiler.is_compiling() and abs(value) > most
 
 
 def _is_int(value: Any) -> bool:

@@ -246,8 +246,10 @@ def _torch_ffn(call):
 
 def _row_bounds(call, most_inputs, most_tapes, rows):
     bounds = call["bounds"]
+    said = call["num_input_rows"] or 0
+    _require(max(said, 0) + most_tapes <= rows, "more rows than x has")
     if bounds is None:
-        _require(most_inputs + most_tapes <= rows, "more rows than x has")
+        _require(call["num_input_rows"] is not None, "neither num_input_rows nor bounds")
         return
     _tensor("bounds", bounds, (2,), (INT64, INT32))
     _one_device(call.values())

@@ -31,7 +31,7 @@ def judge(case, call, results):
     wide = wide_dtype(dtype)
     with torch.autograd.set_detect_anomaly(False):
         exact = _evaluate(function, leaves, given, torch.float64)
-        plain = _evaluate(function, leaves, given, dtype)
+        plain = _evaluate(function, leaves, given, dtype, plain_ops.PEER)
         noise = _evaluate(function, leaves, given, torch.float64, _Noise(case["seed"], dtype, wide))
     if op == "add_layer_norm":
         for found in (exact, plain, noise):
@@ -93,15 +93,15 @@ class _Noise:
         return x * (1 + eps * (draw + draw.sign()))
 
 
-def _evaluate(function, leaves, given, dtype, noise=None):
+def _evaluate(function, leaves, given, dtype, jitter=plain_ops.EXACT):
     """Return results and gradients, "d" and the leaf's name, by torch's autograd in a dtype."""
     with torch.enable_grad():
         inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
-        disturbed = {n: noise.wide(x) for n, x in inputs.items()} if noise else inputs
-        results = function(disturbed, noise or plain_ops.EXACT)
+        disturbed = {name: jitter.wide(x) for name, x in inputs.items()}
+        results = function(disturbed, jitter)
         outputs = [results[name] for name in given if results[name].requires_grad]
         weights = [given[name].to(dtype) for name in given if results[name].requires_grad]
-        weights = [noise.wide(x) for x in weights] if noise else weights
+        weights = [jitter.wide(x) for x in weights]
         names = list(inputs)
         grads = (
             torch.autograd.grad(outputs, list(inputs.values()), weights, allow_unused=True)
