@@ -19,12 +19,22 @@ class Exact:
     def wide(self, x):
         return x
 
+    def share(self, weights):
+        return weights
 
-class _Peer(Exact):
-    """Stands for torch's own functions, as they round."""
+
+class Peer(Exact):
+    """Stands for torch's own functions, as they round.
+
+    It takes a softmax's smallest weights for 0, as some exponentials do: they decide whether an
+    infinity comes out as that or as NaN, and so neither is then expected.
+    """
+
+    def share(self, weights):
+        return weights.where(weights.abs() > 4 * torch.finfo(torch.float32).tiny, 0 * weights)
 
 
-EXACT, PEER = Exact(), _Peer()
+EXACT, PEER = Exact(), Peer()
 
 
 def read_along(query, keys, indices, counts, average_query, loss_type, jitter=EXACT):
@@ -36,7 +46,7 @@ def read_along(query, keys, indices, counts, average_query, loss_type, jitter=EX
         rows = []
         for step in range(count):
             chosen = bank.index_select(0, indices[i, step].long())
-            w = torch.softmax(jitter((chosen * q).sum(1)) / math.sqrt(len(q)), 0)
+            w = jitter.share(torch.softmax(jitter((chosen * q).sum(1)) / math.sqrt(len(q)), 0))
             rows.append(w)
             cost = cost + 1 - (w.square().sum() if loss_type == "entropy" else w.amax())
             merged = (w.unsqueeze(1) * chosen).sum(0)
@@ -70,8 +80,8 @@ def attention(q, k, v, cu_inputs, cu_tapes, scale, jitter=EXACT):
         if len(own):
             qi, ki, vi = (x[own].transpose(0, 1) for x in (q, k, v))
             scores = qi @ ki.mT * scale
-            mixed = jitter(torch.softmax(scores, -1)) @ vi
-            if not isinstance(jitter, Exact):
+            mixed = jitter(jitter.share(torch.softmax(scores, -1))) @ vi
+            if jitter not in (EXACT, PEER):
                 # A backward that takes its row sums from the stored result has that one's rounding
                 # in them: as if this term, which is 0, had been added.
                 sums = torch.logsumexp(scores, -1, keepdim=True)
