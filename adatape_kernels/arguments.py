@@ -15,6 +15,9 @@ from torch import Tensor
 MOST_INT = (1 << 63) - 1
 """The largest number that torch takes for a size or an index."""
 _MOST_FLOAT = int(sys.float_info.max)
+_MOST_CHARACTERS = 80
+# Integers of more bits are described; Python refuses to write the longest ones at all.
+_MOST_BITS = 256
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -24,7 +27,7 @@ def check_tensor(name: str, value: Any) -> None:
         TypeError: it is none.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_text(value)}")
+        raise TypeError(f"{name}: expected a tensor, got {shown(value)}")
 
 
 def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = None) -> None:
@@ -47,14 +50,14 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
         TypeError: num_heads: expected an int, got 2.0
     """
     if type(value) is not int and not _is_int(value):
-        raise TypeError(f"{name}: expected an int, got {_text(value)}")
+        raise TypeError(f"{name}: expected an int, got {shown(value)}")
     if lowest is None:
         return
     if value < lowest or (_beyond(value, MOST_INT) if most is None else value > most):
         bounds = f"{lowest} or more" if most is None else f"{lowest} to {most}"
         if most is None and value >= lowest:
             bounds = f"at most {MOST_INT}"
-        raise ValueError(f"{name}: expected {bounds}, got {_text(value)}")
+        raise ValueError(f"{name}: expected {bounds}, got {shown(value)}")
 
 
 def check_number(
@@ -79,7 +82,7 @@ def check_number(
         ValueError: eps: expected a finite number of at least 0, got -5
     """
     if type(value) is not float and type(value) is not int and not _is_number(value):
-        raise TypeError(f"{name}: expected a number, got {_text(value)}")
+        raise TypeError(f"{name}: expected a number, got {shown(value)}")
     # NaN compares as False with everything.
     within = -math.inf < value < math.inf if finite else value == value
     within = within and not _beyond(value, _MOST_FLOAT)
@@ -89,7 +92,7 @@ def check_number(
             kind = f"{lowest} to {most}"
         elif lowest > -math.inf:
             kind += f" of at least {lowest}"
-        raise ValueError(f"{name}: expected {kind}, got {_text(value)}")
+        raise ValueError(f"{name}: expected {kind}, got {shown(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -99,7 +102,13 @@ def check_flag(name: str, value: Any) -> None:
         TypeError: it is neither.
     """
     if not isinstance(value, bool | torch.SymBool):
-        raise TypeError(f"{name}: expected True or False, got {_text(value)}")
+        raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless an object is of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected an object of {kind.__name__}, got {shown(value)}")
 
 
 def _beyond(value: Any, most: int) -> bool:
@@ -124,9 +133,17 @@ def _is_number(value: Any) -> bool:
     return hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
 
 
-def _text(value: Any) -> str:
-    """Return a value in one line, whatever it is; a tensor by its dtype and shape."""
+def shown(value: object) -> str:
+    """Return a value as an error shows it: in one line that is not too long.
+
+    A tensor is shown by its dtype and shape.
+    """
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        return f"an object of type {type(value).__name__}"
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

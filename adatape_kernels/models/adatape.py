@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.hub import HubModel
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded import PaddedAdaTape
-from adatape_kernels.models.value_checks import check_kind, check_number
+from adatape_kernels.models.value_checks import as_number
 
 
 class AdaTape(HubModel, ABC):
@@ -168,7 +169,7 @@ class AdaTape(HubModel, ABC):
             >>> math.isclose(loss.item(), math.log(5), rel_tol=1e-6)  # a new head guesses
             True
         """
-        if not 0 <= check_number("label_smoothing", label_smoothing) <= 1:
+        if not 0 <= as_number("label_smoothing", label_smoothing) <= 1:
             raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
         classification = F.cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
         return classification + self.config.ponder_weight * output.ponder.sum(1).mean()

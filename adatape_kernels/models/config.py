@@ -4,15 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import QueryType
-from adatape_kernels.models.value_checks import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    shown,
-)
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation, LossType
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 
@@ -102,12 +97,12 @@ class AdaTapeConfig:
 
     def __post_init__(self) -> None:
         """Check every value, so that what is wrong shows here and not in the first step."""
-        check_choice("bank", self.bank, ("input", "learn"))
-        check_choice("pooling", self.pooling, ("token", "mean", "max", "sum"))
-        check_choice("query", self.query, ("token", "gap"))
-        check_choice("loss_type", self.loss_type, ("entropy", "max"))
-        check_choice("activation", self.activation, ACTIVATIONS)
-        check_flag("average_query", self.average_query)
+        as_choice("bank", self.bank, ("input", "learn"))
+        as_choice("pooling", self.pooling, ("token", "mean", "max", "sum"))
+        as_choice("query", self.query, ("token", "gap"))
+        as_choice("loss_type", self.loss_type, ("entropy", "max"))
+        as_choice("activation", self.activation, ACTIVATIONS)
+        as_flag("average_query", self.average_query)
         for name in ("num_classes", "dim", "depth", "num_heads", "ffn_dim"):
             self._check_integer(name, 1, MOST_PARAMETERS)
         for name in ("tape_ffn_dim", "tape_mlp_dim"):
@@ -126,7 +121,7 @@ class AdaTapeConfig:
                 "dim, depth, ffn_dim: expected sizes that make up to 2**36 parameters, "
                 f"got {self._layer_parameters():,}"
             )
-        check_integer("depth", self.depth, 1, MOST_LAYERS)
+        as_integer("depth", self.depth, 1, MOST_LAYERS)
         self._check_reads()
         if self._parameters() > MOST_PARAMETERS:
             raise ValueError(
@@ -139,13 +134,13 @@ class AdaTapeConfig:
         object.__setattr__(self, name, value)
 
     def _check_integer(self, name: str, least: int, most: int) -> None:
-        self._set(name, check_integer(name, getattr(self, name), least, most))
+        self._set(name, as_integer(name, getattr(self, name), least, most))
 
     def _check_numbers(self) -> None:
         names = ("halt_threshold", "query_noise", "ponder_weight")
         shares = ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout")
         for name in (*names, *shares):
-            self._set(name, check_number(name, getattr(self, name)))
+            self._set(name, as_number(name, getattr(self, name)))
         for name in ("query_noise", "ponder_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -159,7 +154,7 @@ class AdaTapeConfig:
         layers = self.read_layers
         if not isinstance(layers, (tuple, list)):
             raise ValueError(f"read_layers: expected a tuple of layers, got {shown(layers)}")
-        layers = tuple(check_integer("read_layers", layer, 0, self.depth - 1) for layer in layers)
+        layers = tuple(as_integer("read_layers", layer, 0, self.depth - 1) for layer in layers)
         if len(set(layers)) != len(layers):
             raise ValueError(f"read_layers: expected distinct layers, got {shown(layers)}")
         self._set("read_layers", layers)

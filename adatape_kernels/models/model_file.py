@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models.config import AdaTapeConfig
-from adatape_kernels.models.value_checks import shown
 
 FILE = "model.safetensors"
 """Name of a model's file in a folder."""

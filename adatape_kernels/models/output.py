@@ -10,7 +10,7 @@ from adatape_kernels.op_types import TapeSelection
 
 @dataclass
 class AdaTapeOutput:
-    """What a model returns for a batch of examples.
+    """What a model returns for a batch of examples; a pytree node of torch.
 
     Source: SPEC 6 and 7.
 
@@ -30,6 +30,9 @@ class AdaTapeOutput:
     """(batch, reads), the ponder loss of each read, in the order of the layers."""
     reads: tuple[TapeSelection, ...]
     """What each read selected, in the order of the layers."""
+
+
+torch.export.register_dataclass(AdaTapeOutput)
 
 
 def stack_ponder(reads: tuple[TapeSelection, ...], logits: Tensor) -> Tensor:

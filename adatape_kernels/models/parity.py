@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from adatape_kernels.arguments import check_kind
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
     MOST_PARAMETERS,
@@ -12,7 +13,6 @@ from adatape_kernels.models.config import (
     AdaTapeConfig,
 )
 from adatape_kernels.models.model_file import saved_with
-from adatape_kernels.models.value_checks import check_kind
 
 
 @dataclass(frozen=True)

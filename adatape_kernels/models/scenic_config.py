@@ -9,8 +9,9 @@ from typing import Any, Literal, cast
 
 from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import QueryType
-from adatape_kernels.models.config import MOST_TOKENS, check_integer, check_number
+from adatape_kernels.models.config import MOST_TOKENS
 from adatape_kernels.models.parity import AdaTapeParityConfig
+from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.models.vit import AdaTapeViTConfig
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 
@@ -95,8 +96,8 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
 
 def _topk(num_tape_tokens: object, act_epsilon: object) -> int:
     """Return k = T // τ, which scenic's configuration leaves to be computed."""
-    check_integer("num_tape_tokens", num_tape_tokens, 0, MOST_TOKENS)
-    tau = check_number("act_epsilon", act_epsilon)
+    as_integer("num_tape_tokens", num_tape_tokens, 0, MOST_TOKENS)
+    tau = as_number("act_epsilon", act_epsilon)
     topk = cast(int, num_tape_tokens) // tau if tau > 0 else math.inf
     if not 1 <= topk <= MAX_TOPK:
         raise ValueError(

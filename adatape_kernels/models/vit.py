@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adatape_kernels.arguments import check_kind, shown
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
     MOST_PARAMETERS,
@@ -18,7 +19,6 @@ from adatape_kernels.models.config import (
     AdaTapeOptions,
 )
 from adatape_kernels.models.model_file import saved_with
-from adatape_kernels.models.value_checks import check_kind, shown
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
     from typing_extensions import Unpack

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adatape_kernels import ops
 from adatape_kernels.models import AdaTapeViT, adatape_vit
-from adatape_kernels.models.value_checks import check_choice
+from adatape_kernels.models.value_checks import as_choice
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import (
     BACKENDS,
@@ -57,7 +57,7 @@ def run(device: str) -> bool:
         ValueError: the device is neither "cpu" nor "cuda".
         RuntimeError: no kernel but the eager reference serves there.
     """
-    check_choice("device", device, ("cpu", "cuda"))
+    as_choice("device", device, ("cpu", "cuda"))
     start, passed, faults = time.perf_counter(), 0, 0
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     with torch.device(device), torch.random.fork_rng():

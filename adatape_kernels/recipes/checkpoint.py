@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adatape_kernels.models.value_checks import shown
+from adatape_kernels.arguments import shown
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 
 FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2)}

@@ -14,12 +14,8 @@ from adatape_kernels import scenic
 from adatape_kernels.data.npz_file import NpzFile
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeParityConfig, AdaTapeViTConfig
-from adatape_kernels.models.config import (
-    MOST_VALUES,
-    check_choice,
-    check_integer,
-    check_number,
-)
+from adatape_kernels.models.config import MOST_VALUES
+from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 
 MOST_TAPE_TOKENS = 1 << 14
@@ -39,18 +35,18 @@ def check_read(arrays: NpzFile, config: Mapping[str, Any]) -> None:
             another shape or type, or the file asks for more than is reasonable.
         KeyError: an entry of the configuration, or an array, is missing.
     """
-    check_choice("bank_type", config["bank_type"], ("input", "learn"))
-    check_choice("loss_type", config["loss_type"], ("entropy", "max"))
+    as_choice("bank_type", config["bank_type"], ("input", "learn"))
+    as_choice("loss_type", config["loss_type"], ("entropy", "max"))
     if not isinstance(config["average_query"], bool):
         raise ValueError(f"average_query: expected true or false, got {config['average_query']!r}")
-    check_number("halt_threshold", config["halt_threshold"])
+    as_number("halt_threshold", config["halt_threshold"])
     steps = config["max_tape_tokens"]
-    check_integer("max_tape_tokens", steps, 1, MOST_TAPE_TOKENS)
+    as_integer("max_tape_tokens", steps, 1, MOST_TAPE_TOKENS)
     bank_name = "params/tape_tokens" if config["bank_type"] == "learn" else "bank"
     batch, dim = _axes(arrays, "query", 2)
     bank_size = _axes(arrays, bank_name, 2 if config["bank_type"] == "learn" else 3)[-2]
-    check_integer("split", config["split"], 1, dim)
-    check_integer(
+    as_integer("split", config["split"], 1, dim)
+    as_integer(
         "tokens_merged_per_step", config["tokens_merged_per_step"], 1, min(MAX_TOPK, bank_size)
     )
     for name, size in (("features", dim), ("bank_size", bank_size)):
@@ -101,7 +97,7 @@ def check_model(arrays: NpzFile, config: AdaTapeViTConfig | AdaTapeParityConfig)
     rows += config.pooling == "token"
     positions = rows + reads * config.num_tape_tokens
     batch = _axes(arrays, "inputs", 1 + len(example))[0]
-    check_integer("num_tape_tokens", reads * config.num_tape_tokens, 1, MOST_TAPE_TOKENS)
+    as_integer("num_tape_tokens", reads * config.num_tape_tokens, 1, MOST_TAPE_TOKENS)
     param_shapes = {name: params.header(name).shape for name in params}
     shapes = {
         "inputs": (batch, *example),

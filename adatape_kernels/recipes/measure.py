@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels.models.value_checks import check_integer
+from adatape_kernels.models.value_checks import as_integer
 
 Run = Callable[[], object]
 
@@ -45,8 +45,8 @@ def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, 
     Raises:
         ValueError: rounds is no positive integer, or warmup a negative one.
     """
-    check_integer("rounds", rounds, 1)
-    check_integer("warmup", warmup, 0)
+    as_integer("rounds", rounds, 1)
+    as_integer("warmup", warmup, 0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warmup + rounds):
         for name, run in runs.items():

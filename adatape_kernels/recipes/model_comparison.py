@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
-from adatape_kernels.models.value_checks import check_integer, check_kind
+from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.train_loop import accuracy, predict
@@ -101,7 +102,7 @@ def compare(
         ValueError: rounds is no positive integer.
         TypeError: the model is no AdaTape, or data no ImageSet.
     """
-    check_integer("rounds", rounds, 1)
+    as_integer("rounds", rounds, 1)
     check_kind("model", model, AdaTape)
     check_kind("data", data, ImageSet)
     every = predict(model, data.test_images, normalise)

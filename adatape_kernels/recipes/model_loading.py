@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.data import Normaliser, Preprocessing, digits
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeConfig
 from adatape_kernels.models.model_file import FILE, Description, SavedModel, read
-from adatape_kernels.models.value_checks import shown
 from adatape_kernels.recipes import checkpoint, demo
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
 

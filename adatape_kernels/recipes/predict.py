@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from adatape_kernels.models.model_file import SavedModel
-from adatape_kernels.models.value_checks import check_integer
+from adatape_kernels.models.value_checks import as_integer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Predictor:
             )
         self.model, self.preprocessing = model.eval(), model.preprocessing
         count = model.config.num_classes
-        self.top = min(check_integer("top", top, 1), count)
+        self.top = min(as_integer("top", top, 1), count)
         self.class_names = model.class_names or tuple(map(str, range(count)))
         self._parameter = next(model.parameters())
         self._warm = False

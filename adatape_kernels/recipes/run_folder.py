@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models.value_checks import shown
 from adatape_kernels.recipes.terminal import say
 
 fcntl: Any

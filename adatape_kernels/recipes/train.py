@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 
 from adatape_kernels import __version__
+from adatape_kernels.arguments import check_kind, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
-from adatape_kernels.models.value_checks import (
-    check_flag,
-    check_integer,
-    check_kind,
-    check_number,
-    shown,
-)
+from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
@@ -103,7 +98,7 @@ def _run(
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
-    check_flag("resume", resume)
+    as_flag("resume", resume)
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
     pictures.require("train")
@@ -272,9 +267,9 @@ def _check_history(history: Sequence[Any], epochs: int) -> None:
     for number, row in enumerate(history, start=1):
         if type(row) is not dict or tuple(row) != METRICS:
             raise ValueError(f"history: expected {', '.join(METRICS)} for each epoch, got others")
-        check_integer("history: epoch", row["epoch"], number, number)
+        as_integer("history: epoch", row["epoch"], number, number)
         for name in METRICS:
-            if not math.isfinite(check_number(f"history: {name}", row[name])):
+            if not math.isfinite(as_number(f"history: {name}", row[name])):
                 raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
 
 

@@ -7,16 +7,11 @@ from typing import Any
 
 import torch
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
 from adatape_kernels.models.config import MOST_PARAMETERS
-from adatape_kernels.models.value_checks import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    shown,
-)
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation
 from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
 
@@ -177,7 +172,7 @@ class TrainConfig:
             )
         if self.variant is None:
             for name in _SIZES_OF_A_VARIANT:
-                check_integer(option_name(name), getattr(self, name), 1)
+                as_integer(option_name(name), getattr(self, name), 1)
         self.with_batch_for(1).plan()
         # The numbers of classes and channels come from the images, and any fit any model.
         self.vit_config(num_classes=1, in_channels=3)
@@ -282,17 +277,17 @@ def check_option(field: str, value: object) -> Any:
         return None
     if kind in (int, int | None):
         least, most = _RANGES.get(field, (1, MOST_PARAMETERS))
-        return check_integer(name, check_integer(name, value, least), least, most)
+        return as_integer(name, as_integer(name, value, least), least, most)
     if kind is float:
         expected = "0 or more" if field == "weight_decay" else "a number above 0"
-        number = check_number(name, value, expected)
+        number = as_number(name, value, expected)
         if not 0 <= number < math.inf or (number == 0 and field != "weight_decay"):
             raise ValueError(f"{name}: expected {expected}, got {number}")
         return number
     if kind is bool:
-        check_flag(name, value)
+        as_flag(name, value)
     elif field == "activation":
-        check_choice(name, value, ACTIVATIONS)
+        as_choice(name, value, ACTIVATIONS)
     elif not isinstance(value, str):
         raise ValueError(f"{name}: expected a name, got {shown(value)}")
     return value

@@ -18,9 +18,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput
-from adatape_kernels.models.value_checks import check_flag, check_integer, check_kind, check_number
+from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes.terminal import lenient_output
 
@@ -65,8 +66,8 @@ class TrainPlan:
             ("batch", 1, None),
             ("seed", 0, (1 << 32) - 1),
         ):
-            number = check_integer(name, getattr(self, name), least)
-            self._set(name, check_integer(name, number, least, most))
+            number = as_integer(name, getattr(self, name), least)
+            self._set(name, as_integer(name, number, least, most))
         for name, shown_name in (
             ("learning_rate", "lr"),
             ("weight_decay", "weight-decay"),
@@ -74,7 +75,7 @@ class TrainPlan:
             ("warmup_share", "warmup_share"),
             ("max_grad_norm", "max_grad_norm"),
         ):
-            self._set(name, check_number(shown_name, getattr(self, name)))
+            self._set(name, as_number(shown_name, getattr(self, name)))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf:
@@ -84,7 +85,7 @@ class TrainPlan:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
-        check_flag("drop_rest", self.drop_rest)
+        as_flag("drop_rest", self.drop_rest)
 
     def _set(self, name: str, value: object) -> None:
         """Replace a field by an equal value of the type that it is declared with."""
@@ -165,7 +166,7 @@ def train(
     check_kind("model", model, nn.Module)
     check_kind("data", data, ImageSet)
     check_kind("plan", plan, TrainPlan)
-    check_integer("epochs_done", epochs_done, 0, plan.epochs)
+    as_integer("epochs_done", epochs_done, 0, plan.epochs)
     _check_batches(model, plan, len(data.train_labels))
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))
@@ -287,7 +288,7 @@ def epoch_generator(seed: int, epoch: int) -> Generator:
     Raises:
         ValueError: one of the two is no integer of 0 or more.
     """
-    seed, epoch = check_integer("seed", seed, 0), check_integer("epoch", epoch, 0)
+    seed, epoch = as_integer("seed", seed, 0), as_integer("epoch", epoch, 0)
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return Generator().manual_seed(int(state[0]))
 
