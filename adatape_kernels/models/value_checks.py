@@ -9,22 +9,19 @@ import math
 from collections.abc import Collection
 from numbers import Integral, Real
 
-from adatape_kernels.arguments import MOST_INT, shown
+from adatape_kernels.arguments import shown
 
 
 def as_integer(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return a value as an int; raise ValueError unless it is an integer from `least` to `most`.
 
-    A bool is none, and neither is a float without a fraction. Without `most` there is the end that
-    torch's integers of 64 bits have.
+    A bool is none, and neither is a float without a fraction.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name}: expected an integer, got {shown(value)}")
     number = int(value)
-    if not least <= number <= (MOST_INT if most is None else most):
+    if number < least or (most is not None and number > most):
         range_ = f"{least} or more" if most is None else f"{least} to {most}"
-        if most is None and number >= least:
-            range_ = f"at most {MOST_INT}"
         raise ValueError(f"{name}: expected {range_}, got {shown(number)}")
     return number
 

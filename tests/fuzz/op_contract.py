@@ -299,8 +299,8 @@ def _select_backward(call, level):
     _check_read(indices, counts, keys.shape[-2])
     _cotangent("dweights", call["dweights"], wide.new_empty(indices.shape))
     _cotangent("dponder", call["dponder"], wide.new_empty(counts.shape))
-    if indices.shape[2] == 0:
-        raise _Open("no entry in a read")
+    if not 1 <= indices.shape[2] <= min(32, keys.shape[-2]):
+        raise _Open("reads of no entry, or of more than there are")
 
 
 def _gather_backward(call, level):
