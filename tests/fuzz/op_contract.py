@@ -68,6 +68,7 @@ def _integer(name, value, least, most=None):
 
 def _number(name, value):
     _require(isinstance(value, int | float), f"{name} is {value!r}")
+    _require(not isinstance(value, int) or value.bit_length() < 1024, f"{name} is too large")
     _require(not math.isnan(value), f"{name} is NaN")
     if isinstance(value, bool):
         raise _Open(f"{name} is a bool")

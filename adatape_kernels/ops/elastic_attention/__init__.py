@@ -51,7 +51,10 @@ def elastic_attention(
             than max_rows gets what it should or, from CUDA C++, NaN.
         TypeError: an argument is of another type altogether.
 
-    Differentiable in q, k and v.
+    Differentiable in q, k and v. The backward pass forms each weight once more, as the exponential
+    of a score less the row's log-sum-exp, in float32 (float64 for float64). Of a score of 1e4
+    float32 keeps three decimals, of one above 1e7 none: gradients are then no more exact than that,
+    and above 1e9 they may be NaN. Results are exact for scores of any size.
 
     Example:
         >>> import torch, adatape_kernels as ak
