@@ -4,7 +4,7 @@ import torch
 
 from adatape_kernels.op_types import FFN, wide_dtype
 from fuzz import plain_ops
-from fuzz.op_calls import cotangents
+from fuzz.op_running import cotangents
 from fuzz.op_tensors import same_bits
 from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
