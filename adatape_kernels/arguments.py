@@ -7,6 +7,7 @@ them can be traced: a number of a traced program passes for the number that it s
 
 import math
 import sys
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -114,7 +115,9 @@ def check_kind(name: str, value: object, kind: type) -> None:
 def _beyond(value: Any, most: int) -> bool:
     """Whether an int, of which Python's have no end, is larger than what torch can hold."""
     # What is traced cannot be, and a comparison would become a guard.
-    return isinstance(value, int) and not torch.compiler.is_compiling() and abs(value) > most
+    if type(value) is not int and not isinstance(value, Integral):
+        return False
+    return not torch.compiler.is_compiling() and abs(int(value)) > most
 
 
 def _is_int(value: Any) -> bool:

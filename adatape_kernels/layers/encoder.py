@@ -17,7 +17,7 @@ from adatape_kernels.layers.conversion import (
     refuse_unknown,
 )
 from adatape_kernels.layers.feed_forward import DualFFN
-from adatape_kernels.layers.layer_checks import check_batch, check_rate
+from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 from adatape_kernels.layers.reader import TapeReader
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
@@ -227,9 +227,9 @@ class ElasticEncoder(nn.Module):
         row_multiple: int = 1,
     ):
         super().__init__()
-        check_int("dim", dim, 1)
+        check_size("dim", dim)
         check_number("norm_eps", norm_eps, 0)
-        check_int("row_multiple", row_multiple, 1)
+        check_size("row_multiple", row_multiple)
         self.row_multiple = row_multiple
         self.layers = nn.ModuleList(layers)
         readers = {} if readers is None else readers

@@ -1,5 +1,6 @@
 """Every plain argument of a public function or a layer is refused in one line that names it."""
 
+import numpy as np
 import pytest
 import torch
 from checks import refused
@@ -16,7 +17,7 @@ NOT_A_TENSOR = [None, 3, [1.0], "x"]
 
 def sizes(lowest=1, *wrong):
     """What a size may not be: less than the lowest, more than torch can count, or no int."""
-    bad = [(w, ValueError) for w in (lowest - 1, -5, 1 << 63, -(1 << 64), 10**30, *wrong)]
+    bad = [(w, ValueError) for w in (lowest - 1, -5, 1 << 63, np.uint64(1 << 63), 10**30, *wrong)]
     return bad + [(w, TypeError) for w in NOT_AN_INT]
 
 
@@ -232,6 +233,33 @@ def test_a_wrong_argument_is_named(name, argument, value, error):
         within = argument
     with refused(within, error=error):
         function(**{**good, argument: value})
+
+
+SIZES = [
+    ("DualFFN", "dim"),
+    ("DualFFN", "ffn_dim"),
+    ("DualFFN", "tape_ffn_dim"),
+    ("ElasticAttention", "dim"),
+    ("ElasticAttention", "num_heads"),
+    ("ElasticEncoderLayer", "dim"),
+    ("ElasticEncoderLayer", "num_heads"),
+    ("ElasticEncoderLayer", "ffn_dim"),
+    ("ElasticEncoderLayer", "tape_ffn_dim"),
+    ("ElasticEncoder", "dim"),
+    ("ElasticEncoder", "row_multiple"),
+    ("TapeReader", "dim"),
+    ("TapeReader", "num_tape_tokens"),
+    ("TapeReader", "bank_size"),
+    ("TapeReader", "tape_mlp_dim"),
+]
+
+
+@pytest.mark.parametrize("size", [1 << 31, 1 << 62])
+@pytest.mark.parametrize(("name", "argument"), SIZES)
+def test_a_layer_of_sizes_whose_products_nobody_counts_is_refused(name, argument, size):
+    function, good, _ = CALLS[name]
+    with refused(argument, "2147483647", str(size)):
+        function(**{**good, argument: size})
 
 
 NARROW = [
