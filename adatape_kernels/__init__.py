@@ -1,9 +1,6 @@
 """AdaTape for PyTorch: Transformers whose input sequence is elastic, with kernels to match."""
 
-__version__ = "0.1.0"
-
-from adatape_kernels import layers, models, ops, scenic
-from adatape_kernels._build import warn_of_plain_python
+from adatape_kernels import _build, layers, models, ops, scenic
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.models.model_file import save
 from adatape_kernels.ops.compiled_part import FACTS
@@ -21,4 +18,6 @@ __all__ = [
     "use_backend",
 ]
 
-warn_of_plain_python(FACTS)
+__version__ = _build.VERSION
+
+_build.warn_of_plain_python(FACTS)

@@ -5,6 +5,8 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+VERSION = "0.1.0"
+"""Version of the package, that of pyproject.toml."""
 ASKED_FOR = "ADATAPE_BUILD=python asked for it"
 """The reason of setup.py for what a user wants."""
 

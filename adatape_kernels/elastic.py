@@ -7,10 +7,8 @@ It has more than 400 lines because every method has an example that a doctest ru
 """
 
 import dataclasses
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +24,8 @@ from adatape_kernels.offsets import (
     cumulative,
     packed_order,
 )
-
-Pooling = Literal["token", "mean", "max", "sum"]
+from adatape_kernels.pooling import Pooling, pool_rows
+from adatape_kernels.reentrant_checkpoint import refuse_reentrant_checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +269,7 @@ class ElasticBatch:
             >>> packed.shape, cu_seqlens.tolist()
             (torch.Size([6, 8]), [0, 3, 6])
         """
-        _refuse_reentrant_checkpoint(self)
+        refuse_reentrant_checkpoint(self)
         cu_seqlens = cumulative(self.lens)
         order = packed_order(self.cu_inputs, self.cu_tapes, int(cu_seqlens[-1]))
         return self.data.index_select(0, order), cu_seqlens
@@ -409,7 +407,7 @@ class ElasticBatch:
             >>> batch.with_data(batch.data[:, :4]).data.shape
             torch.Size([6, 4])
         """
-        _refuse_reentrant_checkpoint(self)
+        refuse_reentrant_checkpoint(self)
         return dataclasses.replace(self, data=data)
 
     def clear_unused(self, data: Tensor) -> Tensor:
@@ -452,7 +450,7 @@ class ElasticBatch:
         """
         if multiple < 1:
             raise ValueError(f"multiple: expected 1 or more, got {multiple}")
-        _refuse_reentrant_checkpoint(self)
+        refuse_reentrant_checkpoint(self)
         data = torch.nn.functional.pad(self.data, (0, 0, 0, -len(self.data) % multiple))
         return dataclasses.replace(self, data=data, exact=False, row_multiple=multiple)
 
@@ -484,7 +482,7 @@ class ElasticBatch:
             >>> batch.append_tape(torch.ones(3, 8), offsets, max_tapes=2).lens.tolist()
             [5, 4]
         """
-        _refuse_reentrant_checkpoint(self)
+        refuse_reentrant_checkpoint(self)
         offsets = _checked_tape_offsets(self, tape, offsets, max_tapes, exact)
         if self.row_multiple > 1:
             missing = -(len(self.data) + len(tape)) % self.row_multiple
@@ -532,29 +530,14 @@ class ElasticBatch:
             >>> batch.pool("mean").flatten().tolist(), batch.pool("token").flatten().tolist()
             ([1.0, 4.0], [0.0, 3.0])
         """
-        _refuse_reentrant_checkpoint(self)
+        refuse_reentrant_checkpoint(self)
         if kind == "token":
             if self.min_inputs == 0 and self.batch > 0:
                 raise ValueError("kind: expected an input row in every example for 'token', got 0")
             return self.data.index_select(0, self.cu_inputs[:-1])
         if kind not in ("mean", "max", "sum"):
             raise ValueError(f"kind: expected token, mean, max or sum, got {kind!r}")
-        example = self.example_of_rows()
-        lens = self.lens.unsqueeze(1)
-        if kind == "max":
-            low = self.data.new_full((self.batch + 1, self.data.shape[1]), -torch.inf)
-            # scatter_reduce shares a gradient among the rows that equal the maximum. None equals a
-            # maximum of NaN, so that unused rows that hold NaN would get 0 / 0.
-            rows = self.data.where((example < self.batch).unsqueeze(1), 0)
-            index = example.unsqueeze(1).expand_as(rows)
-            return low.scatter_reduce(0, index, rows, "amax")[:-1].where(lens > 0, 0)
-        wide = torch.promote_types(self.data.dtype, torch.float32)
-        total = torch.zeros(
-            self.batch + 1, self.data.shape[1], dtype=wide, device=self.data.device
-        ).index_add(0, example, self.data.to(wide))[:-1]
-        if kind == "mean":
-            total = total / lens.clamp(min=1)
-        return total.to(self.data.dtype)
+        return pool_rows(self.data, self.example_of_rows(), self.lens, kind)
 
 
 torch.export.register_dataclass(ElasticBatch)
@@ -587,36 +570,6 @@ def _checked_tape_offsets(
                 f"max_tapes: expected at least {longest} (the longest), got {max_tapes}"
             )
     return limited
-
-
-def _refuse_reentrant_checkpoint(batch: ElasticBatch) -> None:
-    """Raise RuntimeError where a reentrant checkpoint was given batches that require gradients.
-
-    It runs its function without autograd, and later asks for gradients of the bare tensors among
-    its arguments, so that those of a batch would be lost in silence.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not batch.data.requires_grad:
-        return  # as nearly always: what is computed without autograd requires no gradient
-    checkpoints: Any = sys.modules.get("torch.utils.checkpoint")
-    frame = sys._getframe() if checkpoints is not None else None
-    while frame is not None:
-        if frame.f_code is checkpoints.CheckpointFunction.forward.__code__:
-            if any(given.data.requires_grad for given in _batches(frame.f_locals["args"])):
-                raise RuntimeError(
-                    "use_reentrant: expected False, as a reentrant checkpoint finds no tensors in "
-                    "an ElasticBatch, got True"
-                )
-            return
-        frame = frame.f_back
-
-
-def _batches(given: Any) -> Iterator[ElasticBatch]:
-    """Yield the batches in arguments, in containers too."""
-    if isinstance(given, ElasticBatch):
-        yield given
-    elif isinstance(given, list | tuple | dict):
-        for part in given.values() if isinstance(given, dict) else given:
-            yield from _batches(part)
 
 
 def _check_layout(

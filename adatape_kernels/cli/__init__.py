@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from adatape_kernels import __version__
+from adatape_kernels._build import VERSION
 from adatape_kernels.cli import (
     check_command,
     demo_command,
@@ -36,7 +36,7 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = OneLineParser(prog="adatape-kernels", description="Elastic AdaTape for PyTorch.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

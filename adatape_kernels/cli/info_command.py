@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adatape_kernels import __version__
+from adatape_kernels._build import VERSION
 from adatape_kernels.ops import triton_runtime
 from adatape_kernels.ops.compiled_part import FACTS
 from adatape_kernels.ops.fast_autograd import missing_names
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 def facts() -> dict[str, Any]:
     """Return everything that `info` tells, for programs."""
     return {
-        "version": __version__,
+        "version": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import QueryType
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation, LossType
 from adatape_kernels.ops.reading_checks import MAX_TOPK
+from adatape_kernels.pooling import Pooling
 
 BankKind = Literal["input", "learn"]
 """Where a bank comes from: from the example itself, or from parameters."""

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from adatape_kernels import reference
 from adatape_kernels.arguments import check_kind
-from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.op_types import TapeSelection
+from adatape_kernels.pooling import Pooling
 
 
 class ElasticModel(Protocol):

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from adatape_kernels.elastic import Pooling
 from adatape_kernels.layers import QueryType
 from adatape_kernels.models.config import MOST_TOKENS
 from adatape_kernels.models.parity import AdaTapeParityConfig
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.models.vit import AdaTapeViTConfig
 from adatape_kernels.ops.reading_checks import MAX_TOPK
+from adatape_kernels.pooling import Pooling
 
 _POOLINGS = {"token": "token", "gap": "mean", "gmp": "max", "gsp": "sum"}
 _MOST_CHARACTERS = 300

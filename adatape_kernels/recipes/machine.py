@@ -13,13 +13,13 @@ from adatape_kernels.ops.op import record
 
 def environment() -> dict[str, Any]:
     """Return machine, versions and commit, the last None outside a clone of the repository."""
-    from adatape_kernels import __version__
+    from adatape_kernels._build import VERSION
 
     return {
         "machine": f"{platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "adatape_kernels": __version__,
+        "adatape_kernels": VERSION,
         "commit": _commit(Path(__file__).resolve().parents[2]),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels import __version__
+from adatape_kernels._build import VERSION
 from adatape_kernels.arguments import check_kind, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
@@ -313,7 +313,7 @@ def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: 
 def _environment(data_dir: str | Path | None, backend: str) -> dict[str, Any]:
     """Return what the last bits of the curve depend on, and where the images are."""
     return {
-        "adatape_kernels": __version__,
+        "adatape_kernels": VERSION,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "backend": backend,

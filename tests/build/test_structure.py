@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adatape_kernels"
 # Lowest first: a part may import what stands before it, and itself.
 PARTS = (
-    ("_build", "arguments", "offsets", "op_types"),
+    ("_build", "arguments", "offsets", "op_types", "pooling", "reentrant_checkpoint"),
     ("reference",),
     ("elastic",),
     ("ops",),
     ("layers",),
+    ("data",),
     ("models",),
-    ("scenic", "data"),
+    ("scenic",),
     ("recipes",),
     ("benchmarks",),
     ("cli",),

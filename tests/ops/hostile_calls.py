@@ -1,6 +1,6 @@
 """Calls of torch.ops in which one argument is wrong, made in a process whose crash is noticed.
 
-`python hostile_calls.py BACKEND` takes each valid call of op_calls.py, spoils one argument after
+`python hostile_calls.py BACKEND` takes each valid call of small_calls.py, spoils one argument after
 another in every way that it knows, and makes the call on the backend. Each must be refused in one
 line, or give what the eager backend gives. `python hostile_calls.py adatape_cpu` calls the kernels
 of csrc/cpu directly, below all of Python, and `adatape_cuda` those of csrc/cuda, which see no value
@@ -10,7 +10,7 @@ and so may give anything as long as they stay inside their memory.
 import sys
 
 import emulation
-import op_calls
+import small_calls
 import torch
 
 from adatape_kernels.ops.op import operation, use_backend
@@ -147,19 +147,19 @@ def _reads_twice(query, keys, dweights, dponder, indices, counts, *options):
 def main():
     calls = 0
     dtype = torch.float32
-    for op in op_calls.OPS:
+    for op in small_calls.OPS:
         if SERVED_BY == "adatape_cuda" and "cuda" not in operation(op).implementations:
             continue
         on_cuda = SERVED_BY in ("cuda", "adatape_cuda")
         half = on_cuda and op.startswith("elastic_attention")
         for own_banks in (True, False) if "tape" in op else (True,):
-            args = op_calls.call_of(
+            args = small_calls.call_of(
                 op,
                 torch.float16 if half else dtype,
                 own_banks=own_banks,
                 head_dim=64 if half else 8,
             )
-            names = op_calls.names_of(op)
+            names = small_calls.names_of(op)
             wrong = verdict(op, args, "valid")
             assert wrong is None, (op, wrong)
             for place, name in enumerate(names):

@@ -1,13 +1,13 @@
 """A tensor argument may have any strides: a view gives the bits that its contiguous copy gives."""
 
-import op_calls
 import pytest
+import small_calls
 import torch
 from checks import assert_close, assert_same_bits
 
 from adatape_kernels.ops.op import current_backend, operation
 
-OP = tuple(op for op in op_calls.OPS if not op.endswith("_bwd"))
+OP = tuple(op for op in small_calls.OPS if not op.endswith("_bwd"))
 DTYPE = torch.float32
 
 
@@ -71,7 +71,9 @@ VIEWS = [
     expanded_columns,
     negated,
 ]
-CALLS = [(op, own) for op in op_calls.OPS for own in ((True, False) if "tape" in op else (True,))]
+CALLS = [
+    (op, own) for op in small_calls.OPS for own in ((True, False) if "tape" in op else (True,))
+]
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
@@ -84,12 +86,12 @@ def test_strides_do_not_show(device, op, own_banks, view):
         pytest.skip("there is no such kernel")
     half = current_backend() == "cuda" and op.startswith("elastic_attention")
     dtype, head_dim = (torch.float16, 64) if half else (DTYPE, 8)
-    args = op_calls.call_of(op, dtype, own_banks=own_banks, head_dim=head_dim)
+    args = small_calls.call_of(op, dtype, own_banks=own_banks, head_dim=head_dim)
     args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
     call = getattr(torch.ops.adatape, op)
     # torch adds up a product, or a column, in an order that follows the strides.
     of_torch = current_backend() == "eager" or op.startswith("dual_ffn")
-    for place, name in enumerate(op_calls.names_of(op)):
+    for place, name in enumerate(small_calls.names_of(op)):
         if not isinstance(args[place], torch.Tensor):
             continue
         other = view(args[place])
