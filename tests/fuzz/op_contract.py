@@ -338,8 +338,7 @@ def _ffn_backward(call, level):
             raise _Invalid("tape_hidden has another width")
         raise _Open("tape_hidden is empty")
     split = call["num_input_rows"]
-    if split is not None and split != len(hidden):
-        raise _Invalid("hidden has another number of rows")
+    _require(len(hidden) == (len(x) if split is None else split), "hidden has other rows")
     _tensor("dy", call["dy"], x.shape)
     _row_bounds(call, len(hidden), len(tape_hidden), len(x))
     _one_device(call.values())
