@@ -8,12 +8,17 @@ them can be traced: a number of a traced program passes for the number that it s
 import math
 import operator
 import os
+import sys
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+MOST_INT = (1 << 63) - 1
+"""The largest number that torch takes for a size or an index."""
+_MOST_FLOAT = int(sys.float_info.max)
 _MOST_CHARACTERS = 80
 # Integers of more bits are described; Python refuses to write the longest ones at all.
 _MOST_BITS = 256
@@ -36,7 +41,7 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
         name: the argument's name in an error.
         value: anything. Whatever Python takes for an index is a whole number, a bool excepted.
         lowest: the smallest that it may be; None where that depends on another argument.
-        most: the largest, or None.
+        most: the largest; None for whatever torch takes, which is 64 bits wide.
 
     Returns:
         The number as an int, which does not overflow as one of numpy's eight bits would; in a
@@ -57,8 +62,10 @@ def check_int(name: str, value: Any, lowest: int | None = 0, most: int | None = 
     number: Any = value if isinstance(value, int | torch.SymInt) else operator.index(value)
     if lowest is None:
         return number
-    if value < lowest or (most is not None and value > most):
+    if value < lowest or (_beyond(number, MOST_INT) if most is None else value > most):
         bounds = f"{lowest} or more" if most is None else f"{lowest} to {most}"
+        if most is None and value >= lowest:
+            bounds = f"at most {MOST_INT}"
         raise ValueError(f"{name}: expected {bounds}, got {shown(value)}")
     return number
 
@@ -88,6 +95,7 @@ def check_number(
         raise TypeError(f"{name}: expected a number, got {shown(value)}")
     # NaN compares as False with everything.
     within = -math.inf < value < math.inf if finite else value == value
+    within = within and not _beyond(value, _MOST_FLOAT)
     if not (within and lowest <= value <= most):
         kind = "a finite number" if finite else "a number"
         if lowest > -math.inf and most < math.inf:
@@ -126,6 +134,14 @@ def check_path(name: str, value: object) -> Path:
     if not text or "\0" in text:
         raise ValueError(f"{name}: expected a path, got {shown(text)}")
     return Path(text)
+
+
+def _beyond(value: Any, most: int) -> bool:
+    """Whether an int, of which Python's have no end, is larger than what torch can hold."""
+    # What is traced cannot be, and a comparison would become a guard.
+    if type(value) is not int and not isinstance(value, Integral):
+        return False
+    return not torch.compiler.is_compiling() and abs(int(value)) > most
 
 
 def _is_int(value: Any) -> bool:

@@ -19,7 +19,7 @@ from adatape_kernels.layers.conversion import (
     refuse_unknown,
 )
 from adatape_kernels.layers.feed_forward import DualFFN
-from adatape_kernels.layers.layer_checks import check_batch, check_rate
+from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 from adatape_kernels.layers.reader import TapeReader
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
@@ -230,9 +230,9 @@ class ElasticEncoder(nn.Module):
         row_multiple: int = 1,
     ):
         super().__init__()
-        dim = check_int("dim", dim, 1)
+        dim = check_size("dim", dim)
         check_number("norm_eps", norm_eps, 0)
-        self.row_multiple = check_int("row_multiple", row_multiple, 1)
+        self.row_multiple = check_size("row_multiple", row_multiple)
         try:
             self.layers = nn.ModuleList([*layers])
         except TypeError:

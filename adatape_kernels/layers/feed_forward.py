@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels import ops
-from adatape_kernels.arguments import check_int
 from adatape_kernels.elastic import ElasticBatch
-from adatape_kernels.layers.layer_checks import check_batch, check_rate
+from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
 from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn import check_activation
@@ -56,8 +55,8 @@ class DualFFN(nn.Module):
         activation: Activation = "gelu_tanh",
     ):
         super().__init__()
-        dim, ffn_dim = check_int("dim", dim, 1), check_int("ffn_dim", ffn_dim, 1)
-        tape_ffn_dim = check_int("tape_ffn_dim", tape_ffn_dim)
+        dim, ffn_dim = check_size("dim", dim), check_size("ffn_dim", ffn_dim)
+        tape_ffn_dim = check_size("tape_ffn_dim", tape_ffn_dim, 0)
         check_rate("dropout", dropout)
         check_activation(activation)
         self.dropout = dropout

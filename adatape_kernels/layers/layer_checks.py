@@ -2,8 +2,26 @@
 
 from typing import Any
 
-from adatape_kernels.arguments import check_number
+from adatape_kernels.arguments import check_int, check_number
 from adatape_kernels.elastic import ElasticBatch
+
+# Rows are numbered by int32, and products of several sizes should not leave torch's 64 bits.
+_MOST_SIZE = (1 << 31) - 1
+
+
+def check_size(name: str, value: Any, lowest: int = 1) -> int:
+    """Return a number of rows, features or heads as an int; refuse what is none.
+
+    Args:
+        name: the argument's name in an error.
+        value: anything.
+        lowest: the smallest that it may be.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is less than `lowest`, or more than int32 counts.
+    """
+    return check_int(name, value, lowest, _MOST_SIZE)
 
 
 def check_rate(name: str, value: Any, *, less_than_one: bool = False) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adatape_kernels import ops
 from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
 from adatape_kernels.elastic import ElasticBatch
-from adatape_kernels.layers.layer_checks import check_batch, check_rate
+from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
 from adatape_kernels.op_types import LossType, TapeSelection
 from adatape_kernels.ops.reading_checks import MAX_TOPK
@@ -74,14 +74,14 @@ class TapeReader(nn.Module):
         bank_dropout: float = 0.0,
     ):
         super().__init__()
-        dim = check_int("dim", dim, 1)
-        num_tape_tokens = check_int("num_tape_tokens", num_tape_tokens)
+        dim = check_size("dim", dim)
+        num_tape_tokens = check_size("num_tape_tokens", num_tape_tokens, 0)
         topk = check_int("topk", topk, 1, MAX_TOPK)
         check_number("halt_threshold", halt_threshold, finite=False)
-        bank_size = check_int("bank_size", bank_size)
+        bank_size = check_size("bank_size", bank_size, 0)
         key_split = check_int("key_split", key_split, None)
         check_flag("average_query", average_query)
-        tape_mlp_dim = check_int("tape_mlp_dim", tape_mlp_dim)
+        tape_mlp_dim = check_size("tape_mlp_dim", tape_mlp_dim, 0)
         check_number("query_noise", query_noise, 0)
         check_rate("bank_dropout", bank_dropout)
         if 0 < bank_size < topk:

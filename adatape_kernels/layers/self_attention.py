@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from adatape_kernels import ops, reference
-from adatape_kernels.arguments import check_int
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import (
     copy_parameters,
     differences_of_attention,
     refuse_unknown,
 )
-from adatape_kernels.layers.layer_checks import check_batch, check_rate
+from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 
 
 class ElasticAttention(nn.Module):
@@ -45,7 +44,7 @@ class ElasticAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, dropout: float = 0.0):
         super().__init__()
-        dim, num_heads = check_int("dim", dim, 1), check_int("num_heads", num_heads, 1)
+        dim, num_heads = check_size("dim", dim), check_size("num_heads", num_heads)
         check_rate("dropout", dropout)
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
 from adatape_kernels.offsets import INTEGERS
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
 
 MAX_TOPK = 32
 
@@ -40,9 +41,9 @@ def check_selection(
 ) -> None:
     """Raise as `tape_select` says; `name` is what the caller calls the keys."""
     shape, keys_shape, dtype = query.shape, keys.shape, query.dtype
-    if len(shape) != 2 or not dtype.is_floating_point or shape[1] == 0:
+    if len(shape) != 2 or dtype not in FLOAT_DTYPES or shape[1] == 0:
         raise ValueError(
-            "query: expected floating-point (batch, key_dim), key_dim at least 1, "
+            "query: expected floating-point of 16 to 64 bits (batch, key_dim), key_dim at least 1, "
             f"got {dtype} {tuple(shape)}"
         )
     batch, key_dim = shape

@@ -1,5 +1,6 @@
 // Residual addition and the LayerNorm of the sum, on the CPU: allocation, tasks, registration.
 
+#include <algorithm>
 #include <tuple>
 
 #include "cpu_tensors.h"
@@ -17,6 +18,24 @@ Tensor readable(const Tensor& x) {
   const bool known =
       x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
   return with_dense_rows(known ? x : torch::stable::to(x, ScalarType::Float));
+}
+
+// Returns x + branch, added in double precision and then rounded to the dtype of `x`.
+Tensor sum_in_double(const Tensor& x, const Tensor& branch) {
+  const Tensor summand = dense(torch::stable::to(x, ScalarType::Double)), other = dense(branch);
+  Tensor sum = new_output("sum", summand, {x.size(0), x.size(1)}, ScalarType::Double);
+  const double* const a = summand.const_data_ptr<double>();
+  const double* const b = other.const_data_ptr<double>();
+  double* const to = sum.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < x.numel(); ++i) to[i] = a[i] + b[i];
+  return torch::stable::to(sum, x.scalar_type());
+}
+
+// Returns a row (1, dim) that changes no bit of what it is added to: of minus zeros.
+Tensor neutral_row(const Tensor& x) {
+  Tensor row = new_output("branch", x, {1, x.size(1)}, ScalarType::Float);
+  std::fill_n(row.mutable_data_ptr<float>(), x.size(1), -0.0f);
+  return row;
 }
 
 struct CpuAddLayerNormOutputs {
@@ -38,7 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
                                                           const Tensor& weight_any,
                                                           const Tensor& bias_any, double eps) {
   check_add_layer_norm(x_any, branch_any, weight_any, bias_any, eps, kCpuDtypes);
-  const Tensor x = with_dense_rows(x_any), branch = readable(branch_any);
+  // The kernels add in float32, for which a branch in double precision would first be rounded.
+  const bool wide = branch_any.scalar_type() == ScalarType::Double;
+  const Tensor x = with_dense_rows(wide ? sum_in_double(x_any, branch_any) : x_any);
+  const Tensor branch = wide ? neutral_row(x) : readable(branch_any);
   const Tensor weight = as_float(weight_any), bias = as_float(bias_any);
   const CpuAddLayerNormOutputs outputs = allocate_outputs(x);
 
@@ -46,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
       .x = x.data_ptr(),
       .stride_x = x.stride(0),
       .branch = branch.data_ptr(),
-      .stride_branch = branch.stride(0),
+      .stride_branch = wide ? 0 : branch.stride(0),
       .weight = weight.const_data_ptr<float>(),
       .bias = bias.const_data_ptr<float>(),
       .total = outputs.total.data_ptr(),

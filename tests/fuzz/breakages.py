@@ -13,7 +13,7 @@ INDICES = ("negative", "beyond", "largest", "smallest", "one_negative", "one_bey
            "shifted", "short_end", "reversed")  # fmt: skip
 OBJECTS = ("none", "list", "meta", "string", "number")
 SCALARS = ("minus_one", "zero", "large", "as_float", "true", "as_string", "nan", "inf", "complex",
-           "none", "past_int64")  # fmt: skip
+           "none", "past_int64", "past_float64")  # fmt: skip
 INTEGER_TENSORS = ("indices", "counts", "cu_inputs", "cu_tapes", "bank_lens", "bounds")
 
 _ARGUMENTS = {
@@ -168,4 +168,5 @@ _SCALAR_CHANGES = {
     "inf": lambda value: float("inf") if isinstance(value, float) else value,
     "complex": lambda value: 1j,
     "past_int64": lambda value: 1 << 63 if isinstance(value, int) else value,
+    "past_float64": lambda value: 10**400 if isinstance(value, float) else value,
 }

@@ -58,8 +58,10 @@ def _array(files, number, change):
             del arrays[chosen]
         case _:
             arrays[chosen] = array.astype(change)
-    # What a softmax does not see, and masks of inputs, which nobody compares, may be anything.
+    # What a softmax does not see, and masks of inputs, which nobody compares, may be anything; and
+    # so may what no result depends on, as tape rows behind the last layer.
     unseen = chosen.endswith("key/bias") or chosen == "mask"
+    unseen = unseen or not np.any(arrays.get(f"grad_{chosen}", True))
     same = chosen in arrays and np.array_equal(arrays[chosen], array)
     return {name: _npz(arrays)}, not (unseen or same or change in ("float64", "int32"))
 

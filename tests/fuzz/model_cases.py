@@ -11,10 +11,10 @@ from adatape_kernels.models import AdaTapeParity, AdaTapeParityConfig, AdaTapeVi
 from adatape_kernels.offsets import cumulative
 from fuzz.verdict import Fault, check_refusal, first_line
 
-_INTEGERS = (-1, 2.5, 2.0, "4", None, True, float("nan"), 10**30, "@complex")
+_INTEGERS = (-1, 2.5, 2.0, "4", None, True, float("nan"), 1 << 63, 10**30, "@complex")
 _POSITIVE = (0, *_INTEGERS)
 _RATES = (-0.1, 1.0, 2, float("nan"), float("inf"), "0.5", None, "@complex")
-_NUMBERS = (float("nan"), "2", None, "@complex", [1.0])
+_NUMBERS = (float("nan"), "2", None, "@complex", [1.0], 10**400)
 _WORDS = ("other", "", 3)
 WRONG = {
     **dict.fromkeys(("num_classes", "dim", "depth", "num_heads", "ffn_dim", "topk"), _POSITIVE),

@@ -68,6 +68,7 @@ def _integer(name, value, least, most=None):
 
 def _number(name, value):
     _require(isinstance(value, int | float), f"{name} is {value!r}")
+    _require(not isinstance(value, int) or value.bit_length() < 1024, f"{name} is too large")
     _require(not math.isnan(value), f"{name} is NaN")
     if isinstance(value, bool):
         raise _Open(f"{name} is a bool")
@@ -246,8 +247,10 @@ def _torch_ffn(call):
 
 def _row_bounds(call, most_inputs, most_tapes, rows):
     bounds = call["bounds"]
+    said = call["num_input_rows"] or 0
+    _require(max(said, 0) + most_tapes <= rows, "more rows than x has")
     if bounds is None:
-        _require(most_inputs + most_tapes <= rows, "more rows than x has")
+        _require(call["num_input_rows"] is not None, "neither num_input_rows nor bounds")
         return
     _tensor("bounds", bounds, (2,), (INT64, INT32))
     _one_device(call.values())
@@ -297,8 +300,8 @@ def _select_backward(call, level):
     _check_read(indices, counts, keys.shape[-2])
     _cotangent("dweights", call["dweights"], wide.new_empty(indices.shape))
     _cotangent("dponder", call["dponder"], wide.new_empty(counts.shape))
-    if indices.shape[2] == 0:
-        raise _Open("no entry in a read")
+    if not 1 <= indices.shape[2] <= min(32, keys.shape[-2]):
+        raise _Open("reads of no entry, or of more than there are")
 
 
 def _gather_backward(call, level):
@@ -335,8 +338,7 @@ def _ffn_backward(call, level):
             raise _Invalid("tape_hidden has another width")
         raise _Open("tape_hidden is empty")
     split = call["num_input_rows"]
-    if split is not None and split != len(hidden):
-        raise _Invalid("hidden has another number of rows")
+    _require(len(hidden) == (len(x) if split is None else split), "hidden has other rows")
     _tensor("dy", call["dy"], x.shape)
     _row_bounds(call, len(hidden), len(tape_hidden), len(x))
     _one_device(call.values())

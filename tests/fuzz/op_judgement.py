@@ -4,7 +4,7 @@ import torch
 
 from adatape_kernels.op_types import FFN, wide_dtype
 from fuzz import plain_ops
-from fuzz.op_calls import cotangents
+from fuzz.op_running import cotangents
 from fuzz.op_tensors import same_bits
 from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
@@ -22,16 +22,14 @@ def judge(case, call, results):
         _check("offsets", torch.equal(results["offsets"], expected), results["offsets"])
     if op == "add_layer_norm":
         total = (call["x"] + call["branch"]).to(call["x"].dtype)
-        # A wider branch may be rounded before the sum or behind it.
-        if call["x"].dtype == torch.float64 or call["branch"].dtype != torch.float64:
-            _check("total", same_bits(results["total"], total), "another sum")
+        _check("total", same_bits(results["total"], total), "another sum")
     function, leaves = _FUNCTIONS[op](call, results)
     given = cotangents(case, results)
     dtype = next(iter(call.values())).dtype
     wide = wide_dtype(dtype)
     with torch.autograd.set_detect_anomaly(False):
         exact = _evaluate(function, leaves, given, torch.float64)
-        plain = _evaluate(function, leaves, given, dtype)
+        plain = _evaluate(function, leaves, given, dtype, plain_ops.PEER)
         noise = _evaluate(function, leaves, given, torch.float64, _Noise(case["seed"], dtype, wide))
     if op == "add_layer_norm":
         for found in (exact, plain, noise):
@@ -75,7 +73,7 @@ def _sound_examples(op, call, results):
     return torch.tensor(sound, dtype=torch.bool)
 
 
-class _Noise:
+class _Noise(plain_ops.Exact):
     """Disturbs what is wide by rounding errors of the wide dtype, the rest by the narrow one's."""
 
     def __init__(self, seed, dtype, wide):
@@ -93,15 +91,15 @@ class _Noise:
         return x * (1 + eps * (draw + draw.sign()))
 
 
-def _evaluate(function, leaves, given, dtype, noise=None):
+def _evaluate(function, leaves, given, dtype, jitter=plain_ops.EXACT):
     """Return results and gradients, "d" and the leaf's name, by torch's autograd in a dtype."""
     with torch.enable_grad():
         inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
-        disturbed = {n: noise.wide(x) for n, x in inputs.items()} if noise else inputs
-        results = function(disturbed, noise or plain_ops.EXACT)
+        disturbed = {name: jitter.wide(x) for name, x in inputs.items()}
+        results = function(disturbed, jitter)
         outputs = [results[name] for name in given if results[name].requires_grad]
         weights = [given[name].to(dtype) for name in given if results[name].requires_grad]
-        weights = [noise.wide(x) for x in weights] if noise else weights
+        weights = [jitter.wide(x) for x in weights]
         names = list(inputs)
         grads = (
             torch.autograd.grad(outputs, list(inputs.values()), weights, allow_unused=True)

@@ -9,8 +9,8 @@ from adatape_kernels.offsets import cumulative
 from adatape_kernels.op_types import FFN
 from adatape_kernels.ops.op import record
 from fuzz.op_arguments import arguments
-from fuzz.op_calls import NotRun, run, torch_arguments, with_breakages
 from fuzz.op_judgement import judge
+from fuzz.op_running import NotRun, run, torch_arguments, with_breakages
 from fuzz.op_tensors import contiguous, same_bits
 from fuzz.verdict import Fault
 

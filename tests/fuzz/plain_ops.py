@@ -19,8 +19,22 @@ class Exact:
     def wide(self, x):
         return x
 
+    def share(self, weights):
+        return weights
 
-EXACT = Exact()
+
+class Peer(Exact):
+    """Stands for torch's own functions, as they round.
+
+    It takes a softmax's smallest weights for 0, as some exponentials do: they decide whether an
+    infinity comes out as that or as NaN, and so neither is then expected.
+    """
+
+    def share(self, weights):
+        return weights.where(weights.abs() > 4 * torch.finfo(torch.float32).tiny, 0 * weights)
+
+
+EXACT, PEER = Exact(), Peer()
 
 
 def read_along(query, keys, indices, counts, average_query, loss_type, jitter=EXACT):
@@ -32,7 +46,7 @@ def read_along(query, keys, indices, counts, average_query, loss_type, jitter=EX
         rows = []
         for step in range(count):
             chosen = bank.index_select(0, indices[i, step].long())
-            w = torch.softmax(jitter((chosen * q).sum(1)) / math.sqrt(len(q)), 0)
+            w = jitter.share(torch.softmax(jitter((chosen * q).sum(1)) / math.sqrt(len(q)), 0))
             rows.append(w)
             cost = cost + 1 - (w.square().sum() if loss_type == "entropy" else w.amax())
             merged = (w.unsqueeze(1) * chosen).sum(0)
@@ -66,8 +80,8 @@ def attention(q, k, v, cu_inputs, cu_tapes, scale, jitter=EXACT):
         if len(own):
             qi, ki, vi = (x[own].transpose(0, 1) for x in (q, k, v))
             scores = qi @ ki.mT * scale
-            mixed = jitter(torch.softmax(scores, -1)) @ vi
-            if jitter is not EXACT:
+            mixed = jitter(jitter.share(torch.softmax(scores, -1))) @ vi
+            if jitter not in (EXACT, PEER):
                 # A backward that takes its row sums from the stored result has that one's rounding
                 # in them: as if this term, which is 0, had been added.
                 sums = torch.logsumexp(scores, -1, keepdim=True)
@@ -76,12 +90,19 @@ def attention(q, k, v, cu_inputs, cu_tapes, scale, jitter=EXACT):
     return out
 
 
-def activate(x, name):
+def activate(x, name, jitter=EXACT):
     """The activation with its limits at infinity."""
     if name == "relu":
         return F.relu(x)
     end = 40.0
-    inner = F.gelu(x.clamp(-end, end), approximate="tanh" if name == "gelu_tanh" else "none")
+    inner = x.clamp(-end, end)
+    if jitter is PEER:
+        inner = F.gelu(inner, approximate="tanh" if name == "gelu_tanh" else "none")
+    elif name == "gelu_tanh":
+        inner = inner * torch.sigmoid(math.sqrt(8 / math.pi) * (inner + 0.044715 * inner**3))
+    else:
+        # 1 + erf, by which torch computes it, is 0 where this is small: nothing times infinity.
+        inner = inner * torch.special.erfc(inner / -math.sqrt(2)) / 2
     # The square of NaN has the slope NaN, while that of a clamped number would be 0.
     return torch.where(x > end, x, torch.where(x.isnan(), x.square(), inner))
 
@@ -90,7 +111,7 @@ def ffn(x, middle, end, own, of_tape, activation, jitter=EXACT):
     """The two feed-forwards, zero from row `end` on."""
     w1, b1, w2, b2 = own
     hidden = jitter(F.linear(x[:middle], w1, b1))
-    parts = [F.linear(jitter(activate(hidden, activation)), w2, b2)]
+    parts = [F.linear(jitter(activate(hidden, activation, jitter)), w2, b2)]
     if of_tape is not None:
         w1, b1, w2, b2 = of_tape
         a, g = jitter(F.linear(x[middle:end], w1, b1)).chunk(2, 1)

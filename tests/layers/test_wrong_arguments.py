@@ -1,5 +1,6 @@
 """Every plain argument of a public function or a layer is refused in one line that names it."""
 
+import numpy as np
 import pytest
 import torch
 from checks import refused
@@ -15,13 +16,13 @@ NOT_A_TENSOR = [None, 3, [1.0], "x"]
 
 
 def sizes(lowest=1, *wrong):
-    """What a size may not be: less than the lowest, or no int."""
-    bad = [(w, ValueError) for w in (lowest - 1, -5, *wrong)]
+    """What a size may not be: less than the lowest, more than torch can count, or no int."""
+    bad = [(w, ValueError) for w in (lowest - 1, -5, 1 << 63, np.uint64(1 << 63), 10**30, *wrong)]
     return bad + [(w, TypeError) for w in NOT_AN_INT]
 
 
 def numbers(*wrong, optional=False):
-    bad = [(w, ValueError) for w in (NAN, *wrong)]
+    bad = [(w, ValueError) for w in (NAN, 10**400, -(10**400), *wrong)]
     return bad + [(w, TypeError) for w in NOT_A_NUMBER if not (optional and w is None)]
 
 
@@ -52,7 +53,7 @@ SELECT_WRONG = dict(
 READ = {("bank" if name == "keys" else name): value for name, value in SELECT.items()}
 FFN = ops.FFN(torch.ones(6, 4), torch.ones(6), torch.ones(4, 6), torch.ones(4))
 GLU = ops.FFN(torch.ones(6, 4), torch.ones(6), torch.ones(4, 3), torch.ones(4))
-ROWS = [(w, ValueError) for w in (-1, 6)] + [(w, TypeError) for w in NOT_AN_INT]
+ROWS = [(w, ValueError) for w in (-1, 6, 1 << 63, 10**30)] + [(w, TypeError) for w in NOT_AN_INT]
 ROWS += [(torch.tensor(w), ValueError) for w in (2.0, True, 1j, [2])]
 TUPLES = [(FFN[:3], ValueError), ((*FFN, FFN[0]), ValueError), (5, TypeError)]
 TUPLES += [((None, *FFN[1:]), TypeError), ((torch.tensor(1.0), *FFN[1:]), ValueError)]
@@ -231,6 +232,60 @@ def test_a_wrong_argument_is_named(name, argument, value, error):
     if within != argument and len(value) != 4:
         within = argument
     with refused(within, error=error):
+        function(**{**good, argument: value})
+
+
+SIZES = [
+    ("DualFFN", "dim"),
+    ("DualFFN", "ffn_dim"),
+    ("DualFFN", "tape_ffn_dim"),
+    ("ElasticAttention", "dim"),
+    ("ElasticAttention", "num_heads"),
+    ("ElasticEncoderLayer", "dim"),
+    ("ElasticEncoderLayer", "num_heads"),
+    ("ElasticEncoderLayer", "ffn_dim"),
+    ("ElasticEncoderLayer", "tape_ffn_dim"),
+    ("ElasticEncoder", "dim"),
+    ("ElasticEncoder", "row_multiple"),
+    ("TapeReader", "dim"),
+    ("TapeReader", "num_tape_tokens"),
+    ("TapeReader", "bank_size"),
+    ("TapeReader", "tape_mlp_dim"),
+]
+
+
+@pytest.mark.parametrize("size", [1 << 31, 1 << 62])
+@pytest.mark.parametrize(("name", "argument"), SIZES)
+def test_a_layer_of_sizes_whose_products_nobody_counts_is_refused(name, argument, size):
+    function, good, _ = CALLS[name]
+    with refused(argument, "2147483647", str(size)):
+        function(**{**good, argument: size})
+
+
+NARROW = [
+    pytest.param(name, argument, field, id="-".join(filter(None, (name, argument, field))))
+    for name, (function, good, _) in CALLS.items()
+    if function in vars(ops).values()
+    for argument, value in good.items()
+    for field in (value._fields if isinstance(value, ops.FFN) else [""])
+    if isinstance(value, ops.FFN) or (isinstance(value, torch.Tensor) and value.is_floating_point())
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("name", "argument", "field"), NARROW)
+def test_numbers_of_eight_bits_are_refused(name, argument, field, dtype):
+    function, good, _ = CALLS[name]
+    value = good[argument]
+    named = argument
+    if field:
+        named, value = (
+            f"{argument}.{field}",
+            value._replace(**{field: getattr(value, field).to(dtype)}),
+        )
+    else:
+        value = value.to(dtype)
+    with refused(named, str(dtype)):
         function(**{**good, argument: value})
 
 

@@ -15,7 +15,8 @@ import torch
 
 from adatape_kernels.ops.op import operation, use_backend
 
-DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.complex64]
+DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES += [torch.int32, torch.int64, torch.complex64]
 WRONG_NUMBERS = [-(2**62), -(2**31), -1, 0, 1, 33, 2**31, 2**62, 2**63, 2**70]
 WRONG_FLOATS = [float("nan"), float("inf"), -float("inf"), -1.0]
 NOT_NUMBERS = [None, "x", 2.5, 1j, True, [1], object]

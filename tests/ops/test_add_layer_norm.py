@@ -135,6 +135,24 @@ def test_mixed_dtypes(device, dtype, branch_dtype, weight_dtype):
         assert_close(a, e, 4 * torch.finfo(torch.float16).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_branch_in_double_precision_is_not_rounded_before_the_sum(device, dtype):
+    x, branch, weight, bias = stream(device, rows=40, dtype=dtype)
+    branch = 1e-3 * torch.randn(40, 12, device=device, dtype=torch.float64) - x.double()
+    branch[0], x[0] = -0.0, -0.0
+    total, normed = add_layer_norm(x, branch, weight, bias)
+    assert_same_bits(total, (x + branch).to(dtype))
+    assert_close(
+        normed,
+        F.layer_norm(total.double(), (12,), weight.double(), bias.double(), 1e-6),
+        4 * torch.finfo(dtype).eps,
+    )
+    strided = torch.stack([branch, branch], 2)[..., 1]
+    assert_same_bits(add_layer_norm(x, strided, weight, bias)[1], normed)
+    empty = add_layer_norm(x[:0], branch[:0], weight, bias)
+    assert [t.shape for t in empty] == [(0, 12), (0, 12)]
+
+
 def test_strided_inputs_and_gradients(device):
     given = stream(device)
     wide = torch.randn(7, 24, device=device)

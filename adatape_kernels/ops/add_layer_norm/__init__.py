@@ -12,6 +12,7 @@ from adatape_kernels.arguments import check_number, check_tensor
 from adatape_kernels.op_types import wide_dtype
 from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.add_layer_norm import compiled, eager, triton_backward, triton_forward
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
 
@@ -23,7 +24,7 @@ def add_layer_norm(
 
     Args:
         x: (rows, dim), dim at least 1; float32, float16, bfloat16 or float64.
-        branch: the same shape, of any floating-point dtype.
+        branch: the same shape; float32, float16, bfloat16 or float64, whichever x has.
         weight, bias: (dim,), dtype of x or float32: of the LayerNorm.
         eps: added to a row's variance.
 
@@ -51,14 +52,14 @@ def add_layer_norm(
     check_tensor("weight", weight)
     check_tensor("bias", bias)
     check_number("eps", eps, 0)
-    if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
+    if x.dim() != 2 or x.shape[1] == 0 or x.dtype not in FLOAT_DTYPES:
         raise ValueError(
-            "x: expected floating-point (rows, dim), dim at least 1, "
+            "x: expected floating-point of 16 to 64 bits (rows, dim), dim at least 1, "
             f"got {x.dtype} {tuple(x.shape)}"
         )
-    if branch.shape != x.shape or not branch.is_floating_point():
+    if branch.shape != x.shape or branch.dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"branch: expected floating-point {tuple(x.shape)} like x, "
+            f"branch: expected floating-point of 16 to 64 bits {tuple(x.shape)} like x, "
             f"got {branch.dtype} {tuple(branch.shape)}"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):

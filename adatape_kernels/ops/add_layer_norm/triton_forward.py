@@ -47,7 +47,9 @@ def _add_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + offs_d, mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_d, mask_d, other=0.0).to(tl.float32)
 
-    total = (x.to(tl.float32) + branch.to(tl.float32)).to(total_ptr.dtype.element_ty)
+    # A branch in double precision is not rounded before the sum.
+    wide = tl.float64 if branch_ptr.dtype.element_ty == tl.float64 else tl.float32
+    total = (x.to(wide) + branch.to(wide)).to(tl.float32).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + rows[:, None] + offs_d, total, mask)
     total = total.to(tl.float32)  # (BLOCK_M, BLOCK_D)
     mean = tl.sum(total, 1) / dim

@@ -15,6 +15,7 @@ from adatape_kernels.op_types import ACTIVATIONS, FFN, Activation
 from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
 from adatape_kernels.ops.dual_ffn.products import chosen, chosen_products
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
@@ -66,8 +67,11 @@ def dual_ffn(
     _check_four("input_ffn", input_ffn)
     if tape_ffn is not None:
         _check_four("tape_ffn", tape_ffn)
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating-point (rows, dim), got {x.dtype} {tuple(x.shape)}")
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            "x: expected floating-point of 16 to 64 bits (rows, dim), "
+            f"got {x.dtype} {tuple(x.shape)}"
+        )
     check_activation(activation)
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)

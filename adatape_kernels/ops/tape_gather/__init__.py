@@ -14,6 +14,7 @@ from adatape_kernels.offsets import INTEGERS, as_int32, limited_to_int32
 from adatape_kernels.op_types import wide_dtype
 from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.fast_autograd import dynamic_size
+from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import check_capacity, check_reads, check_tape_rows
 from adatape_kernels.ops.registration import flop_formula
@@ -72,9 +73,9 @@ def tape_gather(
     check_tensor("weights", weights)
     check_tensor("counts", counts)
     bank_shape, shape, dtype = bank.shape, indices.shape, bank.dtype
-    if len(bank_shape) not in (2, 3) or not dtype.is_floating_point:
+    if len(bank_shape) not in (2, 3) or dtype not in FLOAT_DTYPES:
         raise ValueError(
-            "bank: expected floating-point ([batch,] bank_size, dim), "
+            "bank: expected floating-point of 16 to 64 bits ([batch,] bank_size, dim), "
             f"got {dtype} {tuple(bank_shape)}"
         )
     if len(shape) != 3 or indices.dtype not in INTEGERS:
