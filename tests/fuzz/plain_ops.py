@@ -47,8 +47,10 @@ def read_along(query, keys, indices, counts, average_query, loss_type, jitter=EX
         for step in range(count):
             chosen = bank.index_select(0, indices[i, step].long())
             w = jitter.share(torch.softmax(jitter((chosen * q).sum(1)) / math.sqrt(len(q)), 0))
+            w = jitter.wide(w)
             rows.append(w)
-            cost = cost + 1 - (w.square().sum() if loss_type == "entropy" else w.amax())
+            largest = w.square().sum() if loss_type == "entropy" else w.amax()
+            cost = cost + 1 - jitter.wide(largest)
             merged = (w.unsqueeze(1) * chosen).sum(0)
             q = (q + merged) / 2 if average_query else merged
         if rows:
