@@ -299,10 +299,8 @@ def use_backend(
     if name is None and further:
         raise ValueError(f"fallback: expected None without a backend, got {shown(fallback)}")
     if len({name, *further}) <= len(further):
-        raise ValueError(
-            f"fallback: expected backends that differ from {name!r} and from each other, "
-            f"got {shown(fallback)}"
-        )
+        others = f"backends that differ from {name!r} and from each other"
+        raise ValueError(f"fallback: expected {others}, got {shown(fallback)}")
     return Chosen(_choice, () if name is None else (name, *further), "use_backend")
 
 
