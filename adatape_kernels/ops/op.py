@@ -218,8 +218,7 @@ class Operation:
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
         tensor, backends = args[0], _choice.value or ()
-        asked = backends or BACKENDS
-        why = "; ".join(f"{backend}: {self.refusal(backend, args)}" for backend in asked)
+        why = "; ".join(f"{b}: {self.refusal(b, args)}" for b in backends or BACKENDS)
         who = " and ".join(backends) if backends else "every backend"
         return NotServed(
             f"{self.name}: {who} cannot serve {tensor.dtype} on {tensor.device.type} ({why})"
