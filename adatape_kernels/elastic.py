@@ -582,7 +582,7 @@ def _checked_tape_offsets(
             raise ValueError(
                 f"max_tapes: expected at least {longest} (the longest), got {max_tapes}"
             )
-    return limited
+    return limited.contiguous()
 
 
 def _check_layout(

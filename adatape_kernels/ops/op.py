@@ -19,12 +19,12 @@ from adatape_kernels.arguments import shown
 from adatape_kernels.ops import fast_autograd
 from adatape_kernels.ops.carried_choice import carry, declare_carrying
 from adatape_kernels.ops.choice import Choice, Chosen
+from adatape_kernels.ops.declaration import ADATAPE, declare
 from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
-from adatape_kernels.ops.op_checks import check_one_device, refuse_unfit
+from adatape_kernels.ops.op_checks import refuse_unfit
 from adatape_kernels.ops.registration import Namespace, kept
-from adatape_kernels.ops.vmap_rule import one_by_one
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
@@ -51,7 +51,6 @@ class Ran(NamedTuple):
 TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
 """By a description in words, what makes the arguments of such a call, on the meta device."""
 
-_namespace = Namespace("adatape")
 _compiled = {name: Namespace(name) for name in ("adatape_cpu", "adatape_cuda")}
 _operations: dict[str, "Operation"] = {}
 
@@ -104,8 +103,8 @@ class Operation:
                 given = given.bind(self.name, schema, _compiled[given.namespace])
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
-        library = _namespace.kernels_of(self.name)
-        self.overload = _declare(schema, library, self._run, fake)
+        library = ADATAPE.kernels_of(self.name)
+        self.overload = declare(schema, library, self._run, fake)
         declare_carrying(schema, self._run, fake)
         self._derivative = Derivative(self.name, library, _choice)
         self._derivative.attach(self._run)
@@ -219,8 +218,7 @@ class Operation:
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
         tensor, backends = args[0], _choice.value or ()
-        asked = backends or BACKENDS
-        why = "; ".join(f"{backend}: {self.refusal(backend, args)}" for backend in asked)
+        why = "; ".join(f"{b}: {self.refusal(b, args)}" for b in backends or BACKENDS)
         who = " and ".join(backends) if backends else "every backend"
         return NotServed(
             f"{self.name}: {who} cannot serve {tensor.dtype} on {tensor.device.type} ({why})"
@@ -247,8 +245,8 @@ class Composition:
         self.name = schema[: schema.index("(")]
         self.schema = schema
         self.function = function
-        self._library = _namespace.kernels_of(self.name)
-        self.overload = _declare(schema, self._library, function, function)
+        self._library = ADATAPE.kernels_of(self.name)
+        self.overload = declare(schema, self._library, function, function)
 
     def differentiable(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
@@ -257,30 +255,6 @@ class Composition:
         derivative = Derivative(self.name, self._library, _choice)
         derivative.set(backward, setup_context, None)
         derivative.attach(self.function, composed=True)
-
-
-def _declare(schema: str, library: Any, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema[: schema.index("(")]
-    overload = _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, _kernel(run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adatape::{name}", _on_one_device(name, fake), lib=library)
-    torch.library.register_vmap(f"adatape::{name}", one_by_one(name, overload), lib=library)
-    return overload
-
-
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the fake with a check without which one tensor on meta would make a result of none."""
-
-    def checked(*args: Any) -> Any:
-        check_one_device(name, args)
-        return fake(*args)
-
-    return checked
-
-
-def _kernel(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel of the dispatcher, which `torch.compile` does not trace."""
-    return fast_autograd.untraced(lambda *args: run(*args))
 
 
 def use_backend(
@@ -324,10 +298,8 @@ def use_backend(
     if name is None and further:
         raise ValueError(f"fallback: expected None without a backend, got {shown(fallback)}")
     if len({name, *further}) <= len(further):
-        raise ValueError(
-            f"fallback: expected backends that differ from {name!r} and from each other, "
-            f"got {shown(fallback)}"
-        )
+        others = f"backends that differ from {name!r} and from each other"
+        raise ValueError(f"fallback: expected {others}, got {shown(fallback)}")
     return Chosen(_choice, () if name is None else (name, *further), "use_backend")
 
 

@@ -50,5 +50,5 @@ def test_rows_are_a_multiple_and_the_new_ones_zero(rows, multiple, rounded):
 def test_a_multiple_below_one_is_refused():
     with pytest.raises(ValueError, match="multiple: expected 1 or more, got 0"):
         ElasticBatch.from_padded(torch.ones(1, 2, 2)).round_rows(0)
-    with pytest.raises(ValueError, match="row_multiple: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="row_multiple: expected 1 to 2147483647, got 0"):
         encoder(0)

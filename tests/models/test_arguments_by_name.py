@@ -103,6 +103,15 @@ def test_numbers_of_numpy_are_sizes_that_never_overflow(number):
         assert type(config.dim) is int and 3 * config.dim == 360
 
 
+@pytest.mark.filterwarnings("error")
+def test_tape_offsets_of_any_strides_append_without_a_word():
+    taped = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 1), tape_lens=torch.tensor([1, 1]))
+    offsets = torch.tensor([0, 9, 1, 9, 3, 9])[::2]
+    longer = taped.append_tape(torch.tensor([[5.0], [6.0], [7.0]]), offsets, max_tapes=2)
+    assert longer.tape_lens.tolist() == [2, 3]
+    assert longer.data.flatten().tolist() == [0, 0, 0, 0, 0, 5, 0, 6, 7]
+
+
 def test_fractions_and_numbers_of_numpy_are_rates():
     for rate in (np.float32(0.5), np.float64(0.5), Fraction(1, 2), torch.tensor(0.5)):
         assert ak.layers.DualFFN(8, 8, dropout=rate).dropout == 0.5
