@@ -37,8 +37,8 @@ define sanitized
 endef
 # $(call under_sanitizer,NAME) is what stands before a command that is to run on that copy.
 under_sanitizer = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) \
-  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-  TSAN_OPTIONS="suppressions=$(abspath tests/tsan.supp) ignore_noninstrumented_modules=1" \
+  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  TSAN_OPTIONS="allocator_may_return_null=1 suppressions=$(abspath tests/tsan.supp) ignore_noninstrumented_modules=1" \
   ADATAPE_SANITIZER=$(1) ADATAPE_CUDA_HOST=$(abspath build/$(1))/adatape_cuda_host.so \
   PYTHONPATH=$(abspath build/$(1)/site)
 
