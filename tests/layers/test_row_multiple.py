@@ -35,9 +35,14 @@ def test_results_do_not_depend_on_rounding(dtype):
     assert len(rounded.data) % 64 == 0
     for read, same in zip(reads, same_reads, strict=True):
         assert torch.equal(read.indices, same.indices)
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(rounded.to_packed()[0], exact.to_packed()[0], **tolerance)
-    torch.testing.assert_close(same_gradients, gradients, **tolerance)
+    pairs = [
+        (rounded.to_packed()[0], exact.to_packed()[0]),
+        *zip(same_gradients, gradients, strict=True),
+    ]
+    # A product of another number of rows may sum in another order, which bfloat16 shows.
+    share = 0.05 if dtype == torch.bfloat16 else 1e-5
+    for actual, expected in pairs:
+        assert (actual - expected).float().norm() <= share * expected.float().norm() + 1e-6
 
 
 @pytest.mark.parametrize("rows, multiple, rounded", [(0, 4, 0), (3, 4, 4), (8, 4, 8), (5, 1, 5)])
