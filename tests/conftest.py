@@ -42,9 +42,14 @@ _NEEDS = {
     "safetensors": (
         "models/test_hub.py",
         "models/test_model_file.py",
+        "models/test_model_file_tensors.py",
         *(f"recipes/test_{name}.py" for name in ("predict", *_TRAINING)),
     ),
-    "matplotlib": ("recipes/test_demo.py", "recipes/test_pictures.py"),
+    "matplotlib": (
+        "recipes/test_demo.py",
+        "recipes/test_pictures.py",
+        "recipes/test_titles_of_pictures.py",
+    ),
     "PIL": ("data/test_*.py", *(f"recipes/test_{name}.py" for name in _TRAINING)),
 }
 _missing = [name for name in _NEEDS if find_spec(name) is None]
