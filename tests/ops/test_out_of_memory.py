@@ -39,11 +39,13 @@ def absurd_tape(device):
 
 
 def absurd_hidden(device):
-    # The hidden features of so many rows, which are all the same in memory.
-    x = torch.zeros(1, 1, device=device).expand(MOST_ROWS, 1)
-    w1, w2 = torch.zeros(DIM, 1, device=device), torch.zeros(1, DIM, device=device)
-    ffn = ops.FFN(w1, torch.zeros(DIM, device=device), w2, torch.zeros(1, device=device))
-    return lambda: ops.dual_ffn(x, MOST_ROWS, ffn)
+    # The hidden features of many rows, rows and parameters being one in memory each. The output,
+    # which the suite fills with NaN, is small.
+    rows, width = 2**20, 2**28
+    x, one = torch.zeros(1, 1, device=device).expand(rows, 1), torch.zeros(1, 1, device=device)
+    bias = torch.zeros(1, device=device)
+    ffn = ops.FFN(one.expand(width, 1), bias.expand(width), one.expand(1, width), bias)
+    return lambda: ops.dual_ffn(x, rows, ffn)
 
 
 @pytest.mark.backends("cpp", "cuda", "eager")
