@@ -9,6 +9,9 @@ from fuzz.op_tensors import same_bits
 from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
 
+# One draw of rounding noise may by chance be small, where a result is a single number.
+_DRAWS = 4
+
 
 def judge(case, call, results):
     """Raise Fault where results of a valid call of the public function's arguments are wrong."""
@@ -30,7 +33,11 @@ def judge(case, call, results):
     with torch.autograd.set_detect_anomaly(False):
         exact = _evaluate(function, leaves, given, torch.float64)
         plain = _evaluate(function, leaves, given, dtype, plain_ops.PEER)
-        noise = _evaluate(function, leaves, given, torch.float64, _Noise(case["seed"], dtype, wide))
+        draws = [
+            _evaluate(function, leaves, given, torch.float64, _Noise(seed, dtype, wide))
+            for seed in range(case["seed"], case["seed"] + _DRAWS)
+        ]
+        noise = {name: _farthest(x, [draw[name] for draw in draws]) for name, x in exact.items()}
     if op == "add_layer_norm":
         for found in (exact, plain, noise):
             found["dx"] = found["dbranch"] = found.pop("dtotal")
@@ -112,6 +119,15 @@ def _evaluate(function, leaves, given, dtype, jitter=plain_ops.EXACT):
     return found
 
 
+def _farthest(exact, draws):
+    """Return of each element the draw that is farthest from the exact one, or is not finite."""
+    found = draws[0]
+    for draw in draws[1:]:
+        farther = (draw - exact).abs() > (found - exact).abs()
+        found = torch.where(farther | ~draw.isfinite(), draw, found)
+    return found
+
+
 def _compare(name, ours, plain, exact, noise, classes, eps):
     """Raise Fault unless an error is below twice that of plain torch, and what noise explains."""
     _check(name, ours.shape == exact.shape, f"shape {tuple(ours.shape)}")
@@ -132,7 +148,7 @@ def _compare(name, ours, plain, exact, noise, classes, eps):
     error, allowed, noisy = ((x - exact)[finite].abs().max() for x in (ours64, plain, noise))
     largest = exact[finite].abs().max()
     # In float64 the "exact" results have errors of their own.
-    factor = 64 if ours.dtype == torch.float64 else 16
+    factor = 64 if ours.dtype == torch.float64 else 24
     bound = 2 * allowed + factor * noisy + factor / 8 * eps * largest + info.tiny
     wrong = finite & ((ours64 - exact).abs() > bound)
     text = _first(f"error {error:.3g}, allowed {bound:.3g}", wrong, ours64, exact)
