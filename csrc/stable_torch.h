@@ -11,6 +11,11 @@
 #include <stdexcept>
 #include <string>
 
+// torch 2.13 brings the check that passes a message on; before it there is the one without.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace adatape {
 
 using torch::headeronly::ScalarType;

@@ -107,7 +107,9 @@ def _gather_case(bank: str, batch: int, size: int, dim: int, capacity: int | Non
 
     def call(values: Tensor, weights: Tensor) -> Results:
         generator = torch.Generator().manual_seed(2)
-        order = torch.rand(batch, size, generator=generator).argsort(1)[:, : num_tape_tokens * topk]
+        order = torch.rand(batch, size, generator=generator, device="cpu").argsort(1)[
+            :, : num_tape_tokens * topk
+        ]
         indices = order.view(batch, num_tape_tokens, topk).to(values.device, torch.int32)
         counts = torch.arange(batch, dtype=torch.int32) % (num_tape_tokens + 1)
         wide = torch.promote_types(values.dtype, torch.float32)

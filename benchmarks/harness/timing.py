@@ -1,11 +1,9 @@
 """Clocks: providers take turns on inputs that no cache holds; a GPU has events and CUDA graphs."""
 
-import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -70,14 +68,11 @@ def _sample_cuda(runs: Iterator[Run], repeats: int) -> float:
     return start.elapsed_time(end) / 1e3 / repeats
 
 
-@functools.cache
-def _pool() -> Any:
-    """Return memory that all graphs share, since they run one after another."""
-    return torch.cuda.graph_pool_handle()
-
-
 def captured(run: Run) -> Run:
-    """Return the run as a CUDA graph; its replay returns the tensors that the capture made."""
+    """Return the run as a CUDA graph; its replay returns the tensors that the capture made.
+
+    Each graph has memory of its own: torch refuses to capture into that of graphs that are gone.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -85,7 +80,7 @@ def captured(run: Run) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph):
         result = run()
 
     def replay() -> object:
