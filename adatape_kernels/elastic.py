@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.arguments import check_flag, check_int, check_tensor, shown
+from adatape_kernels.layout_checks import check_layout, checked_tape_offsets
 from adatape_kernels.offsets import (
     INTEGERS,
     as_int32,
-    can_be_seen,
     check_offsets,
-    check_offsets_tensor,
     check_same_device,
     cumulative,
     packed_order,
@@ -98,7 +97,7 @@ class ElasticBatch:
             >>> batch.input_lens.tolist(), batch.tape_lens.tolist()
             ([2, 1], [0, 2])
         """
-        _check_layout(data, cu_inputs, cu_tapes)
+        check_layout(data, cu_inputs, cu_tapes)
         check_flag("exact", exact)
         input_lens = cu_inputs.diff().tolist()
         num_input_rows = int(cu_inputs[-1])
@@ -184,7 +183,7 @@ class ElasticBatch:
             >>> batch.input_lens.tolist(), batch.tape_lens.tolist()
             ([2, 1], [0, 3])
         """
-        _check_layout(packed, cu_seqlens, cu_seqlens, "packed", "cu_seqlens")
+        check_layout(packed, cu_seqlens, cu_seqlens, "packed", "cu_seqlens")
         check_offsets("cu_seqlens", cu_seqlens, 0, len(packed))
         if tape_lens is None:
             return cls.from_offsets(packed, cu_seqlens, torch.full_like(cu_seqlens, len(packed)))
@@ -497,7 +496,7 @@ class ElasticBatch:
         """
         refuse_reentrant_checkpoint(self)
         max_tapes = check_int("max_tapes", max_tapes)
-        offsets = _checked_tape_offsets(self, tape, offsets, max_tapes, exact)
+        offsets = checked_tape_offsets(self.data, self.cu_tapes, tape, offsets, max_tapes, exact)
         if self.row_multiple > 1:
             missing = -(len(self.data) + len(tape)) % self.row_multiple
             tape = torch.nn.functional.pad(tape, (0, 0, 0, missing))
@@ -555,51 +554,3 @@ class ElasticBatch:
 
 
 torch.export.register_dataclass(ElasticBatch)
-
-
-def _checked_tape_offsets(
-    batch: ElasticBatch, tape: Tensor, offsets: Tensor, max_tapes: int, exact: bool
-) -> Tensor:
-    """Return the offsets of `append_tape` in int32; raises as it says."""
-    check_tensor("tape", tape)
-    if tape.dim() != 2 or tape.shape[1] != batch.data.shape[1]:
-        raise ValueError(
-            f"tape: expected (tape_rows, {batch.data.shape[1]}) like data, got {tuple(tape.shape)}"
-        )
-    check_same_device("tape", tape, batch.data)
-    check_offsets_tensor("offsets", offsets, batch.data)
-    if offsets.shape != batch.cu_tapes.shape:
-        raise ValueError(
-            f"offsets: expected {tuple(batch.cu_tapes.shape)} like cu_tapes, "
-            f"got {tuple(offsets.shape)}"
-        )
-    check_flag("exact", exact)
-    limited = as_int32("offsets", offsets)
-    if can_be_seen(limited):
-        check_offsets("offsets", limited, 0, tape.shape[0], exact)
-        longest = max(limited.diff().tolist(), default=0)
-        if longest > max_tapes:
-            raise ValueError(
-                f"max_tapes: expected at least {longest} (the longest), got {max_tapes}"
-            )
-    return limited.contiguous()
-
-
-def _check_layout(
-    data: Tensor,
-    cu_inputs: Tensor,
-    cu_tapes: Tensor,
-    data_name: str = "data",
-    offsets_name: str | None = None,
-) -> None:
-    """Check shapes, dtypes and devices of a buffer and its offsets. Raises ValueError."""
-    check_tensor(data_name, data)
-    if data.dim() != 2:
-        raise ValueError(f"{data_name}: expected (rows, dim), got {tuple(data.shape)}")
-    for name, offsets in (("cu_inputs", cu_inputs), ("cu_tapes", cu_tapes)):
-        check_offsets_tensor(offsets_name or name, offsets, data)
-    if cu_tapes.shape != cu_inputs.shape:
-        raise ValueError(
-            f"cu_tapes: expected {tuple(cu_inputs.shape)} like cu_inputs, "
-            f"got {tuple(cu_tapes.shape)}"
-        )

@@ -19,12 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adatape_kernels.activations import activate, activate_bwd, glu, glu_bwd
 from adatape_kernels.offsets import cumulative, packed_order
 from adatape_kernels.op_types import FFN, Activation, LossType, TapeSelection, wide_dtype
-
-# GELU of a number above this is the number itself, and that of its negative is 0, even in float64.
-_GELU_END = 40.0
-_FORM = {"gelu": "none", "gelu_tanh": "tanh"}
 
 # Scores are an elementwise product and a row sum, in chunks that bound the product's memory.
 _SCORE_CHUNK = 1 << 22
@@ -380,7 +377,7 @@ def dual_ffn(
     tape_hidden = x.new_empty(0, 0)
     if tape_ffn is not None:
         tape_hidden = F.linear(x[middle:end], tape_ffn.w1, tape_ffn.b1)
-        parts.append(F.linear(_glu(tape_hidden), tape_ffn.w2, tape_ffn.b2))
+        parts.append(F.linear(glu(tape_hidden), tape_ffn.w2, tape_ffn.b2))
     return F.pad(torch.cat(parts), (0, 0, 0, len(x) - end)), hidden, tape_hidden
 
 
@@ -396,55 +393,14 @@ def dual_ffn_bwd(
     """Return the gradients of x and of both parameter sets; recomputes the activations."""
     middle, end = len(hidden), len(hidden) + len(tape_hidden)
     dact = dy[:middle] @ input_ffn.w2
-    dhidden, act = _activate_bwd(dact, hidden, activation), activate(hidden, activation)
+    dhidden, act = activate_bwd(dact, hidden, activation), activate(hidden, activation)
     dx, dinput = _linear_pair_bwd(dy[:middle], dhidden, act, x[:middle], input_ffn.w1)
     if tape_ffn is None:
         return F.pad(dx, (0, 0, 0, len(x) - end)), dinput, None
     dy_tape, x_tape = dy[middle:end], x[middle:end]
-    dhidden, act = _glu_bwd(dy_tape @ tape_ffn.w2, tape_hidden), _glu(tape_hidden)
+    dhidden, act = glu_bwd(dy_tape @ tape_ffn.w2, tape_hidden), glu(tape_hidden)
     dx_tape, dtape = _linear_pair_bwd(dy_tape, dhidden, act, x_tape, tape_ffn.w1)
     return F.pad(torch.cat([dx, dx_tape]), (0, 0, 0, len(x) - end)), dinput, dtape
-
-
-def activate(hidden: Tensor, activation: Activation) -> Tensor:
-    """Return the activation of an input row's pre-activations, of any shape.
-
-    GELU has its limits at ±infinity, where torch's product of infinity and 0 is NaN.
-    """
-    if activation == "relu":
-        return F.relu(hidden)
-    bounded = hidden.clamp(-_GELU_END, _GELU_END)
-    return hidden.where(hidden > _GELU_END, F.gelu(bounded, approximate=_FORM[activation]))
-
-
-def _activate_bwd(dact: Tensor, hidden: Tensor, activation: Activation) -> Tensor:
-    """Return the gradient of the pre-activations."""
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(dact, hidden, 0)
-    bounded = hidden.clamp(-_GELU_END, _GELU_END)
-    return torch.ops.aten.gelu_backward(dact, bounded, approximate=_FORM[activation])
-
-
-def _glu(hidden: Tensor) -> Tensor:
-    """Return a · sigmoid(g) of a tape row's pre-activations [a, g].
-
-    Its ops have tangents of tangents, which torch's own GLU has not.
-    """
-    a, g = hidden.to(wide_dtype(hidden.dtype)).chunk(2, -1)
-    return (a * _sigmoid(g)).to(hidden.dtype)
-
-
-def _glu_bwd(dact: Tensor, hidden: Tensor) -> Tensor:
-    """Return the gradient of a tape row's pre-activations."""
-    wide = wide_dtype(hidden.dtype)
-    a, g = hidden.to(wide).chunk(2, -1)
-    dact, gate = dact.to(wide), _sigmoid(g)
-    return torch.cat([dact * gate, dact * (a * gate * _sigmoid(-g))], -1).to(hidden.dtype)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    """Return 1 / (1 + exp(-x)), also where exp(-x) overflows and torch.sigmoid returns 0."""
-    return F.logsigmoid(x).exp()
 
 
 def _linear_pair_bwd(

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels import ops
+from adatape_kernels.activations import activate
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
 from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn import check_activation
-from adatape_kernels.reference import activate
 
 
 class DualFFN(nn.Module):

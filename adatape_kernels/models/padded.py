@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels import reference
+from adatape_kernels.activations import activate
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.layers.torch_modules import make_weights
@@ -274,7 +275,7 @@ def _attend(layer: ElasticEncoderLayer, data: Tensor, mask: Tensor) -> Tensor:
 def _feed_forward(layer: ElasticEncoderLayer, data: Tensor, num_inputs: int) -> Tensor:
     """Apply the feed-forward of input rows, and that of tape rows behind num_inputs positions."""
     inputs = data[:, :num_inputs] if layer.has_tape_ffn else data
-    act = reference.activate(layer.linear1(inputs), layer.activation)
+    act = activate(layer.linear1(inputs), layer.activation)
     y = layer.linear2(F.dropout(act, layer.dropout, layer.training))
     if not layer.has_tape_ffn:
         return y

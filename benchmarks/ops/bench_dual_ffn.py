@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adatape_kernels import ops, use_backend
+from adatape_kernels.activations import activate
 from adatape_kernels.benchmarks.harness.cases import (
     OURS,
     BenchmarkCase,
@@ -31,7 +32,6 @@ from adatape_kernels.benchmarks.harness.suites import (
 )
 from adatape_kernels.op_types import ACTIVATIONS, Activation
 from adatape_kernels.ops import FFN, ffn_products
-from adatape_kernels.reference import activate
 
 
 class FeedForwardShape(NamedTuple):

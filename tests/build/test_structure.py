@@ -13,6 +13,7 @@ PACKAGE = ROOT / "adatape_kernels"
 # Lowest first: a part may import what stands before it, and itself.
 PARTS = (
     ("_build", "arguments", "offsets", "op_types", "pooling", "reentrant_checkpoint"),
+    ("activations", "layout_checks"),
     ("reference",),
     ("elastic",),
     ("ops",),

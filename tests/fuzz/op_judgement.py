@@ -148,7 +148,7 @@ def _compare(name, ours, plain, exact, noise, classes, eps):
     error, allowed, noisy = ((x - exact)[finite].abs().max() for x in (ours64, plain, noise))
     largest = exact[finite].abs().max()
     # In float64 the "exact" results have errors of their own.
-    factor = 64 if ours.dtype == torch.float64 else 24
+    factor = 64 if ours.dtype == torch.float64 else 16
     bound = 2 * allowed + factor * noisy + factor / 8 * eps * largest + info.tiny
     wrong = finite & ((ours64 - exact).abs() > bound)
     text = _first(f"error {error:.3g}, allowed {bound:.3g}", wrong, ours64, exact)

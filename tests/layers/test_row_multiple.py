@@ -39,10 +39,14 @@ def test_results_do_not_depend_on_rounding(dtype):
         (rounded.to_packed()[0], exact.to_packed()[0]),
         *zip(same_gradients, gradients, strict=True),
     ]
-    # A product of another number of rows may sum in another order, which bfloat16 shows.
-    share = 0.05 if dtype == torch.bfloat16 else 1e-5
     for actual, expected in pairs:
-        assert (actual - expected).float().norm() <= share * expected.float().norm() + 1e-6
+        if dtype == torch.float32:
+            torch.testing.assert_close(actual, expected)
+        else:
+            # A product of another number of rows may sum in another order, by which an element of
+            # a gradient near 0 may be off by more than its own size.
+            distance = (actual - expected).float().norm()
+            assert distance <= 2e-2 * expected.float().norm() + 2e-2
 
 
 @pytest.mark.parametrize("rows, multiple, rounded", [(0, 4, 0), (3, 4, 4), (8, 4, 8), (5, 1, 5)])

@@ -11,7 +11,7 @@ from checks import assert_close, assert_low_precision, assert_same_bits, refused
 from ffn_cases import by_reference, double, gradients, inputs, not_served
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatape_kernels import reference
+from adatape_kernels.activations import activate
 from adatape_kernels.op_types import ACTIVATIONS
 from adatape_kernels.ops import FFN, dual_ffn
 from adatape_kernels.ops.op import current_backend, operation
@@ -234,4 +234,4 @@ def test_the_kernels_refuse_an_unknown_activation(device, activation):
 @pytest.mark.no_backend
 def test_the_reference_is_torch_s(device, activation):
     x = torch.randn(50, device=device, dtype=torch.float64)
-    assert_same_bits(reference.activate(x, activation), TORCH[activation](x))
+    assert_same_bits(activate(x, activation), TORCH[activation](x))
