@@ -97,7 +97,8 @@ def _build(
     model = TimmAdaTape(adatape.to(dtype=dtype), drop_rate=drop_rate)
     # Where images have another number of channels than those of a checkpoint, timm adapts these.
     embeddings = [f"adatape.{name}" for name in ("patch_embed", "bank_embed")]
-    model._traits = {"first_conv": embeddings if config.bank == "input" else embeddings[0]}
+    traits: Any = {"first_conv": embeddings if config.bank == "input" else embeddings[0]}
+    model._traits = traits
     if num_classes == 0:
         model.reset_classifier(0)
     return model

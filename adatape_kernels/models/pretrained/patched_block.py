@@ -92,10 +92,11 @@ class PatchedAttention(PatchedModule):
             What was given: a tensor or an ElasticBatch, whose unused rows are zero.
         """
         timm: Any = super()
-        own = attn_mask is not None or is_causal or not is_bare(self.attn_drop)
+        given = _given(attn_mask, is_causal)
+        own = given or not is_bare(self.attn_drop)
         if not isinstance(x, ElasticBatch):
             if own or self._rate() > 0:
-                return timm.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+                return timm.forward(x, **given)
             return self._attended(x, ElasticBatch.from_padded(x))
         if own:
             raise ValueError(
@@ -199,9 +200,7 @@ class PatchedBlock(PatchedModule):
         Returns:
             What was given: a tensor or an ElasticBatch.
         """
-        given: dict[str, Any] = {}
-        if attn_mask is not None or is_causal:
-            given = {"attn_mask": attn_mask, "is_causal": is_causal}
+        given = _given(attn_mask, is_causal)
         if not isinstance(x, ElasticBatch):
             branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), **given)))
             total, normed = _add_norm(x, branch, self.norm2)
@@ -214,6 +213,12 @@ class PatchedBlock(PatchedModule):
         else:  # another of timm's, which takes rows of any number
             fed_forward = x.clear_unused(self.mlp(normed))
         return x.with_data(total + _dropped(x, self.ls2(fed_forward), self.drop_path2))
+
+
+def _given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """Return the arguments of timm's attention that are given; its older versions know fewer."""
+    given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return {**given, "is_causal": True} if is_causal else given
 
 
 def _add_norm(x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:

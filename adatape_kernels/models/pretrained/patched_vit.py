@@ -33,7 +33,6 @@ class PatchedModel(PatchedModule):
     head_drop: nn.Module
     head: nn.Module
     embed_dim: int
-    in_chans: int
     num_prefix_tokens: int
     global_pool: str
     grad_checkpointing: bool
@@ -70,13 +69,14 @@ class PatchedModel(PatchedModule):
                 "x: expected a tensor, a list of images or an ElasticBatch, "
                 f"got {'no images' if isinstance(images, (list, tuple)) else shown(images)}"
             )
+        channels = getattr(self, "in_chans", 3)  # older versions of timm do not keep it
         numbers: dict[torch.Size, list[int]] = {}
         for number, image in enumerate(images):
             if not isinstance(image, Tensor):
                 raise TypeError(f"x: expected a list of tensors, got {type(image).__name__}")
-            if image.dim() != 3 or image.shape[0] != self.in_chans:
+            if image.dim() != 3 or image.shape[0] != channels:
                 raise ValueError(
-                    f"x: expected images ({self.in_chans}, height, width), got {tuple(image.shape)}"
+                    f"x: expected images ({channels}, height, width), got {tuple(image.shape)}"
                 )
             numbers.setdefault(image.shape, []).append(number)
         parts: list[Tensor] = [*images]

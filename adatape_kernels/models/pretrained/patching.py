@@ -24,7 +24,7 @@ _MODELS: dict[str, type[PatchedModule]] = {
     "timm.models.naflexvit.NaFlexVit": PatchedNaFlexViT,
 }
 _BLOCK = "timm.models.vision_transformer.Block"
-_ATTENTION = "timm.layers.attention.Attention"
+_ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 _MLP = "timm.layers.mlp.Mlp"
 # Norms of a row's features, which therefore do not mind how rows are arranged.
 _NORMS = (
@@ -180,7 +180,7 @@ def _block_differences(
     prefix: str, block: nn.Module, classes: dict[nn.Module, type[PatchedModule]]
 ) -> Iterator[str]:
     mlp = part_at(block, "mlp")
-    possible = {"": (_BLOCK,), "attn": (_ATTENTION,)}
+    possible = {"": (_BLOCK,), "attn": _ATTENTION}
     if kind(mlp) not in _OTHER_MLPS:
         possible["mlp"] = (_MLP,)
     for path, names in possible.items():
