@@ -243,8 +243,8 @@ class PonderLoss(nn.Module):
         """
         (model,) = self._model
         last = model.last_output
-        if last is None or len(last.logits) != len(output):
-            images = "no images" if last is None else f"{len(last.logits)} images"
+        if last is None or last.logits.shape[0] != output.shape[0]:
+            images = "no images" if last is None else f"{last.logits.shape[0]} images"
             raise ValueError(
                 f"output: expected the logits of the model's last call, which was on {images}, "
                 f"got {tuple(output.shape)}"

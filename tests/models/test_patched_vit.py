@@ -250,6 +250,13 @@ def test_compiling(compiled, fresh_compiler):
     assert not [*ran]
 
 
+def test_an_export_takes_batches_of_any_size():
+    model, images = ak.patch(vit(depth=1)), torch.randn(3, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
+    assert_close(program.module()(images), model(images), 1e-5)
+
+
 def test_checkpointing():
     model, images = ak.patch(vit(drop_path_rate=0.2).train()), torch.randn(2, 3, 32, 32)
     for given in (images, [*images]):

@@ -160,7 +160,7 @@ class PatchedMlp(PatchedModule):
             flat = rows.reshape(-1, rows.shape[-1])
             ffn = FFN(self.fc1.weight, bias_of(self.fc1), self.fc2.weight, bias_of(self.fc2))
             used = x.num_used_rows if isinstance(x, ElasticBatch) else None
-            y = ops.dual_ffn(flat, len(flat), ffn, num_rows=used, activation=activation)
+            y = ops.dual_ffn(flat, flat.shape[0], ffn, num_rows=used, activation=activation)
             y = self.drop2(y.reshape(*rows.shape[:-1], y.shape[-1]))
         return x.with_data(x.clear_unused(y)) if isinstance(x, ElasticBatch) else y
 

@@ -43,8 +43,8 @@ class PatchedModel(PatchedModule):
 
     def _ragged_features(self, x: Any, *others: Any) -> ElasticBatch:
         """Return the rows behind the last norm, of images in a list or of embedded tokens."""
-        classes = type(self).__mro__
-        theirs = next(each for each in classes if not issubclass(each, PatchedModule))
+        modules = [each for each in type(self).__mro__ if issubclass(each, nn.Module)]
+        theirs = next(each for each in modules if not issubclass(each, PatchedModule))
         for name in ("forward_features", "forward_head"):
             if not getattr(theirs, name).__module__.startswith("timm."):
                 raise TypeError(
@@ -198,7 +198,7 @@ class PatchedNaFlexViT(PatchedModel):
         tokens, kept = self._patches_dropped(tokens)
         patch_valid = patch_valid if kept is None else patch_valid.gather(1, kept)
         mask = patch_valid.bool()
-        always = mask.new_ones(len(mask), self.num_prefix_tokens)
+        always = mask.new_ones(mask.shape[0], self.num_prefix_tokens)
         mask = torch.cat([always, mask], 1)
         x = self._encoded(ElasticBatch.from_padded(self.norm_pre(tokens), mask))
         rows = x.data.new_zeros(*mask.shape, x.data.shape[1]).index_put((mask,), x.data)
@@ -237,7 +237,7 @@ def _without_first(x: ElasticBatch, count: int) -> ElasticBatch:
     cu_inputs = x.cu_inputs - count * torch.arange(
         x.batch + 1, dtype=torch.int32, device=x.data.device
     )
-    kept = torch.arange(len(x.data) - count * x.batch, device=x.data.device)
+    kept = torch.arange(x.data.shape[0] - count * x.batch, device=x.data.device)
     example = torch.searchsorted(cu_inputs[1:], kept, right=True)
     # A tape row lies behind the rows of all examples, and loses as many rows before it.
     rows = kept + count * (example + 1).clamp(max=x.batch)
