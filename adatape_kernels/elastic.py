@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.arguments import check_flag, check_int, check_tensor, shown
-from adatape_kernels.elastic_examples import ElasticExample, checked_examples, examples_of
+from adatape_kernels.elastic_examples import (
+    ElasticExample,
+    checked_examples,
+    example_at,
+    examples_of,
+)
 from adatape_kernels.elastic_layout import ElasticLayout
 from adatape_kernels.layout_checks import check_layout, checked_tape_offsets
 from adatape_kernels.offsets import (
@@ -306,7 +311,8 @@ class ElasticBatch(ElasticLayout):
         number = check_int("index", index, None)
         if not -len(self) <= number < len(self):
             raise IndexError(f"index: expected one of {len(self)} examples, got {number}")
-        return list(self)[number]
+        refuse_reentrant_checkpoint(self)
+        return example_at(number % len(self), self.data, self.cu_inputs, self.cu_tapes)
 
     def to_padded(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the examples' rows padded with zeros, and the mask of those that are valid.

@@ -35,6 +35,13 @@ def examples_of(data: Tensor, cu_inputs: Tensor, cu_tapes: Tensor) -> Iterator[E
         yield ElasticExample(data[inputs[i] : inputs[i + 1]], data[tapes[i] : tapes[i + 1]])
 
 
+def example_at(number: int, data: Tensor, cu_inputs: Tensor, cu_tapes: Tensor) -> ElasticExample:
+    """Return one example of a layout. Copies its four offsets to the host."""
+    bounds = torch.stack([cu_inputs[number : number + 2], cu_tapes[number : number + 2]])
+    (input_start, input_end), (tape_start, tape_end) = bounds.tolist()
+    return ElasticExample(data[input_start:input_end], data[tape_start:tape_end])
+
+
 def checked_examples(examples: Iterable[Any]) -> list[ElasticExample]:
     """Return the examples that `ElasticBatch.from_examples` is given; raises as it says."""
     if isinstance(examples, Tensor) or not isinstance(examples, Iterable):
@@ -49,10 +56,14 @@ def checked_examples(examples: Iterable[Any]) -> list[ElasticExample]:
             )
         inputs, tape = pair
         check_tensor(name, inputs)
-        tape = inputs[:0] if tape is None else tape
-        check_tensor(name, tape)
+        if tape is not None:
+            check_tensor(name, tape)
         like = found[0].inputs if found else inputs
-        for rows in (inputs, tape):
+        for rows in (inputs, inputs if tape is None else tape):
+            if rows.is_nested or rows.layout != torch.strided:
+                raise ValueError(
+                    f"{name}: expected a dense tensor, got one of layout {rows.layout}"
+                )
             if rows.dim() != 2 or rows.shape[1] != like.shape[-1] or rows.dtype != like.dtype:
                 width = like.shape[-1] if like.dim() == 2 else "dim"
                 raise ValueError(
@@ -60,7 +71,7 @@ def checked_examples(examples: Iterable[Any]) -> list[ElasticExample]:
                     f"got {shown(rows)}"
                 )
             check_same_device(name, rows, like)
-        found.append(ElasticExample(inputs, tape))
+        found.append(ElasticExample(inputs, inputs[:0] if tape is None else tape))
     if not found:
         raise ValueError("examples: expected at least one, got none")
     return found

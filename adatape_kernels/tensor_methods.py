@@ -59,11 +59,11 @@ class TensorMethods:
         """
         flags = [given for given in args if isinstance(given, bool)] + [False, False]
         target = args[0] if args else kwargs.get("device", kwargs.get("other"))
-        device: Any = target
+        device: Any = self.device
         if isinstance(target, Tensor):
             device = target.device
-        elif target is None or isinstance(target, torch.dtype | bool):
-            device = self.device
+        elif isinstance(target, str | int | torch.device) and not isinstance(target, bool):
+            device = target
         moved = {
             "non_blocking": kwargs.get("non_blocking", flags[0]),
             "copy": kwargs.get("copy", flags[1]),

@@ -106,4 +106,5 @@ def _described(x: Any) -> str:
         return f"a {'nested ' if x.is_nested else ''}Tensor of layout {x.layout}"
     if isinstance(x, tuple):
         return f"({', '.join(map(_described, x))})"
-    return shown(x)
+    simple = x is None or isinstance(x, Tensor | str | int | float)
+    return shown(x) if simple else f"an object of type {type(x).__name__}"
