@@ -1,5 +1,6 @@
 """Modules whose arguments and results hold tensors, and torch's full backward hooks on them."""
 
+import copy
 import dataclasses
 import threading
 from collections import OrderedDict
@@ -154,24 +155,22 @@ def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     parts = [_with_tensors(part, tensors) for part in _parts(value)]
     if all(new is old for new, old in zip(parts, _parts(value), strict=True)):
         return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **dict(zip(names, parts, strict=True)))
     if isinstance(value, dict):
-        return dict(zip(value, parts, strict=True))
+        changed = copy.copy(value)
+        changed.update(zip(value, parts, strict=True))
+        return changed
     if isinstance(value, list):
         return parts
-    if isinstance(value, tuple):
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    fields = dataclasses.fields(value)
-    return dataclasses.replace(
-        value, **{field.name: part for field, part in zip(fields, parts, strict=True)}
-    )
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def _parts(value: Any) -> list[Any]:
     """Return what a container holds; nothing for all else."""
     if isinstance(value, tuple | list):
         return [*value]
-    if isinstance(value, dict):
-        return [*value.values()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return []
+    return [*value.values()] if isinstance(value, dict) else []
