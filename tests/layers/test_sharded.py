@@ -108,6 +108,7 @@ def elastic(module):
     return [m for m in module.modules() if isinstance(m, (ak.models.AdaTapeViT, *kinds))]
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("wrapper", ["fully_shard", "DistributedDataParallel"])
 def test_backward_hooks_see_the_same_gradients(mesh, wrapper):
     expected = gradients_of_hooks(plain := model(), elastic(plain))
