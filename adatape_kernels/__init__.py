@@ -2,6 +2,7 @@
 
 from adatape_kernels import _build, layers, models, ops, scenic
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.elastic_examples import ElasticExample
 from adatape_kernels.models.model_file import save
 from adatape_kernels.ops.compiled_part import FACTS
 from adatape_kernels.ops.op import use_backend
@@ -9,6 +10,7 @@ from adatape_kernels.recipes.model_loading import load
 
 __all__ = [
     "ElasticBatch",
+    "ElasticExample",
     "layers",
     "load",
     "models",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adatape_kernels import reference
 from adatape_kernels.activations import activate
 from adatape_kernels.arguments import check_kind
-from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
+from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, ElasticModule, TapeReader
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
@@ -72,7 +72,7 @@ class _PaddedTokens:
         return total if kind == "sum" else total / lens.clamp(min=1)
 
 
-class PaddedAdaTape(nn.Module):
+class PaddedAdaTape(ElasticModule):
     """The padded, masked counterpart of an elastic model, on the same parameters.
 
     Pruning, adapters and parametrisations act as in the elastic model, and so do hooks on linear
