@@ -318,7 +318,12 @@ class ElasticEncoder(nn.Module):
             yield cast(ElasticEncoderLayer, layer), cast(TapeReader | None, reader)
 
     def forward(
-        self, x: ElasticBatch, bank: Tensor | None = None, *, capacity: int | None = None
+        self,
+        x: ElasticBatch,
+        bank: Tensor | None = None,
+        *,
+        bank_lens: Tensor | None = None,
+        capacity: int | None = None,
     ) -> tuple[ElasticBatch, tuple[TapeSelection, ...]]:
         """Encode a batch.
 
@@ -326,6 +331,8 @@ class ElasticEncoder(nn.Module):
             x: rows (rows, dim) of the parameters' dtype.
             bank: (batch, bank_size, dim) or (bank_size, dim), for the readers without a learnable
                 bank of their own.
+            bank_lens: (batch,) integers, how many leading tokens of each example's bank are
+                valid; None when all are.
             capacity: tape rows that each read reserves for the whole batch (capacity mode); None
                 computes exactly the rows that are read.
 
@@ -349,7 +356,7 @@ class ElasticEncoder(nn.Module):
         reads = []
         for layer, reader in self.stages():
             if reader is not None:
-                x, selection = reader(x, bank, capacity=capacity)
+                x, selection = reader(x, bank, bank_lens=bank_lens, capacity=capacity)
                 reads.append(selection)
             x = layer(x)
         return x.with_data(self.norm(x.data)), tuple(reads)
