@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adatape_kernels.arguments import check_int, check_path
+from adatape_kernels.arguments import check_int, check_path, shown
 from adatape_kernels.data.image_file import MOST_PIXELS, decode_to, sides_in_file
 from adatape_kernels.data.image_folder import DECODERS, labelled_files
 from adatape_kernels.data.image_set import look_at
@@ -70,10 +70,12 @@ class AspectImages:
 
     Raises:
         ValueError: a number is out of range.
-        TypeError: a number is no int.
+        TypeError: a number is no int, or a file no path.
     """
 
-    def __init__(self, files: Sequence[Path], *, patch_size: int, max_patches: int):
+    def __init__(self, files: Sequence[str | Path], *, patch_size: int, max_patches: int):
+        if isinstance(files, str | bytes) or not isinstance(files, Sequence):
+            raise TypeError(f"files: expected a sequence of paths, got {shown(files)}")
         self.files = tuple(check_path("files", file) for file in files)
         self.patch_size = check_int("patch_size", patch_size, 1, math.isqrt(MOST_PIXELS))
         most = MOST_PIXELS // self.patch_size**2

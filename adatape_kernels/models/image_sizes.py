@@ -50,7 +50,7 @@ def list_of_images(
 
 
 def _check_image(name: str, image: Tensor, channels: int, step: int, like: Tensor) -> None:
-    check_tensor(name, image)
+    _check_dense(name, image)
     shape = tuple(image.shape)
     wrong = len(shape) != 3 or shape[0] != channels
     if wrong or any(side == 0 or side % step for side in shape[1:]):
@@ -59,6 +59,13 @@ def _check_image(name: str, image: Tensor, channels: int, step: int, like: Tenso
             f"got {shape}"
         )
     _check_kind(name, image, like)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested one" if tensor.is_nested else str(tensor.layout)
+        raise ValueError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -114,7 +121,7 @@ def join_patches(
     _check_keys(inputs)
     patches, places, exist = (inputs[key] for key in KEYS)
     for key in KEYS:
-        check_tensor(_entry(key), inputs[key])
+        _check_dense(_entry(key), inputs[key])
     shape, width = tuple(patches.shape), size * size * channels
     if len(shape) < 2 or shape[2:] not in ((width,), (size, size, channels)):
         raise ValueError(

@@ -248,7 +248,10 @@ class AdaTapeViT(AdaTape):
         shape = (c.in_channels, c.image_size, c.image_size)
         check_kind("inputs", inputs, Tensor)
         if inputs.dim() != 4 or inputs.shape[1:] != shape:
-            raise ValueError(f"inputs: expected (batch, {shape}), got {tuple(inputs.shape)}")
+            raise ValueError(
+                f"inputs: expected (batch, {shape}) or a list of images of other sizes, "
+                f"got {tuple(inputs.shape)}"
+            )
         tokens = self.with_class_token(self.patch_embed(inputs).flatten(2).mT)
         tokens = self.pre_norm(self.dropout(tokens + self.position))
         if c.bank == "learn":

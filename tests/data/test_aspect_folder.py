@@ -161,5 +161,6 @@ def test_what_is_wrong_is_named(tmp_path):
         if value != 1 << 20 and value != 1 << 60:
             with refused(name, error=error):
                 aspect_grid(**given)
-    with refused("files", error=TypeError):
-        AspectImages([3], patch_size=4, max_patches=9)
+    for files in ([3], None, "a.png", b"a.png"):
+        with refused("files", error=TypeError):
+            AspectImages(files, patch_size=4, max_patches=9)

@@ -257,6 +257,7 @@ def test_an_exported_program_keeps_the_sizes():
         (torch.zeros(3, 16, 16, dtype=torch.uint8), ("torch.float32", "torch.uint8")),
         (torch.zeros(3, 16, 16, dtype=torch.float64), ("torch.float32", "torch.float64")),
         (torch.zeros(3, 16, 16, device="meta"), ("cpu", "meta")),
+        (torch.zeros(3, 16, 16).to_sparse(), ("a dense tensor", "torch.sparse_coo")),
     ],
 )
 def test_a_wrong_image_is_named(image, parts):
@@ -269,12 +270,20 @@ def test_a_wrong_image_is_named(image, parts):
 
 def test_what_is_no_image_is_named():
     model = build()
+    with refused("inputs", "(batch, (3, 16, 16)) or a list of images", "(2, 3, 8, 16)"):
+        model(torch.zeros(2, 3, 8, 16))
     for wrong in (torch.zeros(3, 16, 16).numpy(), None, [[1.0]], "a.png"):
         with refused("inputs[0]", error=TypeError):
             model([wrong])
     for wrong in (None, 3, "photo.jpg", iter([]), torch.zeros(3, 16, 16).numpy(), {1, 2}):
         with refused("inputs", error=TypeError):
             model(wrong)
+
+
+def test_a_nested_image_is_named():
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=torch.jagged)
+    with refused("inputs[0]", "a dense tensor", "a nested one"):
+        build()([nested])
 
 
 def test_bank_patches_count_among_the_sides():

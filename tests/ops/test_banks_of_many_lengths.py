@@ -12,19 +12,22 @@ OP = ("tape_select", "tape_gather")
 def read(query, bank, bank_lens, cotangent):
     """The results of a read, and the gradients of query and bank."""
     query, bank = (x.detach().requires_grad_() for x in (query, bank))
-    options = dict(num_tape_tokens=4, topk=3, halt_threshold=1.7)
+    options = dict(num_tape_tokens=2, topk=3, halt_threshold=1.7)
     tape, offsets, selection = tape_read(query, bank, bank_lens=bank_lens, **options)
     objective = (tape * cotangent[: len(tape)]).sum() + (selection.weights.sum(2) ** 2).sum()
     (objective + selection.ponder.sum()).backward()
     return tape, offsets, selection, query.grad, bank.grad
 
 
+def too_large(device, backend, longest):
+    return "it takes long" if interpreted(device, backend) and longest > 300 else None
+
+
 @pytest.mark.many_emulated_threads
-@pytest.mark.parametrize("longest", [40, 9_000])
+@pytest.mark.absent_if(reason=too_large)
+@pytest.mark.parametrize("longest", [40, 300, 9_000])
 def test_an_example_reads_the_same_bits_alone_and_from_a_padded_bank(device, longest):
-    if interpreted(device):
-        longest = min(longest, 1_100)
-    lens = torch.tensor([longest, 3, longest // 2, 2, 0, longest // 3 + 1], device=device)
+    lens = torch.tensor([longest, 3, 2, longest // 3 + 1], device=device)
     query = torch.randn(len(lens), 16, device=device)
     bank = torch.randn(len(lens), longest, 24, device=device)
     bank[torch.arange(longest, device=device) >= lens.unsqueeze(1)] = torch.nan
