@@ -329,7 +329,12 @@ class ElasticEncoder(ElasticModule):
             yield cast(ElasticEncoderLayer, layer), cast(TapeReader | None, reader)
 
     def forward(
-        self, x: Rows, bank: Tensor | None = None, *, capacity: int | None = None
+        self,
+        x: Rows,
+        bank: Tensor | None = None,
+        *,
+        bank_lens: Tensor | None = None,
+        capacity: int | None = None,
     ) -> tuple[Rows, tuple[TapeSelection, ...]]:
         """Encode a batch.
 
@@ -339,6 +344,8 @@ class ElasticEncoder(ElasticModule):
                 opposite of torch's src_key_padding_mask.
             bank: (batch, bank_size, dim) or (bank_size, dim), for the readers without a learnable
                 bank of their own.
+            bank_lens: (batch,) integers, how many leading tokens of each example's bank are
+                valid; None when all are.
             capacity: tape rows that each read reserves for the whole batch (capacity mode); None
                 computes exactly the rows that are read.
 
@@ -370,7 +377,7 @@ class ElasticEncoder(ElasticModule):
         reads = []
         for layer, reader in self.stages():
             if reader is not None:
-                batch, selection = reader(batch, bank, capacity=capacity)
+                batch, selection = reader(batch, bank, bank_lens=bank_lens, capacity=capacity)
                 reads.append(selection)
             batch = layer(batch)
         y = batch.with_data(self.norm(batch.data))
