@@ -21,6 +21,7 @@ PARTS = (
     ("data",),
     ("models",),
     ("scenic",),
+    ("timm",),
     ("recipes",),
     ("benchmarks",),
     ("cli",),
