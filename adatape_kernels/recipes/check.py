@@ -18,6 +18,7 @@ from torch import Tensor
 from adatape_kernels import ops
 from adatape_kernels.models import AdaTapeViT, adatape_vit
 from adatape_kernels.models.value_checks import as_choice
+from adatape_kernels.ops.device_facts import here
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import (
     BACKENDS,
@@ -114,7 +115,9 @@ def _kernels(device: str) -> Iterator[Kernel]:
         for backend in KERNEL_BACKENDS:
             given = operation(op).implementations.get(backend)
             for dtype in FLOAT_DTYPES:
-                if given is not None and given.refusal_by_type(device, dtype) is None:
+                if given is None:
+                    continue
+                if given.refusal_by_device(here(device), dtype) is None:
                     yield Kernel(op, backend, dtype)
 
 
