@@ -14,8 +14,6 @@ class DeviceFacts(NamedTuple):
     name: str
     shared_memory_per_block: int
     """Bytes that one block may ask for."""
-    shared_memory_per_multiprocessor: int
-    """Bytes that the blocks of one multiprocessor share."""
     multiprocessors: int
     capability: tuple[int, int]
     """Compute capability, major and minor."""
@@ -24,7 +22,7 @@ class DeviceFacts(NamedTuple):
 OLDEST_CAPABILITY = (8, 0)
 """No kernel of ours is compiled for an older GPU: it has no bfloat16 and no asynchronous copies."""
 
-EMULATED = DeviceFacts("no GPU is here: as compute capability 9.0", 227 * KIB, 228 * KIB, 4, (9, 0))
+EMULATED = DeviceFacts("no GPU is here: as compute capability 9.0", 227 * KIB, 4, (9, 0))
 """What stands in for a GPU where none is: in Triton's interpreter, and in what `info` says of one.
 
 The few multiprocessors let each program of a persistent kernel walk several tiles, as on a GPU.
@@ -40,7 +38,6 @@ def facts_of(device: torch.device) -> DeviceFacts:
     return DeviceFacts(
         found.name,
         getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
-        found.shared_memory_per_multiprocessor,
         found.multi_processor_count,
         (found.major, found.minor),
     )
