@@ -10,14 +10,15 @@ import torch
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
     """Switch TensorFloat-32 off in cuBLAS and cuDNN, which has it on by default."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    older: list[tuple[Any, str, Any]] = [(x, "allow_tf32", False) for x in (cuda, cudnn)]
-    newer = [(x, "fp32_precision", "ieee") for x in (cuda, cudnn.conv, cudnn.rnn)]
-    settings = older
+    cublas: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    older = [(x, "allow_tf32", False) for x in (cublas, cudnn)]
+    newer = [(x, "fp32_precision", "ieee") for x in (cublas, cudnn.conv, cudnn.rnn)]
+    settings: list[tuple[Any, str, Any]] = [*older]
     try:
         before = [getattr(place, name) for place, name, _ in settings]
     except RuntimeError:  # a program that has used the newer names cannot read the older ones
-        settings = newer
+        settings = [*newer]
         before = [getattr(place, name) for place, name, _ in settings]
     for place, name, value in settings:
         setattr(place, name, value)
