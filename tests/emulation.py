@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+_whole_run = contextlib.ExitStack()
 CUDA_HOST = Path(__file__).parents[1] / "build/cuda_host/adatape_cuda_host.so"
 
 
@@ -26,8 +27,13 @@ def cuda_host_library():
 
 
 def load_cuda_host(path):
-    """Let every implementation in CUDA C++ serve the CPU, where the library has its kernels."""
+    """Let every implementation in CUDA C++ serve the CPU, where the library has its kernels.
+
+    They have the shared memory of 9.0, or as many KiB for a block as ADATAPE_SHARED_KIB says.
+    """
     torch.ops.load_library(path)
+    if kib := os.environ.get("ADATAPE_SHARED_KIB"):
+        _whole_run.enter_context(shared_memory(int(kib)))
     from adatape_kernels.ops.op import operation, registered_ops
 
     for name in registered_ops():

@@ -36,15 +36,16 @@ def in_processes(
     while left:
         context = multiprocessing.get_context(START_METHOD)
         with ProcessPoolExecutor(jobs, context, prepare, (device,)) as pool:
-            for future in [pool.submit(work, each) for each in left]:
-                try:
-                    result: _T | None = future.result()
-                except BrokenProcessPool:
-                    if jobs > 1:
-                        jobs = 1
-                        break
-                    result = None
-                del left[0]
-                yield result
-                if result is None:
-                    break
+            futures = [pool.submit(work, each) for each in left]
+            try:
+                for future in futures:
+                    result = future.result()
+                    del left[0]
+                    yield result
+            except BrokenProcessPool:
+                if jobs == 1:
+                    del left[0]
+                    yield None
+                jobs = 1
+            finally:  # an interrupted program does not wait for what has not begun
+                pool.shutdown(wait=False, cancel_futures=True)
