@@ -4,17 +4,15 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.add_layer_norm.triton_primitives import limits, tile
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_specialization import (
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
 
 
-@triton.jit
+@compiled_for(aligned=("x_ptr", "branch_ptr", "total_ptr", "normed_ptr"))
 def _add_layer_norm_fwd_kernel(
     x_ptr,
     branch_ptr,

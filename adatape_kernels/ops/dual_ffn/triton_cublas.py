@@ -19,9 +19,10 @@ from adatape_kernels.ops.dual_ffn.triton_primitives import (
     sigmoid,
 )
 from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for, dense
 
 
-@triton.jit
+@compiled_for(aligned=("hidden_ptr", "act_ptr"), sizes=("width",))
 def _dual_ffn_act_fwd_kernel(
     hidden_ptr,
     act_ptr,
@@ -54,7 +55,9 @@ def _dual_ffn_act_fwd_kernel(
             tl.store(h_ptrs + width, zero, exists & ~used)
 
 
-@triton.jit
+@compiled_for(
+    aligned=("dact_ptr", "hidden_ptr", "dhidden_ptr", "act_ptr", "db_ptr"), sizes=("width",)
+)
 def _dual_ffn_act_bwd_kernel(
     dact_ptr,
     hidden_ptr,
@@ -175,7 +178,7 @@ def backward(
     parameters: Parameters,
 ) -> tuple[Tensor, ...]:
     """Run the products' gradients; returns the gradients of x and of the parameters."""
-    hidden, tape_hidden = hidden.contiguous(), tape_hidden.contiguous()
+    hidden, tape_hidden = dense(hidden), dense(tape_hidden)
     dx = x.new_empty(x.shape)
     grads: list[Tensor] = []
     parts = _slices(len(hidden), len(tape_hidden), bounds, activation, parameters)

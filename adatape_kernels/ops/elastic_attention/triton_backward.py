@@ -14,9 +14,10 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     with_adjacent_features,
 )
 from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for, dense
 
 
-@triton.jit
+@compiled_for(aligned=("dout_ptr", "out_ptr"))
 def _elastic_attention_delta_kernel(
     dout_ptr,
     out_ptr,
@@ -42,7 +43,7 @@ def _elastic_attention_delta_kernel(
     tl.store(delta_ptr + head * rows + row, delta, rows_m.exists)
 
 
-@triton.jit
+@compiled_for(aligned=("dout_ptr", "q_ptr", "k_ptr", "v_ptr", "dq_ptr", "dk_ptr", "dv_ptr"))
 def _elastic_attention_bwd_kernel(
     dout_ptr,
     q_ptr,
@@ -152,12 +153,12 @@ def elastic_attention_bwd(
     """Launch the kernels."""
     rows, num_heads, head_dim = q.shape
     dout, dout_strides = with_adjacent_features(dout)
-    out, lse = out.contiguous(), lse.contiguous()
+    out, lse = dense(out), lse.contiguous()
     (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = lse.new_empty(lse.shape)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
-    options = options_of(q, (dout_strides, q_strides, k_strides, v_strides), backward=True)
+    options = options_of(q, backward=True)
     launch(
         _elastic_attention_delta_kernel,
         (triton.cdiv(rows, _BLOCK_DELTA) * num_heads,),

@@ -16,6 +16,7 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     with_adjacent_features,
 )
 from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _attend(
     return acc, total, largest_now
 
 
-@triton.jit
+@compiled_for(aligned=("q_ptr", "k_ptr", "v_ptr", "out_ptr"))
 def _elastic_attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -121,7 +122,7 @@ def elastic_attention(
     (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=torch.float32)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
-    options = options_of(q, (q_strides, k_strides, v_strides), backward=False)
+    options = options_of(q, backward=False)
     launch(
         _elastic_attention_fwd_kernel,
         (num_tiles(rows, batch, options["BLOCK_M"]) * num_heads,),

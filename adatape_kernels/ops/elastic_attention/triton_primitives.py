@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adatape_kernels.ops.device_facts import DeviceFacts
 from adatape_kernels.ops.triton_runtime import tl, triton
+from adatape_kernels.ops.triton_specialization import ALIGNMENT, with_dense_rows
 
 MAX_HEAD_DIM = 256
 """Widest head whose tiles fit a multiprocessor."""
@@ -34,14 +35,19 @@ class HeadStrides(NamedTuple):
 
 
 def with_adjacent_features(x: Tensor) -> tuple[Tensor, HeadStrides]:
-    """Return the tensor or, if its features do not stand side by side, a copy; and its strides."""
-    x = x if x.stride(2) == 1 else x.contiguous()
+    """Return the tensor, or a copy whose heads can be read by whole accesses; and its strides."""
+    x = with_dense_rows(x, _elements_per_access(x))
     return x, HeadStrides(x.stride(0), x.stride(1))
 
 
-def options_of(q: Tensor, strides: tuple[HeadStrides, ...], *, backward: bool) -> dict[str, int]:
+def _elements_per_access(x: Tensor) -> int:
+    """Return the elements of the widest access by which heads of this width can be read."""
+    return math.gcd(ALIGNMENT // x.element_size(), x.shape[2])
+
+
+def options_of(q: Tensor, *, backward: bool) -> dict[str, int]:
     """Choose tiles by dtype and head_dim alone: an example's bits may not follow its batch."""
-    head_dim, steps = q.shape[2], [step for stride in strides for step in stride]
+    head_dim = q.shape[2]
     if q.dtype == torch.float32:  # without tensor cores, operands in registers
         block_m, block_n = 32, 32 if head_dim <= 64 else 16
         num_warps = 4 if head_dim <= 32 else 8
@@ -51,7 +57,7 @@ def options_of(q: Tensor, strides: tuple[HeadStrides, ...], *, backward: bool) -
         num_warps = 4 if head_dim <= 64 else 8
     return {
         "HEAD_DIM": head_dim,
-        "VECTOR": math.gcd(16 // q.element_size(), head_dim, *steps),
+        "VECTOR": _elements_per_access(q),
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

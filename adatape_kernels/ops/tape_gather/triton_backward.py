@@ -4,19 +4,17 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.tape_gather.triton_primitives import BLOCK_D, offsets_of, token_row
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_segment_sum import segment_sum
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
-from adatape_kernels.ops.triton_segment_sum import segment_sum
 
 
-@triton.jit
+@compiled_for(aligned=("dtape_ptr", "bank_ptr"))
 def _tape_gather_bwd_kernel(
     dtape_ptr,
     bank_ptr,

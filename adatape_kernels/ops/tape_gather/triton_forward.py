@@ -4,18 +4,16 @@ from torch import Tensor
 
 from adatape_kernels.ops.reading_checks import check_reads
 from adatape_kernels.ops.tape_gather.triton_primitives import BLOCK_D, offsets_of, token_row
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
 
 
-@triton.jit
+@compiled_for(aligned=("bank_ptr", "tape_ptr"))
 def _tape_gather_fwd_kernel(
     bank_ptr,
     indices_ptr,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for
 
 BLOCK_D = 256
 """Features of a program's block: a warp covers them by one access of 16 bytes a lane at 16 bits a
@@ -47,7 +48,7 @@ def offsets_of(
     return found
 
 
-@triton.jit
+@compiled_for()
 def _tape_gather_offsets_kernel(
     counts_ptr,
     indices_ptr,

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.tape_select.triton_primitives import softmax
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_segment_sum import segment_sum
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
-from adatape_kernels.ops.triton_segment_sum import segment_sum
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def _columns(key_rows, state_row, mask_j, offs_c, key_dim):
     return rows.to(tl.float32), tl.load(state_row + offs_c, mask=mask_c, other=0.0)
 
 
-@triton.jit
+@compiled_for(aligned=("query_ptr", "keys_ptr", "states_ptr", "dquery_ptr", "drows_ptr"))
 def _tape_select_bwd_kernel(
     query_ptr,
     keys_ptr,

@@ -6,13 +6,11 @@ from torch import Tensor
 from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
 from adatape_kernels.ops.tape_select.triton_primitives import softmax
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     in_whole_accesses,
-    kernel,
-    launch,
-    tl,
-    triton,
 )
 
 
@@ -95,7 +93,7 @@ def _scores(
     return tl.where(tl.abs(high) < float("inf"), high + low, high)
 
 
-@triton.jit
+@compiled_for(aligned=("query_ptr", "keys_ptr", "q_ptr", "order_ptr"))
 def _tape_select_fwd_kernel(
     query_ptr,
     keys_ptr,
