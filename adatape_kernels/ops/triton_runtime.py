@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from adatape_kernels.ops.implementation import HALF_AND_FLOAT, Implementation, Statement
 
@@ -83,7 +82,8 @@ def recording(*, run: bool = False) -> Iterator[list[Launch]]:
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run a kernel over a grid, on the device of its tensors; an empty grid runs nothing.
 
-    `arguments` are the kernel's, by name, and the options num_warps, num_stages and maxnreg.
+    `arguments` are the kernel's, by name, the first a tensor, and the options num_warps, num_stages
+    and maxnreg.
     """
     if 0 in grid:
         return
@@ -91,7 +91,14 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         _recorded.launches.append(Launch(kernel, grid, arguments))
         if not _recorded.runs:
             return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    first = next(iter(arguments.values()))
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](**arguments)
+    else:  # entering a device takes longer than all else here
         kernel[grid](**arguments)
+
+
+def num_blocks(size: int, block: int) -> int:
+    """Return how many blocks cover so many elements, sooner than `triton.cdiv` does."""
+    return -(-size // block)

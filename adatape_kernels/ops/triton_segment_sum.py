@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import compiled_for, elements_per_access
 
 # In a bank of an example's own, the contributions that a program looks at together; in a segment of
@@ -67,7 +67,7 @@ def segment_sum(
         out = rows.new_empty(bank_size, width, dtype=dtype)
         launch(
             _segment_sum_shared_kernel,
-            (bank_size, triton.cdiv(width, _BLOCK_D)),
+            (bank_size, num_blocks(width, _BLOCK_D)),
             rows_ptr=rows,
             order_ptr=segments.order,
             starts_ptr=segments.starts,
@@ -86,7 +86,7 @@ def segment_sum(
     out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
     launch(
         _segment_sum_own_kernel,
-        (batch * triton.cdiv(number, _BLOCK_N), triton.cdiv(width, _BLOCK_D)),
+        (batch * num_blocks(number, _BLOCK_N), num_blocks(width, _BLOCK_D)),
         rows_ptr=rows,
         entries_ptr=entries,
         row_of_ptr=row_of,
@@ -114,8 +114,8 @@ def _segments_in_order(entries: Tensor, bank_size: int) -> _Segments:
 def _segments_in_any_order(entries: Tensor, bank_size: int) -> _Segments:
     """Count each entry's contributions; within a segment they stand as they were counted."""
     counts = entries.new_zeros(bank_size + 1)
-    ranks, order = entries.new_empty(2, len(entries))
-    grid = (triton.cdiv(len(entries), _BLOCK_COUNTS),)
+    ranks, order = (entries.new_empty(len(entries)) for _ in range(2))
+    grid = (num_blocks(len(entries), _BLOCK_COUNTS),)
     sizes = dict(num_contributions=len(entries), bank_size=bank_size)
     options = dict(BLOCK=_BLOCK_COUNTS, num_warps=4)
     launch(

@@ -48,7 +48,10 @@ def compiled_for(*, aligned: tuple[str, ...] = (), sizes: tuple[str, ...] = ()) 
 def elements_per_access(*tensors: Tensor) -> int:
     """Return the elements of a 16-byte access if rows of these widths consist of such, else 1."""
     elements = ALIGNMENT // tensors[0].element_size()
-    return 1 if any(x.shape[-1] % elements for x in tensors) else elements
+    for x in tensors:
+        if x.shape[-1] % elements:
+            return 1
+    return elements
 
 
 def dense(x: Tensor) -> Tensor:
@@ -64,6 +67,8 @@ def with_dense_rows(x: Tensor, elements: int | None = None) -> Tensor:
     The last dimension is contiguous, and every row begins at a multiple of `elements`: by default
     those of an access of 16 bytes if the rows consist of such, else 1.
     """
+    if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0:
+        return x
     elements = elements_per_access(x) if elements is None else elements
     *steps, last = x.stride()
     aligned = x.data_ptr() % ALIGNMENT == 0 and not any(step % elements for step in steps)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.add_layer_norm.triton_primitives import limits, tile
-from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
 from adatape_kernels.ops.triton_specialization import (
     compiled_for,
     dense,
@@ -82,7 +82,7 @@ def add_layer_norm_bwd(
     dtotal, dnormed = with_dense_rows(dtotal), with_dense_rows(dnormed)
     total = dense(total)
     options = tile(dim)
-    parts = min(triton.cdiv(num_rows, options["BLOCK_M"]), _MAX_PARTS)
+    parts = min(num_blocks(num_rows, options["BLOCK_M"]), _MAX_PARTS)
     dweights, dbiases = (total.new_empty(parts, dim, dtype=torch.float32) for _ in range(2))
     dx = total.new_empty(num_rows, dim)
     launch(

@@ -18,7 +18,7 @@ from adatape_kernels.ops.dual_ffn.triton_primitives import (
     glu_bwd,
     sigmoid,
 )
-from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl
 from adatape_kernels.ops.triton_specialization import compiled_for, dense
 
 
@@ -148,7 +148,7 @@ def forward(
         act = x.new_empty(len(hidden), ffn.w2.shape[1])
         launch(
             _dual_ffn_act_fwd_kernel,
-            (triton.cdiv(len(act), 16), triton.cdiv(act.shape[1], 256)),
+            (num_blocks(len(act), 16), num_blocks(act.shape[1], 256)),
             hidden_ptr=hidden,
             act_ptr=act,
             bounds_ptr=part.bounds,
@@ -190,10 +190,10 @@ def backward(
             dy_rows, x_rows = dy_rows.masked_fill(unused, 0), x_rows.masked_fill(unused, 0)
         dact = dy_rows @ part.ffn.w2
         act, dhidden = dact.new_empty(dact.shape), h.new_empty(h.shape)
-        db1 = h.new_empty(triton.cdiv(len(h), CHUNK), h.shape[1], dtype=torch.float32)
+        db1 = h.new_empty(num_blocks(len(h), CHUNK), h.shape[1], dtype=torch.float32)
         launch(
             _dual_ffn_act_bwd_kernel,
-            (len(db1), triton.cdiv(act.shape[1], 128)),
+            (len(db1), num_blocks(act.shape[1], 128)),
             dact_ptr=dact,
             hidden_ptr=h,
             dhidden_ptr=dhidden,

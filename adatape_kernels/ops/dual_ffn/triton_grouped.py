@@ -19,7 +19,7 @@ from adatape_kernels.ops.dual_ffn.triton_grouped_kernels import (
     _dual_ffn_weight_kernel,
 )
 from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK
-from adatape_kernels.ops.triton_runtime import launch, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks
 from adatape_kernels.ops.triton_specialization import dense
 
 Pair = tuple[Tensor, Tensor]
@@ -124,7 +124,7 @@ def backward(
     tiles = _tiles(x, w2)
     options: dict[str, Any] = dict(**tiles, BACKWARD=True)
     db1 = tuple(  # one row for each row of tiles
-        h.new_empty(triton.cdiv(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
+        h.new_empty(num_blocks(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
         for h in hiddens
     )
     rows = _row_arguments(x, max_rows, bounds)
@@ -178,10 +178,10 @@ def _weight_gradients(
     columns = tuple(t.shape[1] for t in own)
     shapes = [(rows.shape[1], c) if second else (c, rows.shape[1]) for c in columns]
     num_tiles = [
-        triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) for m, n in shapes
+        num_blocks(m, tiles["BLOCK_M"]) * num_blocks(n, tiles["BLOCK_N"]) for m, n in shapes
     ]
     chunk = _rows_of_a_split([len(t) for t in own], num_tiles, programs)
-    splits = tuple(max(1, triton.cdiv(len(t), chunk)) for t in own)
+    splits = tuple(max(1, num_blocks(len(t), chunk)) for t in own)
     # Of one split too: for another dtype the kernel would be compiled again.
     out = tuple(
         rows.new_empty(n, *s, dtype=torch.float32) for n, s in zip(splits, shapes, strict=True)
@@ -207,18 +207,18 @@ def _rows_of_a_split(rows: list[int], num_tiles: list[int], programs: int) -> in
     """Return so many that each program has at most one tile of one split, if that can be."""
     (longest, most), (other, few) = sorted(zip(rows, num_tiles, strict=True), reverse=True)
     splits = (programs - few) * longest // max(1, most * longest + few * other)
-    return max(1, triton.cdiv(triton.cdiv(longest, max(1, splits)), CHUNK)) * CHUNK
+    return max(1, num_blocks(num_blocks(longest, max(1, splits)), CHUNK)) * CHUNK
 
 
 def _row_sums(dy: Tensor, counts: dict[str, Any]) -> list[Tensor]:
     """Return the sums of dy over the rows of each kind."""
     rows, dim = dy.shape
-    parts = triton.cdiv(rows, CHUNK)
+    parts = num_blocks(rows, CHUNK)
     sums = dy.new_empty(2, parts, dim, dtype=torch.float32)
     block_n = 64
     launch(
         _dual_ffn_row_sums_kernel,
-        (parts, triton.cdiv(dim, block_n)),
+        (parts, num_blocks(dim, block_n)),
         dy_ptr=dy,
         sums_ptr=sums,
         CHUNK=CHUNK,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import compiled_for
 
 BLOCK_D = 256
@@ -30,7 +30,7 @@ def offsets_of(
     """Sum the counts (batch,), and look for corrupt ones; and for corrupt indices, if asked to."""
     batch, num_tape_tokens, topk = indices.shape
     found = GatherOffsets(counts.new_empty(batch + 1), counts.new_zeros(2))
-    checks = triton.cdiv(indices.numel(), _BLOCK) if check_indices else 0
+    checks = num_blocks(indices.numel(), _BLOCK) if check_indices else 0
     launch(
         _tape_gather_offsets_kernel,
         (1 + checks,),

@@ -3,6 +3,8 @@
 `reference.tape_select_bwd` states the formula.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -153,11 +155,12 @@ def _tape_select_bwd_kernel(
         tl.store(dquery_ptr + example * key_dim + offs_c, dq, mask=offs_c < key_dim)
 
 
-def _config(keys: Tensor, topk: int) -> dict:
+@functools.cache
+def _config(key_dim: int, vector: int, topk: int) -> dict:
     block_j = triton.next_power_of_2(topk)
-    block_c = min(triton.next_power_of_2(keys.shape[-1]), 2048 // block_j)
+    block_c = min(triton.next_power_of_2(key_dim), 2048 // block_j)
     return dict(
-        VECTOR=elements_per_access(keys),
+        VECTOR=vector,
         BLOCK_J=block_j,
         BLOCK_C=block_c,
         num_warps=max(block_j * block_c // 512, 1),
@@ -191,7 +194,7 @@ def tape_select_bwd(
     else:
         drows, mode = query.new_zeros(bank_size, key_dim, dtype=torch.float32), "add"
     dquery = query.new_empty(query.shape)
-    config = _config(keys, topk)
+    config = _config(key_dim, elements_per_access(keys), topk)
     strides = bank_strides(keys, config["VECTOR"])
     launch(
         _tape_select_bwd_kernel,
