@@ -128,3 +128,23 @@ def sum_products_in_one_order():
         return TensorHandle(product + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = dot
+
+
+def exponential_of_a_gpu(units):
+    """Return an `InterpreterBuilder.create_exp` as wrong as an NVIDIA GPU's is allowed to be.
+
+    Triton makes exp(x) of float32 of the instruction ex2.approx.f32, 2 to the power of a number,
+    which is the rounded product x · log2(e). PTX allows the instruction 2 units in the last place.
+    """
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    exact = InterpreterBuilder.create_exp
+
+    def exp(builder, x):
+        if x.data.dtype != np.float32:
+            return exact(builder, x)
+        power = np.exp2((x.data * np.float32(1.4426950408889634)).astype(np.float64))
+        return TensorHandle((power * (1 + units * 2.0**-23)).astype(np.float32), x.dtype.scalar)
+
+    return exp
