@@ -58,6 +58,8 @@ newest_constraints := $(NEWEST_VENV)/adatape-constraints.txt
 sample := tests/ops tests/layers tests/models tests/build/test_build.py::test_facts_of_the_compiled_part \
   --ignore=tests/ops/test_instruction_sets.py --ignore-glob='*_refusals.py'
 golden := tests/test_scenic.py
+OLDEST_TORCH := 2.11.0
+oldest_headers := build/oldest/torch/include
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -101,6 +103,22 @@ newest:  ## build for the newest torch with CUDA, in an environment of its own; 
 	cd build/newest && TRITON_INTERPRET=0 $(newest)/pytest -q -n auto $(sample)
 	cd build/newest && $(newest)/pytest -q -n auto $(golden)
 
+# Of that torch only the headers are taken, which is all that a compiler needs to say what they lack.
+# The CUDA files are read as tests/cuda_host compiles them.
+oldest: $(ready) $(oldest_headers)  ## read csrc beside the headers of the oldest torch that it supports
+	for file in $(filter-out csrc/cpu/choose_kernels.cpp,$(wildcard csrc/cpu/*.cpp csrc/cuda/*.cu)); do \
+	  $(CXX) -fsyntax-only -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -fvisibility=hidden \
+	    $$(case $$file in *.cu) echo -DADATAPE_CUDA_HOST -Itests/cuda_host -include cuda_host.h -xc++;; esac) \
+	    $(shell sed -n 's/^set(stable_abi \(.*\))/-D\1/p' CMakeLists.txt) \
+	    -isystem $(oldest_headers) $$file || exit 1; \
+	done
+
+$(oldest_headers):
+	$(pip) download --no-deps --dest build/oldest torch==$(OLDEST_TORCH)
+	$(bin)/python -c "import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob('build/oldest/*.whl')); \
+	  wheel.extractall('build/oldest', [n for n in wheel.namelist() if n.startswith('torch/include/')])"
+	rm build/oldest/*.whl
+
 # Not part of CI, which has no GPU.
 memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
 	for tool in memcheck racecheck initcheck synccheck; do \
@@ -121,6 +139,7 @@ gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minu
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
 	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
 	  --results benchmarks/results --readme README.md $(ARGS)
+	$(bin)/python -m adatape_kernels.benchmarks.reports.gpu_performance docs/gpu-performance.md
 
 lint: $(lint_ready)  ## check style
 	$(bin)/ruff check
@@ -169,4 +188,4 @@ $(docs_ready): $(ready)
 	$(pip) install -c $(constraints) furo myst-parser sphinx
 	touch $@
 
-.PHONY: help venv demo test fuzz asan tsan nvcc newest memcheck audit bench gpu report lint types format docs clean
+.PHONY: help venv demo test fuzz asan tsan nvcc newest oldest memcheck audit bench gpu report lint types format docs clean

@@ -2,6 +2,7 @@
 
 from adatape_kernels import _build, layers, models, ops, scenic
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.elastic_examples import ElasticExample
 from adatape_kernels.models.model_file import save
 from adatape_kernels.models.pretrained import patch, unpatch
 from adatape_kernels.ops.compiled_part import FACTS
@@ -10,6 +11,7 @@ from adatape_kernels.recipes.model_loading import load
 
 __all__ = [
     "ElasticBatch",
+    "ElasticExample",
     "layers",
     "load",
     "models",

@@ -1,10 +1,12 @@
-"""One image file as a square of pixels: which formats, which modes, and what a damaged one says."""
+"""One image file as pixels: which formats, which modes, and what a damaged one says."""
 
+import contextlib
 import io
 import os
 import stat
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,21 @@ _SPREAD = {"L;2": 85, "L;4": 17}
 def decode(file: Path, size: int) -> Tensor:
     """Return an image file as (3, size, size) uint8: upright, scaled, and cut to its middle.
 
+    As `decode_to` does for a square.
+    """
+    return decode_to(file, lambda height, width: (size, size))
+
+
+def decode_to(file: Path, sides: Callable[[int, int], tuple[int, int]]) -> Tensor:
+    """Return an image file as (3, height, width) uint8: upright, scaled, and cut to its middle.
+
     The turn that EXIF asks for is done where the whole EXIF block can be read; a picture with a
     broken one is taken as it is. `to_rgb` says what becomes of transparency and of other modes.
+
+    Args:
+        file: the image file.
+        sides: returns the height and the width that are wanted of a picture with the height and
+            width that it is given. Turned by a quarter, a picture must be wanted turned, too.
 
     Raises:
         ValueError: this is no regular file, or the image is damaged, too large, or of another
@@ -51,6 +66,42 @@ def decode(file: Path, size: int) -> Tensor:
         RuntimeError: Pillow is not installed.
     """
     image_module, image_ops = pillow()
+    with _opened_by_name(file) as image:
+        height, width = sides(image.height, image.width)
+        image.draft("RGB", (width, height))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(
+                f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all"
+            )
+        raw_mode = _raw_mode(image)
+        image.load()
+        upright = to_rgb(image, raw_mode)
+        turn = _turn(image)
+        if turn is not None:
+            upright = upright.transpose(turn)
+            if turn in _quarter_turns():
+                height, width = width, height
+        cut = image_ops.fit(upright, (width, height), image_module.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
+
+
+def sides_in_file(file: Path) -> tuple[int, int]:
+    """Return the height and the width that an image file states, before any turn.
+
+    Nothing is decoded but the head of the file.
+
+    Raises:
+        ValueError: as in `decode_to`, except that only the head may be known to be damaged.
+        RuntimeError: Pillow is not installed.
+    """
+    with _opened_by_name(file) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened_by_name(file: Path) -> Iterator[Any]:
+    """Open an image; whatever goes wrong with it becomes one line that names the file."""
+    image_module, _ = pillow()
     name = printable(file)
     try:
         status = file.stat()
@@ -60,19 +111,7 @@ def decode(file: Path, size: int) -> Tensor:
         if status.st_size > MOST_FILE_BYTES:
             raise ValueError(f"{status.st_size} bytes, more than {MOST_FILE_BYTES}")
         with _SparingFile(file) as bytes_of_file, _opened(bytes_of_file) as image:
-            image.draft("RGB", (size, size))
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(
-                    f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all"
-                )
-            raw_mode = _raw_mode(image)
-            image.load()
-            upright = to_rgb(image, raw_mode)
-            turn = _turn(image)
-            if turn is not None:
-                upright = upright.transpose(turn)
-            square = image_ops.fit(upright, (size, size), image_module.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+            yield image
     except image_module.UnidentifiedImageError:
         came = "WebP, which this Pillow cannot decode" if _is_webp(file) else "no readable one"
         raise ValueError(
@@ -207,6 +246,12 @@ def _turn(image: Any) -> Any:
         7: turns.TRANSVERSE,
         8: turns.ROTATE_90,
     }.get(orientation)
+
+
+def _quarter_turns() -> tuple[Any, ...]:
+    """Return the transpositions that exchange the height and the width."""
+    turns = pillow()[0].Transpose
+    return turns.TRANSPOSE, turns.ROTATE_270, turns.TRANSVERSE, turns.ROTATE_90
 
 
 def _raw_mode(image: Any) -> str:
