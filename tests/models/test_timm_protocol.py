@@ -56,6 +56,16 @@ def test_it_computes_what_the_model_does(options):
     assert {name for name in model.no_weight_decay() if name in names} >= {"adatape.position"}
 
 
+def test_images_of_many_sizes():
+    model = model_of().train()
+    images = [torch.randn(3, 16, 32), torch.randn(3, 8, 8), torch.randn(3, 24, 16)]
+    expected = model.adatape(images)
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert_close(model(images), expected.logits, 1e-6)
+        assert model.last_output.tape_lens.tolist() == expected.tape_lens.tolist()
+
+
 @pytest.mark.parametrize("norm_after_pooling", [False, True])
 def test_a_new_head(norm_after_pooling):
     model = model_of(norm_after_pooling=norm_after_pooling).train()
