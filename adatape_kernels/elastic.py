@@ -463,7 +463,7 @@ class ElasticBatch:
         """
         multiple = check_int("multiple", multiple, 1)
         refuse_reentrant_checkpoint(self)
-        data = torch.nn.functional.pad(self.data, (0, 0, 0, -len(self.data) % multiple))
+        data = torch.nn.functional.pad(self.data, (0, 0, 0, -self.data.shape[0] % multiple))
         return dataclasses.replace(self, data=data, exact=False, row_multiple=multiple)
 
     def append_tape(
@@ -498,7 +498,7 @@ class ElasticBatch:
         max_tapes = check_int("max_tapes", max_tapes)
         offsets = checked_tape_offsets(self.data, self.cu_tapes, tape, offsets, max_tapes, exact)
         if self.row_multiple > 1:
-            missing = -(len(self.data) + len(tape)) % self.row_multiple
+            missing = -(self.data.shape[0] + tape.shape[0]) % self.row_multiple
             tape = torch.nn.functional.pad(tape, (0, 0, 0, missing))
         cu_tapes = self.cu_tapes + offsets
         layout = dataclasses.replace(
