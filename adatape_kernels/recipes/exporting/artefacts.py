@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
 
 from adatape_kernels.data.printable import printable
@@ -74,8 +73,10 @@ def _write_compiled(
         f"{DESCRIPTION}.ops": "\n".join(cpp_schemas(program)),
         f"{DESCRIPTION}.input_shape": " ".join(map(str, shape)),
     }
+    from torch._inductor import aoti_compile_and_package
+
     try:
-        torch._inductor.aoti_compile_and_package(
+        aoti_compile_and_package(
             program,
             package_path=os.fspath(file),
             inductor_configs={"aot_inductor.metadata": metadata},
@@ -105,7 +106,9 @@ def load_artefact(file: Path, format: str) -> Served:
     if format == "torch.export":
         return torch.export.load(file).module()
     if format == "aoti":
-        return torch._inductor.aoti_load_package(os.fspath(file))
+        from torch._inductor import aoti_load_package
+
+        return aoti_load_package(os.fspath(file))
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
