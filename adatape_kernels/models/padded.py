@@ -198,7 +198,7 @@ def batched_topk_select(
 
     Arguments and results are those of `ops.tape_select`, except that bank tokens of equal scores
     may be selected in any order. With `in_order` equal bank tokens have equal scores, and the lower
-    index goes first among equals, as SPEC 3 wants it: by sums over rows and a stable sort.
+    index goes first among equals, as SPEC 3 wants it: by sums over rows and topk maxima.
     """
     batch, key_dim = query.shape
     bank_size = keys.shape[-2]
@@ -218,8 +218,7 @@ def batched_topk_select(
         # which is masked below, and where its bank runs out the softmax of -inf alone is NaN.
         scores = scores.masked_fill(read, torch.finfo(scores.dtype).min)
         if in_order:
-            ranked, order = scores.sort(stable=True, dim=1, descending=True)
-            best, indices = ranked[:, :topk], order[:, :topk]
+            best, indices = _first_largest(scores, topk)
         else:
             best, indices = scores.topk(topk)
         weights = torch.softmax(best / math.sqrt(key_dim), 1)
@@ -240,6 +239,16 @@ def batched_topk_select(
         counts,
         ponder,
     )
+
+
+def _first_largest(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row and their indices, the lower index first among equals."""
+    left, found = scores, []
+    for _ in range(topk):
+        found.append(left.argmax(1, keepdim=True))  # the first of several maxima
+        left = left.scatter(1, found[-1], -torch.inf)
+    indices = torch.cat(found, 1)
+    return scores.gather(1, indices), indices
 
 
 def _stacked(parts: list[Tensor], empty: Tensor) -> Tensor:

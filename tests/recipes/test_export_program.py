@@ -76,15 +76,14 @@ def test_a_bound_of_the_batch(batch, tmp_path):
         program(example_inputs(model, batch + 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype, tmp_path):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.1), (torch.float64, 1e-12)])
+def test_other_dtypes(dtype, rounding, tmp_path):
     model = model_of("input_token", dtype)
-    found = export_model(model, tmp_path / "model.pt2")
-    assert found.largest_difference == 0
+    found = export_model(model, tmp_path / "model.pt2", batch=3)
+    assert found.largest_difference <= rounding
     inputs = example_inputs(model, 2)
-    with torch.no_grad():
-        logits, _ = torch.export.load(found.file).module()(inputs)
-        assert logits.dtype == dtype and logits.equal(model(inputs).logits)
+    logits, _ = torch.export.load(found.file).module()(inputs)
+    torch.testing.assert_close(logits, model(inputs).logits, rtol=rounding, atol=rounding)
 
 
 def test_equal_bank_tokens_are_selected_in_order():

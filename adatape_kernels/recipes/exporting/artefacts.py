@@ -75,30 +75,41 @@ def _write_compiled(
     }
     from torch._inductor import aoti_compile_and_package
 
-    try:
+    with _one_line("aoti: expected torch to compile the model"):
         aoti_compile_and_package(
             program,
             package_path=os.fspath(file),
             inductor_configs={"aot_inductor.metadata": metadata},
         )
-    except OSError:
-        raise
-    except Exception as error:
-        reason = printable((str(error).splitlines() or [type(error).__name__])[0], 300)
-        raise RuntimeError(f"aoti: expected torch to compile the model, got: {reason}") from None
 
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
-    made = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=[INPUTS],
-        output_names=list(OUTPUTS),
-        verbose=False,
-    )
+    with _one_line("onnx: expected torch to translate the model"):
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=[INPUTS],
+            output_names=list(OUTPUTS),
+            verbose=False,
+        )
     assert made is not None
     made.model.metadata_props[DESCRIPTION] = text
     made.save(file)
+
+
+@contextlib.contextmanager
+def _one_line(expected: str) -> Iterator[None]:
+    """Raise what torch's compilers raise, pages of text, as a RuntimeError of its first cause."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next((line for line in str(cause).splitlines() if line), type(cause).__name__)
+        raise RuntimeError(f"{expected}, got: {printable(reason, 300)}") from None
 
 
 def load_artefact(file: Path, format: str) -> Served:
