@@ -43,7 +43,7 @@ _NEEDS = {
         "models/test_hub.py",
         "models/test_model_file.py",
         "models/test_model_file_tensors.py",
-        *(f"recipes/test_{name}.py" for name in ("predict", *_TRAINING)),
+        *(f"recipes/test_{name}.py" for name in ("export_program", "predict", *_TRAINING)),
     ),
     "matplotlib": (
         "recipes/test_demo.py",

@@ -9,6 +9,7 @@ from adatape_kernels._build import VERSION
 from adatape_kernels.cli import (
     check_command,
     demo_command,
+    export_command,
     info_command,
     predict_command,
     train_command,
@@ -30,6 +31,7 @@ COMMANDS = (
     demo_command,
     train_command,
     predict_command,
+    export_command,
 )
 
 
