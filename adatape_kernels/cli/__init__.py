@@ -9,6 +9,7 @@ from adatape_kernels._build import VERSION
 from adatape_kernels.cli import (
     check_command,
     demo_command,
+    finetune_command,
     info_command,
     predict_command,
     train_command,
@@ -29,6 +30,7 @@ COMMANDS = (
     verify_command,
     demo_command,
     train_command,
+    finetune_command,
     predict_command,
 )
 

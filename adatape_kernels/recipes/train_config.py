@@ -9,10 +9,12 @@ import torch
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
-from adatape_kernels.models.config import MOST_PARAMETERS
+from adatape_kernels.models.config import MOST_PARAMETERS, BankKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation
+from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
 from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
 
 # The image sets whose images all have one size.
@@ -30,7 +32,13 @@ _DEFAULTS: dict[str, Any] = {
     "limit": None,
     "drop_rest": False,
     "activation": "gelu_tanh",
+    "bank": "input",
+    "bank_size": 1000,
+    "split_seed": None,
+    "source": None,
 }
+# What suits a model that begins with pretrained parameters.
+_FINE_TUNING: dict[str, Any] = {"epochs": 10, "lr": 5e-4}
 
 # The default batch, where the set has images enough for as many steps as these in an epoch.
 _DEFAULT_BATCHES = {"digits": 48}
@@ -59,6 +67,8 @@ _SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
 
 # Names that options have in checkpoints of version 0.1, by which such a run still resumes.
 _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
+# Options that version 0.1 did not have, whose defaults are what it did.
+_NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class TrainConfig:
     ffn: int | None
     """Hidden width of the feed-forward for input rows."""
     num_tape_tokens: int
-    """Most tape tokens that an image reads."""
+    """Most tape tokens that an image reads; 0 for a ViT that has neither bank nor tape."""
     topk: int
     """Number of bank tokens that are merged into one tape token."""
     halt_threshold: float
@@ -110,17 +120,26 @@ class TrainConfig:
     is the case in runs of version 0.1 only, which go on as they began."""
     activation: Activation
     """That of the feed-forward for input rows."""
+    bank: BankKind
+    """What the tape is read from: patches of the image, "input", or learned tokens, "learn"."""
+    bank_size: int
+    """Number of tokens of a learnable bank."""
+    split_seed: int | None
+    """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
+    source: SourceFacts | None
+    """Of a model that began with pretrained parameters, what their file decides."""
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "TrainConfig":
+    def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
         """Return a run's configuration, with the defaults of its image set.
 
         Args:
             options: values by field; absent or None where the default is wanted. "data" names the
                 image set.
+            source: the pretrained ViT to begin with, whose sizes are the model's.
 
         Raises:
-            ValueError: there is no such set, or an option is out of range.
+            ValueError: there is no such set, or an option is out of range or not as in the source.
         """
         name = _known_set(options.get("data"))
         _check_names(options)
@@ -128,7 +147,9 @@ class TrainConfig:
         defaults = {**_DEFAULTS, **_DEFAULT_MODELS[name], **_DEFAULT_TRAINING[name]}
         if name in _FIXED_SIDES:
             defaults["image_size"] = _FIXED_SIDES[name]
-        if "variant" in given:
+        if source is not None:
+            defaults |= _of_source(source, given, defaults)
+        elif "variant" in given:
             defaults |= dict.fromkeys(_SIZES_OF_A_VARIANT)
         return cls(**{**defaults, **given}).checked()
 
@@ -143,7 +164,8 @@ class TrainConfig:
         for field in fields(cls):
             if field.name not in saved:
                 raise ValueError(f"{option_name(field.name)}: expected a value, got none")
-        return cls(**saved).checked()
+        facts = None if saved["source"] is None else SourceFacts.of_saved(saved["source"])
+        return cls(**{**saved, "source": facts}).checked()
 
     def checked(self) -> "TrainConfig":
         """Return the configuration with numbers of Python's own types.
@@ -212,9 +234,21 @@ class TrainConfig:
             drop_rest=self.drop_rest,
         )
 
-    def model(self, num_classes: int, in_channels: int) -> AdaTapeViT:
-        """Return a new model. Raises ValueError where sizes do not fit."""
-        return AdaTapeViT(self.vit_config(num_classes, in_channels))
+    @property
+    def split(self) -> int:
+        """The seed of the split and of the choice of images under a `limit`."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    def model(
+        self, num_classes: int, in_channels: int, source: SourceFile | None = None
+    ) -> AdaTapeViT:
+        """Return a new model, with the source's parameters if there is one.
+
+        Raises:
+            ValueError: sizes do not fit.
+        """
+        config = self.vit_config(num_classes, in_channels)
+        return AdaTapeViT(config) if source is None else source.model(config)
 
     def vit_config(self, num_classes: int, in_channels: int) -> AdaTapeViTConfig:
         """Return the model's configuration. Raises ValueError where sizes do not fit."""
@@ -230,7 +264,13 @@ class TrainConfig:
             "in_channels": in_channels,
             "num_classes": num_classes,
             "activation": self.activation,
+            "bank": self.bank,
+            "bank_size": self.bank_size,
         }
+        if self.num_tape_tokens == 0:
+            options |= {"bank": "learn", "read_layers": ()}  # which needs no parameters
+        if self.source is not None:
+            options |= self.source.fields()
         if self.dim is not None:
             options["dim"] = self.dim
         if self.depth is not None:
@@ -261,6 +301,27 @@ class TrainConfig:
         return crop if self.data == "mnist" else crop_and_flip
 
 
+def _of_source(
+    source: SourceFile, given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the defaults of a run that begins with a source.
+
+    Raises:
+        ValueError: an option is not as in the source.
+    """
+    decided = source.options()
+    for name, value in given.items():
+        if name == "variant" or (name in decided and value != decided[name]):
+            raise ValueError(
+                f"{option_name(name)}: expected {decided.get(name, 'none')}, as in "
+                f"{printable(source.path)}, got {shown(value)}"
+            )
+    bank_patch = defaults["bank_patch"]
+    if decided["image_size"] % bank_patch:
+        bank_patch = source.config.bank_patch_size
+    return {**decided, **_FINE_TUNING, "bank_patch": bank_patch, "source": source.facts}
+
+
 def option_name(field: str) -> str:
     """Return the command's option for a field of TrainConfig, without the leading dashes."""
     return field.replace("_", "-")
@@ -288,13 +349,23 @@ def check_option(field: str, value: object) -> Any:
         as_flag(name, value)
     elif field == "activation":
         as_choice(name, value, ACTIVATIONS)
+    elif field == "bank":
+        as_choice(name, value, ("input", "learn"))
+    elif field == "source":
+        if value is not None and not isinstance(value, SourceFacts):
+            raise ValueError(f"{name}: expected what a file decides, or none, got {shown(value)}")
     elif not isinstance(value, str):
         raise ValueError(f"{name}: expected a name, got {shown(value)}")
     return value
 
 
 _KINDS: dict[str, Any] = {field.name: field.type for field in fields(TrainConfig)}
-_RANGES = {"seed": (0, (1 << 32) - 1), "epochs": (1, MOST_EPOCHS)}
+_RANGES = {
+    "seed": (0, (1 << 32) - 1),
+    "split_seed": (0, (1 << 32) - 1),
+    "epochs": (1, MOST_EPOCHS),
+    "num_tape_tokens": (0, MOST_PARAMETERS),
+}
 
 
 def _known_set(name: object) -> str:
@@ -316,4 +387,4 @@ def _check_names(options: Mapping[str, Any]) -> None:
 def with_present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration that a checkpoint of format 1 holds, as this version saves it."""
     present = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
-    return {"drop_rest": True, "activation": "gelu_tanh", **present}
+    return {"drop_rest": True, **{name: _DEFAULTS[name] for name in _NEW_NAMES}, **present}
