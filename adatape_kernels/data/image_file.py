@@ -1,5 +1,7 @@
 """One image file as a square of pixels: which formats, which modes, and what a damaged one says."""
 
+import io
+import os
 import stat
 import threading
 import warnings
@@ -25,6 +27,9 @@ times as many; Pillow's own limit, of 179 million unless it was changed, holds f
 """
 MOST_FILE_BYTES = 1 << 29
 """Most bytes that an image file may have; some decoders read it as a whole."""
+
+# A read of so many bytes is not worth asking how long the file is.
+_BLOCK = 1 << 16
 
 # Python's filters of warnings belong to the process, whose threads change them one at a time.
 _filters = threading.Lock()
@@ -54,7 +59,7 @@ def decode(file: Path, size: int) -> Tensor:
             raise ValueError("no regular file")
         if status.st_size > MOST_FILE_BYTES:
             raise ValueError(f"{status.st_size} bytes, more than {MOST_FILE_BYTES}")
-        with _opened(file) as image:
+        with _SparingFile(file) as bytes_of_file, _opened(bytes_of_file) as image:
             image.draft("RGB", (size, size))
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(
@@ -85,7 +90,22 @@ def decode(file: Path, size: int) -> Tensor:
         ) from None
 
 
-def _opened(file: Path) -> Any:
+class _SparingFile(io.BufferedReader):
+    """A file that makes no room for more bytes than it has, however many Pillow wants to read.
+
+    Python sets as much memory aside as a read asks for, and a damaged PNG may ask for 4 GiB.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__(io.FileIO(file))
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _BLOCK:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
+def _opened(file: _SparingFile) -> Any:
     """Open an image without decoding it."""
     image_module, _ = pillow()
     with _filters, warnings.catch_warnings():
