@@ -24,7 +24,7 @@ from adatape_kernels.recipes.output_folder import check_output_folder, check_run
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument, leftovers
 from adatape_kernels.recipes.source_file import SourceFile, timm_tensors
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_config import TrainConfig, check_option, option_name
+from adatape_kernels.recipes.train_config import TrainConfig, given_options, option_name
 
 PLAN = "finetune.json"
 """Name of the file that holds what a comparison was started with."""
@@ -74,10 +74,16 @@ class FinetunePlan:
 
     def check(self) -> None:
         """Raise ValueError where options are wrong, before any training."""
+        bank = self.options.get("bank")
+        if bank is not None:
+            raise ValueError(f"bank: expected none, as both kinds are compared, got {shown(bank)}")
+        if self.options.get("num_tape_tokens") == 0:
+            raise ValueError("num-tape-tokens: expected 1 or more, as the control has none, got 0")
+        last = self.options.get("seed", 0) + self.seeds - 1
         if self.source is None:
             TrainConfig.of(self.source_options())
             for kind in KINDS:
-                TrainConfig.of({**self.options, **KINDS[kind]})
+                TrainConfig.of({**self.options, **KINDS[kind], "seed": last})
         else:
             if self.source_epochs is not None:
                 raise ValueError(
@@ -85,7 +91,7 @@ class FinetunePlan:
                 )
             start = _read_source(Path(self.source), self.options)
             for kind in KINDS:
-                TrainConfig.of(self.kind_options(kind, 0), start)
+                TrainConfig.of(self.kind_options(kind, self.seeds - 1), start)
 
 
 def run(
@@ -124,7 +130,7 @@ def run(
     pictures.require("finetune")
     (check_run_folder if resume else check_output_folder)(folder)
     given: dict[str, Any] = {
-        "options": {name: value for name, value in options.items() if value is not None},
+        "options": given_options(options),
         "data_dir": None if data_dir is None else _whole(folder_argument("data-dir", data_dir)),
         "source": None if source is None else _whole(check_path("source", source)),
         "source_epochs": source_epochs,
@@ -179,7 +185,7 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
         ) from None
     pairs = [(name, given[name], saved[name]) for name in ("source", "source_epochs", "seeds")]
     for name, value in given["options"].items():
-        pairs.append((name, check_option(name, value), plan.options.get(name)))
+        pairs.append((name, value, plan.options.get(name)))
     for name, value, before in pairs:
         if value is not None and value != before:
             raise ValueError(

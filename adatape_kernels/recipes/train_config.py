@@ -15,53 +15,20 @@ from adatape_kernels.models.config import MOST_PARAMETERS, BankKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation
 from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
+from adatape_kernels.recipes.train_defaults import (
+    DEFAULT_BATCH,
+    DEFAULT_BATCHES,
+    DEFAULT_MODELS,
+    DEFAULT_TRAINING,
+    DEFAULTS,
+    FINE_TUNING,
+    FIXED_SIDES,
+    LEAST_STEPS,
+)
 from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
 
-# The image sets whose images all have one size.
-_FIXED_SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
-
-_DEFAULTS: dict[str, Any] = {
-    "variant": None,
-    "num_tape_tokens": 8,
-    "topk": 4,
-    "halt_threshold": 2.0,
-    "batch": None,
-    "lr": 2e-3,
-    "weight_decay": 0.05,
-    "seed": 0,
-    "limit": None,
-    "drop_rest": False,
-    "activation": "gelu_tanh",
-    "bank": "input",
-    "bank_size": 1000,
-    "split_seed": None,
-    "source": None,
-}
-# What suits a model that begins with pretrained parameters.
-_FINE_TUNING: dict[str, Any] = {"epochs": 10, "lr": 5e-4}
-
-# The default batch, where the set has images enough for as many steps as these in an epoch.
-_DEFAULT_BATCHES = {"digits": 48}
-_DEFAULT_BATCH = 128
-_LEAST_STEPS = 10
 # Most numbers that the images of a batch consist of: 16 GiB in float32.
 _MOST_BATCH_VALUES = 1 << 32
-
-_DEFAULT_MODELS: dict[str, dict[str, int]] = {
-    "digits": {"patch": 4, "bank_patch": 1, "dim": 64, "depth": 2, "heads": 4, "ffn": 128},
-    "mnist": {"patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192},
-    "fashion-mnist": {"patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192},
-    "cifar10": {"patch": 4, "bank_patch": 4, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
-    "imagefolder": {"patch": 8, "bank_patch": 8, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
-}
-
-_DEFAULT_TRAINING: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 50, "lr": 3e-3},
-    "mnist": {"epochs": 10},
-    "fashion-mnist": {"epochs": 32},
-    "cifar10": {"epochs": 30},
-    "imagefolder": {"epochs": 30, "image_size": 64},
-}
 
 _SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
 
@@ -144,9 +111,9 @@ class TrainConfig:
         name = _known_set(options.get("data"))
         _check_names(options)
         given = {key: value for key, value in options.items() if value is not None}
-        defaults = {**_DEFAULTS, **_DEFAULT_MODELS[name], **_DEFAULT_TRAINING[name]}
-        if name in _FIXED_SIDES:
-            defaults["image_size"] = _FIXED_SIDES[name]
+        defaults = {**DEFAULTS, **DEFAULT_MODELS[name], **DEFAULT_TRAINING[name]}
+        if name in FIXED_SIDES:
+            defaults["image_size"] = FIXED_SIDES[name]
         if source is not None:
             defaults |= _of_source(source, given, defaults)
         elif "variant" in given:
@@ -187,7 +154,7 @@ class TrainConfig:
         _known_set(self.data)
         for field in fields(self):
             check_option(field.name, getattr(self, field.name))
-        fixed = _FIXED_SIDES.get(self.data, self.image_size)
+        fixed = FIXED_SIDES.get(self.data, self.image_size)
         if self.image_size != fixed:
             raise ValueError(
                 f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
@@ -208,8 +175,8 @@ class TrainConfig:
         Raises:
             ValueError: the images of a batch would take more than 16 GiB.
         """
-        usual = _DEFAULT_BATCHES.get(self.data, _DEFAULT_BATCH)
-        chosen = max(1, min(usual, images // _LEAST_STEPS))
+        usual = DEFAULT_BATCHES.get(self.data, DEFAULT_BATCH)
+        chosen = max(1, min(usual, images // LEAST_STEPS))
         batch = chosen if self.batch is None else self.batch
         most = _MOST_BATCH_VALUES // (3 * self.image_size**2)
         if min(batch, images) > most:
@@ -319,12 +286,22 @@ def _of_source(
     bank_patch = defaults["bank_patch"]
     if decided["image_size"] % bank_patch:
         bank_patch = source.config.bank_patch_size
-    return {**decided, **_FINE_TUNING, "bank_patch": bank_patch, "source": source.facts}
+    return {**decided, **FINE_TUNING, "bank_patch": bank_patch, "source": source.facts}
 
 
 def option_name(field: str) -> str:
     """Return the command's option for a field of TrainConfig, without the leading dashes."""
     return field.replace("_", "-")
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None, numbers in Python's own types.
+
+    Raises:
+        ValueError: one is no field of TrainConfig, or its type or range is not the field's.
+    """
+    _check_names(options)
+    return {n: check_option(n, value) for n, value in options.items() if value is not None}
 
 
 def check_option(field: str, value: object) -> Any:
@@ -387,4 +364,4 @@ def _check_names(options: Mapping[str, Any]) -> None:
 def with_present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration that a checkpoint of format 1 holds, as this version saves it."""
     present = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
-    return {"drop_rest": True, **{name: _DEFAULTS[name] for name in _NEW_NAMES}, **present}
+    return {"drop_rest": True, **{name: DEFAULTS[name] for name in _NEW_NAMES}, **present}

@@ -114,6 +114,9 @@ def test_a_source_that_is_brought_is_fine_tuned(unbroken, tmp_path):
         (["--source-epochs", "0"], "epochs: expected 1 or more, got 0"),
         (["--source", "absent.safetensors"], "source: expected a safetensors file"),
         (["--data", "svhn"], "data: expected one of digits"),
+        (["--bank", "learn"], "bank: expected none, as both kinds are compared"),
+        (["--num-tape-tokens", "0"], "num-tape-tokens: expected 1 or more"),
+        (["--seed", "4294967295"], "seed: expected 0 to 4294967295"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, more, words):
@@ -121,6 +124,13 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, more, words):
     assert main(["finetune", "--data", "digits", "--out", str(out), *more]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_options_of_another_kind_are_refused_by_name(tmp_path):
+    for options, error in (({"width": 3}, "options"), ({"dim": "wide"}, "dim"), (5, "options")):
+        with pytest.raises((ValueError, TypeError), match=f"^{error}: expected"):
+            run(tmp_path / "run", options if options == 5 else {"data": "digits", **options})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_goes_on_only_as_it_was_started(unbroken, tmp_path, capsys):
