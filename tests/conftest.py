@@ -37,7 +37,8 @@ if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
     emulation.load_cuda_host(library)
 
 # What a GPU machine may lack, and the files that are of no use without it.
-_TRAINING = ("checkpoint", "demo", "every_image", "flushing", "lenient_output", "train")
+_TRAINING = ("checkpoint", "demo", "every_image", "finetune", "flushing", "lenient_output", "train")
+_TRAINING += ("train_from_source",)
 _NEEDS = {
     "safetensors": (
         "models/test_hub.py",
