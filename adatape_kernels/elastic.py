@@ -424,7 +424,7 @@ class ElasticBatch(ElasticLayout):
         max_tapes = check_int("max_tapes", max_tapes)
         offsets = checked_tape_offsets(self.data, self.cu_tapes, tape, offsets, max_tapes, exact)
         if self.row_multiple > 1:
-            missing = -(len(self.data) + len(tape)) % self.row_multiple
+            missing = -(self.data.shape[0] + tape.shape[0]) % self.row_multiple
             tape = torch.nn.functional.pad(tape, (0, 0, 0, missing))
         cu_tapes = self.cu_tapes + offsets
         layout = dataclasses.replace(

@@ -244,7 +244,7 @@ class ElasticLayout(TensorMethods):
         """
         multiple = check_int("multiple", multiple, 1)
         refuse_reentrant_checkpoint(self)
-        data = torch.nn.functional.pad(self.data, (0, 0, 0, -len(self.data) % multiple))
+        data = torch.nn.functional.pad(self.data, (0, 0, 0, -self.data.shape[0] % multiple))
         return dataclasses.replace(self, data=data, exact=False, row_multiple=multiple)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Self":

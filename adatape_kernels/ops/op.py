@@ -53,6 +53,7 @@ TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
 
 _compiled = {name: Namespace(name) for name in ("adatape_cpu", "adatape_cuda")}
 _operations: dict[str, "Operation"] = {}
+_compositions: dict[str, "Composition"] = {}
 
 _choice: Choice[tuple[str, ...] | None] = kept(
     "backends", lambda: Choice[tuple[str, ...] | None](None)
@@ -249,6 +250,7 @@ class Composition:
         self.function = function
         self._library = ADATAPE.kernels_of(self.name)
         self.overload = declare(schema, self._library, function, function)
+        _compositions[self.name] = self
 
     def differentiable(
         self, backward: Callable[..., Any], setup_context: Callable[..., None]
@@ -347,6 +349,11 @@ def registered_ops() -> tuple[str, ...]:
 def operation(name: str) -> Operation:
     """Return an op by its name. Raises KeyError where there is none."""
     return _operations[name]
+
+
+def compositions() -> tuple[Composition, ...]:
+    """Return the ops that call other ops of ours."""
+    return tuple(_compositions.values())
 
 
 def backend_order(device_type: str) -> tuple[str, ...]:
