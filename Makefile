@@ -17,7 +17,7 @@ constraints := $(VENV)/adatape-constraints.txt
 ready := $(VENV)/.adatape-ready
 lint_ready := $(VENV)/.adatape-lint-ready
 docs_ready := $(VENV)/.adatape-docs-ready
-cpp_files := $(shell find csrc -type f)
+cpp_files := $(shell find csrc docs/examples -type f)
 cuda_host := build/cuda_host/adatape_cuda_host.so
 cuda_host_files := $(wildcard tests/cuda_host/*)
 
@@ -56,8 +56,11 @@ newest_constraints := $(NEWEST_VENV)/adatape-constraints.txt
 # are ours alone. Without Triton, whose interpreter takes four times as
 # long as all the rest; then whole models, by Triton's kernels too, against the public code's values.
 sample := tests/ops tests/layers tests/models tests/build/test_build.py::test_facts_of_the_compiled_part \
-  --ignore=tests/ops/test_instruction_sets.py --ignore-glob='*_refusals.py'
+  --ignore=tests/ops/test_instruction_sets.py --ignore-glob='*_refusals.py' \
+  tests/recipes/test_export_onnx.py
 golden := tests/test_scenic.py
+OLDEST_TORCH := 2.11.0
+oldest_headers := build/oldest/torch/include
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -69,6 +72,13 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 
 test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto $(ARGS)
+
+# The tree in which pip built the module has the kernels' objects already.
+serve: $(ready)  ## compile a small model by AOTInductor, and run it from C++
+	tree=build/cmake-$$($(bin)/python -c 'import sys; print(sys.implementation.cache_tag)') && \
+	  PATH="$(abspath $(bin)):$$PATH" cmake --build $$tree --target adatape_serve && \
+	  ADATAPE_SERVE="$(CURDIR)/$$tree/adatape_serve" \
+	  $(bin)/pytest -q -n 0 tests/recipes/test_export_compiled.py $(ARGS)
 
 fuzz: $(ready) $(cuda_host)  ## run random calls, models and files for SECONDS=60, from SEED=
 	cd tests && $(call run_fuzzer,$(SECONDS),$(BACKENDS))
@@ -83,7 +93,7 @@ tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
 nvcc: $(ready)  ## compile the CUDA kernels for GPUs that are not here, and check what comes out
 	$(bin)/python -m adatape_kernels.benchmarks.audit.cuda_audit
 
-# timm and torchvision are here alone: torchvision's wheels do not fit every build of torch.
+# timm, torchvision and ONNX are here alone: torchvision's wheels do not fit every build of torch.
 # The package is installed as a user gets it, from a source distribution, and its tests are copied:
 # the working tree holds a module for another torch. pip's cache would keep the first build for ever.
 newest:  ## build for the newest torch with CUDA, in an environment of its own; run a sample of the tests
@@ -95,11 +105,27 @@ newest:  ## build for the newest torch with CUDA, in an environment of its own; 
 	$(newest)/python setup.py --quiet sdist --dist-dir build/newest
 	ADATAPE_BUILD=require ADATAPE_CUDA=require $(newest)/python -m pip install \
 	  -c $(newest_constraints) --no-build-isolation --no-cache-dir \
-	  "$$(echo build/newest/*.tar.gz)[test,pretrained]"
+	  "$$(echo build/newest/*.tar.gz)[test,pretrained,export]"
 	$(newest)/adatape-kernels info
 	$(newest)/adatape-kernels check --device cpu
 	cd build/newest && TRITON_INTERPRET=0 $(newest)/pytest -q -n auto $(sample)
 	cd build/newest && $(newest)/pytest -q -n auto $(golden)
+
+# Of that torch only the headers are taken, which is all that a compiler needs to say what they lack.
+# The CUDA files are read as tests/cuda_host compiles them.
+oldest: $(ready) $(oldest_headers)  ## read csrc beside the headers of the oldest torch that it supports
+	for file in $(filter-out csrc/cpu/choose_kernels.cpp,$(wildcard csrc/cpu/*.cpp csrc/cuda/*.cu)); do \
+	  $(CXX) -fsyntax-only -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -fvisibility=hidden \
+	    $$(case $$file in *.cu) echo -DADATAPE_CUDA_HOST -Itests/cuda_host -include cuda_host.h -xc++;; esac) \
+	    $(shell sed -n 's/^set(stable_abi \(.*\))/-D\1/p' CMakeLists.txt) \
+	    -isystem $(oldest_headers) $$file || exit 1; \
+	done
+
+$(oldest_headers):
+	$(pip) download --no-deps --dest build/oldest torch==$(OLDEST_TORCH)
+	$(bin)/python -c "import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob('build/oldest/*.whl')); \
+	  wheel.extractall('build/oldest', [n for n in wheel.namelist() if n.startswith('torch/include/')])"
+	rm build/oldest/*.whl
 
 # Not part of CI, which has no GPU.
 memcheck: $(ready)  ## run the CUDA kernels under compute-sanitizer, on a GPU
@@ -121,6 +147,7 @@ gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minu
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
 	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
 	  --results benchmarks/results --readme README.md $(ARGS)
+	$(bin)/python -m adatape_kernels.benchmarks.reports.gpu_performance docs/gpu-performance.md
 
 lint: $(lint_ready)  ## check style
 	$(bin)/ruff check
@@ -169,4 +196,4 @@ $(docs_ready): $(ready)
 	$(pip) install -c $(constraints) furo myst-parser sphinx
 	touch $@
 
-.PHONY: help venv demo test fuzz asan tsan nvcc newest memcheck audit bench gpu report lint types format docs clean
+.PHONY: help venv demo test serve fuzz asan tsan nvcc newest oldest memcheck audit bench gpu report lint types format docs clean

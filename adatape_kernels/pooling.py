@@ -23,7 +23,7 @@ def pool_rows(
     Returns:
         (batch, dim), dtype of data; summed in float32, or in float64 for float64 data.
     """
-    batch, dim = len(lens), data.shape[1]
+    batch, dim = lens.shape[0], data.shape[1]
     if kind == "max":
         low = data.new_full((batch + 1, dim), -torch.inf)
         # scatter_reduce shares a gradient among the rows that equal the maximum. None equals a

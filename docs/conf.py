@@ -28,6 +28,8 @@ add_module_names = False
 maximum_signature_line_length = 90
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"adatape_kernels {release}"
 html_copy_source = False
 

@@ -37,13 +37,14 @@ if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
     emulation.load_cuda_host(library)
 
 # What a GPU machine may lack, and the files that are of no use without it.
-_TRAINING = ("checkpoint", "demo", "every_image", "flushing", "lenient_output", "train")
+_TRAINING = ("checkpoint", "demo", "every_image", "finetune", "flushing", "lenient_output", "train")
+_TRAINING += ("train_from_source",)
 _NEEDS = {
     "safetensors": (
         "models/test_hub.py",
         "models/test_model_file.py",
         "models/test_model_file_tensors.py",
-        *(f"recipes/test_{name}.py" for name in ("predict", *_TRAINING)),
+        *(f"recipes/test_{name}.py" for name in ("export_program", "predict", *_TRAINING)),
     ),
     "matplotlib": (
         "recipes/test_demo.py",

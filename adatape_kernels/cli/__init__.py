@@ -9,6 +9,8 @@ from adatape_kernels._build import VERSION
 from adatape_kernels.cli import (
     check_command,
     demo_command,
+    export_command,
+    finetune_command,
     info_command,
     predict_command,
     train_command,
@@ -29,12 +31,14 @@ COMMANDS = (
     verify_command,
     demo_command,
     train_command,
+    finetune_command,
     predict_command,
+    export_command,
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def command_line() -> OneLineParser:
+    """Return the parser of all commands and their options."""
     parser = OneLineParser(prog="adatape-kernels", description="Elastic AdaTape for PyTorch.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -42,9 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add(commands)
     # The benchmarks have arguments of their own, in their folder.
     commands.add_parser("bench", help="measure every op beside its peers", add_help=False)
+    return parser
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_args(argv[:1] if argv[:1] == ["bench"] else argv)
+    arguments = command_line().parse_args(argv[:1] if argv[:1] == ["bench"] else argv)
     try:
         if arguments.command == "bench":
             return _run_bench(argv[1:])

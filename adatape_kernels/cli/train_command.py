@@ -27,7 +27,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", default="adatape-train", metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add(
+        "--source",
+        metavar="FILE",
+        help="begin with a pretrained ViT: a safetensors file of timm or torchvision; with --heads",
+    )
     add_backend(parser)
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that decide the curve, by the fields of TrainConfig."""
     model = parser.add_argument_group("model", "by default a small one that suits the set")
     model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
     for name, kind, text in (
@@ -38,7 +48,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ("depth", int, "number of encoder layers"),
         ("heads", int, "number of attention heads"),
         ("ffn", int, "hidden width of the feed-forward for input rows"),
-        ("num-tape-tokens", int, "most tape tokens that an image reads"),
+        ("num-tape-tokens", int, "most tape tokens that an image reads; 0 for a ViT without tape"),
+        ("bank-size", int, "number of tokens of a learnable bank"),
         ("topk", int, "number of bank tokens that are merged into a tape token"),
         ("halt-threshold", float, "an image reads on while its halting score is below this"),
     ):
@@ -48,6 +59,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"of the feed-forward for input rows: {', '.join(ACTIVATIONS)}",
     )
+    model.add_argument(
+        "--bank",
+        metavar="KIND",
+        help="what the tape is read from: input, the image's own patches, or learn, learned tokens",
+    )
     training = parser.add_argument_group("training", "by default what suits the set")
     for name, kind, text in (
         ("epochs", int, "number of passes over the training images"),
@@ -55,6 +71,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ("lr", float, "the highest learning rate"),
         ("weight-decay", float, "AdamW's weight decay"),
         ("seed", int, "decides the split, the parameters, the order and the augmentation"),
+        ("split-seed", int, "decides the split and the --limit in the place of --seed"),
         ("limit", int, "number of training images that are used; default: all"),
     ):
         training.add_argument(f"--{name}", type=kind, metavar="N", help=text)
@@ -67,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     options = {**vars(arguments)}
     for name in ("command", "run", "backend"):
         options.pop(name)
-    out, data_dir, resume = (options.pop(name) for name in ("out", "data_dir", "resume"))
+    out, resume = options.pop("out"), options.pop("resume")
+    files = {name: options.pop(name) for name in ("data_dir", "source")}
     with chosen_backend(arguments.backend):
-        train.run(out, options, data_dir=data_dir, resume=resume)
+        train.run(out, options, **files, resume=resume)
     return 0

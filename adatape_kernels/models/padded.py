@@ -18,7 +18,7 @@ from adatape_kernels import reference
 from adatape_kernels.activations import activate
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
-from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
+from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, ElasticModule, TapeReader
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.embedding import Embedded, ModelInputs
@@ -78,7 +78,7 @@ class _PaddedTokens:
         return total if kind == "sum" else total / lens.clamp(min=1)
 
 
-class PaddedAdaTape(nn.Module):
+class PaddedAdaTape(ElasticModule):
     """The padded, masked counterpart of an elastic model, on the same parameters.
 
     Pruning, adapters and parametrisations act as in the elastic model, and so do hooks on linear
@@ -211,11 +211,13 @@ def batched_topk_select(
     average_query: bool,
     loss_type: str,
     read_mask: Tensor | None = None,
+    in_order: bool = False,
 ) -> TapeSelection:
     """Select for the whole batch at once, by a matrix product and a `torch.topk` a tape token.
 
     Arguments and results are those of `ops.tape_select`, except that bank tokens of equal scores
-    may be selected in any order.
+    may be selected in any order. With `in_order` equal bank tokens have equal scores, and the lower
+    index goes first among equals, as SPEC 3 wants it: by sums over rows and topk maxima.
     """
     batch, key_dim = query.shape
     bank_size = keys.shape[-2]
@@ -227,10 +229,17 @@ def batched_topk_select(
         reading = halting < halt_threshold
         if read_mask is not None:
             reading = reading & ((~read).sum(1) >= topk)
-        scores = query @ keys.T if keys.dim() == 2 else (keys @ query.unsqueeze(2)).squeeze(2)
+        if in_order:
+            scores = (keys * query.unsqueeze(1)).sum(2)
+        else:
+            scores = query @ keys.T if keys.dim() == 2 else (keys @ query.unsqueeze(2)).squeeze(2)
         # The lowest finite number rather than -inf: an example that has halted goes on selecting,
         # which is masked below, and where its bank runs out the softmax of -inf alone is NaN.
-        best, indices = scores.masked_fill(read, torch.finfo(scores.dtype).min).topk(topk)
+        scores = scores.masked_fill(read, torch.finfo(scores.dtype).min)
+        if in_order:
+            best, indices = _first_largest(scores, topk)
+        else:
+            best, indices = scores.topk(topk)
         weights = torch.softmax(best / math.sqrt(key_dim), 1)
         cost = 1 - (weights.square().sum(1) if loss_type == "entropy" else weights.amax(1))
         ponder = ponder + cost * reading
@@ -257,6 +266,16 @@ def _no_examples(x: ElasticBatch) -> tuple[Tensor, Tensor]:
     return x.data.new_empty(*shape, x.data.shape[1]), x.data.new_empty(shape, dtype=torch.bool)
 
 
+def _first_largest(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row and their indices, the lower index first among equals."""
+    left, found = scores, []
+    for _ in range(topk):
+        found.append(left.argmax(1, keepdim=True))  # the first of several maxima
+        left = left.scatter(1, found[-1], -torch.inf)
+    indices = torch.cat(found, 1)
+    return scores.gather(1, indices), indices
+
+
 def _stacked(parts: list[Tensor], empty: Tensor) -> Tensor:
     """Stack parts (batch, topk) to (batch, parts, topk), also where there are none."""
     return torch.stack(parts, 1) if parts else empty[:, :0]
@@ -266,7 +285,7 @@ def _rows(bank: Tensor, indices: Tensor) -> Tensor:
     """Return the bank's rows at indices (batch, ...) as (batch, ..., width)."""
     if bank.dim() == 2:
         return bank[indices]
-    batch = torch.arange(len(bank), device=bank.device)
+    batch = torch.arange(bank.shape[0], device=bank.device)
     return bank[batch.view(-1, *[1] * (indices.dim() - 1)), indices]
 
 
@@ -313,6 +332,6 @@ def _add(layer: ElasticEncoderLayer, x: Tensor, branch: Tensor, rate: float) -> 
     """Add a branch (batch, positions, dim), in training after dropout and stochastic depth."""
     out = F.dropout(branch, rate, layer.training)
     if layer.training and layer.stochastic_depth > 0:
-        keep = out.new_empty(len(out), 1, 1).bernoulli_(1 - layer.stochastic_depth)
+        keep = out.new_empty(out.shape[0], 1, 1).bernoulli_(1 - layer.stochastic_depth)
         out = out * keep / (1 - layer.stochastic_depth)
     return x + out

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from adatape_kernels.ops.device_facts import DeviceFacts, too_old
 from adatape_kernels.ops.implementation import HALF_AND_FLOAT, Implementation, Statement
+from adatape_kernels.ops.triton_start import why_triton_cannot_start
 
 try:
     import triton
@@ -45,7 +46,19 @@ def kernel(limits: Statement | None = None) -> Callable[[Callable[..., Any]], Im
     `limits` states what else it asks of a call, as in `Implementation`.
     """
     absent = None if INSTALLED else "triton is not installed"
-    return lambda launcher: Implementation(launcher, tuple(DTYPES), DTYPES, limits, absent)
+    return lambda launcher: Implementation(
+        launcher, tuple(DTYPES), DTYPES, limits, absent, device_limits=_device_limits
+    )
+
+
+def _device_limits(facts: DeviceFacts) -> str | None:
+    """State on which GPUs the kernels run, and that Triton must be able to start them there."""
+    return too_old(facts) or (why_triton_cannot_start() if _starts_kernels() else None)
+
+
+def _starts_kernels() -> bool:
+    """Return whether Triton starts kernels in this process: not where it interprets them."""
+    return not INTERPRETED and torch.cuda.is_available()
 
 
 class Launch(NamedTuple):
@@ -83,7 +96,8 @@ def recording(*, run: bool = False) -> Iterator[list[Launch]]:
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run a kernel over a grid, on the device of its tensors; an empty grid runs nothing.
 
-    `arguments` are the kernel's, by name, and the options num_warps, num_stages and maxnreg.
+    `arguments` are the kernel's, by name, the first a tensor, and the options num_warps, num_stages
+    and maxnreg.
     """
     if 0 in grid:
         return
@@ -91,42 +105,14 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         _recorded.launches.append(Launch(kernel, grid, arguments))
         if not _recorded.runs:
             return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    first = next(iter(arguments.values()))
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](**arguments)
+    else:  # entering a device takes longer than all else here
         kernel[grid](**arguments)
 
 
-def elements_per_access(*tensors: Tensor) -> int:
-    """Return the elements of a 16-byte access if all rows begin and end at one, else 1."""
-    elements = 16 // tensors[0].element_size()
-    steps = [step for x in tensors for step in (x.shape[-1], *x.stride()[:-1])]
-    return 1 if any(step % elements for step in steps) else elements
-
-
-def with_dense_rows(x: Tensor) -> Tensor:
-    """Return the tensor, or a copy whose last dimension is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def in_whole_accesses(x: Tensor) -> Tensor:
-    """Return the tensor, or a copy whose rows are extended by zeros to whole 16-byte accesses."""
-    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    if dense and elements_per_access(x) > 1:
-        return x
-    missing = -x.shape[-1] % (16 // x.itemsize)
-    return torch.nn.functional.pad(x, (0, missing)).contiguous()
-
-
-class BankStrides(NamedTuple):
-    """Steps through a bank's memory: from example to example, 0 if they share it, and by entry."""
-
-    example: int
-    entry: int
-
-
-def bank_strides(bank: Tensor, elements: int = 1) -> BankStrides:
-    """Return the strides of a bank ([batch,] bank_size, width), counted in so many elements."""
-    return BankStrides(
-        bank.stride(0) // elements if bank.dim() == 3 else 0, bank.stride(-2) // elements
-    )
+def num_blocks(size: int, block: int) -> int:
+    """Return how many blocks cover so many elements, sooner than `triton.cdiv` does."""
+    return -(-size // block)

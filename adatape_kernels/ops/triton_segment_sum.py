@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops.triton_runtime import elements_per_access, launch, tl, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for, elements_per_access
 
 # In a bank of an example's own, the contributions that a program looks at together; in a segment of
 # a shared bank, those that it adds up together. Segments are short, and have a warp each.
@@ -44,7 +45,8 @@ def segment_sum(
     """Sum weighted rows by bank entry, in float32.
 
     Args:
-        rows: (num_rows, width), the last dimension dense; a row that no entry takes is not read.
+        rows: (num_rows, width), as `with_dense_rows` returns them; one that no entry takes is not
+            read.
         entries: (n,) int32 for a shared bank, (batch, n) for banks of the examples' own; the entry
             of each contribution, bank_size where it has none; contiguous, as are the next two.
         bank_size: entries of a bank.
@@ -65,7 +67,7 @@ def segment_sum(
         out = rows.new_empty(bank_size, width, dtype=dtype)
         launch(
             _segment_sum_shared_kernel,
-            (bank_size, triton.cdiv(width, _BLOCK_D)),
+            (bank_size, num_blocks(width, _BLOCK_D)),
             rows_ptr=rows,
             order_ptr=segments.order,
             starts_ptr=segments.starts,
@@ -84,7 +86,7 @@ def segment_sum(
     out = rows.new_zeros(batch, bank_size, width, dtype=dtype)
     launch(
         _segment_sum_own_kernel,
-        (batch * triton.cdiv(number, _BLOCK_N), triton.cdiv(width, _BLOCK_D)),
+        (batch * num_blocks(number, _BLOCK_N), num_blocks(width, _BLOCK_D)),
         rows_ptr=rows,
         entries_ptr=entries,
         row_of_ptr=row_of,
@@ -112,8 +114,8 @@ def _segments_in_order(entries: Tensor, bank_size: int) -> _Segments:
 def _segments_in_any_order(entries: Tensor, bank_size: int) -> _Segments:
     """Count each entry's contributions; within a segment they stand as they were counted."""
     counts = entries.new_zeros(bank_size + 1)
-    ranks, order = entries.new_empty(2, len(entries))
-    grid = (triton.cdiv(len(entries), _BLOCK_COUNTS),)
+    ranks, order = (entries.new_empty(len(entries)) for _ in range(2))
+    grid = (num_blocks(len(entries), _BLOCK_COUNTS),)
     sizes = dict(num_contributions=len(entries), bank_size=bank_size)
     options = dict(BLOCK=_BLOCK_COUNTS, num_warps=4)
     launch(
@@ -139,7 +141,7 @@ def _segments_in_any_order(entries: Tensor, bank_size: int) -> _Segments:
     return _Segments(order, starts)
 
 
-@triton.jit
+@compiled_for()
 def _count_contributions_kernel(
     entries_ptr, counts_ptr, ranks_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
 ):
@@ -149,7 +151,7 @@ def _count_contributions_kernel(
     tl.store(ranks_ptr + offs, rank, mask)
 
 
-@triton.jit
+@compiled_for()
 def _place_contributions_kernel(
     entries_ptr, starts_ptr, ranks_ptr, order_ptr, num_contributions, bank_size, BLOCK: tl.constexpr
 ):
@@ -166,7 +168,7 @@ def _entries(entries_ptr, num_contributions, bank_size, BLOCK: tl.constexpr):
     return offs, entry, (entry >= 0) & (entry < bank_size)
 
 
-@triton.jit
+@compiled_for(aligned=("rows_ptr", "out_ptr"))
 def _segment_sum_shared_kernel(
     rows_ptr,
     order_ptr,
@@ -197,7 +199,7 @@ def _segment_sum_shared_kernel(
     tl.store(out_ptrs, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask_d)
 
 
-@triton.jit
+@compiled_for(aligned=("rows_ptr", "out_ptr"))
 def _segment_sum_own_kernel(
     rows_ptr,
     entries_ptr,

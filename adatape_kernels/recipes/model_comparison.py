@@ -123,12 +123,9 @@ def compare(
     padded.eval()
     elastic, other = (forward(kind) for kind in models)
     backend = attention_backend(lambda: forward("elastic"))
-    same = torch.stack(
-        [
-            (a.indices == b.indices).flatten(1).all(1)
-            for a, b in zip(elastic.reads, other.reads, strict=True)
-        ]
-    ).all(0)
+    same = torch.ones(len(images), dtype=torch.bool)
+    for a, b in zip(elastic.reads, other.reads, strict=True):
+        same &= (a.indices == b.indices).flatten(1).all(1)
     forwards = {kind: lambda kind=kind: forward(kind) for kind in models}
     forward_seconds = measure.seconds(forwards, rounds)
     flops = {kind: measure.flops(run) for kind, run in forwards.items()}

@@ -14,6 +14,9 @@ from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import ModelComparison, compare
 from adatape_kernels.recipes.run_folder import RunFolder
 
+REPORT = "report.json"
+"""Name of the report's file in a run's folder."""
+
 
 def write_report(
     out: RunFolder,
@@ -39,11 +42,13 @@ def write_report(
     """
     comparison, output = compare(model, data, normalise, rounds)
     report = {**comparison.report(), **entries, **environment()}
-    out.write("report.json", (json.dumps(report, indent=2) + "\n").encode())
+    out.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
     preprocessing = Preprocessing.of(model.config.image_size, normalise)
     content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
     out.write(FILE, content)
-    pictures.draw_all(out, data, output, comparison, model.config.bank_patch_size)
+    # Only a bank that is made of the image has tokens that can be shown in it.
+    patch = model.config.bank_patch_size if model.config.bank == "input" else None
+    pictures.draw_all(out, data, output, comparison, patch)
     print(table(comparison))
     print(f"pictures, report and model: {printable(out.folder)}{os.sep}")
     return comparison

@@ -55,31 +55,36 @@ def draw_all(
     data: ImageSet,
     output: AdaTapeOutput,
     comparison: ModelComparison,
-    bank_patch_size: int,
+    bank_patch_size: int | None,
 ) -> None:
     """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`.
+
+    The first and the third, which show places in the image, are there for a bank of patches alone.
 
     Args:
         out: what writes into the folder.
         data: its test half is drawn.
         output: the model's output for every test image.
         comparison: the costs and tape lengths to draw.
-        bank_patch_size: side in pixels of the patches that the model's bank is made of.
+        bank_patch_size: side in pixels of the patches that the model's bank is made of; None where
+            it is made of something else, or where there is no bank.
     """
     import matplotlib
 
-    side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch_size
-    read = patches_read(output, side)
     # Settings of the user, such as text by way of TeX, could make names fail; and a glyph that the
     # font lacks, which is drawn as a box, is no reason for a warning.
     with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, figure in (
-            ("heatmap", heatmap(data, read)),
-            ("tape_lengths", tape_lengths(comparison.images_by_tape_length)),
-            ("shortest_longest", shortest_longest(data, output, read, bank_patch_size)),
-            ("costs", cost_shares(comparison.costs())),
-        ):
+        figures = {
+            "tape_lengths": tape_lengths(comparison.images_by_tape_length),
+            "costs": cost_shares(comparison.costs()),
+        }
+        if bank_patch_size is not None:
+            side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch_size
+            read = patches_read(output, side)
+            figures["heatmap"] = heatmap(data, read)
+            figures["shortest_longest"] = shortest_longest(data, output, read, bank_patch_size)
+        for name, figure in figures.items():
             content = io.BytesIO()
             figure.savefig(content, dpi=130)
             out.write(f"{name}.png", content.getvalue())

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from adatape_kernels._build import VERSION
-from adatape_kernels.arguments import check_kind, shown
+from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
-from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
+from adatape_kernels.recipes.source_file import SourceFile, sha256_of
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import (
     TrainConfig,
@@ -63,6 +65,7 @@ def run(
     options: Mapping[str, Any],
     *,
     data_dir: str | Path | None = None,
+    source: str | Path | None = None,
     resume: bool = False,
 ) -> ModelComparison:
     """Train, or go on with a run, and write its report into `out`.
@@ -76,6 +79,8 @@ def run(
         options: values by field of TrainConfig; absent or None where the default is wanted, or on
             resume what the run was started with.
         data_dir: the image set's folder, as in `data.load`; on resume None is where it was.
+        source: a safetensors file with the parameters of a ViT of timm or torchvision, to begin
+            with; None for a new model. A run that is resumed no longer needs it.
         resume: go on from the folder's checkpoint.
 
     Raises:
@@ -85,13 +90,27 @@ def run(
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
     with lenient_output(), contextlib.ExitStack() as until_the_end:
-        return _run(out, options, data_dir, resume, until_the_end)
+        return _run(out, options, data_dir, source, resume, until_the_end)
+
+
+def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
+    """Return whether a folder holds a run with these options that has written its model.
+
+    Raises:
+        ValueError: the folder holds a run, but with other options or from another source.
+    """
+    if not (out / checkpoint.INDEX).exists():
+        return False
+    saved = _saved(out, options, source)
+    done = saved.epoch == saved.config["epochs"]
+    return done and all((out / name).is_file() for name in (REPORT, FILE))
 
 
 def _run(
     out: str | Path,
     options: Mapping[str, Any],
     data_dir: str | Path | None,
+    source: str | Path | None,
     resume: bool,
     until_the_end: contextlib.ExitStack,
 ) -> ModelComparison:
@@ -101,22 +120,27 @@ def _run(
     as_flag("resume", resume)
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
+    file = None if source is None else check_path("source", source)
     pictures.require("train")
     (check_run_folder if resume else check_output_folder)(folder)
-    run_folder, saved = None, None
+    run_folder, saved, start = None, None, None
     if resume:
         checkpoint.require(folder)
         # Another process may be about to write the next checkpoint, until the folder is ours.
         run_folder = until_the_end.enter_context(claim(folder))
-        saved = _saved(folder, options)
+        saved = _saved(folder, options, file)
         config = TrainConfig.of_saved(saved.config)
         data_dir = data_dir or _saved_data_dir(folder, saved)
     else:
         _refuse_to_overwrite(folder)
-        config = TrainConfig.of(options)
-    data = load(config.data, data_dir, image_size=config.image_size, seed=config.seed)
+        if file is not None:
+            start = SourceFile.read(
+                file, heads=options.get("heads"), activation=options.get("activation")
+            )
+        config = TrainConfig.of(options, start)
+    data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:
-        data = data.limited(config.limit, config.seed)
+        data = data.limited(config.limit, config.split)
     for note in data.notes:
         say(f"adatape-kernels: note: {note}")
     chosen = config.batch is None
@@ -126,7 +150,7 @@ def _run(
     data.look()
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(config.seed)
-    model = config.model(data.num_classes, len(normalise.mean))
+    model = config.model(data.num_classes, len(normalise.mean), start)
     optimizer = plan.optimizer(model)
     first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
     _try_step(model, normalise(unit_range(first[torch.zeros(1, dtype=torch.long)])))
@@ -234,11 +258,11 @@ def _refuse_to_overwrite(out: Path) -> None:
         )
 
 
-def _saved(out: Path, options: Mapping[str, Any]) -> Checkpoint:
+def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) -> Checkpoint:
     """Load the checkpoint of a run.
 
     Raises:
-        ValueError: no run has written it, or an option is not that of the run.
+        ValueError: no run has written it, or an option or the source is not that of the run.
     """
     saved = checkpoint.load(out)
     file = out / checkpoint.INDEX
@@ -257,6 +281,12 @@ def _saved(out: Path, options: Mapping[str, Any]) -> Checkpoint:
             raise ValueError(
                 f"{option_name(name)}: expected {saved.config[name]}, as in {file}, got {value}"
             )
+    facts = saved.config["source"]
+    if source is not None and (facts is None or facts["sha256"] != sha256_of(source)):
+        began = "none" if facts is None else f"the file with SHA-256 {facts['sha256'][:16]}…"
+        raise ValueError(
+            f"source: expected {began}, as in {file}, got {printable(source)}, which is another"
+        )
     return saved
 
 

@@ -9,56 +9,33 @@ import torch
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
-from adatape_kernels.models.config import MOST_PARAMETERS
+from adatape_kernels.models.config import MOST_PARAMETERS, BankKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation
+from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
+from adatape_kernels.recipes.train_defaults import (
+    DEFAULT_BATCH,
+    DEFAULT_BATCHES,
+    DEFAULT_MODELS,
+    DEFAULT_TRAINING,
+    DEFAULTS,
+    FINE_TUNING,
+    FIXED_SIDES,
+    LEAST_STEPS,
+)
 from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
 
-# The image sets whose images all have one size.
-_FIXED_SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
-
-_DEFAULTS: dict[str, Any] = {
-    "variant": None,
-    "num_tape_tokens": 8,
-    "topk": 4,
-    "halt_threshold": 2.0,
-    "batch": None,
-    "lr": 2e-3,
-    "weight_decay": 0.05,
-    "seed": 0,
-    "limit": None,
-    "drop_rest": False,
-    "activation": "gelu_tanh",
-}
-
-# The default batch, where the set has images enough for as many steps as these in an epoch.
-_DEFAULT_BATCHES = {"digits": 48}
-_DEFAULT_BATCH = 128
-_LEAST_STEPS = 10
 # Most numbers that the images of a batch consist of: 16 GiB in float32.
 _MOST_BATCH_VALUES = 1 << 32
-
-_DEFAULT_MODELS: dict[str, dict[str, int]] = {
-    "digits": {"patch": 4, "bank_patch": 1, "dim": 64, "depth": 2, "heads": 4, "ffn": 128},
-    "mnist": {"patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192},
-    "fashion-mnist": {"patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192},
-    "cifar10": {"patch": 4, "bank_patch": 4, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
-    "imagefolder": {"patch": 8, "bank_patch": 8, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
-}
-
-_DEFAULT_TRAINING: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 50, "lr": 3e-3},
-    "mnist": {"epochs": 10},
-    "fashion-mnist": {"epochs": 32},
-    "cifar10": {"epochs": 30},
-    "imagefolder": {"epochs": 30, "image_size": 64},
-}
 
 _SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
 
 # Names that options have in checkpoints of version 0.1, by which such a run still resumes.
 _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
+# Options that version 0.1 did not have, whose defaults are what it did.
+_NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
 
 
 @dataclass(frozen=True)
@@ -88,7 +65,7 @@ class TrainConfig:
     ffn: int | None
     """Hidden width of the feed-forward for input rows."""
     num_tape_tokens: int
-    """Most tape tokens that an image reads."""
+    """Most tape tokens that an image reads; 0 for a ViT that has neither bank nor tape."""
     topk: int
     """Number of bank tokens that are merged into one tape token."""
     halt_threshold: float
@@ -110,25 +87,36 @@ class TrainConfig:
     is the case in runs of version 0.1 only, which go on as they began."""
     activation: Activation
     """That of the feed-forward for input rows."""
+    bank: BankKind
+    """What the tape is read from: patches of the image, "input", or learned tokens, "learn"."""
+    bank_size: int
+    """Number of tokens of a learnable bank."""
+    split_seed: int | None
+    """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
+    source: SourceFacts | None
+    """Of a model that began with pretrained parameters, what their file decides."""
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "TrainConfig":
+    def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
         """Return a run's configuration, with the defaults of its image set.
 
         Args:
             options: values by field; absent or None where the default is wanted. "data" names the
                 image set.
+            source: the pretrained ViT to begin with, whose sizes are the model's.
 
         Raises:
-            ValueError: there is no such set, or an option is out of range.
+            ValueError: there is no such set, or an option is out of range or not as in the source.
         """
         name = _known_set(options.get("data"))
         _check_names(options)
         given = {key: value for key, value in options.items() if value is not None}
-        defaults = {**_DEFAULTS, **_DEFAULT_MODELS[name], **_DEFAULT_TRAINING[name]}
-        if name in _FIXED_SIDES:
-            defaults["image_size"] = _FIXED_SIDES[name]
-        if "variant" in given:
+        defaults = {**DEFAULTS, **DEFAULT_MODELS[name], **DEFAULT_TRAINING[name]}
+        if name in FIXED_SIDES:
+            defaults["image_size"] = FIXED_SIDES[name]
+        if source is not None:
+            defaults |= _of_source(source, given, defaults)
+        elif "variant" in given:
             defaults |= dict.fromkeys(_SIZES_OF_A_VARIANT)
         return cls(**{**defaults, **given}).checked()
 
@@ -143,7 +131,8 @@ class TrainConfig:
         for field in fields(cls):
             if field.name not in saved:
                 raise ValueError(f"{option_name(field.name)}: expected a value, got none")
-        return cls(**saved).checked()
+        facts = None if saved["source"] is None else SourceFacts.of_saved(saved["source"])
+        return cls(**{**saved, "source": facts}).checked()
 
     def checked(self) -> "TrainConfig":
         """Return the configuration with numbers of Python's own types.
@@ -165,7 +154,7 @@ class TrainConfig:
         _known_set(self.data)
         for field in fields(self):
             check_option(field.name, getattr(self, field.name))
-        fixed = _FIXED_SIDES.get(self.data, self.image_size)
+        fixed = FIXED_SIDES.get(self.data, self.image_size)
         if self.image_size != fixed:
             raise ValueError(
                 f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
@@ -186,8 +175,8 @@ class TrainConfig:
         Raises:
             ValueError: the images of a batch would take more than 16 GiB.
         """
-        usual = _DEFAULT_BATCHES.get(self.data, _DEFAULT_BATCH)
-        chosen = max(1, min(usual, images // _LEAST_STEPS))
+        usual = DEFAULT_BATCHES.get(self.data, DEFAULT_BATCH)
+        chosen = max(1, min(usual, images // LEAST_STEPS))
         batch = chosen if self.batch is None else self.batch
         most = _MOST_BATCH_VALUES // (3 * self.image_size**2)
         if min(batch, images) > most:
@@ -212,9 +201,21 @@ class TrainConfig:
             drop_rest=self.drop_rest,
         )
 
-    def model(self, num_classes: int, in_channels: int) -> AdaTapeViT:
-        """Return a new model. Raises ValueError where sizes do not fit."""
-        return AdaTapeViT(self.vit_config(num_classes, in_channels))
+    @property
+    def split(self) -> int:
+        """The seed of the split and of the choice of images under a `limit`."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    def model(
+        self, num_classes: int, in_channels: int, source: SourceFile | None = None
+    ) -> AdaTapeViT:
+        """Return a new model, with the source's parameters if there is one.
+
+        Raises:
+            ValueError: sizes do not fit.
+        """
+        config = self.vit_config(num_classes, in_channels)
+        return AdaTapeViT(config) if source is None else source.model(config)
 
     def vit_config(self, num_classes: int, in_channels: int) -> AdaTapeViTConfig:
         """Return the model's configuration. Raises ValueError where sizes do not fit."""
@@ -230,7 +231,13 @@ class TrainConfig:
             "in_channels": in_channels,
             "num_classes": num_classes,
             "activation": self.activation,
+            "bank": self.bank,
+            "bank_size": self.bank_size,
         }
+        if self.num_tape_tokens == 0:
+            options |= {"bank": "learn", "read_layers": ()}  # which needs no parameters
+        if self.source is not None:
+            options |= self.source.fields()
         if self.dim is not None:
             options["dim"] = self.dim
         if self.depth is not None:
@@ -261,9 +268,40 @@ class TrainConfig:
         return crop if self.data == "mnist" else crop_and_flip
 
 
+def _of_source(
+    source: SourceFile, given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the defaults of a run that begins with a source.
+
+    Raises:
+        ValueError: an option is not as in the source.
+    """
+    decided = source.options()
+    for name, value in given.items():
+        if name == "variant" or (name in decided and value != decided[name]):
+            raise ValueError(
+                f"{option_name(name)}: expected {decided.get(name, 'none')}, as in "
+                f"{printable(source.path)}, got {shown(value)}"
+            )
+    bank_patch = defaults["bank_patch"]
+    if decided["image_size"] % bank_patch:
+        bank_patch = source.config.bank_patch_size
+    return {**decided, **FINE_TUNING, "bank_patch": bank_patch, "source": source.facts}
+
+
 def option_name(field: str) -> str:
     """Return the command's option for a field of TrainConfig, without the leading dashes."""
     return field.replace("_", "-")
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None, numbers in Python's own types.
+
+    Raises:
+        ValueError: one is no field of TrainConfig, or its type or range is not the field's.
+    """
+    _check_names(options)
+    return {n: check_option(n, value) for n, value in options.items() if value is not None}
 
 
 def check_option(field: str, value: object) -> Any:
@@ -288,13 +326,23 @@ def check_option(field: str, value: object) -> Any:
         as_flag(name, value)
     elif field == "activation":
         as_choice(name, value, ACTIVATIONS)
+    elif field == "bank":
+        as_choice(name, value, ("input", "learn"))
+    elif field == "source":
+        if value is not None and not isinstance(value, SourceFacts):
+            raise ValueError(f"{name}: expected what a file decides, or none, got {shown(value)}")
     elif not isinstance(value, str):
         raise ValueError(f"{name}: expected a name, got {shown(value)}")
     return value
 
 
 _KINDS: dict[str, Any] = {field.name: field.type for field in fields(TrainConfig)}
-_RANGES = {"seed": (0, (1 << 32) - 1), "epochs": (1, MOST_EPOCHS)}
+_RANGES = {
+    "seed": (0, (1 << 32) - 1),
+    "split_seed": (0, (1 << 32) - 1),
+    "epochs": (1, MOST_EPOCHS),
+    "num_tape_tokens": (0, MOST_PARAMETERS),
+}
 
 
 def _known_set(name: object) -> str:
@@ -316,4 +364,4 @@ def _check_names(options: Mapping[str, Any]) -> None:
 def with_present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration that a checkpoint of format 1 holds, as this version saves it."""
     present = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
-    return {"drop_rest": True, "activation": "gelu_tanh", **present}
+    return {"drop_rest": True, **{name: DEFAULTS[name] for name in _NEW_NAMES}, **present}

@@ -5,9 +5,12 @@
 "ours" calls the public function with all its checks. "ours, op alone" calls the torch op below it,
 whose derivative is attached through private names of torch (ops/fast_autograd.py). "ours, public
 autograd" calls a twin of that op, whose derivative `torch.library.register_autograd` attaches. On a
-GPU calls follow each other without waiting, so that the host's time a call is what shows.
+GPU calls follow each other without waiting, so that the host's time a call is what shows. "ours,
+Triton's launcher" is what the implementation in Triton does beside Triton's own part of a launch:
+it allocates and chooses tiles, on any device, and nothing is launched.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,13 +26,15 @@ from adatape_kernels.benchmarks.harness.cases import (
     BenchmarkCase,
     Prepared,
     Provider,
+    Skipped,
 )
 from adatape_kernels.benchmarks.harness.suites import Selection, Suite, for_reading, shape_text
-from adatape_kernels.ops import FFN, fast_autograd
+from adatape_kernels.ops import FFN, fast_autograd, triton_runtime
 from adatape_kernels.ops.op import operation
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
 OP_ALONE, PUBLIC = f"{OURS}, op alone", f"{OURS}, public autograd"
+LAUNCHER = f"{OURS}, Triton's launcher"
 
 
 class DispatchedOp(str):
@@ -67,8 +72,12 @@ def tiny(op: str, device_type: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     }[op]
 
 
+class _Seen(Exception):
+    """The op whose arguments are sought was called, and shall not run."""
+
+
 class _SeenArguments(TorchDispatchMode):
-    """Notes the arguments with which an op of torch is called inside."""
+    """Notes the arguments with which an op of torch is called inside, and stops there."""
 
     def __init__(self, overload: Any):
         super().__init__()
@@ -78,7 +87,15 @@ class _SeenArguments(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is self.overload:
             self.arguments = args
+            raise _Seen
         return function(*args, **(kwargs or {}))
+
+
+def _arguments_of(op: str, call: Callable[[], Tensor]) -> tuple[Any, ...]:
+    """Return what the public function, in a call, gives to the op below it."""
+    with contextlib.suppress(_Seen), _SeenArguments(operation(op).overload) as seen:
+        call()
+    return seen.arguments
 
 
 _public_library = torch.library.Library("adatape_public", "DEF")
@@ -110,9 +127,26 @@ def below_function(op: str, overload: Any) -> Callable[[Callable[[], Tensor]], P
     """Return a provider that calls an op of torch as the public function calls ours."""
 
     def prepare(call: Callable[[], Tensor]) -> Prepared:
-        with _SeenArguments(operation(op).overload) as seen:
-            call()
-        return Prepared(lambda: overload(*seen.arguments), lambda found: [found[0]])
+        arguments = _arguments_of(op, call)
+        return Prepared(lambda: overload(*arguments), lambda found: [found[0]])
+
+    return prepare
+
+
+def launcher_of(op: str) -> Callable[[Callable[[], Tensor]], Prepared]:
+    """Return a provider that calls what launches the op's Triton kernels, without launching."""
+
+    def prepare(call: Callable[[], Tensor]) -> Prepared:
+        if not triton_runtime.INSTALLED:
+            raise Skipped("triton is not installed")
+        launcher = operation(op).implementations["triton"].function
+        arguments = _arguments_of(op, call)
+
+        def run() -> None:
+            with triton_runtime.recording():
+                launcher(*arguments)
+
+        return Prepared(run, lambda found: [])
 
     return prepare
 
@@ -139,6 +173,7 @@ def case(
             Provider(OURS, public_function, ANY_BACKEND, graph=False),
             Provider(OP_ALONE, alone, ANY_BACKEND, graph=False),
             Provider(PUBLIC, twin, ANY_BACKEND, graph=False),
+            Provider(LAUNCHER, launcher_of(op), checked=False, graph=False),
         ],
         flops=0,
         bytes=0,
@@ -156,7 +191,7 @@ SUITE = Suite(
     op="dispatch",
     shape=DispatchShape,
     directions=("forward",),
-    providers=[OURS, OP_ALONE, PUBLIC],
+    providers=[OURS, OP_ALONE, PUBLIC, LAUNCHER],
     shapes=shapes,
     dtypes=for_reading,
     case=case,

@@ -3,20 +3,26 @@
 A Python block whose first line is a comment with a path, as `# adatape_kernels/ops/new.py`, is that
 file: it is written into a copy of the repository, behind what the file has there already. A diff
 block edits a file of that copy. Every other Python block is a part of one program, which runs at
-the end, and after it the tests that the page has written run. Nothing stands in for anything else:
-a page brings all that its blocks use.
+the end, and after it the tests that the page has written run. A page that writes no such file runs
+in this process. Nothing stands in for anything else: a page brings all that its blocks use, save
+for the files that `bring` makes, whose names README gives to what a reader has.
+
+A line of a page that begins with `adatape-kernels` is a command that exists, with options that do.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adatape_kernels
+from adatape_kernels.cli import command_line
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(adatape_kernels.__file__).parent
@@ -37,9 +43,46 @@ def blocks(page):
 
 PAGES = [
     page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs/guides").glob("*.md")),
+    )
     if page not in CONTINUED.values() and blocks(page)
 ]
+
+
+def writes_files(page):
+    return any(kind == "diff" or FILE.match(text) for kind, text in blocks(page))
+
+
+def program(page):
+    """The page's blocks at the lines where they stand in the page, so that errors name these."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line == "```python" if fence else inside
+    return "\n".join(lines)
+
+
+def bring(folder):
+    """Make what README's reader has: a trained run, a picture and a pretrained ViT; and rows."""
+    image = pytest.importorskip("PIL.Image")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    sizes = {"dim": 12, "depth": 1, "num_heads": 6, "ffn_dim": 12, "image_size": 8}
+    model = adatape_kernels.models.adatape_vit("Ti/4", **sizes, in_channels=1, num_classes=10)
+    model.preprocessing = adatape_kernels.data.Preprocessing(8, 1, (0.5,), (0.5,))
+    adatape_kernels.save(model, folder / "runs/digits", class_names="0123456789")
+    image.new("L", (8, 8)).save(folder / "seven.png")
+    shapes = {"patch_embed.proj": (12, 1, 4, 4), "norm": (12,), "head": (10, 12)}
+    shapes |= {f"blocks.0.{name}": (12,) for name in ("norm1", "norm2")}
+    shapes |= {"blocks.0.attn.qkv": (36, 12), "blocks.0.attn.proj": (12, 12)}
+    shapes |= {"blocks.0.mlp.fc1": (12, 12), "blocks.0.mlp.fc2": (12, 12)}
+    vit = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    vit |= {f"{name}.bias": torch.randn(shape[0]) for name, shape in shapes.items()}
+    save_file({**vit, "pos_embed": torch.randn(1, 4, 12)}, folder / "vit.safetensors")
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
 
 
 def write(folder, name, text):
@@ -102,14 +145,51 @@ def run_python(path, folder, *arguments):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_blocks_of_a_page_run(page, tmp_path):
-    done = run_blocks(page, tmp_path)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    if writes_files(page):
+        done = run_blocks(page, tmp_path)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        return
+    bring(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program(page), page, "exec"), {"__name__": "__main__"})
 
 
 def test_pages_with_blocks_are_found():
     found = {page.name for page in PAGES}
     assert {"README.md", "index.md", "using.md", "adding-a-backend.md"} <= found
+    assert {page.name for page in (ROOT / "docs/guides").glob("*.md")} <= found
+
+
+COMMANDS = sorted(
+    {
+        line.strip()
+        for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"))
+        for line in re.findall(r"^(?: {4}|\$ )?(adatape-kernels .*)", page.read_text(), flags=re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_a_page_exists(line):
+    words = shlex.split(line, comments=True)[1:]
+    command_line().parse_args(words[:1] if words[0] == "bench" else words)
+
+
+def test_commands_are_found_and_others_refused():
+    assert any(line.startswith("adatape-kernels finetune --source") for line in COMMANDS)
+    with pytest.raises(SystemExit):
+        test_a_command_of_a_page_exists(
+            "adatape-kernels train --data digits --teach 3  # no option"
+        )
+
+
+def test_an_error_names_the_line_of_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n\n```python\nx = 1\n```\n\ntext\n\n```python\nx = y\n```\n")
+    with pytest.raises(NameError) as error:
+        exec(compile(program(page), page, "exec"), {})
+    assert error.traceback[-1].lineno == 9  # counted from 0
 
 
 def test_a_block_that_fails_is_seen(tmp_path):

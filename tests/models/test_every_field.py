@@ -92,7 +92,7 @@ PLAN = {
     "seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "drop_rest": NO_FLAG,
 }
-OPTIONAL = {"variant", "batch", "limit"}
+OPTIONAL = {"variant", "batch", "limit", "split_seed", "source"}
 TRAINING = {
     "data": NO_WORD,
     "image_size": COUNT,
@@ -103,7 +103,7 @@ TRAINING = {
     "depth": COUNT,
     "heads": COUNT,
     "ffn": COUNT,
-    "num_tape_tokens": COUNT,
+    "num_tape_tokens": WIDTH,
     "topk": COUNT,
     "halt_threshold": POSITIVE,
     "epochs": COUNT,
@@ -114,6 +114,10 @@ TRAINING = {
     "limit": (*NO_INTEGER, 0, -1, -HUGE),
     "drop_rest": NO_FLAG,
     "activation": NO_WORD,
+    "bank": NO_WORD,
+    "bank_size": COUNT,
+    "split_seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
+    "source": NO_WORD,
 }
 
 SIZES = {"num_classes": 10, "dim": 24, "depth": 1, "num_heads": 2, "ffn_dim": 32}

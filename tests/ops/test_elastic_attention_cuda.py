@@ -197,16 +197,20 @@ def test_layouts(device):
 
 
 def test_rows_past_2_to_the_31st_element(device):
-    """Three rows so far apart; of the memory only what is touched is taken."""
+    """Three rows so far apart; of the host's memory only what is touched is taken."""
     row, rows, num_heads = 2**30, 3, 2
     size = 3 * num_heads * HEAD_DIM
-    memory = mmap.mmap(-1, 2 * ((rows - 1) * row + size), flags=mmap.MAP_PRIVATE | 0x4000)
-    apart = torch.frombuffer(memory, dtype=torch.float16)
+    last = (rows - 1) * row + size
+    if device == "cpu":
+        memory = mmap.mmap(-1, 2 * last, flags=mmap.MAP_PRIVATE | 0x4000)
+        apart = torch.frombuffer(memory, dtype=torch.float16)
+    else:
+        apart = torch.empty(last, dtype=torch.float16, device=device)
     apart = apart.as_strided((rows, 3, num_heads, HEAD_DIM), (row, size // 3, HEAD_DIM, 1))
-    near = torch.randn(rows, 3, num_heads, HEAD_DIM).half()
+    near = torch.randn(rows, 3, num_heads, HEAD_DIM, device=device).half()
     apart.copy_(near)
-    *offsets, _ = layout("cpu", [1, 1], [0, 1])
-    dout = torch.ones(rows, num_heads, HEAD_DIM).half()
+    *offsets, _ = layout(device, [1, 1], [0, 1])
+    dout = torch.ones(rows, num_heads, HEAD_DIM, device=device).half()
     actual, expected = (
         gradients(elastic_attention, *x.unbind(1), dout, *offsets, max_rows=2)
         for x in (apart, near)

@@ -2,13 +2,14 @@
 
 import math
 
+import emulation
 import pytest
 import torch
 from checks import interpreted
 from ffn_cases import not_served
 
 from adatape_kernels.op_types import ACTIVATIONS
-from adatape_kernels.ops import FFN, dual_ffn
+from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn
 
 OP = "dual_ffn"
 HALVES = [torch.bfloat16, torch.float16]
@@ -112,7 +113,10 @@ GATES = [-math.inf, -1e30, -200, -103, -90, -88, -30, -1.5, 0, 2, 30, 90, 200, 1
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("size", [1.0, -3.0, "largest"])
 def test_gates(device, dtype, size):
-    """A GLU's gate at every number: a · sigmoid(g), and both slopes."""
+    """A GLU's gate at every number: a · sigmoid(g), and both slopes.
+
+    What is promised is relative to the result, however small: a few units in the last place.
+    """
     g = numbers(dtype, device).to(device)
     g = g[g.isfinite()]  # a product with the zero in w1 would spread the others
     a = torch.finfo(dtype).max / 2 if size == "largest" else size
@@ -123,6 +127,22 @@ def test_gates(device, dtype, size):
     assert_exact(y.flatten(), a * sigmoid(exact), dtype, size=abs(a) * smallest + 1e-30)
     slope = a * sigmoid(exact) * sigmoid(-exact)
     assert_exact(dg.flatten(), slope, dtype, size=abs(a) * smallest + 1e-30)
+
+
+def _not_emulated(device, products, **parameters):
+    if device == "cuda":
+        return "a GPU has its own exponential"
+    return None if products == FFN_PRODUCTS[0] else "both forms have the same activations"
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.absent_if(reason=_not_emulated)
+@pytest.mark.parametrize("units", [-2, 2])
+def test_gates_with_the_exponential_of_a_gpu(device, units, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_exp", emulation.exponential_of_a_gpu(units))
+    test_gates(device, torch.float32, "largest")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

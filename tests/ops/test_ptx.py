@@ -1,11 +1,22 @@
-"""The instructions that csrc/cuda/ptx.cuh issues, or what stands in for them on the host."""
+"""What stands on the host for the instructions that csrc/cuda/ptx.cuh issues.
+
+The ops `adatape_ptx`, which call them one by one, exist in the library of tests/cuda_host alone.
+"""
 
 import pytest
 import torch
 from checks import assert_same_bits
 
 OP, DTYPE = "elastic_attention", torch.float16  # the op that uses them
-pytestmark = [pytest.mark.backends("cuda"), pytest.mark.runs_no_op]
+pytestmark = [
+    pytest.mark.backends("cuda"),
+    pytest.mark.runs_no_op,
+    pytest.mark.absent_if(
+        reason=lambda device, **_: (
+            "only the host's library has ops of single instructions" if device == "cuda" else None
+        )
+    ),
+]
 DTYPES = [torch.float16, torch.bfloat16]
 
 
@@ -22,9 +33,6 @@ def test_matrices_lie_in_registers_as_documented(device, transpose):
             assert pairs[lane][m] == expected
 
 
-@pytest.mark.absent_if(
-    reason=lambda device, **_: "a copy may arrive early" if device == "cuda" else None
-)
 def test_copies_arrive_no_earlier_than_they_are_waited_for(device):
     matrices = torch.zeros(4, 8, 8, dtype=torch.int16, device=device)
     assert torch.ops.adatape_ptx.load_matrices(matrices, False, False).ne(0).all()

@@ -1,4 +1,7 @@
-"""A tensor argument may have any strides: a view gives the bits that its contiguous copy gives."""
+"""A tensor argument may have any strides: a view gives the bits that its contiguous copy gives.
+
+Of the products in `dual_ffn`, and of eager, no bits are promised: torch chooses how it adds up.
+"""
 
 import pytest
 import small_calls

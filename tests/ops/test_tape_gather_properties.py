@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from checks import assert_same_bits, has_one_thread, interpreted
+from checks import assert_close, assert_same_bits, has_one_thread, interpreted
 from gather_cases import COUNTS, cotangent, gradients, read
 
 from adatape_kernels import reference
 from adatape_kernels.ops import tape_gather, triton_runtime
-from adatape_kernels.ops.op import operation
+from adatape_kernels.ops.op import current_backend, operation
 
 OP = "tape_gather"
 
@@ -19,8 +19,12 @@ OP = "tape_gather"
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
 @pytest.mark.parametrize("size", [(1, 1, 1), (70, 1, 1), (33, 5, 1), (33, 384, 5), (9, 1088, 32)])
 def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, shared):
-    """Alone, in the batch and in the permuted batch; dweights, and dbank where it is its own."""
+    """Alone, in the batch and in the permuted batch; dweights, and dbank where it is its own.
+
+    On a GPU torch adds up eager's dweights in an order that follows how many there are.
+    """
     batch, dim, topk = size
+    of_torch = current_backend() == "eager" and torch.device(device).type == "cuda"
     if interpreted(device):
         batch, dim = min(batch, 3), min(dim, 300)
     counts = torch.randint(0, 4, (batch,)).tolist()
@@ -39,7 +43,10 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, sha
             padded = torch.nn.functional.pad(dtape[own], (0, 0, 0, pad), value=math.nan)
             actual = gradients(tape_gather, *chosen, padded, capacity=capacity)
             assert_same_bits(actual[0][: len(own)], tape[own])
-            assert_same_bits(actual[3], dweights[order])
+            if of_torch:
+                assert_close(actual[3], dweights[order], 1e-5)
+            else:
+                assert_same_bits(actual[3], dweights[order])
             if not shared:
                 assert_same_bits(actual[2], dbank[order])
 

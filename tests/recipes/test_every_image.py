@@ -11,7 +11,7 @@ from image_files import write_mnist
 from adatape_kernels.cli import main
 from adatape_kernels.data import ImageSet, Normaliser, augment
 from adatape_kernels.models import AdaTapeViT
-from adatape_kernels.recipes import checkpoint, demo, train_config
+from adatape_kernels.recipes import checkpoint, demo, train_defaults
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.train_config import TrainConfig
@@ -108,7 +108,7 @@ def test_the_chosen_batch_is_said_and_saved(mnist, tmp_path, capsys):
 
 def test_a_run_of_version_01_goes_on_on_its_own_curve(mnist, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as earlier:
-        earlier.setitem(train_config._DEFAULTS, "drop_rest", True)
+        earlier.setitem(train_defaults.DEFAULTS, "drop_rest", True)
         assert main(arguments(mnist, tmp_path / "whole", "--batch", "50")) == 0
         assert checkpoint.load(tmp_path / "whole").step == 6
 

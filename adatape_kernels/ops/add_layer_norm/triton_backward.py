@@ -4,12 +4,11 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.add_layer_norm.triton_primitives import limits, tile
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
+from adatape_kernels.ops.triton_specialization import (
+    compiled_for,
+    dense,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
 
@@ -17,7 +16,9 @@ from adatape_kernels.ops.triton_runtime import (
 _MAX_PARTS = 512
 
 
-@triton.jit
+@compiled_for(
+    aligned=("dtotal_ptr", "dnormed_ptr", "total_ptr", "dx_ptr", "dweights_ptr", "dbiases_ptr")
+)
 def _add_layer_norm_bwd_kernel(
     dtotal_ptr,
     dnormed_ptr,
@@ -67,7 +68,7 @@ def _add_layer_norm_bwd_kernel(
         tl.store(dx_ptr + rows[:, None] + offs_d, dx.to(dx_ptr.dtype.element_ty), mask)
         dweight += dnormed * y
         dbias += dnormed
-    part = tl.program_id(0) * dim + offs_d
+    part = tl.multiple_of(tl.program_id(0) * dim, VECTOR) + offs_d
     tl.store(dweights_ptr + part, tl.sum(dweight, 0), mask_d)
     tl.store(dbiases_ptr + part, tl.sum(dbias, 0), mask_d)
 
@@ -79,9 +80,9 @@ def add_layer_norm_bwd(
     """Launch the kernel, and add up the parts."""
     num_rows, dim = total.shape
     dtotal, dnormed = with_dense_rows(dtotal), with_dense_rows(dnormed)
-    total = total.contiguous()
+    total = dense(total)
     options = tile(dim)
-    parts = min(triton.cdiv(num_rows, options["BLOCK_M"]), _MAX_PARTS)
+    parts = min(num_blocks(num_rows, options["BLOCK_M"]), _MAX_PARTS)
     dweights, dbiases = (total.new_empty(parts, dim, dtype=torch.float32) for _ in range(2))
     dx = total.new_empty(num_rows, dim)
     launch(

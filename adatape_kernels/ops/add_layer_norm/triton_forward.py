@@ -4,17 +4,15 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.add_layer_norm.triton_primitives import limits, tile
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
+from adatape_kernels.ops.triton_specialization import (
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
 
 
-@triton.jit
+@compiled_for(aligned=("x_ptr", "branch_ptr", "total_ptr", "normed_ptr"))
 def _add_layer_norm_fwd_kernel(
     x_ptr,
     branch_ptr,
@@ -73,7 +71,7 @@ def add_layer_norm(
     options = tile(dim)
     launch(
         _add_layer_norm_fwd_kernel,
-        (triton.cdiv(num_rows, options["BLOCK_M"]),),
+        (num_blocks(num_rows, options["BLOCK_M"]),),
         x_ptr=x,
         branch_ptr=branch,
         weight_ptr=weight.contiguous(),

@@ -1,5 +1,6 @@
 """What the forward and the backward of `add_layer_norm` in Triton share."""
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ def limits(device: DeviceFacts, rows: Tensor, *rest: Any) -> str | None:
     return None if dim <= MAX_DIM else f"it takes rows of up to {MAX_DIM} features, not {dim}"
 
 
+@functools.cache
 def tile(dim: int) -> dict[str, int]:
     """Return the options of a program with 8 features a thread, which no width makes spill."""
     block_d = triton.next_power_of_2(dim)

@@ -18,10 +18,11 @@ from adatape_kernels.ops.dual_ffn.triton_primitives import (
     glu_bwd,
     sigmoid,
 )
-from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl
+from adatape_kernels.ops.triton_specialization import compiled_for, dense
 
 
-@triton.jit
+@compiled_for(aligned=("hidden_ptr", "act_ptr"), sizes=("width",))
 def _dual_ffn_act_fwd_kernel(
     hidden_ptr,
     act_ptr,
@@ -54,7 +55,9 @@ def _dual_ffn_act_fwd_kernel(
             tl.store(h_ptrs + width, zero, exists & ~used)
 
 
-@triton.jit
+@compiled_for(
+    aligned=("dact_ptr", "hidden_ptr", "dhidden_ptr", "act_ptr", "db_ptr"), sizes=("width",)
+)
 def _dual_ffn_act_bwd_kernel(
     dact_ptr,
     hidden_ptr,
@@ -145,7 +148,7 @@ def forward(
         act = x.new_empty(len(hidden), ffn.w2.shape[1])
         launch(
             _dual_ffn_act_fwd_kernel,
-            (triton.cdiv(len(act), 16), triton.cdiv(act.shape[1], 256)),
+            (num_blocks(len(act), 16), num_blocks(act.shape[1], 256)),
             hidden_ptr=hidden,
             act_ptr=act,
             bounds_ptr=part.bounds,
@@ -175,7 +178,7 @@ def backward(
     parameters: Parameters,
 ) -> tuple[Tensor, ...]:
     """Run the products' gradients; returns the gradients of x and of the parameters."""
-    hidden, tape_hidden = hidden.contiguous(), tape_hidden.contiguous()
+    hidden, tape_hidden = dense(hidden), dense(tape_hidden)
     dx = x.new_empty(x.shape)
     grads: list[Tensor] = []
     parts = _slices(len(hidden), len(tape_hidden), bounds, activation, parameters)
@@ -187,10 +190,10 @@ def backward(
             dy_rows, x_rows = dy_rows.masked_fill(unused, 0), x_rows.masked_fill(unused, 0)
         dact = dy_rows @ part.ffn.w2
         act, dhidden = dact.new_empty(dact.shape), h.new_empty(h.shape)
-        db1 = h.new_empty(triton.cdiv(len(h), CHUNK), h.shape[1], dtype=torch.float32)
+        db1 = h.new_empty(num_blocks(len(h), CHUNK), h.shape[1], dtype=torch.float32)
         launch(
             _dual_ffn_act_bwd_kernel,
-            (len(db1), triton.cdiv(act.shape[1], 128)),
+            (len(db1), num_blocks(act.shape[1], 128)),
             dact_ptr=dact,
             hidden_ptr=h,
             dhidden_ptr=dhidden,

@@ -19,7 +19,8 @@ from adatape_kernels.ops.dual_ffn.triton_grouped_kernels import (
     _dual_ffn_weight_kernel,
 )
 from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK
-from adatape_kernels.ops.triton_runtime import launch, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks
+from adatape_kernels.ops.triton_specialization import dense
 
 Pair = tuple[Tensor, Tensor]
 """What belongs to the input rows, and the same of the tape rows."""
@@ -44,6 +45,18 @@ def _num_programs(device: torch.device) -> int:
     return facts_of(device).multiprocessors
 
 
+def _row_arguments(x: Tensor, max_rows: tuple[int, int], bounds: Tensor | None) -> dict[str, Any]:
+    """Return the arguments of every kernel that tell which rows there are of each kind."""
+    max_input_rows, max_tape_rows = max_rows
+    return dict(
+        bounds_ptr=bounds,
+        rows=len(x),
+        max_input_rows=max_input_rows,
+        max_tape_rows=max_tape_rows,
+        dim=x.shape[1],
+    )
+
+
 def forward(
     x: Tensor,
     max_input_rows: int,
@@ -54,14 +67,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the two products; returns y and both pre-activations."""
     bounds = None if bounds is None else bounds.contiguous()
-    x, (w1, b1, w2, b2) = x.contiguous(), _pairs(parameters)
+    x, (w1, b1, w2, b2) = dense(x), _pairs(parameters)
     y, max_rows = x.new_empty(x.shape), (max_input_rows, max_tape_rows)
     input_w1, tape_w1 = w1
     hidden = x.new_empty(max_input_rows, len(input_w1))
     tape_hidden = x.new_empty(max_tape_rows, len(tape_w1))
     act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
     widths = tuple(a.shape[1] for a in act)
-    rows = dict(bounds_ptr=bounds, rows=len(x), max_rows=max_rows, dim=x.shape[1])
+    rows = _row_arguments(x, max_rows, bounds)
     options: dict[str, Any] = dict(**_tiles(x, w2), BACKWARD=False)
     grid = (_num_programs(x.device),)
     launch(
@@ -103,18 +116,18 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Launch the four products; returns the gradients of x and of the parameters."""
     bounds = None if bounds is None else bounds.contiguous()
-    hidden, tape_hidden = hidden.contiguous(), tape_hidden.contiguous()
-    dy, x, (w1, _, w2, _) = dy.contiguous(), x.contiguous(), _pairs(parameters)
+    hidden, tape_hidden = dense(hidden), dense(tape_hidden)
+    dy, x, (w1, _, w2, _) = dense(dy), dense(x), _pairs(parameters)
     hiddens, max_rows = (hidden, tape_hidden), (len(hidden), len(tape_hidden))
     act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
     dx, dhidden = x.new_empty(x.shape), tuple(h.new_empty(h.shape) for h in hiddens)
     tiles = _tiles(x, w2)
     options: dict[str, Any] = dict(**tiles, BACKWARD=True)
     db1 = tuple(  # one row for each row of tiles
-        h.new_empty(triton.cdiv(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
+        h.new_empty(num_blocks(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
         for h in hiddens
     )
-    rows = dict(bounds_ptr=bounds, rows=len(x), max_rows=max_rows, dim=x.shape[1])
+    rows = _row_arguments(x, max_rows, bounds)
     grid = (_num_programs(x.device),)
     launch(
         _dual_ffn_up_kernel,
@@ -165,12 +178,14 @@ def _weight_gradients(
     columns = tuple(t.shape[1] for t in own)
     shapes = [(rows.shape[1], c) if second else (c, rows.shape[1]) for c in columns]
     num_tiles = [
-        triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]) for m, n in shapes
+        num_blocks(m, tiles["BLOCK_M"]) * num_blocks(n, tiles["BLOCK_N"]) for m, n in shapes
     ]
     chunk = _rows_of_a_split([len(t) for t in own], num_tiles, programs)
-    splits = tuple(max(1, triton.cdiv(len(t), chunk)) for t in own)
-    dtype = rows.dtype if splits == (1, 1) else torch.float32
-    out = tuple(rows.new_empty(n, *s, dtype=dtype) for n, s in zip(splits, shapes, strict=True))
+    splits = tuple(max(1, num_blocks(len(t), chunk)) for t in own)
+    # Of one split too: for another dtype the kernel would be compiled again.
+    out = tuple(
+        rows.new_empty(n, *s, dtype=torch.float32) for n, s in zip(splits, shapes, strict=True)
+    )
     launch(
         _dual_ffn_weight_kernel,
         (programs,),
@@ -178,31 +193,32 @@ def _weight_gradients(
         own_ptrs=own,
         out_ptrs=out,
         columns=columns,
-        splits=splits,
+        input_splits=splits[0],
+        tape_splits=splits[1],
         chunk=chunk,
         SECOND=second,
         **counts,
         **tiles,
     )
-    return [t.squeeze(0) if splits == (1, 1) else t.sum(0).to(rows.dtype) for t in out]
+    return [t.sum(0).to(rows.dtype) for t in out]
 
 
 def _rows_of_a_split(rows: list[int], num_tiles: list[int], programs: int) -> int:
     """Return so many that each program has at most one tile of one split, if that can be."""
     (longest, most), (other, few) = sorted(zip(rows, num_tiles, strict=True), reverse=True)
     splits = (programs - few) * longest // max(1, most * longest + few * other)
-    return max(1, triton.cdiv(triton.cdiv(longest, max(1, splits)), CHUNK)) * CHUNK
+    return max(1, num_blocks(num_blocks(longest, max(1, splits)), CHUNK)) * CHUNK
 
 
 def _row_sums(dy: Tensor, counts: dict[str, Any]) -> list[Tensor]:
     """Return the sums of dy over the rows of each kind."""
     rows, dim = dy.shape
-    parts = triton.cdiv(rows, CHUNK)
+    parts = num_blocks(rows, CHUNK)
     sums = dy.new_empty(2, parts, dim, dtype=torch.float32)
     block_n = 64
     launch(
         _dual_ffn_row_sums_kernel,
-        (parts, triton.cdiv(dim, block_n)),
+        (parts, num_blocks(dim, block_n)),
         dy_ptr=dy,
         sums_ptr=sums,
         CHUNK=CHUNK,
@@ -216,5 +232,5 @@ def _row_sums(dy: Tensor, counts: dict[str, Any]) -> list[Tensor]:
 
 def _pairs(parameters: Parameters) -> list[Pair]:
     """Return w1, b1, w2 and b2 of both kinds; of no width where there is no tape feed-forward."""
-    w1, b1, w2, b2, *tape_ffn = (p.contiguous() for p in parameters if p is not None)
+    w1, b1, w2, b2, *tape_ffn = (dense(p) for p in parameters if p is not None)
     return list(zip((w1, b1, w2, b2), tape_ffn or (w1[:0], b1[:0], w2[:, :0], b2), strict=True))

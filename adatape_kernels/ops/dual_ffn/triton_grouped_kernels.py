@@ -7,6 +7,7 @@ where each kind's rows count from 0.
 
 from adatape_kernels.ops.dual_ffn.triton_primitives import activate, activate_bwd, glu_bwd, sigmoid
 from adatape_kernels.ops.triton_runtime import tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for
 
 
 @triton.jit
@@ -152,7 +153,10 @@ def _store_bwd(
         tl.store(act_ptrs[TAPE] + base + (offs_m * width + offs_n), act.to(dtype), mask)
 
 
-@triton.jit
+@compiled_for(
+    aligned=("in_ptr", "w_ptrs", "b_ptrs", "hidden_ptrs", "dhidden_ptrs", "act_ptrs"),
+    sizes=("dim", "widths"),
+)
 def _dual_ffn_up_kernel(
     in_ptr,
     w_ptrs,
@@ -162,7 +166,8 @@ def _dual_ffn_up_kernel(
     act_ptrs,
     bounds_ptr,
     rows,
-    max_rows,
+    max_input_rows,
+    max_tape_rows,
     dim,
     widths,
     ACTIVATION: tl.constexpr,  # of the input rows
@@ -173,6 +178,7 @@ def _dual_ffn_up_kernel(
 ):
     """Get hidden and act from x; where BACKWARD, dhidden, act and db1 from dy."""
     gates: tl.constexpr = 1 if BACKWARD else 2
+    max_rows = max_input_rows, max_tape_rows
     middle, end = _segments(bounds_ptr, rows, max_rows)
     input_tiles = _num_tiles(max_rows[0], widths[0], BLOCK_M, BLOCK_N)
     tiles = input_tiles + _num_tiles(max_rows[1], gates * widths[1], BLOCK_M, BLOCK_N)
@@ -218,7 +224,7 @@ def _dual_ffn_up_kernel(
                 _store_fwd(acc, *outputs, row, column, used, own_rows, width, ACTIVATION, TAPE=0)
 
 
-@triton.jit
+@compiled_for(aligned=("out_ptr", "a_ptrs", "w_ptrs", "b_ptrs"), sizes=("dim", "depths"))
 def _dual_ffn_down_kernel(
     out_ptr,
     a_ptrs,
@@ -226,7 +232,8 @@ def _dual_ffn_down_kernel(
     b_ptrs,
     bounds_ptr,
     rows,
-    max_rows,
+    max_input_rows,
+    max_tape_rows,
     dim,
     depths,
     BLOCK_M: tl.constexpr,
@@ -235,6 +242,7 @@ def _dual_ffn_down_kernel(
     BACKWARD: tl.constexpr,
 ):
     """y = act · w2ᵀ + b2, or dx = dhidden · w1 where BACKWARD; zero in unused rows."""
+    max_rows = max_input_rows, max_tape_rows
     middle, end = _segments(bounds_ptr, rows, max_rows)
     # The last kind's tiles cover the unused rows too.
     input_rows = tl.where(max_rows[1] > 0, middle, rows)
@@ -274,17 +282,19 @@ def _dual_ffn_down_kernel(
         tl.store(out_ptrs, out, (offs_m < tile_rows - row)[:, None] & mask_n)
 
 
-@triton.jit
+@compiled_for(aligned=("row_ptr", "own_ptrs", "out_ptrs"), sizes=("dim", "columns"))
 def _dual_ffn_weight_kernel(
     row_ptr,
     own_ptrs,
     out_ptrs,
     bounds_ptr,
     rows,
-    max_rows,
+    max_input_rows,
+    max_tape_rows,
     dim,
     columns,
-    splits,
+    input_splits,
+    tape_splits,
     chunk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -292,6 +302,7 @@ def _dual_ffn_weight_kernel(
     SECOND: tl.constexpr,
 ):
     """dw1 = dhiddenᵀ · x, or dw2 = dyᵀ · act where SECOND; each split over `chunk` rows."""
+    max_rows = max_input_rows, max_tape_rows
     middle, end = _segments(bounds_ptr, rows, max_rows)
     if SECOND:
         input_tiles = _num_tiles(dim, columns[0], BLOCK_M, BLOCK_N)
@@ -299,8 +310,8 @@ def _dual_ffn_weight_kernel(
     else:
         input_tiles = _num_tiles(columns[0], dim, BLOCK_M, BLOCK_N)
         tape_tiles = _num_tiles(columns[1], dim, BLOCK_M, BLOCK_N)
-    input_parts = splits[0] * input_tiles
-    parts = input_parts + splits[1] * tape_tiles
+    input_parts = input_splits * input_tiles
+    parts = input_parts + tape_splits * tape_tiles
     for number in range(tl.program_id(0), parts, tl.num_programs(0)):
         tape = number >= input_parts
         first, used = tl.where(tape, middle, 0), tl.where(tape, end - middle, middle)
@@ -332,19 +343,21 @@ def _dual_ffn_weight_kernel(
         tl.store(tile_ptrs, acc.to(out_ptrs[0].dtype.element_ty), mask_m[:, None] & mask_n)
 
 
-@triton.jit
+@compiled_for(aligned=("dy_ptr", "sums_ptr"), sizes=("dim",))
 def _dual_ffn_row_sums_kernel(
     dy_ptr,
     sums_ptr,
     bounds_ptr,
     rows,
-    max_rows,
+    max_input_rows,
+    max_tape_rows,
     dim,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Sums over CHUNK rows of dy, those of each kind apart: (2, programs, dim)."""
+    max_rows = max_input_rows, max_tape_rows
     middle, end = _segments(bounds_ptr, rows, max_rows)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < dim

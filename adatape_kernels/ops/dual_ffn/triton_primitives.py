@@ -17,7 +17,9 @@ def activate(h, ACTIVATION: tl.constexpr):
     else:
         # h / 2 · (1 + tanh(u)) is h · sigmoid(2u), without an exponential that overflows.
         above, inner = _limited(h)
-        return above * sigmoid(1.5957691216057308 * inner * (1 + 0.044715 * inner * inner))
+        u = 1.5957691216057308 * inner * (1 + 0.044715 * inner * inner)
+        gate, _ = _gates(u, tl.exp(-tl.abs(u)))
+        return above * gate
 
 
 @triton.jit
@@ -33,24 +35,40 @@ def activate_bwd(h, dact, ACTIVATION: tl.constexpr):
     else:
         above, inner = _limited(h)
         square = inner * inner
-        gate, closed = _gates(1.5957691216057308 * inner * (1 + 0.044715 * square))
+        u = 1.5957691216057308 * inner * (1 + 0.044715 * square)
+        gate, closed = _gates(u, tl.exp(-tl.abs(u)))
         slope = gate + inner * gate * closed * 1.5957691216057308 * (1 + 0.134145 * square)
         return dact * slope, above * gate
 
 
 @triton.jit
 def sigmoid(x):
-    """Return the logistic function of x, also where exp(-x) overflows."""
-    gate, _ = _gates(x)
+    """Return the logistic function of x, its least values too as precise as float32 is."""
+    gate, _ = _gates(x, _exp_of_negative(-tl.abs(x)))
     return gate
 
 
 @triton.jit
-def _gates(x):
-    """Return the logistic function of x and that of -x, each to its full precision."""
-    e = tl.exp(-tl.abs(x))
+def _gates(x, e):
+    """Return the logistic function of x and that of -x, each as precise as e = exp(-|x|) is."""
     large = 1 / (1 + e)
     return tl.where(x < 0, e * large, large), tl.where(x < 0, large, e * large)
+
+
+@triton.jit
+def _exp_of_negative(x):
+    """Return exp(x) for x <= 0, right to a few units in the last place of float32.
+
+    On a GPU `tl.exp` takes 2 to the power of x · log2(e), which it rounds, so that its relative
+    error grows with |x|. Here exp(x) is exp(x - m ln 4) 4ᵐ, with the integer m nearest to x / ln 4.
+    """
+    x = tl.where(x < -104, -104.0, x)  # whose exponential is 0 in float32; NaN stays NaN
+    shifted = x * 0.7213475204444817 + 12582912.0  # 1.5 · 2²³, so that m stands in the last bits
+    m = shifted - 12582912.0
+    rest = x - m * 1.38671875 + m * 4.2438888010942755e-4  # ln 4 in two parts, the first one short
+    # 2ᵐ by its bits, twice, because 4ᵐ may be too small to have an exponent of its own.
+    root = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.exp(rest) * root * root
 
 
 @triton.jit
@@ -83,6 +101,6 @@ def _normal_tail(h):
 @triton.jit
 def glu_bwd(a, g, dact):
     """Return the gradients of a and g, and the activation once more."""
-    gate, closed = _gates(g)
+    gate, closed = _gates(g, _exp_of_negative(-tl.abs(g)))
     act = a * gate
     return dact * gate, dact * (act * closed), act

@@ -11,12 +11,12 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     options_of,
     store_tile,
     tile_rows,
-    with_adjacent_features,
 )
-from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
+from adatape_kernels.ops.triton_specialization import compiled_for, dense, with_dense_rows
 
 
-@triton.jit
+@compiled_for(aligned=("dout_ptr", "out_ptr"))
 def _elastic_attention_delta_kernel(
     dout_ptr,
     out_ptr,
@@ -42,7 +42,7 @@ def _elastic_attention_delta_kernel(
     tl.store(delta_ptr + head * rows + row, delta, rows_m.exists)
 
 
-@triton.jit
+@compiled_for(aligned=("dout_ptr", "q_ptr", "k_ptr", "v_ptr", "dq_ptr", "dk_ptr", "dv_ptr"))
 def _elastic_attention_bwd_kernel(
     dout_ptr,
     q_ptr,
@@ -151,21 +151,22 @@ def elastic_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels."""
     rows, num_heads, head_dim = q.shape
-    dout, dout_strides = with_adjacent_features(dout)
-    out, lse = out.contiguous(), lse.contiguous()
-    (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
+    options = options_of(q.dtype, head_dim, backward=True)
+    dout, q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (dout, q, k, v))
+    out, lse = dense(out), lse.contiguous()
+    (stride_dm, stride_dh, _), (stride_qm, stride_qh, _) = dout.stride(), q.stride()
+    (stride_kn, stride_kh, _), (stride_vn, stride_vh, _) = k.stride(), v.stride()
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = lse.new_empty(lse.shape)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
-    options = options_of(q, (dout_strides, q_strides, k_strides, v_strides), backward=True)
     launch(
         _elastic_attention_delta_kernel,
-        (triton.cdiv(rows, _BLOCK_DELTA) * num_heads,),
+        (num_blocks(rows, _BLOCK_DELTA) * num_heads,),
         dout_ptr=dout,
         out_ptr=out,
         delta_ptr=delta,
-        stride_dm=dout_strides.row,
-        stride_dh=dout_strides.head,
+        stride_dm=stride_dm,
+        stride_dh=stride_dh,
         rows=rows,
         num_heads=num_heads,
         HEAD_DIM=head_dim,
@@ -188,14 +189,14 @@ def elastic_attention_bwd(
         dq_ptr=dq,
         dk_ptr=dk,
         dv_ptr=dv,
-        stride_dm=dout_strides.row,
-        stride_dh=dout_strides.head,
-        stride_qm=q_strides.row,
-        stride_qh=q_strides.head,
-        stride_kn=k_strides.row,
-        stride_kh=k_strides.head,
-        stride_vn=v_strides.row,
-        stride_vh=v_strides.head,
+        stride_dm=stride_dm,
+        stride_dh=stride_dh,
+        stride_qm=stride_qm,
+        stride_qh=stride_qh,
+        stride_kn=stride_kn,
+        stride_kh=stride_kh,
+        stride_vn=stride_vn,
+        stride_vh=stride_vh,
         rows=rows,
         num_heads=num_heads,
         batch=batch,

@@ -13,9 +13,9 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     options_of,
     store_tile,
     tile_rows,
-    with_adjacent_features,
 )
 from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for, with_dense_rows
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _attend(
     return acc, total, largest_now
 
 
-@triton.jit
+@compiled_for(aligned=("q_ptr", "k_ptr", "v_ptr", "out_ptr"))
 def _elastic_attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -118,10 +118,12 @@ def elastic_attention(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel."""
     rows, num_heads, head_dim = q.shape
-    (q, q_strides), (k, k_strides), (v, v_strides) = map(with_adjacent_features, (q, k, v))
+    options = options_of(q.dtype, head_dim, backward=False)
+    q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (q, k, v))
+    (stride_qm, stride_qh, _), (stride_kn, stride_kh, _) = q.stride(), k.stride()
+    stride_vn, stride_vh, _ = v.stride()
     out, lse = q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=torch.float32)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
-    options = options_of(q, (q_strides, k_strides, v_strides), backward=False)
     launch(
         _elastic_attention_fwd_kernel,
         (num_tiles(rows, batch, options["BLOCK_M"]) * num_heads,),
@@ -132,12 +134,12 @@ def elastic_attention(
         cu_tapes_ptr=cu_tapes.contiguous(),
         out_ptr=out,
         lse_ptr=lse,
-        stride_qm=q_strides.row,
-        stride_qh=q_strides.head,
-        stride_kn=k_strides.row,
-        stride_kh=k_strides.head,
-        stride_vn=v_strides.row,
-        stride_vh=v_strides.head,
+        stride_qm=stride_qm,
+        stride_qh=stride_qh,
+        stride_kn=stride_kn,
+        stride_kh=stride_kh,
+        stride_vn=stride_vn,
+        stride_vh=stride_vh,
         rows=rows,
         num_heads=num_heads,
         batch=batch,

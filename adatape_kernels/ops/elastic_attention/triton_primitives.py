@@ -5,6 +5,7 @@ Row r of an example is row cu_inputs[i] + r of the buffer while r is less than t
 of inputs, and a tape row behind that. Kernels count tiles over r and load rows by computed address.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from adatape_kernels.ops.device_facts import DeviceFacts
 from adatape_kernels.ops.triton_runtime import tl, triton
+from adatape_kernels.ops.triton_specialization import ALIGNMENT
 
 MAX_HEAD_DIM = 256
 """Widest head whose tiles fit a multiprocessor."""
@@ -26,23 +28,13 @@ def limits(device: DeviceFacts, rows: Tensor, *rest: Any) -> str | None:
     return f"it takes heads of up to {MAX_HEAD_DIM} features, not {head_dim}"
 
 
-class HeadStrides(NamedTuple):
-    """Steps through a tensor (rows, num_heads, head_dim) whose features are adjacent."""
+@functools.cache
+def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str, int]:
+    """Choose tiles by dtype and head_dim alone: an example's bits may not follow its batch.
 
-    row: int
-    head: int
-
-
-def with_adjacent_features(x: Tensor) -> tuple[Tensor, HeadStrides]:
-    """Return the tensor or, if its features do not stand side by side, a copy; and its strides."""
-    x = x if x.stride(2) == 1 else x.contiguous()
-    return x, HeadStrides(x.stride(0), x.stride(1))
-
-
-def options_of(q: Tensor, strides: tuple[HeadStrides, ...], *, backward: bool) -> dict[str, int]:
-    """Choose tiles by dtype and head_dim alone: an example's bits may not follow its batch."""
-    head_dim, steps = q.shape[2], [step for stride in strides for step in stride]
-    if q.dtype == torch.float32:  # without tensor cores, operands in registers
+    VECTOR are the elements of the widest access by which heads of this width can be read.
+    """
+    if dtype == torch.float32:  # without tensor cores, operands in registers
         block_m, block_n = 32, 32 if head_dim <= 64 else 16
         num_warps = 4 if head_dim <= 32 else 8
     else:
@@ -51,7 +43,7 @@ def options_of(q: Tensor, strides: tuple[HeadStrides, ...], *, backward: bool) -
         num_warps = 4 if head_dim <= 64 else 8
     return {
         "HEAD_DIM": head_dim,
-        "VECTOR": math.gcd(16 // q.element_size(), head_dim, *steps),
+        "VECTOR": math.gcd(ALIGNMENT // dtype.itemsize, head_dim),
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -1,22 +1,22 @@
 """The gradients of `tape_gather` in Triton: a dot product a weight, a segment sum for the bank."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from adatape_kernels.ops.tape_gather.triton_primitives import BLOCK_D, offsets_of, token_row
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_segment_sum import segment_sum
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
-from adatape_kernels.ops.triton_segment_sum import segment_sum
 
 
-@triton.jit
+@compiled_for(aligned=("dtape_ptr", "bank_ptr"))
 def _tape_gather_bwd_kernel(
     dtape_ptr,
     bank_ptr,
@@ -65,6 +65,13 @@ def _tape_gather_bwd_kernel(
     tl.store(row_of_ptr + reads, row.to(tl.int32), mask_k)
 
 
+@functools.cache
+def _block(topk: int) -> dict[str, int]:
+    """Return the block of a token's reads, and the warps that it takes."""
+    block_k = triton.next_power_of_2(topk)
+    return {"BLOCK_K": block_k, "num_warps": min(max(block_k * BLOCK_D // 1024, 1), 8)}
+
+
 @kernel()
 def tape_gather_bwd(
     dtape: Tensor, bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor
@@ -77,8 +84,8 @@ def tape_gather_bwd(
     dtape, bank, indices = with_dense_rows(dtape), with_dense_rows(bank), indices.contiguous()
     offsets, _ = offsets_of(counts, indices, bank_size, check_indices=False)
     dweights = weights.new_empty(weights.shape)
-    entries, row_of = indices.new_empty(2, batch, num_tape_tokens * topk)
-    strides, block_k = bank_strides(bank), triton.next_power_of_2(topk)
+    entries, row_of = (indices.new_empty(batch, num_tape_tokens * topk) for _ in range(2))
+    strides = bank_strides(bank)
     launch(
         _tape_gather_bwd_kernel,
         (batch * num_tape_tokens,),
@@ -98,9 +105,8 @@ def tape_gather_bwd(
         num_rows=len(dtape),
         TOPK=topk,
         VECTOR=elements_per_access(bank, dtape),
-        BLOCK_K=block_k,
         BLOCK_D=BLOCK_D,
-        num_warps=min(max(block_k * BLOCK_D // 1024, 1), 8),
+        **_block(topk),
     )
     dbank = segment_sum(
         dtape,

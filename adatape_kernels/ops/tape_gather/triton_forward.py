@@ -4,18 +4,16 @@ from torch import Tensor
 
 from adatape_kernels.ops.reading_checks import check_reads
 from adatape_kernels.ops.tape_gather.triton_primitives import BLOCK_D, offsets_of, token_row
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
 
 
-@triton.jit
+@compiled_for(aligned=("bank_ptr", "tape_ptr"))
 def _tape_gather_fwd_kernel(
     bank_ptr,
     indices_ptr,
@@ -75,7 +73,7 @@ def tape_gather(
     strides = bank_strides(bank)
     launch(
         _tape_gather_fwd_kernel,
-        (max(batch * num_tape_tokens, num_rows), triton.cdiv(dim, BLOCK_D)),
+        (max(batch * num_tape_tokens, num_rows), num_blocks(dim, BLOCK_D)),
         bank_ptr=bank,
         indices_ptr=indices,
         weights_ptr=weights,

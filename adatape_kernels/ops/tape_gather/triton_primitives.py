@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from adatape_kernels.ops.triton_runtime import launch, tl, triton
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
+from adatape_kernels.ops.triton_specialization import compiled_for
 
 BLOCK_D = 256
 """Features of a program's block: a warp covers them by one access of 16 bytes a lane at 16 bits a
@@ -29,7 +30,7 @@ def offsets_of(
     """Sum the counts (batch,), and look for corrupt ones; and for corrupt indices, if asked to."""
     batch, num_tape_tokens, topk = indices.shape
     found = GatherOffsets(counts.new_empty(batch + 1), counts.new_zeros(2))
-    checks = triton.cdiv(indices.numel(), _BLOCK) if check_indices else 0
+    checks = num_blocks(indices.numel(), _BLOCK) if check_indices else 0
     launch(
         _tape_gather_offsets_kernel,
         (1 + checks,),
@@ -47,7 +48,7 @@ def offsets_of(
     return found
 
 
-@triton.jit
+@compiled_for()
 def _tape_gather_offsets_kernel(
     counts_ptr,
     indices_ptr,

@@ -3,20 +3,20 @@
 `reference.tape_select_bwd` states the formula.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from adatape_kernels.ops.tape_select.triton_primitives import softmax
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_segment_sum import segment_sum
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     elements_per_access,
-    kernel,
-    launch,
-    tl,
-    triton,
     with_dense_rows,
 )
-from adatape_kernels.ops.triton_segment_sum import segment_sum
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _columns(key_rows, state_row, mask_j, offs_c, key_dim):
     return rows.to(tl.float32), tl.load(state_row + offs_c, mask=mask_c, other=0.0)
 
 
-@triton.jit
+@compiled_for(aligned=("query_ptr", "keys_ptr", "states_ptr", "dquery_ptr", "drows_ptr"))
 def _tape_select_bwd_kernel(
     query_ptr,
     keys_ptr,
@@ -155,11 +155,12 @@ def _tape_select_bwd_kernel(
         tl.store(dquery_ptr + example * key_dim + offs_c, dq, mask=offs_c < key_dim)
 
 
-def _config(keys: Tensor, topk: int) -> dict:
+@functools.cache
+def _config(key_dim: int, vector: int, topk: int) -> dict:
     block_j = triton.next_power_of_2(topk)
-    block_c = min(triton.next_power_of_2(keys.shape[-1]), 2048 // block_j)
+    block_c = min(triton.next_power_of_2(key_dim), 2048 // block_j)
     return dict(
-        VECTOR=elements_per_access(keys),
+        VECTOR=vector,
         BLOCK_J=block_j,
         BLOCK_C=block_c,
         num_warps=max(block_j * block_c // 512, 1),
@@ -193,7 +194,7 @@ def tape_select_bwd(
     else:
         drows, mode = query.new_zeros(bank_size, key_dim, dtype=torch.float32), "add"
     dquery = query.new_empty(query.shape)
-    config = _config(keys, topk)
+    config = _config(key_dim, elements_per_access(keys), topk)
     strides = bank_strides(keys, config["VECTOR"])
     launch(
         _tape_select_bwd_kernel,

@@ -1,18 +1,18 @@
 """`tape_select` in Triton: all steps of an example in one launch, its queries in a scratch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
 from adatape_kernels.ops.tape_select.triton_primitives import softmax
-from adatape_kernels.ops.triton_runtime import (
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl, triton
+from adatape_kernels.ops.triton_specialization import (
     bank_strides,
+    compiled_for,
     in_whole_accesses,
-    kernel,
-    launch,
-    tl,
-    triton,
 )
 
 
@@ -95,7 +95,7 @@ def _scores(
     return tl.where(tl.abs(high) < float("inf"), high + low, high)
 
 
-@triton.jit
+@compiled_for(aligned=("query_ptr", "keys_ptr", "q_ptr", "order_ptr"))
 def _tape_select_fwd_kernel(
     query_ptr,
     keys_ptr,
@@ -267,19 +267,20 @@ def _tape_select_fwd_kernel(
     tl.store(counts_ptr + offs_b, counts, mask=mask_b)
 
 
-def _config(keys: Tensor, topk: int) -> dict:
-    """Tile sizes, pipeline, warps and registers of the forward kernel.
+@functools.lru_cache(maxsize=4096)
+def _config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
+    """Tile sizes, pipeline, warps and registers of the forward kernel, for keys of this shape.
 
     An own bank's BLOCK_K, by which a score is summed, depends on neither the batch nor the bank's
     size, to which a batch may be padded. Without a bound on registers ptxas spills some, to fit
     more programs on a multiprocessor.
     """
-    bank_size, key_dim = keys.shape[-2:]
-    split = keys.dim() == 2 and keys.dtype == torch.bfloat16
+    bank_size, key_dim = shape[-2:]
+    split = len(shape) == 2 and dtype == torch.bfloat16
     block_j, width = triton.next_power_of_2(topk), triton.next_power_of_2(key_dim)
-    if keys.dim() == 3:
+    if len(shape) == 3:
         block_m = min(max(triton.next_power_of_2(bank_size), 128), 1024)
-        block_b, block_k, block_c = 1, 64 // keys.itemsize, max(2048 // block_j, 8)
+        block_b, block_k, block_c = 1, 64 // dtype.itemsize, max(2048 // block_j, 8)
         launch_options = dict(num_warps=block_m // 64, num_stages=1, maxnreg=128)
     elif bank_size <= 1 << 14:
         block_m, block_k = 128, 16
@@ -293,8 +294,8 @@ def _config(keys: Tensor, topk: int) -> dict:
     return dict(
         SPLIT=split,
         WHOLE_KEY=block_k >= key_dim,
-        VECTOR=16 // keys.itemsize,
-        NUM_TILES=triton.next_power_of_2(triton.cdiv(bank_size, block_m)),
+        VECTOR=16 // dtype.itemsize,
+        NUM_TILES=triton.next_power_of_2(num_blocks(bank_size, block_m)),
         BLOCK_B=block_b,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
@@ -320,13 +321,13 @@ def tape_select(
     scale = query.shape[1] ** -0.5
     query, keys = in_whole_accesses(query), in_whole_accesses(keys)
     (batch, key_dim), bank_size = query.shape, keys.shape[-2]
-    config = _config(keys, topk)
+    config = _config(keys.dtype, keys.shape, topk)
     outputs = empty_outputs(query, num_tape_tokens, topk)
     tiles = config["NUM_TILES"] if config["NUM_TILES"] > 1 else 0
     strides = bank_strides(keys, config["VECTOR"])
     launch(
         _tape_select_fwd_kernel,
-        (triton.cdiv(batch, config["BLOCK_B"]),),
+        (num_blocks(batch, config["BLOCK_B"]),),
         query_ptr=query,
         keys_ptr=keys,
         read_mask_ptr=None if read_mask is None else read_mask.contiguous(),

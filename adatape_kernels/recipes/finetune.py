@@ -1,0 +1,253 @@
+"""What a tape adds to a pretrained ViT: it is fine-tuned without one and with one, side by side.
+
+Every run is one of `train`, in a folder of its own: the source where none is given, a plain ViT
+that reads nothing; and from that source, for each seed, one run of each kind of `finetune_report`,
+with the same images, epochs and learning rates.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adatape_kernels.arguments import check_kind, check_path, shown
+from adatape_kernels.data import load
+from adatape_kernels.data.printable import printable
+from adatape_kernels.models.value_checks import as_flag, as_integer
+from adatape_kernels.recipes import checkpoint, model_loading, pictures, train
+from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
+from adatape_kernels.recipes.model_report import REPORT
+from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument, leftovers
+from adatape_kernels.recipes.source_file import SourceFile, timm_tensors
+from adatape_kernels.recipes.terminal import lenient_output
+from adatape_kernels.recipes.train_config import TrainConfig, given_options, option_name
+
+PLAN = "finetune.json"
+"""Name of the file that holds what a comparison was started with."""
+SOURCE = "vit.safetensors"
+"""Name of the file of a source that was trained here, in timm's names."""
+DEFAULT_SEEDS, MOST_SEEDS = 3, 100
+
+# Options of `train` that make the ViT, which a source brings with it.
+_OF_THE_VIT = ("variant", "image_size", "patch", "dim", "depth", "heads", "ffn", "activation")
+# Options of `train` by which both the source and what is fine-tuned from it are trained.
+_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed")
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """What a comparison was started with, as its folder keeps it."""
+
+    options: dict[str, Any]
+    """Options of `train` that were given."""
+    data_dir: str | None
+    source: str | None
+    """The file of the source; None for one that is trained here."""
+    source_epochs: int | None
+    seeds: int
+
+    def source_options(self) -> dict[str, Any]:
+        """Return the options of the run that trains the source."""
+        names = (*_OF_BOTH, *_OF_THE_VIT)
+        given = {name: self.options[name] for name in names if name in self.options}
+        own = {"num_tape_tokens": 0, "epochs": self.source_epochs, "activation": "gelu"}
+        return {**own, **given, "split_seed": self._split()}
+
+    def kind_options(self, kind: str, number: int) -> dict[str, Any]:
+        """Return the options of one run that begins with the source."""
+        options = {**self.options, **KINDS[kind]}
+        if self.source is None:  # all but two of the ViT's are in its file
+            made = TrainConfig.of(self.source_options())
+            vit = made.vit_config(num_classes=1, in_channels=3)
+            options = {name: v for name, v in options.items() if name not in _OF_THE_VIT}
+            options |= {"heads": vit.num_heads, "activation": vit.activation}
+        seed = self.options.get("seed", 0) + number
+        return {**options, "seed": seed, "split_seed": self._split()}
+
+    def _split(self) -> int:
+        """Return the seed of the split, which all runs have in common."""
+        return self.options.get("split_seed", self.options.get("seed", 0))
+
+    def check(self) -> None:
+        """Raise ValueError where options are wrong, before any training."""
+        bank = self.options.get("bank")
+        if bank is not None:
+            raise ValueError(f"bank: expected none, as both kinds are compared, got {shown(bank)}")
+        if self.options.get("num_tape_tokens") == 0:
+            raise ValueError("num-tape-tokens: expected 1 or more, as the control has none, got 0")
+        last = self.options.get("seed", 0) + self.seeds - 1
+        if self.source is None:
+            TrainConfig.of(self.source_options())
+            for kind in KINDS:
+                TrainConfig.of({**self.options, **KINDS[kind], "seed": last})
+        else:
+            if self.source_epochs is not None:
+                raise ValueError(
+                    f"source-epochs: expected none with a source, got {self.source_epochs}"
+                )
+            start = _read_source(Path(self.source), self.options)
+            for kind in KINDS:
+                TrainConfig.of(self.kind_options(kind, self.seeds - 1), start)
+
+
+def run(
+    out: str | Path,
+    options: Mapping[str, Any],
+    *,
+    data_dir: str | Path | None = None,
+    source: str | Path | None = None,
+    source_epochs: int | None = None,
+    seeds: int | None = None,
+    resume: bool = False,
+) -> FinetuneReport:
+    """Fine-tune a ViT without and with tapes, or go on with that, and write report.json into `out`.
+
+    Args:
+        out: a new or empty folder, or one that holds a comparison to resume.
+        options: values by field of `train`'s TrainConfig; absent or None where the default is
+            wanted, or on resume what the comparison was started with. Epochs and learning rate are
+            those of the fine-tuning; seed is the first of the seeds.
+        data_dir: the image set's folder, as in `data.load`; on resume None is where it was.
+        source: a safetensors file of a ViT of timm or torchvision, with which options must hold
+            heads; None to train one first, of the sizes in options.
+        source_epochs: epochs of the source that is trained here; None for the image set's default.
+        seeds: how often each kind is fine-tuned, with seeds that follow one another; None for 3.
+        resume: go on; runs that are done are not repeated.
+
+    Raises:
+        ValueError: an option, the image set, the source or a checkpoint is not what was expected.
+        RuntimeError: a package is missing, or a loss is not finite.
+        OSError: a file cannot be read or written.
+        KeyboardInterrupt: the comparison was interrupted; the message says how far it has come.
+    """
+    folder = folder_argument("out", out)
+    check_kind("options", options, Mapping)
+    as_flag("resume", resume)
+    pictures.require("finetune")
+    (check_run_folder if resume else check_output_folder)(folder)
+    given: dict[str, Any] = {
+        "options": given_options(options),
+        "data_dir": None if data_dir is None else _whole(folder_argument("data-dir", data_dir)),
+        "source": None if source is None else _whole(check_path("source", source)),
+        "source_epochs": source_epochs,
+        "seeds": None if seeds is None else as_integer("seeds", seeds, 1, MOST_SEEDS),
+    }
+    plan = _saved_plan(folder, given) if resume else _new_plan(folder, given)
+    with lenient_output(), contextlib.ExitStack() as until_the_end:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = until_the_end.enter_context(claim(folder))
+        if not resume:
+            own.write(PLAN, (json.dumps(vars(plan), indent=2) + "\n").encode())
+        return _run(own, plan)
+
+
+def _whole(path: Path) -> str:
+    """Return a path by which the same file is found from any folder."""
+    return str(path.resolve())
+
+
+def _new_plan(folder: Path, given: dict[str, Any]) -> FinetunePlan:
+    """Return what to do, once all is checked that can be before training. Raises ValueError."""
+    names = {inner.name for inner in folder.iterdir()} if folder.exists() else set()
+    found = min(names - leftovers(folder), default=None)
+    if found is not None:
+        hint = ", or --resume" if PLAN in names else ""
+        raise ValueError(
+            f"out: expected a new or empty folder{hint}, got {printable(folder)}, "
+            f"which holds {printable(PLAN if PLAN in names else found)}"
+        )
+    plan = FinetunePlan(**{**given, "seeds": given["seeds"] or DEFAULT_SEEDS})
+    plan.check()
+    return plan
+
+
+def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
+    """Return the plan that a folder holds.
+
+    Raises:
+        ValueError: there is none, or something that is given is not as in it.
+    """
+    file = folder / PLAN
+    try:
+        saved = json.loads(file.read_bytes())
+        plan = FinetunePlan(**saved)
+        as_integer("seeds", plan.seeds, 1, MOST_SEEDS)
+        plan.check()
+    except FileNotFoundError:
+        raise ValueError(f"resume: expected {printable(file)}, got no such file") from None
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{printable(file)}: expected the plan of a comparison, got {printable(error, 200)}"
+        ) from None
+    pairs = [(name, given[name], saved[name]) for name in ("source", "source_epochs", "seeds")]
+    for name, value in given["options"].items():
+        pairs.append((name, value, plan.options.get(name)))
+    for name, value, before in pairs:
+        if value is not None and value != before:
+            raise ValueError(
+                f"{option_name(name)}: expected {shown(before)}, as in {printable(file)}, "
+                f"got {shown(value)}"
+            )
+    return plan if given["data_dir"] is None else replace(plan, data_dir=given["data_dir"])
+
+
+def _run(out: RunFolder, plan: FinetunePlan) -> FinetuneReport:
+    """Do what is not done yet, and write the report."""
+    file = out.folder / SOURCE if plan.source is None else Path(plan.source)
+    runs = {
+        kind: [out.folder / f"{kind}-{number}" for number in range(plan.seeds)] for kind in KINDS
+    }
+    try:
+        if plan.source is None:
+            made = out.folder / "source"
+            _train(made, plan.source_options(), plan.data_dir, None)
+            if not file.exists():
+                _write_source(out, made)
+        for number in range(plan.seeds):
+            for kind, folders in runs.items():
+                _train(folders[number], plan.kind_options(kind, number), plan.data_dir, file)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{out.folder} holds what is done; --resume goes on from there"
+        ) from None
+    configs = [TrainConfig.of_saved(checkpoint.load(runs[kind][0]).config) for kind in KINDS]
+    one = configs[0]
+    data = load(one.data, plan.data_dir, image_size=one.image_size, seed=one.split)
+    start = _read_source(file, plan.kind_options("plain", 0))
+    vits = {
+        kind: config.vit_config(data.num_classes, start.config.in_channels)
+        for kind, config in zip(KINDS, configs, strict=True)
+    }
+    found = report(start, data, vits, runs)
+    entries = {**found.entries(), "plan": vars(plan), "source_sha256": start.facts.sha256}
+    out.write(REPORT, (json.dumps(entries, indent=2) + "\n").encode())
+    print(found.table())
+    print(f"runs and report: {printable(out.folder)}{os.sep}")
+    return found
+
+
+def _train(
+    out: Path, options: Mapping[str, Any], data_dir: str | None, source: Path | None
+) -> None:
+    """Bring one run to its end, from wherever it is."""
+    if train.finished(out, options, source):
+        return
+    print(f"\n{printable(out)}:")
+    resume = (out / checkpoint.INDEX).exists()
+    train.run(out, options, data_dir=data_dir, source=source, resume=resume)
+
+
+def _write_source(out: RunFolder, made: Path) -> None:
+    """Write the ViT of a finished run as timm would."""
+    import safetensors.torch
+
+    model: Any = model_loading.load(made)
+    out.write(SOURCE, safetensors.torch.save(timm_tensors(model), {"format": "pt"}))
+
+
+def _read_source(file: Path, options: Mapping[str, Any]) -> SourceFile:
+    return SourceFile.read(file, heads=options.get("heads"), activation=options.get("activation"))
