@@ -18,6 +18,7 @@ from torch import Tensor
 from adatape_kernels import ops
 from adatape_kernels.models import AdaTapeViT, adatape_vit
 from adatape_kernels.models.value_checks import as_choice
+from adatape_kernels.ops import refusal_probe
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import (
     BACKENDS,
@@ -89,6 +90,8 @@ class Kernel(NamedTuple):
 def findings(device: str) -> Iterator[Finding]:
     """Run every check on the device, which must be torch's default."""
     reached: set[Kernel] = set()
+    if any(kernel.backend in ("cpp", "cuda") for kernel in _kernels(device)):
+        yield Finding("errors raised in C++ reach Python", refusal_probe.fault())
     for case in check_cases():
         yield from _each_kernel(case.op, case.name, device, reached, _accuracy, case)
     for op, alone in (
