@@ -33,14 +33,17 @@ define sanitized
 	PATH="$(abspath $(bin)):$$PATH" cmake --build build/$(2) --target all adatape_cuda_host
 	rm -rf $(site) && mkdir -p $(site) && cp -r adatape_kernels $(site) && rm -f $(site)/*/_C*
 	PATH="$(abspath $(bin)):$$PATH" cmake --install build/$(2) --prefix $(site)
-	$(call under_sanitizer,$(2)) $(bin)/pytest -q -p no:cacheprovider tests/ops -m $(3) $(ARGS)
+	$(call under_sanitizer,$(2)) $(bin)/pytest -q --capture=sys -p no:cacheprovider tests/ops -m $(3) $(ARGS)
 endef
-# $(call under_sanitizer,NAME) is what stands before a command that is to run on that copy.
+# $(call under_sanitizer,NAME) is what stands before a command that is to run on that copy. gcc's
+# ThreadSanitizer does not start at every random place that Linux may load it to, so addresses are not
+# random, where a container allows that. pytest's --capture=sys lets a sanitizer's last words through.
+fixed_addresses := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 under_sanitizer = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) \
   $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
   TSAN_OPTIONS="allocator_may_return_null=1 suppressions=$(abspath tests/tsan.supp) ignore_noninstrumented_modules=1" \
   ADATAPE_SANITIZER=$(1) ADATAPE_CUDA_HOST=$(abspath build/$(1))/adatape_cuda_host.so \
-  PYTHONPATH=$(abspath build/$(1)/site)
+  PYTHONPATH=$(abspath build/$(1)/site) $(fixed_addresses)
 
 # $(call run_fuzzer,SECONDS,BACKENDS), or with CASE that case again. It runs in tests/, so that Python
 # does not find the package of the working tree first.
@@ -136,6 +139,7 @@ gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minu
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
 	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
 	  --results benchmarks/results --readme README.md $(ARGS)
+	$(bin)/python -m adatape_kernels.benchmarks.reports.gpu_performance docs/gpu-performance.md
 
 lint: $(lint_ready)  ## check style
 	$(bin)/ruff check

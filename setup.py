@@ -81,6 +81,21 @@ def one_of(variable: str, *values: str) -> str:
     return value
 
 
+def reason_in(output: str) -> str:
+    """The first error that CMake, ninja or a compiler printed, in one line that CMake can take."""
+    # A compiler's own words say more than CMake's about it, which come behind them.
+    for pattern in (
+        r"^\s*nvcc (?:fatal|error)\s*:\s*(.+)$",
+        r"\b(?:fatal )?error:\s*(.+)$",
+        r"(#error .+)$",
+        r"^CMake Error\b.*\n+((?:.+\n)+)",
+    ):
+        if found := re.search(pattern, output, re.MULTILINE):
+            words = re.sub(r"[^\w .,:()/=+*<>'-]+", " ", found[1].replace('"', "'"))
+            return " ".join(words.split())[:200]
+    return "`pip install -v` shows why"
+
+
 def check_setuptools() -> None:
     """Name a setuptools that cannot read pyproject.toml before it fails over it at length."""
     if int(setuptools.__version__.split(".")[0]) < 77:
@@ -88,6 +103,32 @@ def check_setuptools() -> None:
             "error: setuptools 77 or newer is needed, and this is "
             f"{setuptools.__version__} (pip install 'setuptools>=77')"
         )
+
+
+class BuildFailed(CompileError):
+    """The compiled part could not be built; `reason` has the first error in one line."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"the compiled part could not be built, see the messages above ({reason}); "
+            "ADATAPE_CUDA=skip installs without its kernels for GPUs, ADATAPE_BUILD=python "
+            "without all of it"
+        )
+
+
+def run_aloud(command: list[str | Path | None]) -> None:
+    """Run a program and print what it prints, line by line; raises BuildFailed where it fails."""
+    pipe = subprocess.PIPE
+    lines = []
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise BuildFailed(reason_in("".join(lines)))
 
 
 class CMakeBuild(build_ext):
@@ -147,11 +188,12 @@ class CMakeBuild(build_ext):
             return
         try:
             self.cmake(ext, require_cuda=cuda == "require")
-        except CompileError:
+        except BuildFailed as error:
             required = "require" in (cuda, os.environ.get("ADATAPE_BUILD"))
             if required or not torch_has_cuda():
                 raise
-            self.cmake(ext, why_no_cuda="it could not be built here, `pip install -v` shows why")
+            print(f"adatape-kernels: without kernels for GPUs, because {error.reason}")
+            self.cmake(ext, why_no_cuda=f"it could not be built here: {error.reason}")
 
     def cmake(self, ext: Extension, why_no_cuda: str = "", require_cuda: bool = False) -> None:
         """Configure, build and install with CMake, in a tree that the next build takes up again."""
@@ -163,23 +205,18 @@ class CMakeBuild(build_ext):
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # CMake's cache keeps the tools of its first run, which may have changed or gone since.
-        variables = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CMAKE_BUILD_TYPE")]
-        record, settings = tree / "adatape_settings.txt", repr((configure, variables))
+        names = ("CXX", "CXXFLAGS", "CMAKE_BUILD_TYPE", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
+        record = tree / "adatape_settings.txt"
+        settings = repr((configure, [os.environ.get(name) for name in names]))
         if not record.exists() or record.read_text() != settings:
             configure.append("--fresh")
+        record.unlink(missing_ok=True)
 
         prefix = Path(self.get_ext_fullpath(ext.name)).parents[1]
-        try:
-            subprocess.run(configure, check=True)
-            record.write_text(settings)
-            subprocess.run([cmake, "--build", tree], check=True)
-            subprocess.run([cmake, "--install", tree, "--prefix", prefix], check=True)
-        except subprocess.CalledProcessError:
-            raise CompileError(
-                "the compiled part could not be built, see the messages above; "
-                "ADATAPE_CUDA=skip installs without its kernels for GPUs, ADATAPE_BUILD=python "
-                "without all of it"
-            ) from None
+        run_aloud(configure)
+        record.write_text(settings)
+        run_aloud([cmake, "--build", tree])
+        run_aloud([cmake, "--install", tree, "--prefix", prefix])
 
 
 check_setuptools()

@@ -2,19 +2,24 @@
 
 from adatape_kernels import _build, layers, models, ops, scenic
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.elastic_examples import ElasticExample
 from adatape_kernels.models.model_file import save
+from adatape_kernels.models.pretrained import patch, unpatch
 from adatape_kernels.ops.compiled_part import FACTS
 from adatape_kernels.ops.op import use_backend
 from adatape_kernels.recipes.model_loading import load
 
 __all__ = [
     "ElasticBatch",
+    "ElasticExample",
     "layers",
     "load",
     "models",
     "ops",
+    "patch",
     "save",
     "scenic",
+    "unpatch",
     "use_backend",
 ]
 

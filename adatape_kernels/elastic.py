@@ -1,23 +1,32 @@
 """ElasticBatch: a batch whose examples own different numbers of rows (SPEC 5).
 
-rows: | inputs of 0 | … | inputs of B-1 | tape of 0 | … | tape of B-1 | unused (capacity mode) |
-      cu_inputs[0] = 0                   cu_tapes[0] = cu_inputs[B]
-
-It has more than 400 lines because every method has an example that a doctest runs.
+`ElasticLayout`, which it extends, says where the rows of an example lie; here stands how a batch is
+made, taken apart, appended to and pooled. It has more than 400 lines because every method has an
+example that a doctest runs.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from adatape_kernels.arguments import check_flag, check_int, check_tensor, shown
+from adatape_kernels.elastic_examples import (
+    ElasticExample,
+    checked_examples,
+    example_at,
+    examples_of,
+)
+from adatape_kernels.elastic_layout import ElasticLayout
 from adatape_kernels.layout_checks import check_layout, checked_tape_offsets
 from adatape_kernels.offsets import (
     INTEGERS,
     as_int32,
+    can_be_seen,
     check_offsets,
     check_same_device,
     cumulative,
@@ -27,13 +36,19 @@ from adatape_kernels.pooling import Pooling, pool_rows
 from adatape_kernels.reentrant_checkpoint import refuse_reentrant_checkpoint
 
 
-@dataclass(frozen=True, eq=False)
-class ElasticBatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class ElasticBatch(ElasticLayout):
     """A batch of token sequences of any lengths, each with input rows and tape rows.
 
-    Make one with `from_padded`, `from_packed`, `from_nested` or `from_offsets`; the constructor
-    trusts its arguments. The input rows of all examples come first, example after example, then
-    the tape rows of all examples. In capacity mode unused rows follow, which belong to no example.
+    Make one with `from_padded`, `from_packed`, `from_nested`, `from_examples` or `from_offsets`;
+    the constructor trusts its arguments. The input rows of all examples come first, example after
+    example, then the tape rows of all examples. In capacity mode unused rows follow, which belong
+    to no example.
+
+    Its length is the number of examples, of which an empty batch has none and is false. Iteration
+    and an index give an `ElasticExample`, and a slice gives a batch; they copy the offsets to the
+    host. It moves and changes its dtype as a tensor does, by `to`, `half` and their like, while the
+    offsets stay int32. Batches are equal (`==`) only if they are the same object.
 
     It is a pytree node of torch, whose leaves are its attributes in their order. A checkpoint takes
     one with use_reentrant=False; the reentrant form, which gives gradients to bare tensors only, is
@@ -60,16 +75,6 @@ class ElasticBatch:
         >>> batch.data.shape, batch.lens.tolist()
         (torch.Size([6, 8]), [4, 2])
     """
-
-    data: Tensor
-    cu_inputs: Tensor
-    cu_tapes: Tensor
-    num_input_rows: int
-    min_inputs: int
-    max_inputs: int
-    max_tapes: int = 0
-    exact: bool = True
-    row_multiple: int = 1
 
     @classmethod
     def from_offsets(
@@ -237,12 +242,91 @@ class ElasticBatch:
             )
         return cls.from_packed(nested.values(), jagged.offsets(), tape_lens)
 
-    def to_padded(self) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def from_examples(
+        cls, examples: Iterable[Tensor | tuple[Tensor, Tensor] | ElasticExample]
+    ) -> "ElasticBatch":
+        """Put examples into one batch, which copies them; a DataLoader takes it as collate_fn.
+
+        Args:
+            examples: at least one, each of them input rows (rows, dim), or a pair of input rows and
+                tape rows, as iteration over a batch gives them.
+
+        Raises:
+            ValueError: there is none, or a shape, dtype or device differs from the first one's.
+            TypeError: one is of another type altogether.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_examples([torch.zeros(2, 8), torch.zeros(5, 8)])
+            >>> batch.lens.tolist(), ak.ElasticBatch.from_examples(reversed(batch)).lens.tolist()
+            ([2, 5], [5, 2])
+        """
+        return cls._joined(checked_examples(examples))
+
+    @classmethod
+    def _joined(cls, examples: list[ElasticExample], empty: Tensor | None = None) -> "ElasticBatch":
+        """Return a batch of examples that match; `empty` (0, dim) matches where there are none."""
+        inputs, tapes = [each.inputs for each in examples], [each.tape for each in examples]
+        data = torch.cat([*inputs, *tapes] if empty is None else [empty, *inputs, *tapes])
+        input_lens, tape_lens = [len(rows) for rows in inputs], [len(rows) for rows in tapes]
+        rows = sum(input_lens)
+        offsets = torch.tensor(
+            [list(accumulate(input_lens, initial=0)), list(accumulate(tape_lens, initial=rows))],
+            dtype=torch.int32,
+            device=data.device,
+        )
+        return cls(
+            data,
+            offsets[0],
+            offsets[1],
+            rows,
+            min(input_lens, default=0),
+            max(input_lens, default=0),
+            max(tape_lens, default=0),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return self.batch
+
+    def __iter__(self) -> Iterator[ElasticExample]:
+        """Yield the examples, as views through which gradients pass."""
+        refuse_reentrant_checkpoint(self)
+        return examples_of(self.data, self.cu_inputs, self.cu_tapes)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, index: int) -> ElasticExample: ...
+
+        @overload
+        def __getitem__(self, index: slice) -> "ElasticBatch": ...
+
+    def __getitem__(self, index: int | slice) -> "ElasticExample | ElasticBatch":
+        """Return one example as views, or a batch of a copy of the examples of a slice."""
+        if isinstance(index, slice):
+            joined = type(self)._joined(list(self)[index], self.data[:0])
+            return joined.round_rows(self.row_multiple) if self.row_multiple > 1 else joined
+        number = check_int("index", index, None)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"index: expected one of {len(self)} examples, got {number}")
+        refuse_reentrant_checkpoint(self)
+        return example_at(number % len(self), self.data, self.cu_inputs, self.cu_tapes)
+
+    def to_padded(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the examples' rows padded with zeros, and the mask of those that are valid.
 
+        Args:
+            length: so many rows for each example; None for those of the longest, whose number is
+                copied to the host.
+
         Returns:
-            (batch, longest, dim), the input rows of each example before its tape rows, and
-            (batch, longest) bool. Copies the length of the longest example to the host.
+            (batch, length, dim), the input rows of each example before its tape rows, and
+            (batch, length) bool.
+
+        Raises:
+            ValueError: where the offsets lie on the host, an example has more rows than length.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -252,12 +336,30 @@ class ElasticBatch:
             >>> padded.shape, mask.tolist()
             (torch.Size([2, 2, 8]), [[True, True], [True, False]])
         """
-        packed, cu_seqlens = self.to_packed()
-        lens = as_int32("cu_seqlens", cu_seqlens).diff()
-        longest = int(lens.max()) if self.batch else 0
-        mask = torch.arange(longest, device=lens.device) < lens.unsqueeze(1)
-        padded = packed.new_zeros(self.batch, longest, *packed.shape[1:])
-        return padded.index_put((mask,), packed), mask
+        refuse_reentrant_checkpoint(self)
+        lens = self.lens
+        if length is None:
+            length = int(lens.max()) if self.batch else 0
+        elif can_be_seen(lens) and self.batch:
+            check_int("length", length, int(lens.max()))
+        else:
+            length = check_int("length", length)
+        mask = torch.arange(length, device=lens.device) < lens.unsqueeze(1)
+        # One place more than there are, for the rows that belong to no example.
+        places = self.data.new_zeros(self.batch * length + 1, *self.data.shape[1:])
+        places = places.index_copy(0, self._padded_places(length), self.data)
+        return places[:-1].view(self.batch, length, *self.data.shape[1:]), mask
+
+    def _padded_places(self, length: int) -> Tensor:
+        """Return the place of each row in (batch · length), or batch · length if it has none."""
+        row = torch.arange(self.data.shape[0], device=self.data.device)
+        example = self.example_of_rows()
+        first_input, first_tape = self.cu_inputs[example], self.cu_tapes[example]
+        input_lens = torch.nn.functional.pad(self.input_lens, (0, 1))
+        in_tape = row - first_tape + input_lens[example]
+        position = torch.where(row < self.num_input_rows, row - first_input, in_tape)
+        exists = (example < self.batch) & (position < length)
+        return torch.where(exists, example * length + position, self.batch * length)
 
     def to_packed(self) -> tuple[Tensor, Tensor]:
         """Return the rows example after example, and their bounds.
@@ -289,182 +391,6 @@ class ElasticBatch:
         """
         packed, cu_seqlens = self.to_packed()
         return torch.nested.nested_tensor_from_jagged(packed, cu_seqlens.to(torch.int64))
-
-    @property
-    def batch(self) -> int:
-        """Number of examples.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(
-            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
-            ... )
-            >>> batch.batch
-            2
-        """
-        return self.cu_inputs.shape[0] - 1
-
-    @property
-    def input_lens(self) -> Tensor:
-        """Number of input rows of each example, (batch,) int32.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(
-            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
-            ... )
-            >>> batch.input_lens.tolist()
-            [3, 1]
-        """
-        return self.cu_inputs.diff()
-
-    @property
-    def tape_lens(self) -> Tensor:
-        """Number of tape rows of each example, (batch,) int32.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(
-            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
-            ... )
-            >>> batch.tape_lens.tolist()
-            [0, 2]
-        """
-        return self.cu_tapes.diff()
-
-    @property
-    def lens(self) -> Tensor:
-        """Number of rows of each example, input and tape, (batch,) int32.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(
-            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
-            ... )
-            >>> batch.lens.tolist()
-            [3, 3]
-        """
-        return self.input_lens + self.tape_lens
-
-    @property
-    def max_rows(self) -> int:
-        """A bound on the number of rows of an example, known without synchronising.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(
-            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
-            ... )
-            >>> batch.max_rows
-            5
-        """
-        return self.max_inputs + self.max_tapes
-
-    @property
-    def num_used_rows(self) -> Tensor | None:
-        """Number of rows that examples own, an int32 scalar on the device; None when they own all.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(torch.zeros(1, 3, 8))
-            >>> batch.num_used_rows is None
-            True
-            >>> offsets = torch.tensor([0, 2], dtype=torch.int32)
-            >>> tape = torch.zeros(5, 8)
-            >>> batch.append_tape(tape, offsets, max_tapes=2, exact=False).num_used_rows
-            tensor(5, dtype=torch.int32)
-        """
-        return None if self.exact else self.cu_tapes[-1]
-
-    def example_of_rows(self) -> Tensor:
-        """Return the number of the example that owns each row, (rows,) int64.
-
-        An unused row gets the number of examples, one more than the last example's.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(
-            ...     torch.zeros(2, 3, 8), tape_lens=torch.tensor([0, 2])
-            ... )
-            >>> batch.example_of_rows().tolist()
-            [0, 0, 0, 1, 1, 1]
-        """
-        row = torch.arange(self.data.shape[0], device=self.data.device)
-        of_inputs, of_tapes = row[: self.num_input_rows], row[self.num_input_rows :]
-        # The owner of a row is the number of examples that end at or before it.
-        return torch.cat(
-            [
-                torch.searchsorted(self.cu_inputs[1:], of_inputs, right=True),
-                torch.searchsorted(self.cu_tapes[1:], of_tapes, right=True),
-            ]
-        )
-
-    def with_data(self, data: Tensor) -> "ElasticBatch":
-        """Return the same layout over another buffer.
-
-        Args:
-            data: (rows, any width), of any dtype.
-
-        Raises:
-            TypeError: the buffer is no tensor.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(torch.ones(2, 3, 8))
-            >>> batch.with_data(batch.data[:, :4]).data.shape
-            torch.Size([6, 4])
-        """
-        check_tensor("data", data)
-        refuse_reentrant_checkpoint(self)
-        return dataclasses.replace(self, data=data)
-
-    def clear_unused(self, data: Tensor) -> Tensor:
-        """Return a buffer of this layout with zeros in the unused rows, which capacity mode has.
-
-        Args:
-            data: (rows, any width).
-
-        Raises:
-            TypeError: the buffer is no tensor.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(torch.ones(1, 2, 1))
-            >>> offsets = torch.tensor([0, 1], dtype=torch.int32)
-            >>> batch = batch.append_tape(torch.ones(3, 1), offsets, max_tapes=1, exact=False)
-            >>> batch.clear_unused(batch.data).flatten().tolist()
-            [1.0, 1.0, 1.0, 0.0, 0.0]
-        """
-        check_tensor("data", data)
-        if self.exact:
-            return data
-        row = torch.arange(data.shape[0], device=data.device)
-        return data.where((row < self.cu_tapes[-1]).unsqueeze(1), 0)
-
-    def round_rows(self, multiple: int) -> "ElasticBatch":
-        """Return the batch with unused rows behind, so that their number is a multiple of this one.
-
-        What appends rows to the result rounds them up again. Results for the examples' rows are the
-        same. On a CPU it saves memory where batches of ever other lengths meet bfloat16: torch
-        keeps code for every number of rows that a product has had.
-
-        Args:
-            multiple: 1 or more.
-
-        Raises:
-            ValueError: the multiple is below 1.
-            TypeError: it is no whole number.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> batch = ak.ElasticBatch.from_padded(torch.ones(2, 5, 8)).round_rows(64)
-            >>> batch.data.shape, batch.lens.tolist()
-            (torch.Size([64, 8]), [5, 5])
-        """
-        multiple = check_int("multiple", multiple, 1)
-        refuse_reentrant_checkpoint(self)
-        data = torch.nn.functional.pad(self.data, (0, 0, 0, -len(self.data) % multiple))
-        return dataclasses.replace(self, data=data, exact=False, row_multiple=multiple)
 
     def append_tape(
         self, tape: Tensor, offsets: Tensor, *, max_tapes: int, exact: bool = True

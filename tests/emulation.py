@@ -4,12 +4,16 @@ Triton's kernels run in triton's interpreter, which `conftest.py` chooses before
 The CUDA kernels run as C++ on the host, in a library that tests/cuda_host builds.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+_whole_run = contextlib.ExitStack()
 CUDA_HOST = Path(__file__).parents[1] / "build/cuda_host/adatape_cuda_host.so"
 
 
@@ -23,8 +27,13 @@ def cuda_host_library():
 
 
 def load_cuda_host(path):
-    """Let every implementation in CUDA C++ serve the CPU, where the library has its kernels."""
+    """Let every implementation in CUDA C++ serve the CPU, where the library has its kernels.
+
+    They have the shared memory of 9.0, or as many KiB for a block as ADATAPE_SHARED_KIB says.
+    """
     torch.ops.load_library(path)
+    if kib := os.environ.get("ADATAPE_SHARED_KIB"):
+        _whole_run.enter_context(shared_memory(int(kib)))
     from adatape_kernels.ops.op import operation, registered_ops
 
     for name in registered_ops():
@@ -32,6 +41,78 @@ def load_cuda_host(path):
         if found is not None:
             there = dataclasses.replace(found, devices=("cuda", "cpu"), absent=None)
             operation(name).replace("cuda", there)
+
+
+class NotedLaunch(NamedTuple):
+    """A launch of a kernel of csrc/cuda, and a block's bytes of shared memory."""
+
+    place: str
+    """File and line."""
+    dynamic: int
+    static: int
+
+    @property
+    def bytes(self):
+        """What both take; dynamic shared memory begins at a multiple of 128 bytes."""
+        return self.dynamic + -(-self.static // 128) * 128
+
+
+@contextlib.contextmanager
+def noted_launches(*, run=False):
+    """Collect the launches of csrc/cuda; without `run` they do not run."""
+    library = ctypes.CDLL(str(cuda_host_library()))
+    note = library.adatape_cuda_host_note_launches
+    note.restype = ctypes.c_char_p
+    launches = []
+    note(2 if run else 1)
+    try:
+        yield launches
+    finally:
+        for line in note(0).decode().splitlines():
+            place, dynamic, static = line.split()
+            launches.append(NotedLaunch(place, int(dynamic), int(static)))
+
+
+@contextlib.contextmanager
+def shared_memory(kib):
+    """Let the host play a GPU whose blocks may have so much shared memory; yields its facts."""
+    from adatape_kernels.ops import device_facts
+
+    library = ctypes.CDLL(str(cuda_host_library()))
+    limit = library.adatape_cuda_host_limit_shared
+    limit.restype, limit.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    known, before = device_facts.EMULATED, limit(kib << 10)
+    device_facts.EMULATED = known._replace(shared_memory_per_block=kib << 10)
+    device_facts.facts_of.cache_clear()
+    try:
+        yield device_facts.EMULATED
+    finally:
+        limit(before)
+        device_facts.EMULATED = known
+        device_facts.facts_of.cache_clear()
+
+
+def compilation(launch):
+    """Return what Triton compiles a launch's kernel for: another such value is another compilation.
+
+    It goes by the dtypes of tensors and whether they are aligned, by the values of constants, and
+    by whether an integer is 1, a multiple of 16, or longer than 32 bits.
+    """
+
+    def kind(name, value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if isinstance(value, tuple):
+            return tuple(kind(name, part) for part in value)
+        if type(value) is int and not name.isupper() and name not in OPTIONS:
+            return value == 1, value % 16 == 0, abs(value) >= 2**31
+        return float if isinstance(value, float) and not name.isupper() else value
+
+    kinds = {name: kind(name, value) for name, value in launch.arguments.items()}
+    return launch.kernel.__name__, tuple(sorted(kinds.items(), key=lambda item: item[0]))
+
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def sum_products_in_one_order():

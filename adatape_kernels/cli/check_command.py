@@ -15,13 +15,21 @@ def add(commands: Any) -> None:
         help="compare every kernel with float64 here: can this machine's results be trusted?",
     )
     parser.add_argument("--device", help="cpu or cuda; default: cuda if it is there")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="processes; default: 1 on a CPU, else half as many as cores, up to 8; 1 where the GPU "
+        "serves one process at a time",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check every kernel on a device; 0 all passed, 1 one did not."""
     from adatape_kernels.recipes import check
+    from adatape_kernels.recipes.check_jobs import jobs_for
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    return 0 if check.run(device) else EXIT_FAILED
+    jobs = jobs_for(device) if arguments.jobs is None else arguments.jobs
+    return 0 if check.run(device, jobs) else EXIT_FAILED

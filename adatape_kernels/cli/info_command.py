@@ -12,9 +12,10 @@ import torch
 from adatape_kernels._build import VERSION
 from adatape_kernels.ops import triton_runtime
 from adatape_kernels.ops.compiled_part import FACTS
+from adatape_kernels.ops.device_facts import facts_for
 from adatape_kernels.ops.fast_autograd import missing_names
 from adatape_kernels.ops.op import BACKENDS
-from adatape_kernels.ops.support import DEVICES, Support, facts_for, supported
+from adatape_kernels.ops.support import DEVICES, Support, supported
 
 _SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _OP_WIDTH, _CALL_WIDTH, _CELL_WIDTH = 24, 42, 22

@@ -2,15 +2,29 @@
 
 from pathlib import Path
 
+from adatape_kernels.data.aspect_folder import AspectFolder, AspectImages, aspect_grid
 from adatape_kernels.data.cifar10 import cifar10
 from adatape_kernels.data.digits import digits
 from adatape_kernels.data.idx import DIGIT_CLASSES, FASHION_CLASSES, mnist_layout
 from adatape_kernels.data.image_folder import image_folder
 from adatape_kernels.data.image_set import ImageSet, Normaliser
+from adatape_kernels.data.packing import packed_batches, packed_indices
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
 
-__all__ = ["NAMES", "ImageSet", "Normaliser", "Preprocessing", "digits", "load"]
+__all__ = [
+    "NAMES",
+    "AspectFolder",
+    "AspectImages",
+    "ImageSet",
+    "Normaliser",
+    "Preprocessing",
+    "aspect_grid",
+    "digits",
+    "load",
+    "packed_batches",
+    "packed_indices",
+]
 
 NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "imagefolder")
 """The image sets that `load` knows."""

@@ -1,8 +1,12 @@
-"""One image file as a square of pixels: which formats, which modes, and what a damaged one says."""
+"""One image file as pixels: which formats, which modes, and what a damaged one says."""
 
+import contextlib
+import io
+import os
 import stat
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,9 @@ times as many; Pillow's own limit, of 179 million unless it was changed, holds f
 MOST_FILE_BYTES = 1 << 29
 """Most bytes that an image file may have; some decoders read it as a whole."""
 
+# A read of so many bytes is not worth asking how long the file is.
+_BLOCK = 1 << 16
+
 # Python's filters of warnings belong to the process, whose threads change them one at a time.
 _filters = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -37,8 +44,21 @@ _SPREAD = {"L;2": 85, "L;4": 17}
 def decode(file: Path, size: int) -> Tensor:
     """Return an image file as (3, size, size) uint8: upright, scaled, and cut to its middle.
 
+    As `decode_to` does for a square.
+    """
+    return decode_to(file, lambda height, width: (size, size))
+
+
+def decode_to(file: Path, sides: Callable[[int, int], tuple[int, int]]) -> Tensor:
+    """Return an image file as (3, height, width) uint8: upright, scaled, and cut to its middle.
+
     The turn that EXIF asks for is done where the whole EXIF block can be read; a picture with a
     broken one is taken as it is. `to_rgb` says what becomes of transparency and of other modes.
+
+    Args:
+        file: the image file.
+        sides: returns the height and the width that are wanted of a picture with the height and
+            width that it is given. Turned by a quarter, a picture must be wanted turned, too.
 
     Raises:
         ValueError: this is no regular file, or the image is damaged, too large, or of another
@@ -46,6 +66,42 @@ def decode(file: Path, size: int) -> Tensor:
         RuntimeError: Pillow is not installed.
     """
     image_module, image_ops = pillow()
+    with _opened_by_name(file) as image:
+        height, width = sides(image.height, image.width)
+        image.draft("RGB", (width, height))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(
+                f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all"
+            )
+        raw_mode = _raw_mode(image)
+        image.load()
+        upright = to_rgb(image, raw_mode)
+        turn = _turn(image)
+        if turn is not None:
+            upright = upright.transpose(turn)
+            if turn in _quarter_turns():
+                height, width = width, height
+        cut = image_ops.fit(upright, (width, height), image_module.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
+
+
+def sides_in_file(file: Path) -> tuple[int, int]:
+    """Return the height and the width that an image file states, before any turn.
+
+    Nothing is decoded but the head of the file.
+
+    Raises:
+        ValueError: as in `decode_to`, except that only the head may be known to be damaged.
+        RuntimeError: Pillow is not installed.
+    """
+    with _opened_by_name(file) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened_by_name(file: Path) -> Iterator[Any]:
+    """Open an image; whatever goes wrong with it becomes one line that names the file."""
+    image_module, _ = pillow()
     name = printable(file)
     try:
         status = file.stat()
@@ -54,20 +110,8 @@ def decode(file: Path, size: int) -> Tensor:
             raise ValueError("no regular file")
         if status.st_size > MOST_FILE_BYTES:
             raise ValueError(f"{status.st_size} bytes, more than {MOST_FILE_BYTES}")
-        with _opened(file) as image:
-            image.draft("RGB", (size, size))
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(
-                    f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all"
-                )
-            raw_mode = _raw_mode(image)
-            image.load()
-            upright = to_rgb(image, raw_mode)
-            turn = _turn(image)
-            if turn is not None:
-                upright = upright.transpose(turn)
-            square = image_ops.fit(upright, (size, size), image_module.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        with _SparingFile(file) as bytes_of_file, _opened(bytes_of_file) as image:
+            yield image
     except image_module.UnidentifiedImageError:
         came = "WebP, which this Pillow cannot decode" if _is_webp(file) else "no readable one"
         raise ValueError(
@@ -85,7 +129,22 @@ def decode(file: Path, size: int) -> Tensor:
         ) from None
 
 
-def _opened(file: Path) -> Any:
+class _SparingFile(io.BufferedReader):
+    """A file that makes no room for more bytes than it has, however many Pillow wants to read.
+
+    Python sets as much memory aside as a read asks for, and a damaged PNG may ask for 4 GiB.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__(io.FileIO(file))
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _BLOCK:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
+def _opened(file: _SparingFile) -> Any:
     """Open an image without decoding it."""
     image_module, _ = pillow()
     with _filters, warnings.catch_warnings():
@@ -187,6 +246,12 @@ def _turn(image: Any) -> Any:
         7: turns.TRANSVERSE,
         8: turns.ROTATE_90,
     }.get(orientation)
+
+
+def _quarter_turns() -> tuple[Any, ...]:
+    """Return the transpositions that exchange the height and the width."""
+    turns = pillow()[0].Transpose
+    return turns.TRANSPOSE, turns.ROTATE_270, turns.TRANSVERSE, turns.ROTATE_90
 
 
 def _raw_mode(image: Any) -> str:

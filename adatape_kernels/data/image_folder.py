@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,37 @@ def image_folder(folder: Path, size: int, seed: int) -> ImageSet:
             file may not be read, or the test has other classes than the training.
         RuntimeError: Pillow is not installed.
     """
+    split = labelled_files(folder, seed)
+    return ImageSet(
+        FolderImages(split.train_files, size),
+        split.train_labels,
+        FolderImages(split.test_files, size),
+        split.test_labels,
+        split.class_names,
+        notes=split.notes,
+    )
+
+
+class LabelledFiles(NamedTuple):
+    """The image files of a folder of classes."""
+
+    train_files: list[Path]
+    """Those of all classes, class after class."""
+    train_labels: Tensor
+    """(n,) int64, which index class_names."""
+    test_files: list[Path]
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...]
+    """A line about what was skipped, if anything was."""
+
+
+def labelled_files(folder: Path, seed: int) -> LabelledFiles:
+    """Find the image files of a folder of classes, as `image_folder` says; none is opened.
+
+    Raises:
+        ValueError, RuntimeError: as in `image_folder`.
+    """
     pillow()
     skipped = SkippedEntries()
     train = folder / "train"
@@ -78,16 +110,12 @@ def image_folder(folder: Path, size: int, seed: int) -> ImageSet:
             )
     else:
         train_classes, test_classes = _split(folder, class_files(folder, skipped), seed)
-    train_images, train_labels = _labelled(train_classes, size)
-    test_images, test_labels = _labelled(test_classes, size)
     line = skipped.line(folder)
-    return ImageSet(
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
+    return LabelledFiles(
+        *_labelled(train_classes),
+        *_labelled(test_classes),
         tuple(train_classes),
-        notes=(line,) if line else (),
+        (line,) if line else (),
     )
 
 
@@ -110,8 +138,8 @@ def _split(
     return train, test
 
 
-def _labelled(classes: dict[str, list[Path]], size: int) -> tuple[FolderImages, Tensor]:
-    """Return the images of all classes, class after class, and their labels (n,) int64."""
+def _labelled(classes: dict[str, list[Path]]) -> tuple[list[Path], Tensor]:
+    """Return the files of all classes, class after class, and their labels (n,) int64."""
     files = [file for names in classes.values() for file in names]
     counts = torch.tensor([len(names) for names in classes.values()])
-    return FolderImages(files, size), torch.arange(len(counts)).repeat_interleave(counts)
+    return files, torch.arange(len(counts)).repeat_interleave(counts)

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -29,6 +30,18 @@ class Images(Protocol):
 
     def __getitem__(self, indices: Tensor, /) -> Tensor:
         """Return the images at int64 indices (batch,) as (batch, channels, height, width)."""
+        ...
+
+
+class ImagesOfManySizes(Protocol):
+    """Images that each have a height and a width of their own; values as those of `Images`."""
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        ...
+
+    def __getitem__(self, indices: Tensor, /) -> list[Tensor]:
+        """Return the images at int64 indices (batch,), each (channels, height, width)."""
         ...
 
 
@@ -83,12 +96,7 @@ class ImageSet:
         Raises:
             ValueError: an image cannot be decoded; the error names the file.
         """
-        parts = [p for p in (self.train_images, self.test_images) if not isinstance(p, Tensor)]
-        with _progress(sum(map(len, parts))) as bar:
-            for images in parts:
-                for indices in torch.arange(len(images)).split(_DECODED):
-                    images[indices]
-                    bar.update(len(indices))
+        look_at(p for p in (self.train_images, self.test_images) if not isinstance(p, Tensor))
 
     def limited(self, train_images: int, seed: int) -> "ImageSet":
         """Return the set with some of its training images and all of its test images.
@@ -108,6 +116,16 @@ class ImageSet:
         return replace(
             self, train_images=Subset(self.train_images, kept), train_labels=self.train_labels[kept]
         )
+
+
+def look_at(parts: Iterable[Images | ImagesOfManySizes]) -> None:
+    """Decode every image of some sets once, as `ImageSet.look` says."""
+    parts = [*parts]
+    with _progress(sum(map(len, parts))) as bar:
+        for images in parts:
+            for indices in torch.arange(len(images)).split(_DECODED):
+                images[indices]
+                bar.update(len(indices))
 
 
 class _NoBar:
@@ -165,20 +183,21 @@ class Normaliser:
     """Standard deviation of each channel, of images in 0 to 1."""
 
     @classmethod
-    def of(cls, images: Images) -> "Normaliser":
+    def of(cls, images: Images | ImagesOfManySizes) -> "Normaliser":
         """Measure mean and standard deviation over at most 2,000 images, evenly spaced.
+
+        Each pixel counts alike, so that of images of many sizes larger ones count more.
 
         The sums over uint8 images are computed in integers, so that the result does not depend on
         the number of threads.
         """
         count, total, squares = 0, torch.tensor(0), torch.tensor(0)
         # Sums of integers do not depend on how many images are taken at a time; files are uint8.
-        exact = images[torch.zeros(1, dtype=torch.long)].dtype == torch.uint8
+        exact = images[torch.zeros(1, dtype=torch.long)][0].dtype == torch.uint8
         size = _DECODED if exact else _BATCH
         for indices in evenly_spaced(len(images), STATISTICS_IMAGES).split(size):
-            batch = images[indices]
+            batch = torch.cat([image.flatten(1) for image in images[indices]], 1)
             scale = 255 if batch.dtype == torch.uint8 else 1
-            batch = batch.transpose(0, 1).flatten(1)
             batch = batch.long() if scale == 255 else batch.double()
             count += batch.shape[1]
             total, squares = total + batch.sum(1), squares + batch.square().sum(1)
@@ -189,6 +208,6 @@ class Normaliser:
         return cls(tuple((mean / scale).tolist()), tuple((std / scale).tolist()))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return images (batch, channels, height, width), which are in 0 to 1, normalised."""
+        """Return images ([batch,] channels, height, width), which are in 0 to 1, normalised."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std

@@ -1,5 +1,7 @@
 """Drop-in modules over `ElasticBatch`: attention, feed-forwards, the encoder and the tape reader.
 
+They also take a plain tensor, a padded one with its mask, or a jagged one, and return the same.
+
 Parameters are named as in the torch modules that these replace. `from_torch` makes a layer that
 computes what one of torch computes; a state dict alone does not say with which activation, epsilon
 and order of norms it is to be used.
@@ -9,6 +11,7 @@ activations therefore computes that product in plain torch; dropout on a branch'
 to the result of the op.
 """
 
+from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.encoder import ElasticEncoder, ElasticEncoderLayer
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.reader import QueryType, TapeReader
@@ -21,6 +24,7 @@ __all__ = [
     "ElasticAttention",
     "ElasticEncoder",
     "ElasticEncoderLayer",
+    "ElasticModule",
     "QueryType",
     "TapeReader",
 ]

@@ -18,9 +18,11 @@ from adatape_kernels.layers.conversion import (
     dropout_rate,
     refuse_unknown,
 )
+from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.feed_forward import DualFFN
-from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
+from adatape_kernels.layers.layer_checks import check_rate, check_size
 from adatape_kernels.layers.reader import TapeReader
+from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
 from adatape_kernels.op_types import Activation, TapeSelection
@@ -142,14 +144,20 @@ class ElasticEncoderLayer(DualFFN):
         ours.self_attn.train(layer.self_attn.training)
         return ours
 
-    def forward(self, x: ElasticBatch) -> ElasticBatch:
+    def forward(self, x: Rows) -> Rows:
         """Apply the layer.
 
         Args:
-            x: rows (rows, dim) of the parameters' dtype.
+            x: an ElasticBatch, a Tensor (batch, seqlen, dim), a pair (Tensor, mask) or a jagged
+                Tensor, of the parameters' dtype; a mask is True where a row is valid, which is the
+                opposite of torch's src_key_padding_mask.
 
         Returns:
-            A batch of the same layout and shape.
+            The same kind, layout and shape.
+
+        Raises:
+            TypeError: x is none of these.
+            ValueError: a mask does not match, or a jagged tensor is not a contiguous one.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -157,11 +165,17 @@ class ElasticEncoderLayer(DualFFN):
             >>> theirs = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
             >>> layer.load_state_dict(theirs.state_dict())
             <All keys matched successfully>
-            >>> y, mask = layer(ak.ElasticBatch.from_padded(torch.randn(2, 3, 8))).to_padded()
-            >>> y.shape
+            >>> layer(torch.randn(2, 3, 8)).shape
             torch.Size([2, 3, 8])
         """
-        check_batch(x)
+        batch = as_batch(x)
+        return in_kind(self._applied(batch), x, batch)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _applied(self, x: ElasticBatch) -> ElasticBatch:
+        """Return both branches added, with their norms before or behind them."""
         if not self.norm_first:
             x = self._add_and_norm(x, self.self_attn(x), self.dropout1, self.norm1)
             return self._add_and_norm(x, self.feed_forward(x), self.dropout2, self.norm2)
@@ -169,9 +183,6 @@ class ElasticEncoderLayer(DualFFN):
         data, normed = add_norm(x.data, self._dropped(x, attended, self.dropout1), self.norm2)
         fed_forward = self.feed_forward(x.with_data(normed))
         return x.with_data(data + self._dropped(x, fed_forward, self.dropout2))
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     def _add_and_norm(
         self, x: ElasticBatch, branch: ElasticBatch, rate: float, norm: nn.LayerNorm
@@ -191,7 +202,7 @@ class ElasticEncoderLayer(DualFFN):
         return out
 
 
-class ElasticEncoder(nn.Module):
+class ElasticEncoder(ElasticModule):
     """A stack of encoder layers, some of which are preceded by a read, and a final LayerNorm.
 
     Args:
@@ -318,22 +329,36 @@ class ElasticEncoder(nn.Module):
             yield cast(ElasticEncoderLayer, layer), cast(TapeReader | None, reader)
 
     def forward(
-        self, x: ElasticBatch, bank: Tensor | None = None, *, capacity: int | None = None
-    ) -> tuple[ElasticBatch, tuple[TapeSelection, ...]]:
+        self,
+        x: Rows,
+        bank: Tensor | None = None,
+        *,
+        bank_lens: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Rows, tuple[TapeSelection, ...]]:
         """Encode a batch.
 
         Args:
-            x: rows (rows, dim) of the parameters' dtype.
+            x: an ElasticBatch, a Tensor (batch, seqlen, dim), a pair (Tensor, mask) or a jagged
+                Tensor, of the parameters' dtype; a mask is True where a row is valid, which is the
+                opposite of torch's src_key_padding_mask.
             bank: (batch, bank_size, dim) or (bank_size, dim), for the readers without a learnable
                 bank of their own.
+            bank_lens: (batch,) integers, how many leading tokens of each example's bank are
+                valid; None when all are.
             capacity: tape rows that each read reserves for the whole batch (capacity mode); None
                 computes exactly the rows that are read.
 
         Returns:
-            The encoded batch, and what each read selected, in the order of the layers.
+            The encoded rows in the kind of x, and what each read selected, in the order of the
+            layers. Without readers, the shape and mask of x are kept. With readers, a pair is what
+            `ElasticBatch.to_padded` gives, and a plain tensor is the first of that pair: for each
+            example its input rows, its tape rows (as many as the reads' counts say), and zeros.
+            With a capacity both are padded to the most rows that an example can have.
 
         Raises:
-            ValueError: as in `TapeReader.forward`.
+            TypeError: x is none of these.
+            ValueError: a mask does not match, or as in `TapeReader.forward`.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -342,17 +367,22 @@ class ElasticEncoder(nn.Module):
             >>> y, reads = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
             >>> y.data.shape, reads
             (torch.Size([8, 8]), ())
+            >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+            >>> (padded, mask), reads = encoder((torch.randn(2, 3, 8), mask))
+            >>> padded.shape, padded[1, 1:].count_nonzero().item()
+            (torch.Size([2, 3, 8]), 0)
         """
-        check_batch(x)
-        if self.row_multiple > 1:
-            x = x.round_rows(self.row_multiple)
+        given = as_batch(x)
+        batch = given.round_rows(self.row_multiple) if self.row_multiple > 1 else given
         reads = []
         for layer, reader in self.stages():
             if reader is not None:
-                x, selection = reader(x, bank, capacity=capacity)
+                batch, selection = reader(batch, bank, bank_lens=bank_lens, capacity=capacity)
                 reads.append(selection)
-            x = layer(x)
-        return x.with_data(self.norm(x.data)), tuple(reads)
+            batch = layer(batch)
+        y = batch.with_data(self.norm(batch.data))
+        appended, static = len(reads) > 0, capacity is not None
+        return in_kind(y, x, given, appended=appended, static=static), tuple(reads)
 
     if TYPE_CHECKING:
         __call__ = forward

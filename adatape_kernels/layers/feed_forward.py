@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from adatape_kernels import ops
 from adatape_kernels.activations import activate
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
+from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
 from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn import check_activation
 
 
-class DualFFN(nn.Module):
+class DualFFN(ElasticModule):
     """A feed-forward for input rows and a GLU feed-forward for tape rows.
 
     One op computes both, as long as the linear modules are plain. A linear module that was replaced
@@ -147,14 +149,20 @@ class DualFFN(nn.Module):
     def _dropped_act(self, act: Tensor) -> Tensor:
         return F.dropout(act, self.dropout, self.training)
 
-    def forward(self, x: ElasticBatch) -> ElasticBatch:
+    def forward(self, x: Rows) -> Rows:
         """Apply the feed-forwards.
 
         Args:
-            x: rows (rows, dim) of the parameters' dtype.
+            x: an ElasticBatch; or a Tensor (batch, seqlen, dim), a pair (Tensor, mask) or a jagged
+                Tensor, all of whose rows are input rows; of the parameters' dtype. A mask is True
+                where a row is valid.
 
         Returns:
-            A batch of the same layout and shape, whose unused rows are zero.
+            The same kind, layout and shape; unused rows and padding are zero.
+
+        Raises:
+            TypeError: x is none of these.
+            ValueError: a mask does not match, or a jagged tensor is not a contiguous one.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -162,7 +170,8 @@ class DualFFN(nn.Module):
             >>> ffn(ak.ElasticBatch.from_padded(torch.zeros(1, 2, 8))).data.abs().sum().item()
             0.0
         """
-        return self.feed_forward(x)
+        batch = as_batch(x)
+        return in_kind(self.feed_forward(batch), x, batch)
 
     if TYPE_CHECKING:
         __call__ = forward

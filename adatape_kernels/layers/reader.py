@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from adatape_kernels import ops
 from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
-from adatape_kernels.elastic import ElasticBatch
-from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
+from adatape_kernels.layers.elastic_module import ElasticModule
+from adatape_kernels.layers.layer_checks import check_rate, check_size
+from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
 from adatape_kernels.op_types import LossType, TapeSelection
 from adatape_kernels.ops.reading_checks import MAX_TOPK
@@ -19,7 +20,7 @@ QueryType = Literal["token", "gap"]
 _POOLING: dict[str, Literal["token", "mean"]] = {"token": "token", "gap": "mean"}
 
 
-class TapeReader(nn.Module):
+class TapeReader(ElasticModule):
     """Reads tape tokens from a bank and appends them to each example.
 
     Args:
@@ -116,16 +117,18 @@ class TapeReader(nn.Module):
 
     def forward(
         self,
-        x: ElasticBatch,
+        x: Rows,
         bank: Tensor | None = None,
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,
-    ) -> tuple[ElasticBatch, TapeSelection]:
+    ) -> tuple[Rows, TapeSelection]:
         """Read from the bank and append the tape tokens that were read.
 
         Args:
-            x: the batch (rows, dim), with no norm applied to it.
+            x: the batch, with no norm applied to it: an ElasticBatch, a Tensor
+                (batch, seqlen, dim), a pair (Tensor, mask), whose mask is True where a row is
+                valid, or a jagged Tensor.
             bank: (batch, bank_size, dim) or (bank_size, dim), with no norm applied to it; None
                 for the learnable bank.
             bank_lens: (batch,) integers, how many leading tokens of each example's bank are
@@ -136,10 +139,14 @@ class TapeReader(nn.Module):
 
         Returns:
             The batch with the tape appended, and what was read: indices and weights
-            (batch, num_tape_tokens, topk), counts and ponder losses (batch,).
+            (batch, num_tape_tokens, topk), counts and ponder losses (batch,). The batch is of the
+            kind of x. A pair is what `ElasticBatch.to_padded` gives, and a plain tensor is the
+            first of that pair: for each example its input rows, the `counts` tape rows that it
+            read, and zeros. With a capacity both have num_tape_tokens rows more than x.
 
         Raises:
-            ValueError: there is no bank, or as in `ops.tape_read`.
+            TypeError: x is none of these.
+            ValueError: there is no bank, a mask does not match, or as in `ops.tape_read`.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -150,8 +157,8 @@ class TapeReader(nn.Module):
             >>> selection.counts.tolist()  # five tokens give two pairs
             [4, 2]
         """
-        check_batch(x)
-        values, query, read_mask = self.normalised(bank, x.pool(_POOLING[self.query]))
+        batch = as_batch(x)
+        values, query, read_mask = self.normalised(bank, batch.pool(_POOLING[self.query]))
         tape, offsets, selection = ops.tape_read(
             query[:, : self.key_dim],
             values,
@@ -164,13 +171,14 @@ class TapeReader(nn.Module):
             bank_lens=bank_lens,
             capacity=capacity,
         )
-        tape = tape.to(x.data.dtype)
+        tape = tape.to(batch.data.dtype)
         if self.tape_mlp is not None:
             tape = self.tape_mlp(tape)
-        x = x.append_tape(tape, offsets, max_tapes=self.num_tape_tokens, exact=capacity is None)
+        exact = capacity is None
+        y = batch.append_tape(tape, offsets, max_tapes=self.num_tape_tokens, exact=exact)
         if self.tape_mlp is not None:
-            x = x.with_data(x.clear_unused(x.data))
-        return x, selection
+            y = y.with_data(y.clear_unused(y.data))
+        return in_kind(y, x, batch, appended=True, static=not exact), selection
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from adatape_kernels import ops, reference
-from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import (
     copy_parameters,
     differences_of_attention,
     refuse_unknown,
 )
-from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
+from adatape_kernels.layers.elastic_module import ElasticModule
+from adatape_kernels.layers.layer_checks import check_rate, check_size
+from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 
 
-class ElasticAttention(nn.Module):
+class ElasticAttention(ElasticModule):
     """Multi-head self-attention within each example, over its input rows and its tape rows.
 
     The parameters are named as in `torch.nn.MultiheadAttention`: in_proj_weight (3 · dim, dim),
@@ -83,14 +84,19 @@ class ElasticAttention(nn.Module):
         copy_parameters(attention, ours)
         return ours.train(attention.training)
 
-    def forward(self, x: ElasticBatch) -> ElasticBatch:
+    def forward(self, x: Rows) -> Rows:
         """Attend within each example.
 
         Args:
-            x: rows (rows, dim) of the parameters' dtype.
+            x: an ElasticBatch, a Tensor (batch, seqlen, dim), a pair (Tensor, mask) or a jagged
+                Tensor, of the parameters' dtype; a mask is True where a row is valid.
 
         Returns:
-            A batch of the same layout and shape, whose unused rows are zero.
+            The same kind, layout and shape; unused rows and padding are zero.
+
+        Raises:
+            TypeError: x is none of these.
+            ValueError: a mask does not match, or a jagged tensor is not a contiguous one.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -100,17 +106,20 @@ class ElasticAttention(nn.Module):
             >>> attention(x).lens.tolist()
             [3, 1]
         """
-        check_batch(x)
-        rows, dim = x.data.shape
-        qkv = F.linear(x.data, self.in_proj_weight, self.in_proj_bias)
+        batch = as_batch(x)
+        rows, dim = batch.data.shape
+        qkv = F.linear(batch.data, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(rows, 3, self.num_heads, dim // self.num_heads).unbind(1)
         if self.training and self.dropout > 0:
             out, _ = reference.elastic_attention(
-                q, k, v, x.cu_inputs, x.cu_tapes, dropout=self.dropout
+                q, k, v, batch.cu_inputs, batch.cu_tapes, dropout=self.dropout
             )
         else:
-            out = ops.elastic_attention(q, k, v, x.cu_inputs, x.cu_tapes, max_rows=x.max_rows)
-        return x.with_data(x.clear_unused(self.out_proj(out.view(rows, dim))))
+            out = ops.elastic_attention(
+                q, k, v, batch.cu_inputs, batch.cu_tapes, max_rows=batch.max_rows
+            )
+        y = batch.with_data(batch.clear_unused(self.out_proj(out.view(rows, dim))))
+        return in_kind(y, x, batch)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -1,7 +1,7 @@
 """The AdaTape model, from tokens to logits and loss; what it is fed is left to its subclasses."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from adatape_kernels.arguments import check_kind, check_tensor
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.head import NormedHead
 from adatape_kernels.models.hub import HubModel
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
@@ -134,7 +135,28 @@ class AdaTape(HubModel, ABC):
             return tokens
         return torch.cat([*(part.expand(tokens.shape[0], -1, -1) for part in learned), tokens], 1)
 
-    def forward(self, inputs: Tensor, *, capacity: int | None = None) -> AdaTapeOutput:
+    def embed_elastic(self, inputs: ModelInputs) -> Embedded:
+        """Turn the model's inputs into an elastic batch of tokens, a bank and the banks' lengths.
+
+        Here the examples are those of `embed`, of one length. A subclass whose examples may have
+        several lengths overrides it.
+
+        Returns:
+            The tokens, the bank as `embed` returns it, and how many leading tokens of each
+            example's bank exist, (batch,) int32, or None where all do.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1)
+            >>> images = [torch.zeros(3, 8, 8), torch.zeros(3, 4, 12)]
+            >>> tokens, bank, bank_lens = model.embed_elastic(images)
+            >>> tokens.input_lens.tolist(), bank_lens.tolist()
+            ([5, 4], [16, 12])
+        """
+        tokens, bank = self.embed(cast(Tensor, inputs))
+        return Embedded(ElasticBatch.from_padded(tokens), bank, None)
+
+    def forward(self, inputs: ModelInputs, *, capacity: int | None = None) -> AdaTapeOutput:
         """Classify a batch.
 
         Args:
@@ -153,8 +175,8 @@ class AdaTape(HubModel, ABC):
             >>> model(torch.zeros(2, 3, 8, 8), capacity=20).logits.shape
             torch.Size([2, 5])
         """
-        tokens, bank = self.embed(inputs)
-        x, reads = self.encoder(ElasticBatch.from_padded(tokens), bank, capacity=capacity)
+        tokens, bank, bank_lens = self.embed_elastic(inputs)
+        x, reads = self.encoder(tokens, bank, bank_lens=bank_lens, capacity=capacity)
         logits = self.head(self._pool(x))
         return AdaTapeOutput(logits, x.tape_lens, stack_ponder(reads, logits), reads)
 

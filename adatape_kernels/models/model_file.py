@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
+from adatape_kernels.layers import ElasticModule
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
 
@@ -31,7 +32,7 @@ FORMAT = 1
 _METADATA, _CHECKSUM = "adatape_kernels", "adatape_kernels_sha256"
 
 
-class SavedModel(nn.Module):
+class SavedModel(ElasticModule):
     """What a model that can be saved has, beside its parameters."""
 
     config: AdaTapeConfig

@@ -1,16 +1,23 @@
 """What a model returns, the elastic one and the padded one alike."""
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import check_int
 from adatape_kernels.op_types import TapeSelection
+from adatape_kernels.tensor_methods import TensorMethods
 
 
 @dataclass
-class AdaTapeOutput:
+class AdaTapeOutput(TensorMethods):
     """What a model returns for a batch of examples; a pytree node of torch.
+
+    Its length is the number of examples. An index gives one example, whose tensors lack the
+    dimension of the batch, and a slice several. It moves and changes its dtype as a tensor does.
 
     Source: SPEC 6 and 7.
 
@@ -20,6 +27,8 @@ class AdaTapeOutput:
         >>> output = model(torch.zeros(2, 3, 8, 8))
         >>> output.logits.shape, output.ponder.shape, len(output.reads)
         (torch.Size([2, 5]), torch.Size([2, 1]), 1)
+        >>> len(output), output[0].logits.shape, output.detach().double().logits.dtype
+        (2, torch.Size([5]), torch.float64)
     """
 
     logits: Tensor
@@ -30,6 +39,65 @@ class AdaTapeOutput:
     """(batch, reads), the ponder loss of each read, in the order of the layers."""
     reads: tuple[TapeSelection, ...]
     """What each read selected, in the order of the layers."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the logits.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1, num_classes=5)
+            >>> model(torch.zeros(2, 3, 8, 8)).dtype
+            torch.float32
+        """
+        return self.logits.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/4", image_size=8, depth=1, num_classes=5)
+            >>> model(torch.zeros(2, 3, 8, 8)).device
+            device(type='cpu')
+        """
+        return self.logits.device
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.logits)
+
+    def __iter__(self) -> Iterator["AdaTapeOutput"]:
+        """Yield what there is for each example."""
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, index: int | slice) -> "AdaTapeOutput":
+        """Return what there is for one example, or for those of a slice, as views."""
+        at: int | slice = index
+        if not isinstance(index, slice):
+            at = check_int("index", index, None)
+            if not -len(self) <= at < len(self):
+                raise IndexError(f"index: expected one of {len(self)} examples, got {at}")
+        elif index.step is not None and index.step < 0:
+            raise ValueError(f"index: expected a slice of a positive step, got {index.step}")
+        return self._with_tensors(lambda values: values[at], lambda numbers: numbers[at])
+
+    def _with_tensors(
+        self, of_values: Callable[[Tensor], Tensor], of_numbers: Callable[[Tensor], Tensor]
+    ) -> "AdaTapeOutput":
+        def changed(tensor: Tensor) -> Tensor:
+            return of_values(tensor) if tensor.is_floating_point() else of_numbers(tensor)
+
+        logits, tape_lens, ponder = map(changed, (self.logits, self.tape_lens, self.ponder))
+        reads = tuple(TapeSelection(*map(changed, read)) for read in self.reads)
+        old = (self.logits, self.tape_lens, self.ponder, *sum(self.reads, ()))
+        new = (logits, tape_lens, ponder, *sum(reads, ()))
+        if all(a is b for a, b in zip(old, new, strict=True)):
+            return self
+        return dataclasses.replace(
+            self, logits=logits, tape_lens=tape_lens, ponder=ponder, reads=reads
+        )
 
 
 torch.export.register_dataclass(AdaTapeOutput)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from adatape_kernels import reference
 from adatape_kernels.activations import activate
 from adatape_kernels.arguments import check_kind
-from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, TapeReader
+from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, ElasticModule, TapeReader
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.pooling import Pooling
@@ -39,6 +41,10 @@ class ElasticModel(Protocol):
 
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens (batch, seqlen, dim) and the bank (batch, bank_size, dim), if any."""
+        ...
+
+    def embed_elastic(self, inputs: ModelInputs) -> Embedded:
+        """Return the tokens, the bank and the banks' lengths of examples of many sizes."""
         ...
 
     def loss(
@@ -72,7 +78,7 @@ class _PaddedTokens:
         return total if kind == "sum" else total / lens.clamp(min=1)
 
 
-class PaddedAdaTape(nn.Module):
+class PaddedAdaTape(ElasticModule):
     """The padded, masked counterpart of an elastic model, on the same parameters.
 
     Pruning, adapters and parametrisations act as in the elastic model, and so do hooks on linear
@@ -104,11 +110,11 @@ class PaddedAdaTape(nn.Module):
         self.model = model
         self.select = reference.tape_select if model.bank_repeats_rows else batched_topk_select
 
-    def forward(self, inputs: Tensor) -> AdaTapeOutput:
+    def forward(self, inputs: ModelInputs) -> AdaTapeOutput:
         """Return what the elastic model returns, computed over every position that could exist.
 
         Args:
-            inputs: as for the elastic model.
+            inputs: as for the elastic model; examples of many sizes are padded to the longest.
 
         Raises:
             ValueError: the inputs do not fit the model.
@@ -122,14 +128,19 @@ class PaddedAdaTape(nn.Module):
         model = self.model
         make_weights(cast(nn.Module, model))
         make_weights(model.encoder)
-        tokens, bank = model.embed(inputs)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        bank_lens: Tensor | None = None
+        if isinstance(inputs, Tensor):
+            tokens, bank = model.embed(inputs)
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        else:
+            elastic, bank, bank_lens = model.embed_elastic(inputs)
+            tokens, mask = elastic.to_padded() if elastic.batch else _no_examples(elastic)
         x = _PaddedTokens(tokens, mask, tokens.shape[1])
         reads = []
         for layer, reader in model.encoder.stages():
             if reader is not None:
                 make_weights(reader)
-                x, selection = self._read(reader, x, bank)
+                x, selection = self._read(reader, x, bank, bank_lens)
                 reads.append(selection)
             make_weights(layer)
             make_weights(layer.self_attn)
@@ -156,10 +167,18 @@ class PaddedAdaTape(nn.Module):
         return self.model.loss(output, labels, label_smoothing=label_smoothing)
 
     def _read(
-        self, reader: TapeReader, x: _PaddedTokens, bank: Tensor | None
+        self,
+        reader: TapeReader,
+        x: _PaddedTokens,
+        bank: Tensor | None,
+        bank_lens: Tensor | None,
     ) -> tuple[_PaddedTokens, TapeSelection]:
         pooled = x.pool("token" if reader.query == "token" else "mean")
         values, query, read_mask = reader.normalised(bank, pooled)
+        if bank_lens is not None:
+            entries = torch.arange(values.shape[-2], device=values.device)
+            absent = entries >= bank_lens.unsqueeze(1)
+            read_mask = absent if read_mask is None else read_mask | absent
         selection = self.select(
             query[:, : reader.key_dim],
             values[..., : reader.key_dim],
@@ -230,6 +249,12 @@ def batched_topk_select(
         counts,
         ponder,
     )
+
+
+def _no_examples(x: ElasticBatch) -> tuple[Tensor, Tensor]:
+    """Return the padded rows (0, max_inputs, dim) of a batch without examples, and their mask."""
+    shape = (0, x.max_inputs)
+    return x.data.new_empty(*shape, x.data.shape[1]), x.data.new_empty(shape, dtype=torch.bool)
 
 
 def _stacked(parts: list[Tensor], empty: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """AdaTape on images: a ViT that reads a tape of image patches or of learned tokens (SPEC 2, 6)."""
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind, shown
+from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
     MOST_PARAMETERS,
@@ -18,7 +22,10 @@ from adatape_kernels.models.config import (
     AdaTapeConfig,
     AdaTapeOptions,
 )
+from adatape_kernels.models.embedding import Embedded, ModelInputs
+from adatape_kernels.models.image_sizes import list_of_images, strip_of_patches
 from adatape_kernels.models.model_file import saved_with
+from adatape_kernels.models.positions import grid_positions
 from adatape_kernels.models.value_checks import as_flag
 
 if TYPE_CHECKING:  # Python has Unpack from 3.11 on, this package runs from 3.10 on
@@ -175,6 +182,10 @@ class AdaTapeViTOptions(AdaTapeOptions, total=False):
 class AdaTapeViT(AdaTape):
     """A ViT on images (batch, in_channels, image_size, image_size) with an elastic tape.
 
+    In the place of one tensor a batch may be a list or tuple of images (in_channels, height, width)
+    of many sizes, or a dict of patches as timm's NaFlex models take it: see `embed_elastic`.
+    Nothing is padded in the encoder.
+
     Args:
         config: sizes and choices; `adatape_vit` fills them in by name.
 
@@ -237,13 +248,115 @@ class AdaTapeViT(AdaTape):
         shape = (c.in_channels, c.image_size, c.image_size)
         check_kind("inputs", inputs, Tensor)
         if inputs.dim() != 4 or inputs.shape[1:] != shape:
-            raise ValueError(f"inputs: expected (batch, {shape}), got {tuple(inputs.shape)}")
+            raise ValueError(
+                f"inputs: expected (batch, {shape}) or a list of images of other sizes, "
+                f"got {tuple(inputs.shape)}"
+            )
         tokens = self.with_class_token(self.patch_embed(inputs).flatten(2).mT)
         tokens = self.pre_norm(self.dropout(tokens + self.position))
         if c.bank == "learn":
             return tokens, None
         bank = self.bank_embed(inputs).flatten(2).mT + self.bank_position
         return tokens, self.pre_bank(bank)
+
+    def embed_elastic(self, inputs: ModelInputs) -> Embedded:
+        """Cut images of many sizes into input tokens and, for an input-driven bank, bank tokens.
+
+        Each image has a grid of its own, for which the position embeddings are interpolated (SPEC
+        6), and an input-driven bank of its own length. The grids are known to the host: those of a
+        dict of patches are copied there.
+
+        Args:
+            inputs: (batch, in_channels, image_size, image_size), as `embed` takes it; or a list or
+                tuple of images (in_channels, height, width), whose sides are multiples of
+                patch_size and, for an input-driven bank, of bank_patch_size; or a mapping with
+
+                - "patches", (batch, longest, patch_size² · in_channels) or (batch, longest,
+                  patch_size, patch_size, in_channels), channels last,
+                - "patch_coord", (batch, longest, 2) int32 or int64, the row and the column of each
+                  patch in its image's grid, every place of which is taken once, in any order,
+                - "patch_valid", (batch, longest) bool, False where there is no patch.
+
+        Returns:
+            As `AdaTape.embed_elastic` says. The bank is padded to the longest and to topk tokens,
+            so that an image with fewer bank tokens than topk reads nothing.
+
+        Raises:
+            ValueError: an image or an entry has another shape, dtype or device, or patches do not
+                fill a grid; the error names which.
+            TypeError: inputs, or one of the images, is of another type altogether.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> model = ak.models.adatape_vit("Ti/8", image_size=32, depth=1)
+            >>> wide, tall = torch.zeros(3, 16, 48), torch.zeros(3, 40, 8)
+            >>> model([wide, tall]).logits.shape
+            torch.Size([2, 1000])
+        """
+        if isinstance(inputs, Tensor):
+            return super().embed_elastic(inputs)
+        return self._embed_images(inputs)
+
+    @torch.compiler.disable(reason="images of many sizes are embedded outside of a graph")
+    def _embed_images(self, inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Embedded:
+        """Embed a list of images or a dict of patches.
+
+        Torch's compiler leaves this out, since it would make a program for each list of sizes.
+        """
+        c, like = self.config, self.position
+        has_bank = c.bank == "input"
+        step = math.lcm(c.patch_size, c.bank_patch_size) if has_bank else c.patch_size
+        images = list_of_images(inputs, c.in_channels, c.patch_size, step, like)
+        if not images:
+            return super().embed_elastic(like.new_empty(0, c.in_channels, *[c.image_size] * 2))
+        parts = (self.class_token, self.registers)
+        learned = [part[0] for part in parts if part is not None]
+        rows, lens = _embedded(images, self.patch_embed, c, c.patch_size, like, learned)
+        tokens = _elastic(self.pre_norm(self.dropout(rows)), lens)
+        if not has_bank:
+            return Embedded(tokens, None, None)
+        rows, lens = _embedded(
+            images, self.bank_embed, c, c.bank_patch_size, self.bank_position, []
+        )
+        banks = nn.utils.rnn.pad_sequence([*self.pre_bank(rows).split(lens)], batch_first=True)
+        banks = F.pad(banks, (0, 0, 0, max(0, c.topk - banks.shape[1])))
+        return Embedded(tokens, banks, _on_device(lens, like))
+
+
+def _embedded(
+    images: Sequence[Tensor],
+    embed: nn.Module,
+    config: AdaTapeViTConfig,
+    size: int,
+    position: Tensor,
+    learned: list[Tensor],
+) -> tuple[Tensor, list[int]]:
+    """Embed the patches of images of many sizes, learned tokens before those of each image.
+
+    Returns:
+        Rows (rows, dim), with their positions, image after image, and how many each image has.
+    """
+    side = config.image_size // size
+    grids = [(image.shape[1] // size, image.shape[2] // size) for image in images]
+    lens = [rows * columns for rows, columns in grids]
+    rows = embed(strip_of_patches(images, size).unsqueeze(0)).flatten(2)[0].mT
+    if learned:
+        rows = torch.cat([part for own in rows.split(lens) for part in (*learned, own)])
+    of_grid = {grid: grid_positions(position, (side, side), grid) for grid in set(grids)}
+    positions = torch.cat([of_grid[grid] for grid in grids])
+    front = sum(map(len, learned))
+    return rows + positions, [front + patches for patches in lens]
+
+
+def _elastic(rows: Tensor, lens: list[int]) -> ElasticBatch:
+    """Return rows (rows, dim) of consecutive examples as a batch, without synchronising."""
+    cu_inputs = _on_device([0, *itertools.accumulate(lens)], rows)
+    cu_tapes = torch.full_like(cu_inputs, len(rows))
+    return ElasticBatch(rows, cu_inputs, cu_tapes, len(rows), min(lens), max(lens))
+
+
+def _on_device(numbers: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32).to(like.device, non_blocking=True)
 
 
 def _patches(config: AdaTapeViTConfig, size: int) -> nn.Conv2d:

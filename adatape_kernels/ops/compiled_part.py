@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from adatape_kernels._build import build_facts
+from adatape_kernels.ops.device_facts import too_old
 from adatape_kernels.ops.implementation import HALF_AND_FLOAT, CompiledKernel, Statement
 
 FACTS = build_facts()
@@ -26,7 +27,15 @@ def cuda_kernel(
     flags: Mapping[str, Callable[[], bool]] | None = None,
 ) -> CompiledKernel:
     """Return the implementation of csrc/cuda for an op; the arguments as in `CompiledKernel`."""
-    return CompiledKernel("adatape_cuda", ("cuda",), dtypes, _why_no_cuda(), limits, flags=flags)
+    return CompiledKernel(
+        "adatape_cuda",
+        ("cuda",),
+        dtypes,
+        _why_no_cuda(),
+        limits,
+        device_limits=too_old,
+        flags=flags,
+    )
 
 
 def _why_no_cuda() -> str | None:

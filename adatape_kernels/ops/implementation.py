@@ -45,6 +45,8 @@ class Implementation:
     """True where it refuses bad values itself, in a pass over them that it makes anyway."""
     checks_arguments: bool = False
     """True where it refuses shapes, dtypes and devices itself that the op does not take."""
+    device_limits: Callable[[DeviceFacts], str | None] | None = None
+    """What it asks of the device, whatever the call; it is asked when the first call comes."""
 
     def refusal(
         self,
@@ -63,8 +65,17 @@ class Implementation:
         tensor = args[0]
         device_type = device_type or tensor.device.type
         reason = self.refusal_by_type(device_type, tensor.dtype, installed=installed)
+        if reason is None and self.device_limits is not None:
+            reason = self.device_limits(facts or facts_of(tensor.device))
         if reason is None and self.limits is not None:
             reason = self.limits(facts or facts_of(tensor.device), *args)
+        return reason
+
+    def refusal_by_device(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why no call on a device that is here, and of this dtype, is served, or None."""
+        reason = self.refusal_by_type(device.type, dtype)
+        if reason is None and self.device_limits is not None:
+            reason = self.device_limits(facts_of(device))
         return reason
 
     def refusal_by_type(
@@ -99,6 +110,7 @@ class CompiledKernel:
     absent: str | None
     limits: Statement | None = None
     checks_values: bool = False
+    device_limits: Callable[[DeviceFacts], str | None] | None = None
     flags: Mapping[str, Callable[[], bool]] | None = None
     """Arguments by name that only C++ takes, behind the op's own, and what gives their values."""
 
@@ -133,4 +145,5 @@ class CompiledKernel:
             self.absent,
             self.checks_values,
             checks_arguments=True,
+            device_limits=self.device_limits,
         )

@@ -21,7 +21,7 @@ from adatape_kernels.ops.carried_choice import carry, declare_carrying
 from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.declaration import ADATAPE, declare
 from adatape_kernels.ops.derivative import Derivative
-from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.device_facts import DeviceFacts, facts_for, facts_of
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
 from adatape_kernels.ops.op_checks import refuse_unfit
 from adatape_kernels.ops.registration import Namespace, kept
@@ -177,7 +177,7 @@ class Operation:
     def _serve(self, *args: Any) -> Any:
         tensor = args[0]
         device, backends = tensor.device, _choice.value or ()
-        key = backends, device.type, tensor.dtype
+        key = backends, device, tensor.dtype
         candidates = self._candidates.get(key)
         if candidates is None:
             candidates = self._candidates[key] = self._candidates_for(*key)
@@ -198,14 +198,16 @@ class Operation:
         return results
 
     def _candidates_for(
-        self, backends: tuple[str, ...], device_type: str, dtype: torch.dtype
+        self, backends: tuple[str, ...], device: torch.device, dtype: torch.dtype
     ) -> tuple["_Candidate", ...]:
         """Return the implementations that device and dtype leave, in the order of their turn."""
         found = []
-        for backend in backends or backend_order(device_type):
+        for backend in backends or backend_order(device.type):
             given = self.implementations.get(backend)
-            if given is not None and given.refusal_by_type(device_type, dtype) is None:
-                on_host = device_type == "cpu" and not given.checks_values
+            if given is None:
+                continue
+            if given.refusal_by_device(device, dtype) is None:
+                on_host = device.type == "cpu" and not given.checks_values
                 check_values = self.check_values if on_host else None
                 # What states limits or looks at values needs arguments that were checked before.
                 looks = given.limits is not None or check_values is not None
@@ -357,15 +359,16 @@ def explain(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
 
     Of a device that is not here, the facts are those of `device_facts.EMULATED`.
     """
-    found = operation(op)
+    found, facts = operation(op), facts_for(device_type)
     args = next(iter(found.typical.values()))(dtype)
-    return {b: found.refusal(b, args, device_type) or "serves" for b in BACKENDS}
+    return {b: found.refusal(b, args, device_type, facts) or "serves" for b in BACKENDS}
 
 
 def serving(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Return the backend that by default serves the first typical call of an op."""
     found = operation(op)
-    return found.serving(next(iter(found.typical.values()))(dtype), device_type)
+    args = next(iter(found.typical.values()))(dtype)
+    return found.serving(args, device_type, facts_for(device_type))
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from adatape_kernels.ops.device_facts import EMULATED, DeviceFacts, facts_of
+from adatape_kernels.ops.device_facts import facts_for
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import BACKENDS, operation, registered_ops
 
@@ -36,13 +36,6 @@ class Support(NamedTuple):
 def is_here(device_type: str) -> bool:
     """Return whether this machine has such a device."""
     return device_type == "cpu" or torch.cuda.is_available()
-
-
-def facts_for(device_type: str) -> DeviceFacts:
-    """Return the facts of a device, or of the GPU that stands in for one that is not here."""
-    if device_type == "cuda" and torch.cuda.is_available():
-        return facts_of(torch.device("cuda", torch.cuda.current_device()))
-    return EMULATED
 
 
 def supported(device_type: str) -> Iterator[Support]:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from adatape_kernels.ops.device_facts import DeviceFacts, too_old
 from adatape_kernels.ops.implementation import HALF_AND_FLOAT, Implementation, Statement
+from adatape_kernels.ops.triton_start import why_triton_cannot_start
 
 try:
     import triton
@@ -44,7 +46,19 @@ def kernel(limits: Statement | None = None) -> Callable[[Callable[..., Any]], Im
     `limits` states what else it asks of a call, as in `Implementation`.
     """
     absent = None if INSTALLED else "triton is not installed"
-    return lambda launcher: Implementation(launcher, tuple(DTYPES), DTYPES, limits, absent)
+    return lambda launcher: Implementation(
+        launcher, tuple(DTYPES), DTYPES, limits, absent, device_limits=_device_limits
+    )
+
+
+def _device_limits(facts: DeviceFacts) -> str | None:
+    """State on which GPUs the kernels run, and that Triton must be able to start them there."""
+    return too_old(facts) or (why_triton_cannot_start() if _starts_kernels() else None)
+
+
+def _starts_kernels() -> bool:
+    """Return whether Triton starts kernels in this process: not where it interprets them."""
+    return not INTERPRETED and torch.cuda.is_available()
 
 
 class Launch(NamedTuple):

@@ -4,21 +4,26 @@ A kernel's error may be at most twice that of plain torch in the same dtype, bot
 float64 on the same inputs; what is selected must be equal, an example's bits must not depend on its
 batch, and NaN in foreign rows must not show. What each line says it checked is what the dispatcher
 recorded to have run, and a kernel that no case reached is a failure.
+
+Several processes may share the work. On a GPU nearly all of it is compiling Triton's kernels, which
+takes one thread about a second each.
 """
 
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adatape_kernels import ops
-from adatape_kernels.models import AdaTapeViT, adatape_vit
+from adatape_kernels.arguments import check_int
 from adatape_kernels.models.value_checks import as_choice
 from adatape_kernels.ops import refusal_probe
+from adatape_kernels.ops.device_facts import here
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import (
     BACKENDS,
@@ -31,6 +36,9 @@ from adatape_kernels.ops.op import (
     why_absent,
 )
 from adatape_kernels.recipes.check_cases import CheckCase, check_cases, layout_of
+from adatape_kernels.recipes.check_jobs import in_processes
+from adatape_kernels.recipes.check_model import elastic_as_padded, in_a_cuda_graph
+from adatape_kernels.recipes.full_precision import without_tf32
 
 FLOOR = 2e-6
 """Error that is allowed beside twice that of plain torch, relative to the largest magnitude."""
@@ -48,22 +56,49 @@ class Finding(NamedTuple):
     """None when it passed."""
 
 
-def run(device: str) -> bool:
+class Kernel(NamedTuple):
+    """An implementation in one dtype."""
+
+    op: str
+    backend: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend} {short(self.dtype)}"
+
+
+class Outcome(NamedTuple):
+    """What one unit of the work found, and the kernels that ran in it."""
+
+    finding: Finding | None
+    """None where the kernel does not serve the unit's calls."""
+    reached: frozenset[Kernel]
+
+
+Unit = Callable[[], Outcome]
+"""One check of one kernel, or of a model; units depend on nothing that others did."""
+
+
+def run(device: str, jobs: int = 1) -> bool:
     """Check every kernel that serves on the device, print a line for each, and the verdict.
+
+    Args:
+        device: "cpu" or "cuda".
+        jobs: so many processes share the work. Most of it on a GPU is compiling, by one thread.
 
     Returns:
         Whether all passed.
 
     Raises:
-        ValueError: the device is neither "cpu" nor "cuda".
+        ValueError: the device is neither "cpu" nor "cuda", or there is no job.
         RuntimeError: no kernel but the eager reference serves there.
     """
     as_choice("device", device, ("cpu", "cuda"))
+    check_int("jobs", jobs, 1)
     start, passed, faults = time.perf_counter(), 0, 0
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    with torch.device(device), torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, fault in findings(device):
+    with prepared(device), torch.random.fork_rng():
+        for name, fault in findings(device, jobs):
             print(f"{name:88} {'ok' if fault is None else 'FAILED: ' + fault}", flush=True)
             passed, faults = passed + (fault is None), faults + (fault is not None)
     if not passed + faults:
@@ -76,39 +111,74 @@ def run(device: str) -> bool:
     return not faults
 
 
-class Kernel(NamedTuple):
-    """An implementation in one dtype."""
-
-    op: str
-    backend: str
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.backend} {short(self.dtype)}"
+@contextlib.contextmanager
+def prepared(device: str) -> Iterator[None]:
+    """Make what is made on this device, and let torch's own products have float32's accuracy."""
+    with torch.device(device), without_tf32():
+        yield
 
 
-def findings(device: str) -> Iterator[Finding]:
+def findings(device: str, jobs: int = 1) -> Iterator[Finding]:
     """Run every check on the device, which must be torch's default."""
+    every = units(device)
     reached: set[Kernel] = set()
     if any(kernel.backend in ("cpp", "cuda") for kernel in _kernels(device)):
         yield Finding("errors raised in C++ reach Python", refusal_probe.fault())
+    outcomes: Iterator[Outcome | None] = map(outcome_of, every)
+    if jobs > 1:
+        outcomes = in_processes(_prepare_process, _run_unit, device, len(every), jobs)
+    for number, outcome in enumerate(outcomes, start=1):
+        if outcome is None:
+            yield Finding(f"check {number} of {len(every)}", "its process has died")
+            continue
+        reached |= outcome.reached
+        if outcome.finding is not None:
+            yield outcome.finding
+    for kernel in _kernels(device):
+        if kernel not in reached:
+            yield Finding(f"{kernel.op}, {kernel}", "no case reached it")
+
+
+# Of a process that shares the work.
+_process_units: list[Unit] = []
+_process_context = contextlib.ExitStack()
+
+
+def _prepare_process(device: str) -> None:
+    """Make a process ready: it lists the same units as the one that has started it."""
+    _process_context.enter_context(prepared(device))
+    _process_units.extend(units(device))
+
+
+def _run_unit(number: int) -> Outcome:
+    return outcome_of(_process_units[number])
+
+
+def outcome_of(unit: Unit) -> Outcome:
+    """Run a unit, whose draws are the same in whichever process and order it runs."""
+    torch.manual_seed(0)
+    return unit()
+
+
+def units(device: str) -> list[Unit]:
+    """Return every unit of the work on a device, in the same order in every process."""
+    found: list[Unit] = []
+    kernels = list(_kernels(device))
     for case in check_cases():
-        yield from _each_kernel(case.op, case.name, device, reached, _accuracy, case)
+        found += _of_each_kernel(kernels, case.op, case.name, _accuracy, case)
     for op, alone in (
         ("tape_select", _select_alone),
         ("tape_gather", _gather_alone),
         ("elastic_attention", _attention_alone),
     ):
         name = "alone as in its batch, beside NaN"
-        yield from _each_kernel(op, name, device, reached, _invariance, alone)
+        found += _of_each_kernel(kernels, op, name, _invariance, alone)
     for backend in KERNEL_BACKENDS:
-        if any(kernel.backend == backend for kernel in reached):
-            yield _model_finding("elastic as padded", _model, backend)
+        if any(kernel.backend == backend for kernel in kernels):
+            found.append(partial(_check_model, "elastic as padded", elastic_as_padded, backend))
             if device == "cuda":
-                yield _model_finding("in a CUDA graph", _graph, backend)
-    for kernel in _kernels(device):
-        if kernel not in reached:
-            yield Finding(f"{kernel.op}, {kernel}", "no case reached it")
+                found.append(partial(_check_model, "in a CUDA graph", in_a_cuda_graph, backend))
+    return found
 
 
 def _kernels(device: str) -> Iterator[Kernel]:
@@ -117,44 +187,49 @@ def _kernels(device: str) -> Iterator[Kernel]:
         for backend in KERNEL_BACKENDS:
             given = operation(op).implementations.get(backend)
             for dtype in FLOAT_DTYPES:
-                if given is not None and given.refusal_by_type(device, dtype) is None:
+                if given is None:
+                    continue
+                if given.refusal_by_device(here(device), dtype) is None:
                     yield Kernel(op, backend, dtype)
 
 
-def _each_kernel(
+def _of_each_kernel(
+    kernels: Sequence[Kernel],
     op: str,
     name: str,
-    device: str,
-    reached: set[Kernel],
     check: Callable[..., str | None],
     subject: object,
-) -> Iterator[Finding]:
-    """Run a check on each kernel of an op that serves the calls of the check."""
-    for kernel in _kernels(device):
-        if kernel.op != op:
-            continue
-        with record() as ran:
-            try:
-                fault = _fault(check, subject, kernel.backend, kernel.dtype)
-            except NotServed:
-                continue
-        both = [entry for entry in ran if entry.op in (op, f"{op}_bwd")]
-        reached |= {kernel._replace(op=e.op) for e in both if e.backend == kernel.backend}
-        yield Finding(f"{op}, {name}, {kernel}", fault)
+) -> list[Unit]:
+    """Return a check of each kernel of an op."""
+    own = [kernel for kernel in kernels if kernel.op == op]
+    return [partial(_check_kernel, kernel, name, check, subject) for kernel in own]
+
+
+def _check_kernel(
+    kernel: Kernel, name: str, check: Callable[..., str | None], subject: object
+) -> Outcome:
+    with record() as ran:
+        try:
+            fault = _fault(check, subject, kernel.backend, kernel.dtype)
+        except NotServed:
+            return Outcome(None, frozenset())
+    both = [e for e in ran if e.op in (kernel.op, f"{kernel.op}_bwd")]
+    reached = (kernel._replace(op=e.op) for e in both if e.backend == kernel.backend)
+    return Outcome(Finding(f"{kernel.op}, {name}, {kernel}", fault), frozenset(reached))
 
 
 def _names(ran: list[Ran]) -> str:
     return " and ".join(sorted({entry.backend for entry in ran})) or "nothing"
 
 
-def _model_finding(name: str, check: Callable[..., str | None], backend: str) -> Finding:
+def _check_model(name: str, check: Callable[..., str | None], backend: str) -> Outcome:
     """Check a model under a backend, and name what took the ops that the backend does not serve."""
     fallback = [b for b in ("triton", "eager") if b != backend and why_absent(b) is None]
     with record() as ran:
         fault = _fault(check, backend, fallback)
     others = sorted({entry.backend for entry in ran} - {backend})
     beside = f" and {', '.join(others)}" if others else ""
-    return Finding(f"model, {name}, {backend}{beside} float32", fault)
+    return Outcome(Finding(f"model, {name}, {backend}{beside} float32", fault), frozenset())
 
 
 def _fault(check: Callable[..., str | None], *arguments: object) -> str | None:
@@ -287,79 +362,3 @@ def _attention_alone(dtype: torch.dtype, only: int | None) -> list[Tensor]:
     out = ops.elastic_attention(q, k, v, *layout_of(input_lens, tape_lens), max_rows=207)[own]
     (grad,) = torch.autograd.grad(out.float().square().sum(), leaf)
     return [out.detach(), grad[own]]
-
-
-# A whole model
-
-
-def _vit() -> AdaTapeViT:
-    torch.manual_seed(6)
-    return adatape_vit(
-        "Ti/4",
-        image_size=16,
-        dim=64,
-        depth=2,
-        num_heads=2,
-        ffn_dim=128,
-        bank_patch_size=2,
-        num_tape_tokens=5,
-        topk=3,
-        num_classes=10,
-    )
-
-
-def _model(backend: str, fallback: list[str]) -> str | None:
-    """The same logits and gradients as the padded, masked, eager model."""
-    model = _vit()
-    images = torch.randn(6, 3, 16, 16)
-    with use_backend(backend, fallback):
-        ours = _logits_and_gradients(model, images)
-    with use_backend("eager"):
-        theirs = _logits_and_gradients(model.padded(), images)
-    for a, b in zip(ours, theirs, strict=True):
-        if not (a - b).abs().max() <= 1e-4 * max(1.0, b.abs().max().item()):
-            return f"it differs by {(a - b).abs().max().item():.1e}"
-    return None
-
-
-def _logits_and_gradients(model: torch.nn.Module, images: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    logits = model(images).logits
-    logits.square().sum().backward()
-    return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def _graph(backend: str, fallback: list[str]) -> str | None:
-    """A step in capacity mode, captured once, replayed on other images."""
-    model = _vit()
-    images, others = torch.randn(2, 6, 3, 16, 16)
-    static = images.clone()
-
-    def step() -> Tensor:
-        model.zero_grad(set_to_none=False)
-        logits = model(static, capacity=30).logits
-        logits.square().sum().backward()
-        return logits
-
-    with use_backend(backend, fallback), contextlib.ExitStack() as stack:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        stack.enter_context(torch.cuda.stream(stream))
-        for _ in range(2):
-            step()
-        stack.close()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step()
-        static.copy_(others)
-        graph.replay()
-        replayed = [
-            logits.clone(),
-            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
-        ]
-        expected = _logits_and_gradients(model, others)
-    for a, b in zip(replayed, expected, strict=True):
-        if not (a - b).abs().max() <= 1e-4 * max(1.0, b.abs().max().item()):
-            return f"the replayed step differs by {(a - b).abs().max().item():.1e}"
-    return None

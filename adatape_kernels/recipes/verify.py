@@ -4,8 +4,7 @@
 computed.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.layers import NORM_EPS
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.ops.op import NotServed, Ran, record
+from adatape_kernels.recipes.full_precision import without_tf32
 from adatape_kernels.recipes.golden_file import check_model, check_read
 
 OUTPUT_TOLERANCE = 2e-5
@@ -107,7 +107,7 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
         with NpzFile(path) as arrays:
             config = scenic.read_config(arrays, path)
             check = _verify_read if config["kind"] == "tape_read" else _verify_model
-            with torch.device(device), _without_tf32(), record() as ran:
+            with torch.device(device), without_tf32(), record() as ran:
                 counts_agree, comparisons = check(arrays, config)
     except (UnreadableFile, NotServed):
         raise  # the one names the file, and to the other the file is not to blame
@@ -118,19 +118,6 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{printable(path)}: {printable(reason, _MOST_SHOWN)}") from None
     return FileReport(path, counts_agree, tuple(comparisons), tuple(ran))
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [setting.allow_tf32 for setting in settings]
-    for setting in settings:
-        setting.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.allow_tf32 = value
 
 
 def _verify_read(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, list[Comparison]]:

@@ -29,9 +29,9 @@ class AuditCase:
 
     def required(self, kernel: str, arch: int) -> tuple[str, ...]:
         """Return the instructions that a kernel must hold on a chip."""
-        units = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+        units = {90: "wgmma", 100: "tcgen05"}
         names = self.instructions.get(kernel, ())
-        return tuple(units[arch] if name == "tensor" else name for name in names)
+        return tuple(units.get(arch, "mma") if name == "tensor" else name for name in names)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """Tells what each op must move and compute, and what our Triton kernels do.
 
     python -m adatape_kernels.benchmarks.audit.roofline --quick
+    python -m adatape_kernels.benchmarks.audit.roofline --out benchmarks/audit/roofline.csv
 
 The kernels run in triton's interpreter with every load, store and product counted, on one example
 (or a few) of each shape; the counts are scaled to the whole batch. Beside them stands what the
@@ -14,141 +15,24 @@ need for memory and products, ours and the algorithm's.
 """
 
 import argparse
+import csv
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-from triton.runtime import interpreter
 
 from adatape_kernels.benchmarks.audit.again import start_again
+from adatape_kernels.benchmarks.audit.cards import H200
+from adatape_kernels.benchmarks.audit.work_counter import CountedWork, counting
 from adatape_kernels.ops import ffn_products, triton_runtime
 from adatape_kernels.ops.op import operation
 
 MODULE = "adatape_kernels.benchmarks.audit.roofline"
-BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.8e12, 989e12
-SECTOR = 32
 LIMIT = 1.3
 """The most that `ratio` may be for gathering, and for attention at 50 to 256 rows."""
-
-
-@dataclass
-class CountedWork:
-    """Bytes that pass between chip and memory, FLOPs of products, and all bytes accessed."""
-
-    bytes: float = 0
-    flops: float = 0
-    accessed: float = 0
-
-    def plus(self, other: "CountedWork", times: float = 1) -> "CountedWork":
-        """Return this work and so many times the other."""
-        return CountedWork(
-            self.bytes + times * other.bytes,
-            self.flops + times * other.flops,
-            self.accessed + times * other.accessed,
-        )
-
-    @property
-    def seconds(self) -> float:
-        """The least time in which an H200 can do this."""
-        return max(self.bytes / BYTES_PER_SECOND, self.flops / FLOPS_PER_SECOND)
-
-
-_CHECKS = ("lt", "gt", "ge", "le", "eq", "any", "__or__", "bitwise_or", "index", "nonzero", "item")
-
-
-@dataclass
-class _WorkCounter(TorchDispatchMode):
-    """Counts what the interpreter does, launch by launch, and torch's own kernels around it."""
-
-    work: CountedWork = field(default_factory=CountedWork)
-    sectors: list[np.ndarray] = field(default_factory=list)
-    interpreting: bool = False
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        name = function.overloadpacket.__name__
-        # The interpreter's own copies do not count, nor checks of values, which only a CPU has.
-        if self.interpreting or function.is_view or "empty" in name or name in _CHECKS:
-            return result
-        # A kernel reads each tensor that it is given, save for a fill, and writes what it returns.
-        fills = name.startswith("new_") or name.endswith("_like")
-        given = () if fills else (args, kwargs)
-        read = [x for x in torch.utils._pytree.tree_leaves(given) if isinstance(x, Tensor)]
-        written = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        moved = sum(x.numel() * x.element_size() for x in (*read, *written))
-        self.work.bytes += moved
-        self.work.accessed += moved
-        if function.overloadpacket in flop_registry:
-            self.work.flops += flop_registry[function.overloadpacket](
-                *args, **kwargs, out_val=result
-            )
-        return result
-
-    def access(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        places = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64).ravel()
-        self.work.accessed += places.size * size
-        self.sectors.append(np.unique(places // SECTOR))
-
-    def end_launch(self) -> None:
-        if self.sectors:
-            self.work.bytes += SECTOR * np.unique(np.concatenate(self.sectors)).size
-        self.sectors.clear()
-
-
-@contextmanager
-def counting() -> Iterator[CountedWork]:
-    """Count the work of every kernel that runs inside."""
-    counter, builder = _WorkCounter(), interpreter.interpreter_builder
-    load, store = builder.create_masked_load, builder.create_masked_store
-    add, dot = builder.create_atomic_rmw, builder.create_dot
-    run = interpreter.GridExecutor.__call__
-
-    def counted_load(pointers, mask, *rest):
-        counter.access(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
-        return load(pointers, mask, *rest)
-
-    def counted_store(pointers, value, mask, *rest):
-        counter.access(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
-        return store(pointers, value, mask, *rest)
-
-    def counted_add(operation, pointers, value, mask, *rest):
-        counter.access(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
-        return add(operation, pointers, value, mask, *rest)
-
-    def counted_dot(a, b, d, *rest):
-        counter.work.flops += 2 * a.data.size * b.data.shape[-1]
-        return dot(a, b, d, *rest)
-
-    def counted_run(self, *args, **options):
-        counter.interpreting = True
-        try:
-            return run(self, *args, **options)
-        finally:
-            counter.interpreting = False
-            counter.end_launch()
-
-    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_dot")
-    functions = (counted_load, counted_store, counted_add, counted_dot)
-    try:
-        for name, function in zip(names, functions, strict=True):
-            setattr(builder, name, function)
-        interpreter.GridExecutor.__call__ = counted_run
-        with counter:
-            yield counter.work
-    finally:
-        for name in names:
-            delattr(builder, name)
-        interpreter.GridExecutor.__call__ = run
 
 
 @dataclass
@@ -164,18 +48,31 @@ class RooflineLine:
 
     @property
     def ratio(self) -> float:
-        return self.ours.seconds / self.needed.seconds
+        return H200.floor(self.ours) / H200.floor(self.needed)
 
     def text(self) -> str:
         needed, ours = self.needed, self.ours
-        bound = "memory" if needed.bytes / BYTES_PER_SECOND >= needed.seconds else "products"
+        seconds = H200.floor(needed)
+        bound = "memory" if needed.bytes / H200.memory >= seconds else "products"
         products = f"{ours.flops / needed.flops:9.2f}" if needed.flops and ours.flops else f"{'':9}"
         over = "  OVER" if self.limited and self.ratio > LIMIT else ""
         return (
             f"{self.op:22}{self.shape:46}{needed.flops / 1e9:9.2f}{needed.bytes / 1e6:9.1f}"
-            f"{needed.seconds * 1e6:9.1f}  {bound:9}{ours.bytes / needed.bytes:8.2f}"
+            f"{seconds * 1e6:9.1f}  {bound:9}{ours.bytes / needed.bytes:8.2f}"
             f"{ours.accessed / needed.bytes:8.2f}{products}{self.ratio:8.2f}{over}"
         )
+
+    def cells(self) -> dict[str, object]:
+        """Return a row of the CSV file: FLOPs, bytes and launches, needed and ours."""
+        needed, ours = self.needed, self.ours
+        numbers = (needed.flops, needed.bytes, ours.flops, ours.bytes, ours.accessed, ours.launches)
+        return dict(zip(COLUMNS, (self.op, self.shape, *map(round, numbers)), strict=True))
+
+
+COLUMNS = (
+    *("op", "shape", "needed_flops", "needed_bytes"),
+    *("flops", "bytes", "accessed_bytes", "launches"),
+)
 
 
 def measured(op: str, *arguments: object) -> tuple[CountedWork, tuple[Tensor, ...]]:
@@ -231,8 +128,12 @@ def reading(
     topk: int,
     num_tape_tokens: int,
     shared: bool,
+    repeats: int = 1,
 ) -> Iterator[RooflineLine]:
-    """Select and gather, forward and backward; no example halts before its tape is full."""
+    """Select and gather, forward and backward; no example halts before its tape is full.
+
+    The work of `batch` examples with banks of their own stands for `repeats` times as many.
+    """
     wide = (bank_size, dim)
     bank = torch.randn(wide if shared else (batch, *wide)).to(HALF)
     query, keys = torch.randn(batch, key_dim).to(HALF), bank[..., :key_dim].contiguous()
@@ -247,26 +148,31 @@ def reading(
     gather_bwd, _ = measured("tape_gather_bwd", tape, bank, indices, weights, counts)
 
     # Each entry that is read has an index and a weight of 4 bytes.
-    read = num_tape_tokens * topk * batch
+    total = batch * repeats
+    read = num_tape_tokens * topk * total
     offset = 0 if shared else bank_size * torch.arange(batch).view(-1, 1, 1)
     touched = (indices + offset).unique().numel()
-    key, row, entries = key_dim * SIZE, dim * SIZE, keys.numel() // key_dim
+    touched *= repeats
+    entries = bank_size if shared else bank_size * total
+    key, row = key_dim * SIZE, dim * SIZE
     merged = 2 * read * key_dim
-    scores = 2 * batch * num_tape_tokens * bank_size * key_dim
-    kind = f"B={batch}, {'learnable' if shared else 'input-driven'}, M={bank_size}"
-    shape = f"{kind}, K={key_dim}, k={topk}, T={num_tape_tokens}"
-    yield RooflineLine(
-        "tape_select", shape, CountedWork(entries * key + 8 * read, scores + merged), select
-    )
-    needed = CountedWork((touched + entries) * key + 8 * read, 4 * merged)
-    yield RooflineLine("tape_select_bwd", shape, needed, select_bwd)
-    shape = f"{kind}, D={dim}, k={topk}, T={num_tape_tokens}"
-    written = num_tape_tokens * batch * row
-    yield RooflineLine(
-        "tape_gather", shape, CountedWork(touched * row + written + 8 * read), gather, limited=True
-    )
-    needed = CountedWork((touched + entries) * row + written + 12 * read)
-    yield RooflineLine("tape_gather_bwd", shape, needed, gather_bwd, limited=True)
+    scores = 2 * total * num_tape_tokens * bank_size * key_dim
+    kind = f"B={total}, {'learnable' if shared else 'input-driven'}, M={bank_size}"
+    selected = CountedWork(entries * key + 8 * read, scores + merged)
+    selected_bwd = CountedWork((touched + entries) * key + 8 * read, 4 * merged)
+    written = num_tape_tokens * total * row
+    gathered = CountedWork(touched * row + written + 8 * read)
+    gathered_bwd = CountedWork((touched + entries) * row + written + 12 * read)
+    read_shape, gather_shape = f"{kind}, K={key_dim}", f"{kind}, D={dim}"
+    for name, sizes, needed, ours in (
+        ("tape_select", read_shape, selected, select),
+        ("tape_select_bwd", read_shape, selected_bwd, select_bwd),
+        ("tape_gather", gather_shape, gathered, gather),
+        ("tape_gather_bwd", gather_shape, gathered_bwd, gather_bwd),
+    ):
+        shape = f"{sizes}, k={topk}, T={num_tape_tokens}"
+        whole = CountedWork().plus(ours, repeats)
+        yield RooflineLine(name, shape, needed, whole, limited="gather" in name)
 
 
 def feed_forwards(
@@ -312,18 +218,26 @@ def lines(quick: bool) -> Iterator[RooflineLine]:
         return
     for rows in (50, 64, 128, 207, 256, 577):
         yield from attention([rows], repeats=256, heads=6, head_dim=64)
-    yield from reading(4, 784, 384, 64, 5, 10, shared=False)
-    yield from reading(4, 196, 768, 768, 5, 10, shared=False)
+    for rows in (57, 114):
+        yield from attention([rows], repeats=256, heads=12, head_dim=64)
+    yield from reading(4, 784, 384, 64, 5, 10, shared=False, repeats=64)
+    yield from reading(4, 784, 384, 384, 5, 10, shared=False, repeats=64)
+    yield from reading(4, 196, 768, 768, 5, 10, shared=False, repeats=64)
     yield from reading(32, 10_000, 384, 64, 5, 10, shared=True)
+    yield from reading(32, 10_000, 768, 768, 2, 4, shared=True)
     for products in ("grouped", "cublas"):
         yield from feed_forwards(8 * 197, 8 * 10, 384, 1536, 768, products)
-    yield from norms(2048, 384)
+    yield from feed_forwards(256 * 197, 256 * 10, 384, 1536, 384, "cublas")
+    yield from feed_forwards(256 * 50, 256 * 64, 768, 3072, 768, "cublas")
+    yield from norms(256 * 207, 384)
+    yield from norms(256 * 114, 768)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page; return 1 if a ratio passes its limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few shapes only")
+    parser.add_argument("--out", type=Path, help="CSV file to write; default: none")
     options = parser.parse_args(argv)
     if not triton_runtime.INTERPRETED:
         given = sys.argv[1:] if argv is None else argv
@@ -333,10 +247,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{'op':22}{'shape':46}{'GFLOP':>9}{'MB':>9}{'H200 µs':>9}  {'bound by':9}{'memory':>8}"
         f"{'L2':>8}{'products':>9}{'ratio':>8}"
     )
-    over = 0
+    found = []
     for line in lines(options.quick):
         print(line.text(), flush=True)
-        over += line.limited and line.ratio > LIMIT
+        found.append(line)
+    if options.out is not None:
+        with options.out.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(line.cells() for line in found)
+    over = sum(line.limited and line.ratio > LIMIT for line in found)
     print(f"{over} over the limit of {LIMIT}")
     return 1 if over else 0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from adatape_kernels.benchmarks.harness import ceilings, labels, records, timing
 from adatape_kernels.benchmarks.harness.labels import ANY_BACKEND
 from adatape_kernels.benchmarks.harness.records import CaseKey, ResultRow
+from adatape_kernels.ops.device_facts import here
 from adatape_kernels.ops.op import (
     BACKENDS,
     NotServed,
@@ -268,7 +269,9 @@ def ours(
     default = serving(op, device_type, dtype)
     for backend in BACKENDS[1:]:
         kernel = operation(op).implementations.get(backend)
-        if backend == default or kernel is None or kernel.refusal_by_type(device_type, dtype):
+        if backend == default or kernel is None:
+            continue
+        if kernel.refusal_by_device(here(device_type), dtype):
             continue
         found.append(with_backend(Provider(f"{name} {backend}", prepare, graph=graph), backend))
     return found

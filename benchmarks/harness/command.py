@@ -30,6 +30,7 @@ OPS = (
     "elastic_attention",
     "dual_ffn",
     "model",
+    "image_sizes",
     "dispatch",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -4,8 +4,10 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.measure import Run, Timing
@@ -71,6 +73,7 @@ def _sample_cuda(runs: Iterator[Run], repeats: int) -> float:
 def captured(run: Run) -> Run:
     """Return the run as a CUDA graph; its replay returns the tensors that the capture made.
 
+    These are detached: a result with a `grad_fn` would keep what the capture saved for a backward.
     Each graph has memory of its own: torch refuses to capture into that of graphs that are gone.
     """
     stream = torch.cuda.Stream()
@@ -81,13 +84,25 @@ def captured(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = run()
+        result = _detached(run())
 
     def replay() -> object:
         graph.replay()
         return result
 
     return replay
+
+
+def _detached(result: Any) -> Any:
+    """Return a run's result with its tensors, in whatever tuples, lists or dicts, detached."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    if isinstance(result, dict):
+        return {name: _detached(value) for name, value in result.items()}
+    if isinstance(result, tuple | list):
+        parts = [_detached(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    return result
 
 
 def peak_bytes(run: Run, device_type: str) -> int:

@@ -141,7 +141,9 @@ CudaFFNGradients backward(const FFNRows& rows, const Tensor& dy_any, const Tenso
   with_type_of(x, [&]<class T>() {
     with_activation(
         [&]<bool Aligned, Activation A>() {
-          launch(bias_act_bwd_kernel<T, Aligned, A>, by_strip(p, Pack<T>::kSize, stream), p);
+          LaunchConfig config = by_strip(p, Pack<T>::kSize, stream);
+          config.static_bytes = kBiasActBwdStaticBytes<T>;
+          launch(bias_act_bwd_kernel<T, Aligned, A>, config, p);
         },
         rows_aligned({act, hidden}), ffn.activation);
   });

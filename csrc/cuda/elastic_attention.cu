@@ -16,19 +16,16 @@
 namespace adatape::cuda {
 namespace {
 
-constexpr int64_t kMaxRows = 512;  // shared memory holds an example of so many rows
+// The longest example that is served, and the fewest warps of a block that its length leaves room
+// for.
+constexpr int64_t kMaxRows = 512;
+constexpr int kFewestWarps = 2;
 
-// Returns how many bytes of shared memory a block may have on the current device.
-int64_t most_shared_bytes() {
-#if defined(ADATAPE_CUDA_HOST)
-  return 227 << 10;
-#else
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "shared memory of a block");
-  return bytes;
-#endif
+// Returns the longest example that shared memory holds, in the forward and in the backward.
+int64_t most_rows(int64_t shared_bytes) {
+  int rows = kMaxRows;
+  while (rows > 0 && backward_shared_bytes(rows, kFewestWarps) > shared_bytes) rows -= kStep;
+  return rows;
 }
 
 // Returns `x` itself where all its rows can be read in accesses of 16 bytes, else a copy.
@@ -44,8 +41,9 @@ constexpr ScalarType kHalves[] = {ScalarType::Half, ScalarType::BFloat16};
 // Refuses what the kernels do not serve.
 void check_served(const Tensor& q, std::optional<int64_t> max_rows) {
   if (q.size(2) != kHeadDim) refuse("q: expected head_dim ", kHeadDim, ", got ", q.size(2));
-  if (!max_rows || *max_rows < 0 || *max_rows > kMaxRows) {
-    refuse("max_rows: expected 0 to ", kMaxRows, ", got ",
+  const int64_t most = most_rows(most_shared_bytes(q));
+  if (!max_rows || *max_rows < 0 || *max_rows > most) {
+    refuse("max_rows: expected 0 to ", most, ", got ",
            max_rows ? std::to_string(*max_rows) : "None");
   }
 }
@@ -69,12 +67,17 @@ Grid attention_grid(const CudaElasticAttentionParams& p) {
   return {.x = empty ? 0 : std::max<int64_t>(1, int64_t{p.batch} * p.num_heads)};
 }
 
-// Returns the warps of a block: as many as have a tile of rows, up to a number that depends on
-// whether the block shares its multiprocessor with others or has it to itself.
-int num_warps(const CudaElasticAttentionParams& p) {
+// Returns the warps of a block: as many as have a tile of rows and as shared memory has room for,
+// up to a number that depends on whether the block shares its multiprocessor with others or has it
+// to itself. `bytes` are those of shared memory that a block of this capacity takes with so many
+// warps.
+int num_warps(const CudaElasticAttentionParams& p, int64_t (*bytes)(int, int),
+              int64_t shared_bytes) {
   constexpr int kSharing = 4, kAlone = 8, kMostRowsSharing = 256;
   const int tiles = static_cast<int>(ceil_div(p.capacity, kTileRows));
-  return std::clamp(tiles, 1, p.capacity > kMostRowsSharing ? kAlone : kSharing);
+  int warps = std::clamp(tiles, 1, p.capacity > kMostRowsSharing ? kAlone : kSharing);
+  while (warps > 1 && bytes(p.capacity, warps) > shared_bytes) --warps;
+  return warps;
 }
 
 struct CudaAttentionOutputs {
@@ -117,7 +120,7 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
       .capacity = capacity_of(q, *max_rows),
       .softmax_scale = scale_of(softmax_scale),
   };
-  const int warps = num_warps(p);
+  const int warps = num_warps(p, forward_shared_bytes, most_shared_bytes(q));
   const auto kernel = q.scalar_type() == ScalarType::Half
                           ? elastic_attention_fwd_kernel<__half>
                           : elastic_attention_fwd_kernel<__nv_bfloat16>;
@@ -168,9 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
       .softmax_scale = scale_of(softmax_scale),
   };
   const LaunchStream stream = stream_of(q);
-  const int64_t most = most_shared_bytes();
-  int warps = num_warps(p);
-  while (backward_shared_bytes(p.capacity, warps) > most && warps > 1) --warps;
+  const int warps = num_warps(p, backward_shared_bytes, most_shared_bytes(q));
   const auto kernel = q.scalar_type() == ScalarType::Half
                           ? elastic_attention_bwd_kernel<__half>
                           : elastic_attention_bwd_kernel<__nv_bfloat16>;

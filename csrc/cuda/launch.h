@@ -33,6 +33,9 @@ struct Grid {
 
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// Dynamic shared memory begins at a multiple of so many bytes: see device.cuh.
+constexpr int64_t kSharedAlignment = 128;
+
 // The stream that a launch goes to.
 struct LaunchStream {
 #if !defined(ADATAPE_CUDA_HOST)
@@ -42,17 +45,29 @@ struct LaunchStream {
 #endif
 };
 
+// Returns where a block's dynamic shared memory begins, behind the kernel's own variables.
+constexpr int64_t dynamic_start(int64_t static_bytes) {
+  return ceil_div(static_bytes, kSharedAlignment) * kSharedAlignment;
+}
+
 // How a kernel is launched.
 struct LaunchConfig {
   Grid grid;
   int block_threads;
   int64_t shared_bytes = 0;  // the dynamic shared memory of a block
+  int64_t static_bytes = 0;  // the kernel's own __shared__ variables
   const LaunchStream& stream;
+
+  // Returns the bytes of both.
+  int64_t block_bytes() const { return dynamic_start(static_bytes) + shared_bytes; }
 };
 
 #if defined(ADATAPE_CUDA_HOST)
 
 inline LaunchStream stream_of(const Tensor&) { return {}; }
+
+// Returns how many bytes of shared memory, static ones included, a block may have where `x` lies.
+inline int64_t most_shared_bytes(const Tensor&) { return cuda_host::shared_limit(); }
 
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params,
@@ -61,10 +76,15 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& pa
   const auto dim = [](int64_t n) { return static_cast<unsigned>(n); };
   const std::string file = where.file_name();
   const std::string name = file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+  if (config.block_bytes() > cuda_host::shared_limit()) {
+    refuse(name, ": ", config.shared_bytes, " bytes of dynamic and ", config.static_bytes,
+           " of static shared memory, where a block has ", cuda_host::shared_limit());
+  }
   cuda_host::run({.kernel_name = name.c_str(),
                   .grid = {dim(config.grid.x), dim(config.grid.y), dim(config.grid.z)},
                   .block_threads = static_cast<unsigned>(config.block_threads),
-                  .shared_bytes = static_cast<size_t>(config.shared_bytes)},
+                  .shared_bytes = static_cast<size_t>(config.shared_bytes),
+                  .static_bytes = static_cast<size_t>(config.static_bytes)},
                  [&] { kernel(params); });
 }
 
@@ -86,6 +106,15 @@ inline LaunchStream stream_of(const Tensor& x) {
           .stream = static_cast<cudaStream_t>(stream)};
 }
 
+// Returns how many bytes of shared memory, static ones included, a block may have where `x` lies.
+inline int64_t most_shared_bytes(const Tensor& x) {
+  int bytes = 0;
+  check(
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index()),
+      "shared memory of a block");
+  return bytes;
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params,
             std::source_location where = std::source_location::current()) {
@@ -93,7 +122,7 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& pa
   const Grid& grid = config.grid;
   if (grid.empty()) return;
   cudaError_t error = cudaSuccess;
-  if (config.shared_bytes > kSharedWithoutAsking) {
+  if (config.block_bytes() > kSharedWithoutAsking) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(config.shared_bytes));
   }
@@ -108,8 +137,8 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& pa
     const char* name = "its kernel";
     cudaFuncGetName(&name, reinterpret_cast<const void*>(kernel));
     refuse(where.function_name(), ": ", name, " with grid (", grid.x, ", ", grid.y, ", ", grid.z,
-           "), ", config.block_threads, " threads and ", config.shared_bytes,
-           " bytes of shared memory: ", cudaGetErrorString(error));
+           "), ", config.block_threads, " threads, ", config.shared_bytes, " bytes of dynamic and ",
+           config.static_bytes, " of static shared memory: ", cudaGetErrorString(error));
   }
 }
 

@@ -42,7 +42,11 @@ Tensor allocate_tape(const Tensor& bank, int64_t rows) {
 
 void write_offsets(const CudaTapeGatherParams& p, const LaunchStream& stream) {
   launch(tape_gather_offsets_kernel,
-         {.grid = {.x = 1}, .block_threads = kGatherThreads, .stream = stream}, p);
+         {.grid = {.x = 1},
+          .block_threads = kGatherThreads,
+          .static_bytes = kGatherStaticBytes,
+          .stream = stream},
+         p);
 }
 
 // Writes the offsets, looks at every count and index, and returns how many rows are read.
@@ -52,7 +56,11 @@ int64_t checked_rows(CudaTapeGatherParams p, const Tensor& counts, const LaunchS
   p.status = reinterpret_cast<TapeGatherStatus*>(status.data_ptr());
   const int64_t looking = ceil_div(p.batch * p.num_tape_tokens * p.topk, kGatherThreads);
   launch(tape_gather_offsets_kernel,
-         {.grid = {.x = 1 + looking}, .block_threads = kGatherThreads, .stream = stream}, p);
+         {.grid = {.x = 1 + looking},
+          .block_threads = kGatherThreads,
+          .static_bytes = kGatherStaticBytes,
+          .stream = stream},
+         p);
   TapeGatherStatus found;
   copy_to_host(&found, p.status, sizeof found, stream);
   if (found.bad_counts) refuse("counts: expected 0 to ", p.num_tape_tokens, ", got ", found.count);
@@ -88,6 +96,7 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   const LaunchConfig config{
       .grid = {.x = ceil_div(std::max(p.batch * p.num_tape_tokens, p.rows), kGatherWarps)},
       .block_threads = kGatherThreads,
+      .static_bytes = kGatherStaticBytes,
       .stream = stream};
   with_type_of(bank, [&]<class T>() {
     with_flags([&]<bool Aligned>() { launch(tape_gather_kernel<T, Aligned>, config, p); },
@@ -157,6 +166,7 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   };
   const LaunchConfig by_token{.grid = {.x = ceil_div(p.batch * p.num_tape_tokens, kGatherWarps)},
                               .block_threads = kGatherThreads,
+                              .static_bytes = kGatherStaticBytes,
                               .stream = stream};
   const LaunchConfig by_entry{.grid = {.x = segment_sum_blocks(segments)},
                               .block_threads = kSegmentSumThreads,

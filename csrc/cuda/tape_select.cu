@@ -1,5 +1,6 @@
 // Adaptive tape reading in CUDA: checks, allocation, launches, registration.
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -17,8 +18,8 @@ namespace {
 // A bank of at most so many entries is scored by one warp for each block, a larger one by
 // kSelectThreads.
 constexpr int64_t kOneWarpBank = 64;
-// A bank of at most so many bytes stays in shared memory for all tape tokens. Then two blocks fit
-// into the 227 kB that a multiprocessor has.
+// A bank of at most so many bytes stays in shared memory for all tape tokens, where a block may
+// have as many. Then two blocks fit into the 227 kB that a multiprocessor of 9.0 has.
 constexpr int64_t kResidentBytes = 108 << 10;
 // The queries and unread bits of a block lie in shared memory if they take no more than this.
 constexpr int64_t kSharedWorkspaceBytes = 48 << 10;
@@ -59,11 +60,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   const TapeSelectSizes sizes(query.size(1), bank_size, static_cast<int>(keys.element_size()),
                               threads);
   const int64_t blocks = ceil_div(batch, examples), workspace = sizes.workspace_bytes(examples);
-  const bool resident = sizes.tile_bytes(threads, true, bank_size) <= kResidentBytes;
+  const int64_t static_bytes =
+      own_banks ? sizeof(TapeSelectShared<1>) : sizeof(TapeSelectShared<kExamplesPerBlock>);
+  const int64_t most = most_shared_bytes(query) - dynamic_start(static_bytes);
+  const int64_t streamed = sizes.tile_bytes(threads, false, bank_size);
   std::optional<Tensor> workspaces;
-  if (workspace > kSharedWorkspaceBytes) {
+  if (workspace > std::min(kSharedWorkspaceBytes, most - streamed)) {
     workspaces = allocate("workspaces", query, {blocks * workspace}, ScalarType::Byte);
   }
+  const int64_t for_bank = most - (workspaces ? 0 : workspace);
+  const bool resident =
+      sizes.tile_bytes(threads, true, bank_size) <= std::min(kResidentBytes, for_bank);
 
   const CudaTapeSelectParams p{
       .query = query.data_ptr(),
@@ -94,6 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
       .grid = {.x = blocks},
       .block_threads = threads,
       .shared_bytes = (workspaces ? 0 : workspace) + sizes.tile_bytes(threads, resident, bank_size),
+      .static_bytes = static_bytes,
       .stream = stream};
   with_type_of(query, [&]<class T>() {
     with_flags(
@@ -186,8 +194,10 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
       .width = p.key_dim,
   };
   const LaunchStream stream = stream_of(query);
-  const LaunchConfig by_example{
-      .grid = {.x = batch}, .block_threads = kSelectBwdThreads, .stream = stream};
+  const LaunchConfig by_example{.grid = {.x = batch},
+                                .block_threads = kSelectBwdThreads,
+                                .static_bytes = sizeof(TapeSelectBwdShared),
+                                .stream = stream};
   const LaunchConfig by_entry{.grid = {.x = segment_sum_blocks(segments)},
                               .block_threads = kSegmentSumThreads,
                               .stream = stream};

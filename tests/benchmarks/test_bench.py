@@ -28,6 +28,7 @@ TINY = {
     "elastic_attention": "B=3 N=5-9 T=3 H=2 d=8",
     "dual_ffn": "B=3 N=5 T=3 D=16 F=32 G=16",
     "model": "V=Ti/112 B=2 T=3 k=2 bank=learn M=40 tape=skewed",
+    "image_sizes": "V=Ti/16 B=3 N=2-7 T=3 k=2",
     "dispatch": "op=dual_ffn",
 }
 

@@ -165,7 +165,7 @@ def test_without_them_where_they_cannot_be_built(build, with_cmake):
     )
     process, package = build(ADATAPE_CUDA="auto", ADATAPE_BUILD="auto", **environment)
     assert process.returncode == 0, process.stderr[-2000:]
-    assert facts_of(package) == "none: it could not be built here, `pip install -v` shows why"
+    assert facts_of(package) == "none: it could not be built here: `pip install -v` shows why"
     for variable in ("ADATAPE_CUDA", "ADATAPE_BUILD"):
         required = {"ADATAPE_CUDA": "auto", "ADATAPE_BUILD": "auto", variable: "require"}
         process, _ = build(**environment, **required)

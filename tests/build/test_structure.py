@@ -13,14 +13,15 @@ PACKAGE = ROOT / "adatape_kernels"
 # Lowest first: a part may import what stands before it, and itself.
 PARTS = (
     ("_build", "arguments", "offsets", "op_types", "pooling", "reentrant_checkpoint"),
-    ("activations", "layout_checks"),
+    ("activations", "layout_checks", "tensor_methods"),
     ("reference",),
-    ("elastic",),
+    ("elastic", "elastic_examples", "elastic_layout"),
     ("ops",),
     ("layers",),
     ("data",),
     ("models",),
     ("scenic",),
+    ("timm",),
     ("recipes",),
     ("benchmarks",),
     ("cli",),

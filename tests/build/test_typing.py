@@ -34,7 +34,8 @@ print(output.logit.shape)  # "AdaTapeOutput" has no attribute "logit"; maybe "lo
 layer = ak.layers.ElasticEncoderLayer(dim=8, num_heads=2, ffn_dim=16)
 batch = ak.ElasticBatch.from_padded(torch.zeros(2, 3, 8))
 encoded: torch.Tensor = layer(batch).pool("mean")
-layer(torch.zeros(2, 3, 8))  # has incompatible type "Tensor"; expected "ElasticBatch"
+plain: torch.Tensor = layer(torch.zeros(2, 3, 8))
+layer([1.0])  # Value of type variable "Rows" of function cannot be "list[float]"
 reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=2.0, bank_size=30)
 longer, selection = reader(batch)
 print(longer.lens, selection.ponder)

@@ -72,12 +72,13 @@ def test_the_table_is_made_of_the_statements():
 @pytest.mark.parametrize(
     ("head_dim", "max_rows", "shared_memory", "reason"),
     [
-        (64, 512, 228, None),
-        (64, 256, 100, None),
-        (64, 512, 100, "up to 256 rows"),
-        (64, 513, 228, "up to 512 rows"),
-        (64, None, 228, "max_rows, which is unknown"),
-        (32, 512, 228, "heads of 64 features, not 32"),
+        (64, 512, 227, None),
+        (64, 512, 163, None),
+        (64, 320, 99, None),
+        (64, 321, 99, "up to 320 rows"),
+        (64, 513, 227, "up to 512 rows"),
+        (64, None, 227, "max_rows, which is unknown"),
+        (32, 512, 227, "heads of 64 features, not 32"),
     ],
 )
 @pytest.mark.parametrize("direction", ["elastic_attention", "elastic_attention_bwd"])
@@ -85,7 +86,7 @@ def test_cuda_attention_states_what_it_serves(direction, head_dim, max_rows, sha
     """By the device's facts, so that what a GPU would get can be read on any machine."""
     rows = torch.empty(600, 3, head_dim, dtype=torch.float16, device="meta")
     given = operation(direction).implementations["cuda"]
-    facts = EMULATED._replace(shared_memory_per_multiprocessor=shared_memory * 1024)
+    facts = EMULATED._replace(shared_memory_per_block=shared_memory * 1024)
     others = (None,) * (4 if direction == "elastic_attention" else 7)
     found = given.limits(facts, rows, *others, max_rows, None)
     assert (found is None) if reason is None else reason in found

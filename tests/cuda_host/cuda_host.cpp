@@ -162,21 +162,33 @@ struct ThreadBlock {
 
 ThreadBlock* running = nullptr;
 
-// Whether launches are noted instead of run, and their names, a line each.
-bool noting = false;
+// Whether launches are noted, a line each: name, bytes of dynamic and of static shared memory.
+enum class Noting { kOff, kInsteadOfRunning, kAndRunning };
+Noting noting = Noting::kOff;
 std::string noted;
+
+int64_t most_shared_bytes = 227 << 10;  // as compute capability 9.0 has
 
 }  // namespace
 
-// For tests that ask which kernels a call enters: from here on, until it is called with false,
-// launches are noted and do not run. Returns what was noted before.
+// For tests that ask which kernels a call enters. From here on launches only run if `how` is 0, are
+// only noted if it is 1, and are noted and run if it is 2. Returns what was noted before.
 extern "C" __attribute__((visibility("default"))) const char* adatape_cuda_host_note_launches(
-    bool on) {
+    int how) {
   static std::string before;
   before = std::exchange(noted, {});
-  noting = on;
+  noting = static_cast<Noting>(how);
   return before.c_str();
 }
+
+// For tests that ask what happens on another GPU: from here on a block may have so many bytes of
+// shared memory. Returns how many it had before.
+extern "C" __attribute__((visibility("default"))) int64_t
+adatape_cuda_host_limit_shared(int64_t bytes) {
+  return std::exchange(most_shared_bytes, bytes);
+}
+
+int64_t shared_limit() { return most_shared_bytes; }
 
 void block_barrier(Where where) { running->barrier(where); }
 
@@ -186,9 +198,10 @@ void exchange_bytes(const char* what, unsigned mask, const void* mine, size_t si
 }
 
 void run(const HostLaunch& launch, const std::function<void()>& kernel) {
-  if (noting) {
-    noted += std::string(launch.kernel_name) + "\n";
-    return;
+  if (noting != Noting::kOff) {
+    noted += std::string(launch.kernel_name) + " " + std::to_string(launch.shared_bytes) + " " +
+             std::to_string(launch.static_bytes) + "\n";
+    if (noting == Noting::kInsteadOfRunning) return;
   }
   const Dim grid = launch.grid;
   const unsigned block_threads = launch.block_threads;

@@ -46,7 +46,11 @@ struct HostLaunch {
   Dim grid;
   unsigned block_threads;
   size_t shared_bytes = 0;  // the dynamic shared memory of a block
+  size_t static_bytes = 0;  // the kernel's own __shared__ variables
 };
+
+// Returns how many bytes of shared memory, static ones included, a block may have.
+int64_t shared_limit();
 
 // Runs a kernel for all threads of all blocks, and returns when it is done.
 void run(const HostLaunch& launch, const std::function<void()>& kernel);

@@ -1,6 +1,7 @@
 """Small files that ask for much: idx files, compressed or not, and images."""
 
 import gzip
+import io
 import os
 import struct
 import sys
@@ -174,3 +175,39 @@ def test_the_largest_image_takes_the_memory_that_is_stated(tmp_path):
     path = Path(tmp_path) / "image.png"
     path.write_bytes(png(8192, 8192, colour=3))
     assert run_limited(DECODE, path, megabytes=2 * 1200) == "(2, 3, 8, 8)\n"
+
+
+DECODE_EACH = """
+import pathlib, sys
+from adatape_kernels.data.image_file import decode
+for file in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    try:
+        print(file.name, tuple(decode(file, 8).shape))
+    except ValueError as error:
+        print(file.name, error)
+"""
+
+
+@LIMITS
+def test_a_png_chunk_that_claims_four_gigabytes_makes_no_room_for_them(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    whole = io.BytesIO()
+    image.effect_noise((16, 16), 50).save(whole, "PNG", compress_level=1)
+    whole = whole.getvalue()
+    at = 8
+    while at < len(whole):
+        (length,) = struct.unpack_from(">I", whole, at)
+        damaged = bytearray(whole)
+        damaged[at] = damaged[at + 1] = 0xFF
+        (tmp_path / f"{at:04}.png").write_bytes(damaged)
+        at += length + 12
+    # The palette of a BMP has as many colours as its header says.
+    bitmap = io.BytesIO()
+    image.new("P", (4, 4)).save(bitmap, "BMP")
+    damaged = bytearray(bitmap.getvalue())
+    damaged[46:50] = b"\xff" * 4
+    (tmp_path / "palette.bmp").write_bytes(damaged)
+    printed = run_limited(DECODE_EACH, tmp_path)
+    names = [line.split()[0] for line in printed.splitlines()]
+    assert names == sorted(file.name for file in tmp_path.iterdir()), printed
+    assert "MemoryError" not in printed

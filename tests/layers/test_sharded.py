@@ -90,3 +90,36 @@ def test_data_parallel_changes_nothing(mesh, options):
     actual, parallel_logits = trained(DistributedDataParallel(model(), **options))
     torch.testing.assert_close(parallel_logits, logits)
     torch.testing.assert_close(actual, expected)
+
+
+def gradients_of_hooks(module, hooked):
+    """What hooks on some modules saw in one step, in the order in which they ran."""
+    seen = []
+    for each in hooked:
+        each.register_full_backward_pre_hook(lambda m, grad: seen.append(grad))
+        each.register_full_backward_hook(lambda m, gi, go: seen.append((*gi, *go)))
+    images = torch.linspace(-1, 1, 3 * 3 * 64).view(3, 3, 8, 8).requires_grad_()
+    getattr(module, "module", module).loss(module(images), torch.tensor([0, 1, 2])).backward()
+    return seen
+
+
+def elastic(module):
+    kinds = (ak.layers.ElasticEncoder, ak.layers.ElasticEncoderLayer, ak.layers.TapeReader)
+    return [m for m in module.modules() if isinstance(m, (ak.models.AdaTapeViT, *kinds))]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("wrapper", ["fully_shard", "DistributedDataParallel"])
+def test_backward_hooks_see_the_same_gradients(mesh, wrapper):
+    expected = gradients_of_hooks(plain := model(), elastic(plain))
+    assert len(expected) == 2 * len(elastic(plain)) == 10
+    module = model()
+    hooked = elastic(module)
+    if wrapper == "fully_shard":
+        module = sharded(module, mesh, KINDS["readers"])
+    else:
+        module = DistributedDataParallel(module)
+    actual = gradients_of_hooks(module, hooked)
+    for found, wanted in zip(actual, expected, strict=True):
+        for a, e in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-5)

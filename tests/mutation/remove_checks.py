@@ -36,7 +36,8 @@ PACKAGE = ROOT / "adatape_kernels"
 CHECKED = [
     *sorted(PACKAGE.glob("ops/**/*.py")),
     *sorted(PACKAGE.glob("layers/*.py")),
-    *(PACKAGE / name for name in ("arguments.py", "elastic.py", "offsets.py")),
+    *sorted(PACKAGE.glob("elastic*.py")),
+    *(PACKAGE / name for name in ("arguments.py", "offsets.py", "tensor_methods.py")),
 ]
 CUDA_HOST = "build/cuda_host/adatape_cuda_host.so"
 LOG = "mutation.log"
@@ -134,9 +135,14 @@ ROOMS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_lay
 def tests_of(path):
     """The tests that may notice: those of what is refused."""
     wrong_arguments = "tests/layers/test_wrong_arguments.py"
+    if path.endswith(("elastic_examples.py", "elastic_layout.py", "tensor_methods.py")):
+        return ["tests/test_elastic_examples.py", "tests/test_tensor_methods.py"]
+    if path.endswith("row_kinds.py"):
+        return ["tests/layers/test_row_kinds.py"]
     if path.endswith(("elastic.py", "offsets.py")):
         refusals = of("elastic_attention_refusals")
-        return ["tests/test_elastic_refusals.py", refusals, wrong_arguments]
+        examples = "tests/test_elastic_examples.py"
+        return ["tests/test_elastic_refusals.py", examples, refusals, wrong_arguments]
     if path.endswith("arguments.py") or "layers" in path:
         return [wrong_arguments, "tests/layers/test_layers.py"]
     if "op_checks" in path or "tensor_checks" in path:

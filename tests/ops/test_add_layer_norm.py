@@ -135,6 +135,24 @@ def test_mixed_dtypes(device, dtype, branch_dtype, weight_dtype):
         assert_close(a, e, 4 * torch.finfo(torch.float16).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", ["weight", "bias"])
+def test_each_parameter_s_gradient_has_the_precision_of_its_own_dtype(device, dtype, wide):
+    """One parameter has float32 and the other the dtype of x: the rounding of one is its own."""
+    narrow, broad = sorted((dtype, torch.float32), key=lambda d: -torch.finfo(d).eps)
+    x, _, *parameters = stream(device, rows=300, dtype=dtype)
+    dtypes = (broad, narrow) if wide == "weight" else (narrow, broad)
+    parameters = [p.to(d) for p, d in zip(parameters, dtypes, strict=True)]
+    given = [x, torch.zeros_like(x), *parameters]
+    grads = cotangents(x)
+    actual = gradients(add_layer_norm, given, *grads)[-2:]
+    expected = gradients(reference.add_layer_norm, double(given), *double(grads))[-2:]
+    for a, e, d in zip(actual, expected, dtypes, strict=True):
+        assert a.dtype == d
+        error = (a.double() - e).norm() / e.norm()
+        assert error <= (4 if dtype == torch.float64 else 20) * torch.finfo(d).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_branch_in_double_precision_is_not_rounded_before_the_sum(device, dtype):
     x, branch, weight, bias = stream(device, rows=40, dtype=dtype)

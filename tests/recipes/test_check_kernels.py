@@ -4,7 +4,6 @@ Kernels are noted when they are launched and not run, so that sizes meant for a 
 here; what the calls return is meaningless then.
 """
 
-import ctypes
 import importlib
 import pkgutil
 import re
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from adatape_kernels import ops
+from adatape_kernels.benchmarks import gpu
 from adatape_kernels.ops import triton_runtime
 from adatape_kernels.ops.op import NotServed, operation, registered_ops
 from adatape_kernels.recipes import check
@@ -49,9 +49,16 @@ def entered(backend, note):
 
 @pytest.mark.skipif(not triton_runtime.INTERPRETED, reason="Triton's kernels serve no CPU here")
 def test_every_triton_kernel_is_entered():
+    """No more of them are compiled, in all three dtypes, than `make gpu` reckons with."""
+    compilations = {torch.float32: set(), torch.float16: set()}
+
     def note(call):
         with triton_runtime.recording() as launches:
             call()
+        for launch in launches:
+            dtypes = {x.dtype for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
+            half = torch.float16 if torch.float16 in dtypes else torch.float32
+            compilations[half].add(emulation.compilation(launch))
         return {launch.kernel.__name__ for launch in launches}
 
     seen = set()
@@ -64,28 +71,30 @@ def test_every_triton_kernel_is_entered():
         module = importlib.import_module(found.name)
         every |= {name for name in vars(module) if re.fullmatch(r"_\w+_kernel", name)}
     assert seen == every
+    # The interpreter has no bfloat16, which takes as many as float16.
+    number = len(compilations[torch.float32]) + 2 * len(compilations[torch.float16])
+    assert gpu.CHECK_COMPILATIONS / 2 < number <= gpu.CHECK_COMPILATIONS
 
 
 @pytest.mark.skipif(emulation.cuda_host_library() is None, reason="the CUDA host was not built")
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the CUDA kernels run on the GPU that is here"
 )
-def test_every_launch_in_csrc_cuda_is_entered():
-    library = ctypes.CDLL(str(emulation.cuda_host_library()))
-    library.adatape_cuda_host_note_launches.restype = ctypes.c_char_p
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_every_launch_in_csrc_cuda_is_entered(kib):
+    """On each GPU, by the shared memory that a block may have there."""
 
     def note(call):
-        library.adatape_cuda_host_note_launches(True)
-        try:
+        with emulation.noted_launches() as launches:
             call()
-        finally:
-            launched = library.adatape_cuda_host_note_launches(False).decode().split()
-        return set(launched)
+        assert all(each.bytes <= kib << 10 for each in launches)
+        return {each.place for each in launches}
 
     seen = set()
-    for case, places in entered("cuda", note):
-        assert {place.partition(":")[0] for place in places} == {f"{case.op}.cu"}, case.name
-        seen |= places
+    with emulation.shared_memory(kib):
+        for case, places in entered("cuda", note):
+            assert {place.partition(":")[0] for place in places} == {f"{case.op}.cu"}, case.name
+            seen |= places
     every = {
         f"{path.name}:{number}"
         for path in CUDA_SOURCES.glob("*.cu")

@@ -144,8 +144,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dtotal: Tensor, dnormed: Tensor, dmean: Any, drstd: Any) -> tuple:
-    dx, dweight, dbias = _BACKWARD.overload(dtotal, dnormed, *ctx.saved_tensors)
-    return dx, dx.to(ctx.branch_dtype), dweight, dbias.to(ctx.bias_dtype), None
+    total, weight, mean, rstd = ctx.saved_tensors
+    # The backward op rounds both gradients to its weight's dtype, so that is the wider of the two.
+    wider = weight.to(torch.promote_types(weight.dtype, ctx.bias_dtype))
+    dx, dweight, dbias = _BACKWARD.overload(dtotal, dnormed, total, wider, mean, rstd)
+    return (
+        *(dx, dx.to(ctx.branch_dtype)),
+        *(dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)),
+        None,
+    )
 
 
 def _plain_torch(inputs: tuple, output: tuple) -> tuple:

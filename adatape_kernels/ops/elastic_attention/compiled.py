@@ -6,19 +6,25 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.compiled_part import cpp_kernel, cuda_kernel
-from adatape_kernels.ops.device_facts import KIB, DeviceFacts
+from adatape_kernels.ops.device_facts import DeviceFacts
 
 CUDA_HEAD_DIM = 64
 
 
-def _most_rows(device: DeviceFacts) -> int:
-    """Return the longest example that shared memory holds, in the forward and in the backward."""
-    return 512 if device.shared_memory_per_multiprocessor >= 164 * KIB else 256
+def most_rows(device: DeviceFacts) -> int:
+    """Return the longest example that shared memory holds, as csrc/cuda/elastic_attention.cu does.
+
+    Two rows of an example and two numbers stay there all the time, and two tiles of 32 rows of each
+    of at least two warps.
+    """
+    row = 2 * CUDA_HEAD_DIM
+    rest = device.shared_memory_per_block - 2 * 2 * 32 * row
+    return min(512, rest // (2 * row + 8) // 16 * 16)
 
 
 def _serves(device: DeviceFacts, rows: Tensor, max_rows: int | None) -> str | None:
     """State which heads and examples are served; the batch decides nothing, nor its bits."""
-    head_dim, most = rows.shape[2], _most_rows(device)
+    head_dim, most = rows.shape[2], most_rows(device)
     if head_dim != CUDA_HEAD_DIM:
         return f"it takes heads of {CUDA_HEAD_DIM} features, not {head_dim}"
     if max_rows is None or max_rows > most:

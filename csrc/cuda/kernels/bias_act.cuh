@@ -132,6 +132,11 @@ __global__ void __launch_bounds__(kBiasActThreads, kBiasActBlocks) act_kernel(Cu
   }
 }
 
+// Static shared memory of a block of the backward: each warp's sums over its rows.
+template <class T>
+constexpr int64_t kBiasActBwdStaticBytes =
+    kBiasActWarps * kWarpSize * Pack<T>::kSize * int64_t{sizeof(float)};
+
 // Writes dhidden, given dact and hidden, then act once more, and the sum of dhidden over the
 // block's rows.
 template <class T, bool Aligned, Activation A>

@@ -48,6 +48,8 @@ constexpr int kGatherThreads = 256;
 constexpr int kGatherWarps = kGatherThreads / kWarpSize;
 constexpr int kGatherRegisters = 80;  // a thread takes no more
 constexpr int kGatherBlocks = blocks_at_once(kGatherThreads, kGatherRegisters);
+// Static shared memory of a block: a number for each warp, in block_sum and in write_offsets.
+constexpr int64_t kGatherStaticBytes = 2 * kGatherWarps * sizeof(int32_t);
 // In a batch of at most so many examples every block adds up the offsets that it needs, so that one
 // launch does all. In a larger one a launch of its own writes the offsets first.
 constexpr int64_t kGatherFusedBatch = 2048;

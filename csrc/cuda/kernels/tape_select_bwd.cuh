@@ -90,10 +90,19 @@ __device__ float dot(const T* key, const float* with, int64_t key_dim) {
   return warp_sum(sum);
 }
 
+// What the threads of a block exchange, in static shared memory: a number for each entry of a read.
+struct TapeSelectBwdShared {
+  float scores[kWarpSize], dots[kWarpSize], weights[kWarpSize], dscores[kWarpSize];
+};
+
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
     tape_select_bwd_kernel(CudaTapeSelectBwdParams p) {
-  __shared__ float scores[kWarpSize], dots[kWarpSize], weights[kWarpSize], dscores[kWarpSize];
+  __shared__ TapeSelectBwdShared exchanged;
+  auto& scores = exchanged.scores;
+  auto& dots = exchanged.dots;
+  auto& weights = exchanged.weights;
+  auto& dscores = exchanged.dscores;
   const TapeSelectBwdExample<T> at{p, blockIdx.x};
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int count = static_cast<int>(clamp(p.counts[at.example], 0, p.num_tape_tokens));

@@ -198,14 +198,24 @@ struct ReadingProgress {
   }
 };
 
+// What the threads of a block exchange, in static shared memory.
+template <int Examples>
+struct TapeSelectShared {
+  OrderedEntry lists[Examples][kSelectWarps][kWarpSize];  // each warp's best entries
+  int chosen[Examples][kMaxTopk];
+  float chosen_weights[Examples][kMaxTopk];
+  bool reading[Examples];
+};
+
 // A block reads for `Examples` examples of a shared bank, or for one of a bank of its own.
 template <class T, bool Aligned, int Examples>
 __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     tape_select_kernel(CudaTapeSelectParams p) {
-  __shared__ OrderedEntry lists[Examples][kSelectWarps][kWarpSize];  // each warp's best entries
-  __shared__ int chosen[Examples][kMaxTopk];
-  __shared__ float chosen_weights[Examples][kMaxTopk];
-  __shared__ bool reading[Examples];
+  __shared__ TapeSelectShared<Examples> exchanged;
+  auto& lists = exchanged.lists;
+  auto& chosen = exchanged.chosen;
+  auto& chosen_weights = exchanged.chosen_weights;
+  auto& reading = exchanged.reading;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int warps = blockDim.x / kWarpSize;
   const TapeSelectSizes sizes(p.key_dim, p.bank_size, sizeof(T), blockDim.x);
