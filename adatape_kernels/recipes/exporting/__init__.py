@@ -79,7 +79,8 @@ def export_model(
     Args:
         model: an AdaTapeViT or an AdaTapeParity, on any device and in any dtype that the format
             takes; it is not changed, and exported in the mode for evaluation.
-        file: what to write, whose name ends in .pt2, or .onnx for onnx.
+        file: what to write, with a name that ends in .pt2, or in .onnx for onnx; a file of this
+            name is replaced.
         format: "torch.export", a program for `torch.export.load`; "aoti", compiled by AOTInductor
             for this kind of processor; or "onnx".
         batch: most inputs of a call; None for any number.
