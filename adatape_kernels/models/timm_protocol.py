@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adatape_kernels.arguments import check_flag, check_int, check_kind, check_number, shown
 from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.models.embedding import ModelInputs
 from adatape_kernels.models.head import NormedHead
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.vit import AdaTapeViT
@@ -70,10 +71,12 @@ class TimmAdaTape(nn.Module):
         self.grad_checkpointing = False
         self.last_output: AdaTapeOutput | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (batch, num_classes) of images (batch, in_chans, height, width).
+    def forward(self, x: ModelInputs) -> Tensor:
+        """Return logits (batch, num_classes), or without a head features (batch, num_features).
 
-        Without a head they are features (batch, num_features).
+        Args:
+            x: images (batch, in_chans, height, width), or images of many sizes in a list or in a
+                dict of patches, as `AdaTapeViT` takes them.
         """
         self.last_output = None  # what the last call kept is freed before this one needs memory
         features, reads = self._encoded(x)
@@ -85,7 +88,7 @@ class TimmAdaTape(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def forward_features(self, x: Tensor) -> ElasticBatch:
+    def forward_features(self, x: ModelInputs) -> ElasticBatch:
         """Return the encoded tokens of images, the tape tokens of each behind its own.
 
         They are an `ElasticBatch`, since images read tapes of different lengths; `to_padded` gives
@@ -184,17 +187,16 @@ class TimmAdaTape(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_output": None}
 
-    def _encoded(self, images: Tensor) -> tuple[ElasticBatch, tuple[TapeSelection, ...]]:
+    def _encoded(self, images: ModelInputs) -> tuple[ElasticBatch, tuple[TapeSelection, ...]]:
         """Return the encoded tokens, and what each read selected."""
         encoder = self.adatape.encoder
-        tokens, bank = self.adatape.embed(images)
-        x = ElasticBatch.from_padded(tokens)
+        x, bank, bank_lens = self.adatape.embed_elastic(images)
         if not (self.grad_checkpointing and self.training):
-            return encoder(x, bank)
+            return encoder(x, bank, bank_lens=bank_lens)
         x, reads = x.round_rows(encoder.row_multiple) if encoder.row_multiple > 1 else x, []
         for layer, reader in encoder.stages():
             if reader is not None:
-                x, selection = reader(x, bank)
+                x, selection = reader(x, bank, bank_lens=bank_lens)
                 reads.append(selection)
             x = checkpoint(layer, x, use_reentrant=False)
         return x.with_data(encoder.norm(x.data)), tuple(reads)

@@ -56,8 +56,18 @@ def test_it_computes_what_the_model_does(options):
     assert {name for name in model.no_weight_decay() if name in names} >= {"adatape.position"}
 
 
+def test_images_of_many_sizes():
+    model = model_of().train()
+    images = [torch.randn(3, 16, 32), torch.randn(3, 8, 8), torch.randn(3, 24, 16)]
+    expected = model.adatape(images)
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert_close(model(images), expected.logits, 1e-6)
+        assert model.last_output.tape_lens.tolist() == expected.tape_lens.tolist()
+
+
 @pytest.mark.parametrize("norm_after_pooling", [False, True])
-def test_a_new_head(norm_after_pooling, tmp_path):
+def test_a_new_head(norm_after_pooling):
     model = model_of(norm_after_pooling=norm_after_pooling).train()
     hidden = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
     model.reset_classifier(0)
@@ -66,8 +76,8 @@ def test_a_new_head(norm_after_pooling, tmp_path):
     model.reset_classifier(7, global_pool="token")
     assert model(IMAGES).shape == (4, 7) and (model(IMAGES) == 0).all()
     assert_close(model.forward_head(model.forward_features(IMAGES), True), hidden, 1e-6)
-    ak.save(model.adatape, tmp_path)
-    assert ak.load(tmp_path).config.num_classes == 7
+    again = ak.models.AdaTapeViT(model.adatape.config)  # which has learned of the number
+    again.load_state_dict(model.adatape.state_dict())
     with refused("global_pool", "'token'", "got 'avg'"):
         model.reset_classifier(7, "avg")
     with refused("num_classes", "got -1"):
@@ -117,7 +127,6 @@ def test_copies_leave_the_last_output_behind():
 
 def test_the_head_s_features_are_dropped_in_training():
     model = model_of(drop_rate=0.5)
-    assert_close(model(IMAGES), model(IMAGES), 1e-6) if not model.training else None
     model.train()
     hidden = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
     assert 0.2 < (hidden == 0).float().mean() < 0.8

@@ -64,6 +64,13 @@ def test_another_architecture_is_named(name):
     assert_untouched(model, f"the class {type(model).__module__}.{type(model).__qualname__}")
 
 
+def test_torchvision_s_vit_is_named():
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    with torch.device("meta"):
+        model = torchvision.models.vit_b_16()
+    assert_untouched(model, "the class torchvision.models.vision_transformer.VisionTransformer")
+
+
 def test_patching_twice_and_unpatching_what_is_not_patched():
     model = ak.patch(vit())
     assert_untouched(model, "one that is; ak.unpatch gives it back")
