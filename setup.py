@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -158,6 +159,26 @@ class CMakeBuild(build_ext):
             note.write_text(f"{why}\n", encoding="utf-8")
             print(f"adatape-kernels: installed as plain Python, because {why}")
         super().run()
+        if not why and (fault := self.fault_of_refusals(package.parent)):
+            if mode == "require":
+                raise SetupError(f"ADATAPE_BUILD=require, but {fault}")
+            for built in package.glob("_C.*.so"):
+                built.unlink()
+            note.write_text(f"{fault}\n", encoding="utf-8")
+            print(f"adatape-kernels: installed as plain Python, because {fault}")
+
+    def fault_of_refusals(self, folder: Path) -> str | None:
+        """Say, in words, if an error that the compiled part raises ends the process."""
+        command = [sys.executable, "-B", "-m", "adatape_kernels.ops.refusal_probe"]
+        environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+        for crash in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
+            if done.returncode == -crash:
+                return (
+                    f"an error raised in C++ ended the process ({crash.name}): the compiler's C++ "
+                    "runtime does not fit torch's (CXX names another compiler)"
+                )
+        return None  # so too where the package could not be imported yet
 
     def build_extension(self, ext: Extension) -> None:
         """Build with CMake, without the kernels for GPUs where those are what cannot be built."""

@@ -42,7 +42,7 @@ class ElasticLayout(TensorMethods):
         name = type(self).__name__
         if not isinstance(self.data, Tensor) or not isinstance(self.cu_inputs, Tensor):
             return f"{name}(data={self.data!r}, …)"  # as a tree of something else than tensors
-        tapes = len(self.data) - self.num_input_rows
+        tapes = self.data.shape[0] - self.num_input_rows
         return (
             f"{name}(examples={self.batch}, input_rows={self.num_input_rows}, "
             f"tape_rows{'=' if self.exact else '<='}{tapes}, dim={self.data.shape[1:].numel()}, "

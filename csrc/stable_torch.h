@@ -7,9 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 // torch 2.13 brings the check that passes a message on; before it there is the one without.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -21,13 +22,26 @@ namespace adatape {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Returns a part of a message as text. A stream would do that by the locale, of which there may be
+// two in a process, one of them in a C++ library that the compiler brought and torch did not load.
+template <class Part>
+std::string text_of_part(const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(part));
+    return text;
+  } else if constexpr (std::is_integral_v<Part>) {
+    return std::to_string(part);
+  } else {
+    return std::string(part);
+  }
+}
+
 // Throws an error that Python sees as one line. A refusal of a bad value has the form
 // "name: expected …, got …".
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error((std::string() + ... + text_of_part(parts)));
 }
 
 // Fills the rows of `x` from row `first` on with zeros.

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-_whole_run = contextlib.ExitStack()
 CUDA_HOST = Path(__file__).parents[1] / "build/cuda_host/adatape_cuda_host.so"
 
 
@@ -33,7 +32,7 @@ def load_cuda_host(path):
     """
     torch.ops.load_library(path)
     if kib := os.environ.get("ADATAPE_SHARED_KIB"):
-        _whole_run.enter_context(shared_memory(int(kib)))
+        set_shared_memory(int(kib))
     from adatape_kernels.ops.op import operation, registered_ops
 
     for name in registered_ops():
@@ -73,23 +72,27 @@ def noted_launches(*, run=False):
             launches.append(NotedLaunch(place, int(dynamic), int(static)))
 
 
+def set_shared_memory(kib):
+    """Let a block have so much shared memory from here on; return how much it had before."""
+    from adatape_kernels.ops import device_facts
+
+    limit = ctypes.CDLL(str(cuda_host_library())).adatape_cuda_host_limit_shared
+    limit.restype, limit.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    device_facts.EMULATED = device_facts.EMULATED._replace(shared_memory_per_block=kib << 10)
+    device_facts.facts_of.cache_clear()
+    return limit(kib << 10) >> 10
+
+
 @contextlib.contextmanager
 def shared_memory(kib):
     """Let the host play a GPU whose blocks may have so much shared memory; yields its facts."""
     from adatape_kernels.ops import device_facts
 
-    library = ctypes.CDLL(str(cuda_host_library()))
-    limit = library.adatape_cuda_host_limit_shared
-    limit.restype, limit.argtypes = ctypes.c_int64, [ctypes.c_int64]
-    known, before = device_facts.EMULATED, limit(kib << 10)
-    device_facts.EMULATED = known._replace(shared_memory_per_block=kib << 10)
-    device_facts.facts_of.cache_clear()
+    before = set_shared_memory(kib)
     try:
         yield device_facts.EMULATED
     finally:
-        limit(before)
-        device_facts.EMULATED = known
-        device_facts.facts_of.cache_clear()
+        set_shared_memory(before)
 
 
 def compilation(launch):

@@ -1,7 +1,6 @@
 """AdaTape on images: a ViT that reads a tape of image patches or of learned tokens (SPEC 2, 6)."""
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind, shown
-from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import (
     MOST_PARAMETERS,
@@ -22,7 +19,12 @@ from adatape_kernels.models.config import (
     AdaTapeConfig,
     AdaTapeOptions,
 )
-from adatape_kernels.models.embedding import Embedded, ModelInputs
+from adatape_kernels.models.embedding import (
+    Embedded,
+    ModelInputs,
+    elastic_rows,
+    padded_banks,
+)
 from adatape_kernels.models.image_sizes import list_of_images, strip_of_patches
 from adatape_kernels.models.model_file import saved_with
 from adatape_kernels.models.positions import grid_positions
@@ -312,15 +314,13 @@ class AdaTapeViT(AdaTape):
         parts = (self.class_token, self.registers)
         learned = [part[0] for part in parts if part is not None]
         rows, lens = _embedded(images, self.patch_embed, c, c.patch_size, like, learned)
-        tokens = _elastic(self.pre_norm(self.dropout(rows)), lens)
+        tokens = elastic_rows(self.pre_norm(self.dropout(rows)), lens)
         if not has_bank:
             return Embedded(tokens, None, None)
         rows, lens = _embedded(
             images, self.bank_embed, c, c.bank_patch_size, self.bank_position, []
         )
-        banks = nn.utils.rnn.pad_sequence([*self.pre_bank(rows).split(lens)], batch_first=True)
-        banks = F.pad(banks, (0, 0, 0, max(0, c.topk - banks.shape[1])))
-        return Embedded(tokens, banks, _on_device(lens, like))
+        return Embedded(tokens, *padded_banks(self.pre_bank(rows), lens, c.topk))
 
 
 def _embedded(
@@ -346,17 +346,6 @@ def _embedded(
     positions = torch.cat([of_grid[grid] for grid in grids])
     front = sum(map(len, learned))
     return rows + positions, [front + patches for patches in lens]
-
-
-def _elastic(rows: Tensor, lens: list[int]) -> ElasticBatch:
-    """Return rows (rows, dim) of consecutive examples as a batch, without synchronising."""
-    cu_inputs = _on_device([0, *itertools.accumulate(lens)], rows)
-    cu_tapes = torch.full_like(cu_inputs, len(rows))
-    return ElasticBatch(rows, cu_inputs, cu_tapes, len(rows), min(lens), max(lens))
-
-
-def _on_device(numbers: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32).to(like.device, non_blocking=True)
 
 
 def _patches(config: AdaTapeViTConfig, size: int) -> nn.Conv2d:

@@ -22,6 +22,7 @@ from torch import Tensor
 from adatape_kernels import ops
 from adatape_kernels.arguments import check_int
 from adatape_kernels.models.value_checks import as_choice
+from adatape_kernels.ops import refusal_probe
 from adatape_kernels.ops.device_facts import here
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
 from adatape_kernels.ops.op import (
@@ -121,6 +122,8 @@ def findings(device: str, jobs: int = 1) -> Iterator[Finding]:
     """Run every check on the device, which must be torch's default."""
     every = units(device)
     reached: set[Kernel] = set()
+    if any(kernel.backend in ("cpp", "cuda") for kernel in _kernels(device)):
+        yield Finding("errors raised in C++ reach Python", refusal_probe.fault())
     outcomes: Iterator[Outcome | None] = map(outcome_of, every)
     if jobs > 1:
         outcomes = in_processes(_prepare_process, _run_unit, device, len(every), jobs)

@@ -43,6 +43,14 @@ torch::Library declare_ops(const std::string& schemas) {
   return library;
 }
 
+at::ScalarType dtype_of(const std::string& name) {
+  const std::unordered_map<std::string, at::ScalarType> dtypes{{"float32", at::kFloat},
+                                                               {"float64", at::kDouble},
+                                                               {"bfloat16", at::kBFloat16},
+                                                               {"float16", at::kHalf}};
+  return dtypes.at(name);
+}
+
 // Returns a tensor (batch, *shape) of as many inputs as the file holds.
 at::Tensor read_inputs(const char* name, const std::string& shape_text) {
   std::ifstream file(name, std::ios::binary);
@@ -68,10 +76,12 @@ void serve(const char* model, const char* inputs_name) {
   const Metadata metadata = Loader::load_metadata_from_package(model, "model");
   const torch::Library ops = declare_ops(entry(metadata, "ops"));
   const at::Tensor inputs = read_inputs(inputs_name, entry(metadata, "input_shape"));
+  const at::ScalarType dtype = dtype_of(entry(metadata, "input_dtype"));
 
   Loader loader(model);
-  const std::vector<at::Tensor> outputs = loader.run({inputs});
-  const at::Tensor logits = outputs.at(0).contiguous(), tape_lens = outputs.at(1).contiguous();
+  const std::vector<at::Tensor> outputs = loader.run({inputs.to(dtype)});
+  const at::Tensor logits = outputs.at(0).to(at::kFloat).contiguous();
+  const at::Tensor tape_lens = outputs.at(1).contiguous();
   for (int64_t i = 0; i < logits.size(0); ++i) {
     for (int64_t c = 0; c < logits.size(1); ++c) {
       std::cout << logits.const_data_ptr<float>()[i * logits.size(1) + c] << ' ';

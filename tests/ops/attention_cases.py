@@ -4,6 +4,8 @@ import torch
 
 from adatape_kernels import reference
 from adatape_kernels.offsets import cumulative
+from adatape_kernels.ops.device_facts import facts_of
+from adatape_kernels.ops.elastic_attention.compiled import most_rows
 from adatape_kernels.ops.op import meta, operation
 
 INPUT_LENS, TAPE_LENS = [4, 0, 3, 1, 0], [2, 3, 0, 1, 0]
@@ -25,6 +27,11 @@ def qkv(rows, num_heads, head_dim, *, device, dtype=torch.float32):
     together = torch.randn(rows, 3, num_heads, head_dim, device=device).to(dtype)
     dout = torch.randn(rows, num_heads, head_dim, device=device).to(dtype)
     return [*together.unbind(1), dout]
+
+
+def most_rows_on(device):
+    """The longest example that CUDA C++ serves on the device."""
+    return most_rows(facts_of(torch.device(device)))
 
 
 def gradients(attention, q, k, v, dout, *offsets, **options):

@@ -6,7 +6,7 @@ import mmap
 import literal
 import pytest
 import torch
-from attention_cases import by_reference, gradients, layout, qkv
+from attention_cases import by_reference, gradients, layout, most_rows_on, qkv
 from checks import assert_close, assert_low_precision, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,7 +84,8 @@ def test_every_tail_of_tiles(device, dtype, scale):
 @pytest.mark.many_emulated_threads
 @pytest.mark.parametrize(("dtype", "lens"), [(DTYPES[0], [512, 5]), (DTYPES[1], [207, 257])])
 def test_examples_of_many_tiles(device, dtype, lens):
-    """Several tiles a warp, and more warps for more rows."""
+    """Several tiles a warp, and more warps for more rows; the longest that the device serves."""
+    lens = [min(n, most_rows_on(device)) for n in lens]
     *offsets, rows = layout(device, [n - n // 30 for n in lens], [n // 30 for n in lens])
     given = qkv(sum(lens), 1, HEAD_DIM, device=device, dtype=dtype)
     assert_right(given, offsets, rows, max_rows=max(lens))
@@ -148,7 +149,7 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, dtype):
             for here, row in zip(example, rows[i], strict=True):
                 there[here] = row
         chosen = [torch.cat([x[there], torch.full_like(x[:2], math.nan)]) for x in given]
-        for max_rows in (max(map(len, own)), 512):
+        for max_rows in (max(map(len, own)), most_rows_on(device)):
             actual = gradients(elastic_attention, *chosen, *offsets, max_rows=max_rows)
             for a, e in zip(actual, together, strict=True):
                 assert_same_bits(a[: len(there)], e[there])

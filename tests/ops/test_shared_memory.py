@@ -16,6 +16,8 @@ from adatape_kernels.offsets import cumulative
 from adatape_kernels.ops import elastic_attention, tape_select
 from adatape_kernels.ops.elastic_attention.compiled import most_rows
 from adatape_kernels.ops.op import NotServed, record, use_backend
+from adatape_kernels.recipes import check
+from adatape_kernels.recipes.check_cases import check_cases
 
 CARDS = {"8.6, 8.9 and 12.0": 99, "8.0": 163, "9.0 and 10.0": 227}
 SOURCES = Path(__file__).parents[2] / "csrc/cuda"
@@ -70,6 +72,15 @@ def test_queries_of_any_width_fit(kib, shared, key_dim):
         found, (launch,) = selected(40, key_dim, torch.float32, shared, topk=2)
     assert found.counts.min() > 0
     assert launch.bytes <= kib << 10
+
+
+@each_card
+def test_the_first_case_of_check_is_right_on_every_card(kib):
+    """On the smallest it could not be launched while each card was taken for one of 9.0."""
+    case = next(check_cases())
+    assert (case.op, case.name) == ("tape_select", "input-driven bank of 784, k = 5")
+    with emulation.shared_memory(kib):
+        assert check._accuracy(case, "cuda", torch.bfloat16) is None
 
 
 def attended(rows, max_rows=None):

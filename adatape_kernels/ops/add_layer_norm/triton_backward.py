@@ -17,7 +17,15 @@ _MAX_PARTS = 512
 
 
 @compiled_for(
-    aligned=("dtotal_ptr", "dnormed_ptr", "total_ptr", "dx_ptr", "dweights_ptr", "dbiases_ptr")
+    aligned=(
+        "dtotal_ptr",
+        "dnormed_ptr",
+        "total_ptr",
+        "weight_ptr",
+        "dx_ptr",
+        "dweights_ptr",
+        "dbiases_ptr",
+    )
 )
 def _add_layer_norm_bwd_kernel(
     dtotal_ptr,
@@ -91,7 +99,7 @@ def add_layer_norm_bwd(
         dtotal_ptr=dtotal,
         dnormed_ptr=dnormed,
         total_ptr=total,
-        weight_ptr=weight.contiguous(),
+        weight_ptr=dense(weight),
         mean_ptr=mean.contiguous(),
         rstd_ptr=rstd.contiguous(),
         dx_ptr=dx,

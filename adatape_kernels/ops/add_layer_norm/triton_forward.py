@@ -7,12 +7,13 @@ from adatape_kernels.ops.add_layer_norm.triton_primitives import limits, tile
 from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
 from adatape_kernels.ops.triton_specialization import (
     compiled_for,
+    dense,
     elements_per_access,
     with_dense_rows,
 )
 
 
-@compiled_for(aligned=("x_ptr", "branch_ptr", "total_ptr", "normed_ptr"))
+@compiled_for(aligned=("x_ptr", "branch_ptr", "weight_ptr", "bias_ptr", "total_ptr", "normed_ptr"))
 def _add_layer_norm_fwd_kernel(
     x_ptr,
     branch_ptr,
@@ -74,8 +75,8 @@ def add_layer_norm(
         (num_blocks(num_rows, options["BLOCK_M"]),),
         x_ptr=x,
         branch_ptr=branch,
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
+        weight_ptr=dense(weight),
+        bias_ptr=dense(bias),
         total_ptr=total,
         normed_ptr=normed,
         mean_ptr=mean,

@@ -59,19 +59,20 @@ def write_artefact(
     if options.format == "torch.export":
         torch.export.save(program, file, extra_files={DESCRIPTION: text})
     elif options.format == "aoti":
-        _write_compiled(program, file, text, facts["input"]["shape"])
+        _write_compiled(program, file, text, facts["input"])
     else:
         _write_onnx(program, file, text)
 
 
 def _write_compiled(
-    program: torch.export.ExportedProgram, file: Path, text: str, shape: list[int]
+    program: torch.export.ExportedProgram, file: Path, text: str, inputs: Mapping[str, Any]
 ) -> None:
     """Compile a program. What a server in C++ reads stands beside the JSON, a key each."""
     metadata = {
         DESCRIPTION: text,
         f"{DESCRIPTION}.ops": "\n".join(cpp_schemas(program)),
-        f"{DESCRIPTION}.input_shape": " ".join(map(str, shape)),
+        f"{DESCRIPTION}.input_shape": " ".join(map(str, inputs["shape"])),
+        f"{DESCRIPTION}.input_dtype": inputs["dtype"],
     }
     from torch._inductor import aoti_compile_and_package
 
