@@ -152,7 +152,7 @@ report: $(ready)  ## make plots and tables from the recorded rows, README's too
 lint: $(lint_ready)  ## check style
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
+	$(bin)/clang-format --dry-run -Werror $(filter-out %.cmake,$(cpp_files)) $(filter %.h %.cpp %.cu,$(cuda_host_files))
 
 types: $(lint_ready)  ## check types
 	$(bin)/mypy
@@ -160,7 +160,7 @@ types: $(lint_ready)  ## check types
 format: $(lint_ready)  ## apply the style
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $(cpp_files) $(filter %.h %.cpp %.cu,$(cuda_host_files))
+	$(bin)/clang-format -i $(filter-out %.cmake,$(cpp_files)) $(filter %.h %.cpp %.cu,$(cuda_host_files))
 
 docs: $(docs_ready)  ## build the pages and the reference as a site, into build/site
 	$(bin)/python -m sphinx -W --keep-going -q docs build/site
