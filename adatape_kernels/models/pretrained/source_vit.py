@@ -206,6 +206,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> N
     for name in ("pos_embed", "reg_token"):
         tokens = tensors[name].shape[1:2] if name in tensors else (1,)
         optional[name] = (1, *(tokens or (1,)), dim)
+    if "num_heads" not in sizes:  # a state dict: what one block lacks and others have is lost
+        held = {_in_block(name) for name in tensors if _BLOCK.match(name)}
+        required |= {name: shape for name, shape in optional.items() if _in_block(name) in held}
     differ = []
     for name in [*required, *(name for name in tensors if name not in required)]:
         expected = required.get(name, optional.get(name))
@@ -224,6 +227,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> N
         found = sorted({str(getattr(tensor, what)) for tensor in tensors.values()})
         if len(found) > 1:
             raise ValueError(f"model: expected tensors of one {what}, got {', '.join(found)}")
+
+
+def _in_block(name: str) -> str:
+    """Return a tensor's name with a star for the number of its block."""
+    return _BLOCK.sub("blocks.*.", name)
 
 
 def _grid(tensors: Mapping[str, Tensor], prefix: int) -> int:
