@@ -114,9 +114,9 @@ def small_tiles(request, monkeypatch):
     """Several tiles in a small bank, where a kernel has tiles."""
     config = triton_forward._config
 
-    def smaller(keys, topk):
-        tiles = 1 << (-(-keys.shape[-2] // request.param) - 1).bit_length()
-        return {**config(keys, topk), "BLOCK_M": request.param, "NUM_TILES": tiles}
+    def smaller(dtype, shape, topk):
+        tiles = 1 << (-(-shape[-2] // request.param) - 1).bit_length()
+        return {**config(dtype, shape, topk), "BLOCK_M": request.param, "NUM_TILES": tiles}
 
     monkeypatch.setattr(triton_forward, "_config", smaller)
 

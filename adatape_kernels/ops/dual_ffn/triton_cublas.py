@@ -203,7 +203,7 @@ def backward(
             width=act.shape[1],
             ACTIVATION=part.activation,
             CHUNK=CHUNK,
-            BLOCK_M=8,
+            BLOCK_M=8 if act.shape[1] % 16 == 0 else 4,  # narrow accesses take registers
             BLOCK_N=128,
             num_warps=4,
         )

@@ -132,8 +132,8 @@ def _elastic_attention_bwd_kernel(
     store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
 
 
-# Rows of a program that sums out · dout.
-_BLOCK_DELTA = 32
+# Features of a program that sums out · dout, in at most so many rows.
+_DELTA_FEATURES, _DELTA_ROWS = 2048, 32
 
 
 @kernel(limits)
@@ -159,9 +159,10 @@ def elastic_attention_bwd(
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = lse.new_empty(lse.shape)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
+    block_delta = min(_DELTA_FEATURES // options["BLOCK_D"], _DELTA_ROWS)
     launch(
         _elastic_attention_delta_kernel,
-        (num_blocks(rows, _BLOCK_DELTA) * num_heads,),
+        (num_blocks(rows, block_delta) * num_heads,),
         dout_ptr=dout,
         out_ptr=out,
         delta_ptr=delta,
@@ -172,7 +173,7 @@ def elastic_attention_bwd(
         HEAD_DIM=head_dim,
         VECTOR=options["VECTOR"],
         BLOCK_D=options["BLOCK_D"],
-        BLOCK_M=_BLOCK_DELTA,
+        BLOCK_M=block_delta,
         num_warps=4,
     )
     launch(
