@@ -86,6 +86,7 @@ class ElasticEncoderLayer(DualFFN):
         check_number("norm_eps", norm_eps, 0)
         check_flag("norm_first", norm_first)
         self.dropout1 = self.dropout2 = dropout
+        self.dim = dim
         self.self_attn = ElasticAttention(dim, num_heads, dropout=attention_dropout)
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
@@ -168,7 +169,7 @@ class ElasticEncoderLayer(DualFFN):
             >>> layer(torch.randn(2, 3, 8)).shape
             torch.Size([2, 3, 8])
         """
-        batch = as_batch(x)
+        batch = as_batch(x, self.dim)
         return in_kind(self._applied(batch), x, batch)
 
     if TYPE_CHECKING:
@@ -259,6 +260,7 @@ class ElasticEncoder(ElasticModule):
                 )
             check_kind("readers", reader, nn.Module)
         self.readers = nn.ModuleDict({str(layer): reader for layer, reader in readers.items()})
+        self.dim = dim
         self.norm: nn.Module = nn.LayerNorm(dim, norm_eps)
 
     @classmethod
@@ -372,7 +374,7 @@ class ElasticEncoder(ElasticModule):
             >>> padded.shape, padded[1, 1:].count_nonzero().item()
             (torch.Size([2, 3, 8]), 0)
         """
-        given = as_batch(x)
+        given = as_batch(x, self.dim)
         batch = given.round_rows(self.row_multiple) if self.row_multiple > 1 else given
         reads = []
         for layer, reader in self.stages():

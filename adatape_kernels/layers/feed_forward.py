@@ -63,6 +63,7 @@ class DualFFN(ElasticModule):
         check_activation(activation)
         self.dropout = dropout
         self.activation: Activation = activation
+        self.dim = dim
         self.linear1, self.linear2 = xavier_linear(dim, ffn_dim), xavier_linear(ffn_dim, dim)
         if tape_ffn_dim:
             self.tape_linear1 = xavier_linear(dim, 2 * tape_ffn_dim)
@@ -170,7 +171,7 @@ class DualFFN(ElasticModule):
             >>> ffn(ak.ElasticBatch.from_padded(torch.zeros(1, 2, 8))).data.abs().sum().item()
             0.0
         """
-        batch = as_batch(x)
+        batch = as_batch(x, self.dim)
         return in_kind(self.feed_forward(batch), x, batch)
 
     if TYPE_CHECKING:

@@ -96,6 +96,7 @@ class TapeReader(ElasticModule):
         self.num_tape_tokens = num_tape_tokens
         self.topk = topk
         self.halt_threshold = halt_threshold
+        self.dim = dim
         self.key_dim = dim // key_split
         self.query = query
         self.average_query = average_query
@@ -157,7 +158,7 @@ class TapeReader(ElasticModule):
             >>> selection.counts.tolist()  # five tokens give two pairs
             [4, 2]
         """
-        batch = as_batch(x)
+        batch = as_batch(x, self.dim)
         values, query, read_mask = self.normalised(bank, batch.pool(_POOLING[self.query]))
         tape, offsets, selection = ops.tape_read(
             query[:, : self.key_dim],

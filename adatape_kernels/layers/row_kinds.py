@@ -17,18 +17,27 @@ _KINDS = (
 )
 
 
-def as_batch(x: Any) -> ElasticBatch:
+def as_batch(x: Any, dim: int) -> ElasticBatch:
     """Return what a layer is given as an elastic batch.
 
     Args:
         x: an elastic batch, which is returned as it is; a tensor (batch, seqlen, dim), all of whose
             rows are input rows; a pair of such a tensor and a mask (batch, seqlen) that is True
             where a row is valid; or a nested tensor (batch, *, dim) of layout torch.jagged.
+        dim: how many features a row must have.
 
     Raises:
         TypeError: it is none of these.
-        ValueError: the mask does not match, or the jagged tensor is not a contiguous one.
+        ValueError: rows have another number of features, the mask does not match, or the jagged
+            tensor is not a contiguous one.
     """
+    batch = _batch(x)
+    if batch.data.shape[1:] != (dim,):
+        raise ValueError(f"x: expected rows of ({dim},), got {tuple(batch.data.shape[1:])}")
+    return batch
+
+
+def _batch(x: Any) -> ElasticBatch:
     if isinstance(x, ElasticBatch):
         return x
     if isinstance(x, Tensor):

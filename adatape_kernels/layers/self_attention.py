@@ -49,6 +49,7 @@ class ElasticAttention(ElasticModule):
         check_rate("dropout", dropout)
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
+        self.dim = dim
         self.num_heads = num_heads
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
@@ -106,7 +107,7 @@ class ElasticAttention(ElasticModule):
             >>> attention(x).lens.tolist()
             [3, 1]
         """
-        batch = as_batch(x)
+        batch = as_batch(x, self.dim)
         rows, dim = batch.data.shape
         qkv = F.linear(batch.data, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(rows, 3, self.num_heads, dim // self.num_heads).unbind(1)

@@ -58,7 +58,7 @@ def _check_image(name: str, image: Tensor, channels: int, step: int, like: Tenso
             f"{name}: expected ({channels}, height, width), both sides multiples of {step}, "
             f"got {shape}"
         )
-    _check_kind(name, image, like)
+    check_like_parameters(name, image, like)
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
@@ -68,13 +68,28 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a dense tensor, got {kind}")
 
 
-def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Refuse a tensor of another dtype than the parameters, save where autocast converts it."""
-    converted = tensor.is_floating_point() and torch.is_autocast_enabled(like.device.type)
+def check_like_parameters(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Refuse a tensor of another dtype than the parameters, save where autocast converts it.
+
+    Args:
+        name: the tensor's name in an error.
+        tensor: what a model is given.
+        like: a parameter of it.
+
+    Raises:
+        ValueError: the dtype or the device is another one.
+    """
+    converted = tensor.is_floating_point() and _autocast(like.device.type)
     if tensor.dtype != like.dtype and not converted:
         raise ValueError(f"{name}: expected {like.dtype} like the parameters, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got {tensor.device}")
+
+
+def _autocast(device_type: str) -> bool:
+    """Whether torch converts what calls on such a device are given."""
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def strip_of_patches(images: Sequence[Tensor], size: int) -> Tensor:
@@ -128,7 +143,7 @@ def join_patches(
             f"{_entry(_PATCHES)}: expected (batch, longest, {width}) or "
             f"(batch, longest, {size}, {size}, {channels}), got {shape}"
         )
-    _check_kind(_entry(_PATCHES), patches, like)
+    check_like_parameters(_entry(_PATCHES), patches, like)
     if places.dtype not in INTEGERS or places.shape != (*shape[:2], 2):
         raise ValueError(
             f"{_entry(_PLACES)}: expected int32 or int64 {(*shape[:2], 2)}, "

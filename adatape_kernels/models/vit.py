@@ -25,7 +25,11 @@ from adatape_kernels.models.embedding import (
     elastic_rows,
     padded_banks,
 )
-from adatape_kernels.models.image_sizes import list_of_images, strip_of_patches
+from adatape_kernels.models.image_sizes import (
+    check_like_parameters,
+    list_of_images,
+    strip_of_patches,
+)
 from adatape_kernels.models.model_file import saved_with
 from adatape_kernels.models.positions import grid_positions
 from adatape_kernels.models.value_checks import as_flag
@@ -254,6 +258,7 @@ class AdaTapeViT(AdaTape):
                 f"inputs: expected (batch, {shape}) or a list of images of other sizes, "
                 f"got {tuple(inputs.shape)}"
             )
+        check_like_parameters("inputs", inputs, self.position)
         tokens = self.with_class_token(self.patch_embed(inputs).flatten(2).mT)
         tokens = self.pre_norm(self.dropout(tokens + self.position))
         if c.bank == "learn":

@@ -93,6 +93,15 @@ class FinetunePlan:
             for kind in KINDS:
                 TrainConfig.of(self.kind_options(kind, self.seeds - 1), start)
 
+    def check_data(self) -> None:
+        """Raise ValueError where the image set cannot be read, before anything is written."""
+        if self.source is None:
+            config = TrainConfig.of(self.source_options())
+        else:
+            start = _read_source(Path(self.source), self.options)
+            config = TrainConfig.of(self.kind_options("plain", 0), start)
+        load(config.data, self.data_dir, image_size=config.image_size, seed=config.split)
+
 
 def run(
     out: str | Path,
@@ -162,6 +171,7 @@ def _new_plan(folder: Path, given: dict[str, Any]) -> FinetunePlan:
         )
     plan = FinetunePlan(**{**given, "seeds": given["seeds"] or DEFAULT_SEEDS})
     plan.check()
+    plan.check_data()
     return plan
 
 

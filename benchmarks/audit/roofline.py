@@ -215,7 +215,8 @@ def norms(rows: int, dim: int) -> Iterator[RooflineLine]:
     x, branch = torch.randn(2, rows, dim).to(HALF).unbind(0)
     weight = torch.ones(dim, dtype=HALF)
     forward, (total, normed, *saved) = measured("add_layer_norm", x, branch, weight, weight, 1e-6)
-    backward, _ = measured("add_layer_norm_bwd", total, normed, total, weight, *saved)
+    dtotal = total.clone()
+    backward, _ = measured("add_layer_norm_bwd", dtotal, normed, total, weight, *saved)
     token, shape = rows * dim * SIZE, f"{rows} rows, D={dim}"
     yield RooflineLine("add_layer_norm", shape, CountedWork(4 * token), forward)
     yield RooflineLine("add_layer_norm_bwd", shape, CountedWork(4 * token), backward)

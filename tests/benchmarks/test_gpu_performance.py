@@ -58,5 +58,5 @@ def test_an_unknown_table_is_refused(capsys, tmp_path):
     path.write_text("<!-- gpu: other -->\n<!-- /gpu -->\n")
     assert page.main([str(path)]) == 2
     assert "gpu: expected one of ops, models, measured, got 'other'" in capsys.readouterr().err
-    with refused("gpu: "):
+    with refused("gpu", "ops, models, measured", "'other'"):
         page.fill(path.read_text(), page.COUNTED, page.RESULTS)

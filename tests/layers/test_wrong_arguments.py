@@ -311,3 +311,27 @@ def test_lengths_that_are_shorter_than_the_tape_append_in_capacity_mode():
         4,
         4,
     ]
+
+
+@pytest.mark.parametrize("kind", ["plain", "pair", "jagged", "batch"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ak.layers.ElasticAttention(16, 2),
+        ak.layers.DualFFN(16, 32),
+        ak.layers.TapeReader(16, num_tape_tokens=2, topk=1, halt_threshold=1.0, bank_size=9),
+        ak.layers.ElasticEncoderLayer(16, 2, 32),
+        ak.layers.ElasticEncoder([], 16),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_rows_of_another_width_are_named(layer, kind):
+    plain = torch.randn(3, 5, 8)
+    x = {
+        "plain": plain,
+        "pair": (plain, torch.ones(3, 5, dtype=torch.bool)),
+        "jagged": torch.nested.as_nested_tensor(list(plain), layout=torch.jagged),
+        "batch": ak.ElasticBatch.from_padded(plain),
+    }[kind]
+    with refused("x", "(16,)", "(8,)"):
+        layer(x)

@@ -163,7 +163,7 @@ def test_plans_of_training(name, value):
     [
         (["--topk", "33"], "topk: expected 1 to 32, got 33"),
         (["--topk", "0"], "topk: expected 1 or more"),
-        (["--num-tape-tokens", "-1"], "num-tape-tokens: expected 1 or more"),
+        (["--num-tape-tokens", "-1"], "num-tape-tokens: expected 0 or more"),
         (["--num-tape-tokens", "9999999"], "num_tape_tokens: expected"),
         (["--halt-threshold", "nan"], "halt-threshold: expected a number above 0"),
         (["--dim", "3000000000"], "dim, depth, ffn_dim: expected"),

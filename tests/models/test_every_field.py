@@ -212,7 +212,7 @@ def test_the_padded_model_wants_an_elastic_one(value):
     expect_one_line(lambda: PaddedAdaTape(value), "model")
 
 
-@pytest.mark.parametrize("value", [None, 3, [[1.0]], np.zeros((2, 3, 16, 16))])
+@pytest.mark.parametrize("value", [None, 3, "photo.png", np.zeros((2, 3, 16, 16))])
 def test_inputs_are_a_tensor(value):
     vit = AdaTapeViT(AdaTapeViTConfig(**TABLES[AdaTapeViTConfig][1]))
     for model in (vit, AdaTapeParity(AdaTapeParityConfig(**SIZES)), vit.padded()):

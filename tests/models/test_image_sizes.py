@@ -299,3 +299,22 @@ def test_other_models_still_name_what_they_take():
     )
     with pytest.raises(TypeError, match="inputs: expected"):
         model([torch.zeros(8, 3)])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+def test_images_of_another_dtype_or_device_are_named(kind):
+    given = torch.zeros(2, 3, 16, 16)
+    name = {"tensor": "inputs", "list": "inputs[0]"}[kind]
+    for wrong, expected in (
+        (given.bfloat16(), "torch.float32"),
+        (given.double(), "torch.float32"),
+        (given.to(torch.complex64), "torch.float32"),
+        (given.to(torch.uint8), "torch.float32"),
+        (given.to("meta"), "cpu"),
+    ):
+        with refused(name, expected):
+            build()(wrong if kind == "tensor" else list(wrong))
+    with refused(name, "meta"):
+        build().to("meta")(given if kind == "tensor" else list(given))
+    with torch.autocast("cpu", torch.bfloat16):
+        build()(given.bfloat16() if kind == "tensor" else list(given.bfloat16()))

@@ -351,3 +351,8 @@ def test_options_that_cannot_be_compared_are_refused_too():
         from_timm(vit(), num_heads=HEADS, image_size=torch.ones(2))
     with refused("dim"):
         from_timm(vit(), num_heads=HEADS, dim=torch.ones(2))
+
+
+def test_torchvision_s_names_are_sent_to_its_own_function():
+    with refused("model", "names of timm", "torchvision's, which ak.models.from_torchvision takes"):
+        from_timm({"conv_proj.weight": torch.zeros(8, 3, 4, 4)}, num_heads=HEADS)

@@ -149,3 +149,12 @@ def test_a_folder_goes_on_only_as_it_was_started(unbroken, tmp_path, capsys):
         assert main(["finetune", "--out", str(tmp_path), "--resume"]) == 2
         error = capsys.readouterr().err
         assert str(tmp_path / PLAN) in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("given", [{}, {"source": "vit.safetensors"}], ids=["train", "given"])
+def test_an_image_set_that_is_not_there_leaves_nothing(unbroken, tmp_path, given):
+    source = {"source": unbroken[0] / SOURCE} if given else {}
+    options = {"data": "imagefolder", **({"heads": 2, "topk": 1} if given else {"patch": 4})}
+    with pytest.raises(ValueError, match=r"data-dir: expected a folder at .*, got no such folder"):
+        run(tmp_path / "out", options, data_dir=tmp_path / "absent", **source)
+    assert not (tmp_path / "out").exists()

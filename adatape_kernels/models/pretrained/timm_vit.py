@@ -119,6 +119,11 @@ def from_timm(
         preprocessing = _preprocessing(model, facts["image_size"])
         source = SourceViT(_tensors(model), facts, preprocessing, model.training)
     elif isinstance(model, Mapping):
+        if "conv_proj.weight" in model:
+            raise ValueError(
+                "model: expected names of timm, got torchvision's, which "
+                "ak.models.from_torchvision takes"
+            )
         source = state_dict_source(model)
     else:
         raise TypeError(
