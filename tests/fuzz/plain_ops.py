@@ -82,14 +82,53 @@ def attention(q, k, v, cu_inputs, cu_tapes, scale, jitter=EXACT):
         if len(own):
             qi, ki, vi = (x[own].transpose(0, 1) for x in (q, k, v))
             scores = qi @ ki.mT * scale
-            mixed = jitter(jitter.share(torch.softmax(scores, -1))) @ vi
+            shares = torch.softmax(scores, -1)
             if jitter not in (EXACT, PEER):
+                shares = _Recomputed.apply(scores, jitter)
+            mixed = jitter(jitter.share(shares)) @ vi
+            if jitter not in (EXACT, PEER):
+                again = _recomputed(scores.detach(), jitter) - shares.detach()
+                mixed = mixed + again @ (vi - vi.detach())
                 # A backward that takes its row sums from the stored result has that one's rounding
                 # in them: as if this term, which is 0, had been added.
                 sums = torch.logsumexp(scores, -1, keepdim=True)
                 mixed = mixed + (sums - sums.detach()) * (jitter(mixed) - mixed).detach()
             out = out.index_copy(0, own, mixed.transpose(0, 1))
     return out
+
+
+def _recomputed(scores, jitter):
+    """Softmax as a backward computes it anew from the logsumexp, which was rounded when stored."""
+    return torch.exp(scores - jitter.wide(torch.logsumexp(scores, -1, keepdim=True)))
+
+
+class _Recomputed(torch.autograd.Function):
+    """Softmax whose derivative is that of recomputed shares."""
+
+    @staticmethod
+    def forward(ctx, scores, jitter):
+        ctx.save_for_backward(_recomputed(scores, jitter))
+        return torch.softmax(scores, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (shares,) = ctx.saved_tensors
+        return shares * (grad - (shares * grad).sum(-1, keepdim=True)), None
+
+
+class _Overflowing(torch.autograd.Function):
+    """A function's result, where a gradient that overflowed makes that of x NaN.
+
+    It is multiplied by the slope, which may be 0; the clamp below would hide that.
+    """
+
+    @staticmethod
+    def forward(ctx, result, x):
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.where(grad.isfinite(), 0.0, torch.nan).to(grad.dtype)
 
 
 def activate(x, name, jitter=EXACT):
@@ -106,7 +145,8 @@ def activate(x, name, jitter=EXACT):
         # 1 + erf, by which torch computes it, is 0 where this is small: nothing times infinity.
         inner = inner * torch.special.erfc(inner / -math.sqrt(2)) / 2
     # The square of NaN has the slope NaN, while that of a clamped number would be 0.
-    return torch.where(x > end, x, torch.where(x.isnan(), x.square(), inner))
+    result = torch.where(x > end, x, torch.where(x.isnan(), x.square(), inner))
+    return _Overflowing.apply(result, x) if jitter is PEER else result
 
 
 def ffn(x, middle, end, own, of_tape, activation, jitter=EXACT):
