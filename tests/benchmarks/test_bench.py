@@ -207,7 +207,7 @@ def arguments(tmp_path, *more):
         (["--dtype", "int8"], "dtype: expected one of "),
         (["--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
         (["--threads", "0"], "threads: expected 1 or more, got 0"),
-        (["--shape", "B=1"], "shape: expected one op to go with it, got 7"),
+        (["--shape", "B=1"], "shape: expected one op to go with it, got 8"),
         (["tape_select", "--shape", "B=0"], "shape: expected a whole number from 1 on for B"),
         (["tape_select", "--shape", "Z=1"], "shape: expected B=… M=… "),
         (["tape_select", "--shape", "M=3 k=5"], "shape: expected M from k = 5 on, got 3"),
@@ -300,8 +300,7 @@ def test_a_run_that_is_cut_short_has_rows_of_every_op():
 def test_every_selected_shape_can_be_parsed(device):
     for suite in command.suites([]).values():
         selection = suite.shapes(device)
-        assert set(selection.quick) <= {*selection.default, *selection.scaling}
-        for text in {*selection.default, *selection.scaling, *selection.sweep}:
+        for text in {*selection.quick, *selection.default, *selection.scaling, *selection.sweep}:
             suite.parse(text)
 
 
@@ -353,5 +352,7 @@ def test_the_suite_is_collected_where_only_torch_numpy_and_pytest_are_installed(
         text=True,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr
-    assert re.search(r"left out: .*data/test_.*recipes/test_train.py \(PIL is not", result.stdout)
+    assert re.search(
+        r"left out: .*data/test_.*recipes/test_train\S*.py.*\(PIL is not", result.stdout
+    )
     assert "test_elastic_attention.py: " in result.stdout
