@@ -231,7 +231,6 @@ def python(program):
 
 def test_a_gpu_run_ends_in_time_with_the_rows_that_it_has(monkeypatch, tmp_path, capsys):
     path = tmp_path / "out" / records.machine("cpu").file_name
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0)
     keep = GpuStep("build", [*python("import sys; print(*sys.argv[1:])"), gpu.SECONDS], 0.5)
     hangs = GpuStep("benchmarks", python("import time; time.sleep(60)"), 1.0)
     path.parent.mkdir()
@@ -241,7 +240,7 @@ def test_a_gpu_run_ends_in_time_with_the_rows_that_it_has(monkeypatch, tmp_path,
     assert code == 0 and seconds < 12
     assert "| B=16 N=197 | 2 | 50 % | peer | 1.50 |" in out
     assert out.splitlines()[-1].split()[:4] == ["benchmarks", "cut,", "no", "fault"]
-    assert 0 <= int((tmp_path / "out/build.log").read_text()) <= 1  # of 2 seconds, half, most
+    assert int((tmp_path / "out/build.log").read_text()) <= 1  # of 2 seconds, half, at most
 
 
 @pytest.mark.parametrize("cut", [False, True])
