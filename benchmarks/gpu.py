@@ -129,6 +129,7 @@ def expected_seconds(cores: int) -> dict[str, float]:
 
 def run(step: GpuStep, log: Path, seconds: float) -> StepOutcome:
     """Run a step in a process group of its own, which is killed when its time is over."""
+    seconds = max(1.0, seconds)
     command = [part.replace(SECONDS, f"{0.9 * seconds:.0f}") for part in step.command]
     print(f"{step.name}: {shlex.join(command)}  (at most {seconds:.0f} s, {log})", flush=True)
     environment = {
@@ -146,9 +147,10 @@ def run(step: GpuStep, log: Path, seconds: float) -> StepOutcome:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         try:
-            code: int | None = process.wait(timeout=max(1.0, seconds))
+            code: int | None = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             code = None
             os.killpg(process.pid, signal.SIGINT)
@@ -165,6 +167,11 @@ def run(step: GpuStep, log: Path, seconds: float) -> StepOutcome:
         print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
     print(outcome.line(), flush=True)
     return outcome
+
+
+def _heed_interrupts() -> None:
+    """Let an interrupt end a step also where a shell runs all of this in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def table(device: str, out: Path) -> str:

@@ -175,8 +175,9 @@ def shapes(device_type: str) -> Selection:
     batch = 256 if device_type == "cuda" else 16
     # The first has the model's own size in all images, where padding costs tape rows only.
     own = (PIXELS // 16) ** 2 + 1
+    small = f"V=Ti/16 B=4 N=50-{own}"
     default = [f"V=S/16 B={batch} N={n}" for n in (f"{own}", f"50-{own}", f"50-{5 * own}")]
-    return Selection([f"V=Ti/16 B=4 N=50-{own}"], default, ())
+    return Selection([small], [small, *default], ())
 
 
 SUITE = Suite(

@@ -240,7 +240,7 @@ def test_a_gpu_run_ends_in_time_with_the_rows_that_it_has(monkeypatch, tmp_path,
     assert code == 0 and seconds < 12
     assert "| B=16 N=197 | 2 | 50 % | peer | 1.50 |" in out
     assert out.splitlines()[-1].split()[:4] == ["benchmarks", "cut,", "no", "fault"]
-    assert int((tmp_path / "out/build.log").read_text()) <= 1  # of 2 seconds, half, at most
+    assert 0 <= int((tmp_path / "out/build.log").read_text()) <= 1  # of 2 seconds, half, most
 
 
 @pytest.mark.parametrize("cut", [False, True])
