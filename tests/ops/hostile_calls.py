@@ -180,4 +180,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if SERVED_BY in ("cuda", "adatape_cuda"):
         emulation.load_cuda_host(emulation.cuda_host_library())
+    if SERVED_BY == "triton":
+        emulation.keep_the_interpreter_ready()
     main()
