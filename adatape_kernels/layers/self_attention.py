@@ -111,11 +111,15 @@ class ElasticAttention(ElasticModule):
         rows, dim = batch.data.shape
         qkv = F.linear(batch.data, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.view(rows, 3, self.num_heads, dim // self.num_heads)
-        offsets = batch.cu_inputs, batch.cu_tapes
         if self.training and self.dropout > 0:
-            out, _ = reference.elastic_attention(*qkv.unbind(1), *offsets, dropout=self.dropout)
+            q, k, v = qkv.unbind(1)
+            out, _ = reference.elastic_attention(
+                q, k, v, batch.cu_inputs, batch.cu_tapes, dropout=self.dropout
+            )
         else:
-            out = ops.elastic_attention_qkvpacked(qkv, *offsets, max_rows=batch.max_rows)
+            out = ops.elastic_attention_qkvpacked(
+                qkv, batch.cu_inputs, batch.cu_tapes, max_rows=batch.max_rows
+            )
         y = batch.with_data(batch.clear_unused(self.out_proj(out.view(rows, dim))))
         return in_kind(y, x, batch)
 

@@ -185,7 +185,7 @@ def _check_attention_options(
 
 
 def _check_attention_results(
-    like: Tensor, dout: Tensor, out: Tensor, lse: Tensor, shape: Sequence[int]
+    like: Tensor, dout: Tensor, out: Tensor, lse: Tensor, shape: tuple[int, ...]
 ) -> None:
     """Refuse what a backward has beside the forward's arguments; `shape` is that of queries."""
     dtype, device = like.dtype, like.device

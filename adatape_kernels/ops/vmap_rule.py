@@ -1,6 +1,6 @@
 """How `torch.func.vmap` maps an op of ours: a call for each element, and their results stacked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def one_by_one(name: str, overload: Callable[..., Any]) -> Callable[..., tuple]:
     return rule
 
 
-def _stacked(name: str, parts: Sequence[Tensor]) -> Tensor:
+def _stacked(name: str, parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     shapes = sorted({tuple(part.shape) for part in parts})
     if len(shapes) > 1:
         raise NotImplementedError(

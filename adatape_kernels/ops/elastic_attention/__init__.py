@@ -189,6 +189,7 @@ def _typical_bwd(head_dim: int, max_rows: int | None) -> Any:
 
 
 def typical_calls(make: Any) -> dict[str, Any]:
+    """Return calls by description, where make(head_dim, max_rows) returns what makes one."""
     return {
         "heads of 64, max_rows up to 256": make(64, 256),
         "heads of 64, max_rows up to 512": make(64, 512),

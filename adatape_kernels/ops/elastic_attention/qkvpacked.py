@@ -1,7 +1,9 @@
 """`elastic_attention` of queries, keys and values that one projection made (SPEC 6).
 
-out = elastic_attention(*qkv.unbind(1), …), and one gradient, dqkv, of the projection. Autograd
-would stack dq, dk and dv to it: a pass that reads and writes it once more, and as much memory again.
+out = elastic_attention(q, k, v, …),   [q, k, v] = qkv
+
+The gradient of qkv is one tensor. Autograd would stack it of dq, dk and dv: a pass that reads and
+writes it once more, and that needs as much memory again.
 """
 
 from typing import Any
@@ -168,9 +170,8 @@ def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple:
 def _attended(
     qkv: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, softmax_scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    return reference.elastic_attention(
-        *qkv.unbind(1), cu_inputs, cu_tapes, softmax_scale=softmax_scale
-    )
+    q, k, v = qkv.unbind(1)
+    return reference.elastic_attention(q, k, v, cu_inputs, cu_tapes, softmax_scale=softmax_scale)
 
 
 def _plain_torch(inputs: tuple, output: tuple) -> tuple:
@@ -204,9 +205,11 @@ def _closed_form(
     max_rows: int | None,
     softmax_scale: float | None,
 ) -> tuple[Tensor, ...]:
-    offsets = cu_inputs, cu_tapes
-    out, lse = _attended(qkv, *offsets, softmax_scale)
-    parts = reference.elastic_attention_bwd(dout, *qkv.unbind(1), out, lse, *offsets, softmax_scale)
+    q, k, v = qkv.unbind(1)
+    out, lse = _attended(qkv, cu_inputs, cu_tapes, softmax_scale)
+    parts = reference.elastic_attention_bwd(
+        dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale
+    )
     return (torch.stack(parts, 1),)
 
 

@@ -181,13 +181,12 @@ def elastic_attention_qkvpacked_bwd(
     Where the parts do not all begin at multiples of 16 bytes, as the kernels take it for granted,
     they are written apart first.
     """
-    given = *qkv.unbind(1), out, lse, cu_inputs, cu_tapes
-    if qkv.shape[2] * qkv.shape[3] * qkv.element_size() % ALIGNMENT:
-        parts = elastic_attention_bwd.function(dout, *given, max_rows, softmax_scale)
-        return torch.stack(parts, 1)
+    q, k, v = qkv.unbind(1)
     dqkv = qkv.new_empty(qkv.shape)
-    _write_gradients(dqkv.unbind(1), dout, *given, softmax_scale)
-    return dqkv
+    apart = bool(dqkv.stride(1) * dqkv.element_size() % ALIGNMENT)
+    parts = [q.new_empty(q.shape) for _ in range(3)] if apart else dqkv.unbind(1)
+    _write_gradients(parts, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
+    return torch.stack(parts, 1, out=dqkv) if apart else dqkv
 
 
 def _write_gradients(
