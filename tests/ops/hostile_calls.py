@@ -127,7 +127,7 @@ def verdict(op, args, how):
     if isinstance(result, Exception):
         return refusal(result)
     # A backward that has another scale than its forward had may exceed the range of a half.
-    rescaled = op == "elastic_attention_bwd" and args[-1] != 0.5
+    rescaled = op.startswith("elastic_attention") and op.endswith("_bwd") and args[-1] != 0.5
     # Kernels for a GPU store an entry's gradient, as an example reads no entry of its bank twice.
     twice = SERVED_BY in ("triton", "cuda") and op == "tape_select_bwd" and _reads_twice(*args)
     if how in ("nan", "inf") or rescaled or twice or SERVED_BY == "adatape_cuda":

@@ -147,3 +147,15 @@ def elastic_attention(
         **options,
     )
     return out, lse
+
+
+@kernel(limits)
+def elastic_attention_qkvpacked(
+    qkv: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel on the three parts of qkv."""
+    return elastic_attention.function(*qkv.unbind(1), cu_inputs, cu_tapes, max_rows, softmax_scale)

@@ -22,7 +22,7 @@ MAX_HEAD_DIM = 256
 
 def limits(device: DeviceFacts, rows: Tensor, *rest: Any) -> str | None:
     """State which calls are served: by the heads of the rows that come first in both directions."""
-    head_dim = rows.shape[2]
+    head_dim = rows.shape[-1]
     if head_dim <= MAX_HEAD_DIM:
         return None
     return f"it takes heads of up to {MAX_HEAD_DIM} features, not {head_dim}"
