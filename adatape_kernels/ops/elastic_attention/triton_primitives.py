@@ -42,7 +42,7 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
         block_m = 32 if backward and head_dim > 128 else 64
         block_n = 32 if backward or head_dim <= 16 or head_dim > 128 else 64
         num_warps = 4 if head_dim <= 64 else 8
-        num_stages = 2 if backward or head_dim > 128 else 3
+        num_stages = 3 if head_dim <= 128 else 2
     return {
         "HEAD_DIM": head_dim,
         "VECTOR": math.gcd(ALIGNMENT // dtype.itemsize, head_dim),
