@@ -37,10 +37,12 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
     if dtype == torch.float32:  # without tensor cores, operands in registers
         block_m, block_n = 32, 32 if head_dim <= 64 else 16
         num_warps = 4 if head_dim <= 32 else 8
+        num_stages = 2
     else:
         block_m = 32 if backward and head_dim > 128 else 64
-        block_n = 32 if backward or head_dim > 128 else 64
+        block_n = 32 if backward or head_dim <= 16 or head_dim > 128 else 64
         num_warps = 4 if head_dim <= 64 else 8
+        num_stages = 3 if head_dim <= 128 else 2
     return {
         "HEAD_DIM": head_dim,
         "VECTOR": math.gcd(ALIGNMENT // dtype.itemsize, head_dim),
@@ -48,7 +50,7 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": num_warps,
-        "num_stages": 2,
+        "num_stages": num_stages,
     }
 
 
@@ -136,12 +138,13 @@ def tile_rows(place, start, BLOCK: tl.constexpr, FULL: tl.constexpr = False):
 
 
 @triton.jit
-def load_tile(matrix, rows, columns, VECTOR: tl.constexpr):
-    """Load rows of a matrix (pointer, stride), zero where a row or column does not exist."""
+def load_tile(matrix, rows, columns, VECTOR: tl.constexpr, ZEROS: tl.constexpr = True):
+    """Load rows of a matrix (pointer, stride); what does not exist is zero, or undefined."""
     ptr, stride = matrix
     offs_d, mask_d = columns
     ptrs = ptr + tl.multiple_of(rows.row * stride, VECTOR)[:, None] + offs_d
-    return tl.load(ptrs, rows.exists[:, None] & mask_d, other=0.0)
+    mask = rows.exists[:, None] & mask_d
+    return tl.load(ptrs, mask, other=0.0) if ZEROS else tl.load(ptrs, mask)
 
 
 @triton.jit
