@@ -7,39 +7,24 @@ from torch import Tensor
 
 from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
-from adatape_kernels.ops.tape_select.triton_primitives import softmax
+from adatape_kernels.ops.tape_select.triton_own_bank import (
+    MOST_ENTRIES,
+    _tape_select_own_kernel,
+    own_bank_config,
+)
+from adatape_kernels.ops.tape_select.triton_primitives import (
+    entry_of,
+    ordered,
+    ranked,
+    score_of,
+    softmax,
+)
 from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import (
     bank_strides,
     compiled_for,
     in_whole_accesses,
 )
-
-
-@triton.jit
-def _ordered(scores, readable):
-    """Integers in the order of the scores: NaN below every number, the unreadable below NaN."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = tl.where(scores == scores, order, -0x7FFFFFFF)
-    return tl.where(readable, order, -0x80000000)
-
-
-@triton.jit
-def _ranked(order, entries):
-    """int64 whose maximum is the best order, and among equals the lowest entry."""
-    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - entries)
-
-
-@triton.jit
-def _entry(ranked):
-    return 0x7FFFFFFF - (ranked & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def _score(ranked):
-    order = (ranked >> 32).to(tl.int32)
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -209,7 +194,7 @@ def _tape_select_fwd_kernel(
             )
             if NUM_TILES > 1:
                 order = tl.load(order_rows + entries, mask=mask_b[:, None], other=-0x80000000)
-            order = _ordered(scores, order != -0x80000000)  # what was read stays unreadable
+            order = ordered(scores, order != -0x80000000)  # what was read stays unreadable
             if NUM_TILES > 1:
                 tl.store(order_rows + entries, order, mask=mask_b[:, None])
                 best = tl.max(order, 1)[:, None]
@@ -220,23 +205,23 @@ def _tape_select_fwd_kernel(
         for j in range(topk):
             entries = offs_m[None, :]
             if NUM_TILES > 1:
-                tile = _entry(tl.max(_ranked(best_of_tiles, offs_t), 1))[:, None]
+                tile = entry_of(tl.max(ranked(best_of_tiles, offs_t), 1))[:, None]
                 entries = tile * BLOCK_M + offs_m
                 order = tl.load(order_rows + entries, mask=mask_b[:, None], other=-0x80000000)
-            best = tl.max(_ranked(order, entries), 1)[:, None]
-            order = tl.where(entries == _entry(best), -0x80000000, order)
+            best = tl.max(ranked(order, entries), 1)[:, None]
+            order = tl.where(entries == entry_of(best), -0x80000000, order)
             chosen = tl.where(offs_j == j, best, chosen)
             if NUM_TILES > 1:
-                tl.store(order_rows + _entry(best), -0x80000000, mask=mask_b[:, None])
+                tl.store(order_rows + entry_of(best), -0x80000000, mask=mask_b[:, None])
                 best_of_tiles = tl.where(offs_t == tile, tl.max(order, 1)[:, None], best_of_tiles)
                 tl.debug_barrier()
 
-        weights = softmax(_score(chosen) * scale, mask_j[None, :])  # (BLOCK_B, BLOCK_J)
+        weights = softmax(score_of(chosen) * scale, mask_j[None, :])  # (BLOCK_B, BLOCK_J)
         first = tl.sum(tl.where(offs_j == 0, weights, 0.0), 1)  # the best one weighs most
         out = (out_rows + step) * topk + offs_j
-        tl.store(indices_ptr + out, tl.where(reading[:, None], _entry(chosen), -1), mask=mask_out)
+        tl.store(indices_ptr + out, tl.where(reading[:, None], entry_of(chosen), -1), mask=mask_out)
         tl.store(weights_ptr + out, tl.where(reading[:, None], weights, 0.0), mask=mask_out)
-        key_rows = rows_b[:, None] * stride_kb + _entry(chosen).to(tl.int64) * stride_km
+        key_rows = rows_b[:, None] * stride_kb + entry_of(chosen).to(tl.int64) * stride_km
         key_rows = keys_ptr + key_rows * VECTOR  # (BLOCK_B, BLOCK_J)
         for start_c in range(0, key_dim, BLOCK_C):
             offs_c = start_c + tl.arange(0, BLOCK_C)
@@ -321,35 +306,52 @@ def tape_select(
     scale = query.shape[1] ** -0.5
     query, keys = in_whole_accesses(query), in_whole_accesses(keys)
     (batch, key_dim), bank_size = query.shape, keys.shape[-2]
-    config = _config(keys.dtype, keys.shape, topk)
     outputs = empty_outputs(query, num_tape_tokens, topk)
-    tiles = config["NUM_TILES"] if config["NUM_TILES"] > 1 else 0
-    strides = bank_strides(keys, config["VECTOR"])
-    launch(
-        _tape_select_fwd_kernel,
-        (num_blocks(batch, config["BLOCK_B"]),),
+    common = dict(
         query_ptr=query,
         keys_ptr=keys,
         read_mask_ptr=None if read_mask is None else read_mask.contiguous(),
         bank_lens_ptr=None if bank_lens is None else bank_lens.contiguous(),
         q_ptr=query.new_empty(batch, key_dim, dtype=torch.float32),
-        order_ptr=query.new_empty(batch, tiles * config["BLOCK_M"], dtype=torch.int32),
         weights_ptr=outputs.weights,
         ponder_ptr=outputs.ponder,
         indices_ptr=outputs.indices,
         counts_ptr=outputs.counts,
-        batch=batch,
         bank_size=bank_size,
-        key_dim=key_dim // config["VECTOR"],
         num_tape_tokens=num_tape_tokens,
         topk=topk,
         halt_threshold=halt_threshold,
         scale=scale,
         stride_qb=query.stride(0),
-        stride_kb=strides.example,
-        stride_km=strides.entry,
         AVERAGE_QUERY=average_query,
         ENTROPY=loss_type == "entropy",
+    )
+    if keys.dim() == 3 and bank_size <= MOST_ENTRIES:
+        config = own_bank_config(keys.dtype, bank_size, key_dim, topk)
+        strides = bank_strides(keys, config["VECTOR"])
+        launch(
+            _tape_select_own_kernel,
+            (batch,),
+            **common,
+            scores_ptr=query.new_empty(batch, config["BLOCK_ALL"], dtype=torch.float32),
+            key_dim=key_dim // config["VECTOR"],
+            stride_kb=strides.example,
+            stride_km=strides.entry,
+            **config,
+        )
+        return outputs
+    config = _config(keys.dtype, keys.shape, topk)
+    tiles = config["NUM_TILES"] if config["NUM_TILES"] > 1 else 0
+    strides = bank_strides(keys, config["VECTOR"])
+    launch(
+        _tape_select_fwd_kernel,
+        (num_blocks(batch, config["BLOCK_B"]),),
+        **common,
+        order_ptr=query.new_empty(batch, tiles * config["BLOCK_M"], dtype=torch.int32),
+        batch=batch,
+        key_dim=key_dim // config["VECTOR"],
+        stride_kb=strides.example,
+        stride_km=strides.entry,
         SHARED=keys.dim() == 2,
         **config,
     )
