@@ -28,7 +28,9 @@ and there is one query; the pass is bound by its loads, not by its multiply-adds
 import functools
 
 import torch
+from torch import Tensor
 
+from adatape_kernels.ops.tape_select.outputs import SelectOutputs
 from adatape_kernels.ops.tape_select.triton_primitives import (
     entry_of,
     ordered,
@@ -36,8 +38,8 @@ from adatape_kernels.ops.tape_select.triton_primitives import (
     score_of,
     softmax,
 )
-from adatape_kernels.ops.triton_runtime import num_blocks, tl, triton
-from adatape_kernels.ops.triton_specialization import compiled_for
+from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
+from adatape_kernels.ops.triton_specialization import bank_strides, compiled_for
 
 MOST_ENTRIES = 2048
 """A program holds the order of so many entries in its registers."""
@@ -77,7 +79,7 @@ def _score(
 
 
 @compiled_for(aligned=("query_ptr", "keys_ptr", "q_ptr", "scores_ptr"))
-def _tape_select_own_kernel(
+def _tape_select_fwd_own_kernel(
     query_ptr,
     keys_ptr,
     read_mask_ptr,
@@ -220,4 +222,48 @@ def own_bank_config(dtype: torch.dtype, bank_size: int, key_dim: int, topk: int)
         num_warps=num_warps,
         num_stages=1,
         maxnreg=128,
+    )
+
+
+def select_from_own_banks(
+    query: Tensor,
+    keys: Tensor,
+    read_mask: Tensor | None,
+    bank_lens: Tensor | None,
+    outputs: SelectOutputs,
+    halt_threshold: float,
+    scale: float,
+    average_query: bool,
+    entropy: bool,
+) -> None:
+    """Launch the kernel."""
+    (batch, key_dim), bank_size = query.shape, keys.shape[-2]
+    _, num_tape_tokens, topk = outputs.weights.shape
+    config = own_bank_config(keys.dtype, bank_size, key_dim, topk)
+    strides = bank_strides(keys, config["VECTOR"])
+    launch(
+        _tape_select_fwd_own_kernel,
+        (batch,),
+        query_ptr=query,
+        keys_ptr=keys,
+        read_mask_ptr=read_mask,
+        bank_lens_ptr=bank_lens,
+        q_ptr=query.new_empty(batch, key_dim, dtype=torch.float32),
+        scores_ptr=query.new_empty(batch, config["BLOCK_ALL"], dtype=torch.float32),
+        weights_ptr=outputs.weights,
+        ponder_ptr=outputs.ponder,
+        indices_ptr=outputs.indices,
+        counts_ptr=outputs.counts,
+        bank_size=bank_size,
+        key_dim=key_dim // config["VECTOR"],
+        num_tape_tokens=num_tape_tokens,
+        topk=topk,
+        halt_threshold=halt_threshold,
+        scale=scale,
+        stride_qb=query.stride(0),
+        stride_kb=strides.example,
+        stride_km=strides.entry,
+        AVERAGE_QUERY=average_query,
+        ENTROPY=entropy,
+        **config,
     )
