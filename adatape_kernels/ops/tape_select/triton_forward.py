@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adatape_kernels.op_types import LossType
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs, empty_outputs
-from adatape_kernels.ops.tape_select.triton_primitives import softmax
+from adatape_kernels.ops.triton_reading import softmax
 from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import (
     bank_strides,
