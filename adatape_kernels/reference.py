@@ -193,9 +193,27 @@ def tape_select_bwd(
         ds_j = w_j (dw_j - Σ_i w_i dw_i) / sqrt(key_dim)
         dkey_j = take · w_j dnext + ds_j q        dq = keep · dnext + Σ_j ds_j key_j
     """
+    used = _used(counts, indices.shape[1])
+    dquery, drows = _gradients_along(
+        query, keys, dweights, dponder, indices, used, average_query, loss_type
+    )
+    dkeys = _scatter_add(drows[used], keys, _flat_index(indices, keys)[used])
+    return dquery.to(query.dtype), dkeys.to(keys.dtype)
+
+
+def _gradients_along(
+    query: Tensor,
+    keys: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    indices: Tensor,
+    used: Tensor,
+    average_query: bool,
+    loss_type: LossType,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the query and of each read's key, in float32 or wider."""
     wide = wide_dtype(query.dtype)
     keep, take = (0.5, 0.5) if average_query else (0.0, 1.0)
-    used = _used(counts, indices.shape[1])
     rows = _bank_rows(keys, indices, used.unsqueeze(-1)).to(wide)
     queries, weights = [query.to(wide).contiguous()], []
     for step in range(indices.shape[1]):
@@ -218,9 +236,7 @@ def tape_select_bwd(
         drows.append(w.unsqueeze(-1) * dmerged + ds.unsqueeze(-1) * q.unsqueeze(1))
         dq = keep * dquery + (ds.unsqueeze(-1) * r).sum(1)
         dquery = dq.where(used[:, step, None], dquery)
-    drow = torch.stack(drows[::-1], 1) if drows else torch.zeros_like(rows)
-    dkeys = _scatter_add(drow[used], keys, _flat_index(indices, keys)[used])
-    return dquery.to(query.dtype), dkeys.to(keys.dtype)
+    return dquery, torch.stack(drows[::-1], 1) if drows else torch.zeros_like(rows)
 
 
 # Variable-length gathering: SPEC 4
@@ -249,12 +265,46 @@ def tape_gather_bwd(
     """Return the gradients of bank, a weighted scatter-add, and weights, a dot product per row."""
     used = _used(counts, indices.shape[1])
     flat = _flat_index(indices, bank)[used]
+    drows, dweights = _gradients_of_merging(dtape, bank, flat, weights, used)
+    return _scatter_add(drows, bank, flat).to(bank.dtype), dweights
+
+
+def _gradients_of_merging(
+    dtape: Tensor, bank: Tensor, flat: Tensor, weights: Tensor, used: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of each row that was merged and of all weights, float32 or wider."""
     dmerged = dtape[: len(flat), None].to(weights.dtype)
     dweights = torch.zeros_like(weights, memory_format=torch.contiguous_format).index_put(
         (used,), (bank.flatten(0, -2)[flat].to(weights.dtype) * dmerged).sum(-1)
     )
-    dbank = _scatter_add(weights[used].unsqueeze(-1) * dmerged, bank, flat)
-    return dbank.to(bank.dtype), dweights
+    return weights[used].unsqueeze(-1) * dmerged, dweights
+
+
+def tape_read_bwd(
+    query: Tensor,
+    bank: Tensor,
+    dtape: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: LossType,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query and bank, whose first features are the keys.
+
+    The gradient of a row is the sum of what `tape_gather_bwd` and `tape_select_bwd` say, where the
+    weights' gradient is that of the merging plus the one that is given.
+    """
+    used = _used(counts, indices.shape[1])
+    flat, keys = _flat_index(indices, bank)[used], bank[..., : query.shape[1]]
+    drows, dmerging = _gradients_of_merging(dtape, bank, flat, weights, used)
+    dquery, dkeys = _gradients_along(
+        query, keys, dweights + dmerging, dponder, indices, used, average_query, loss_type
+    )
+    drows = drows + F.pad(dkeys[used], (0, bank.shape[-1] - query.shape[1]))
+    return dquery.to(query.dtype), _scatter_add(drows, bank, flat).to(bank.dtype)
 
 
 # Attention over inputs and tape: SPEC 6

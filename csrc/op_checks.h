@@ -31,15 +31,15 @@ inline void check_loss_type(const std::string& loss_type) {
   }
 }
 
-// Refuses a query without features, and keys that do not fit it or of which there are too few.
-inline void check_query_and_keys(const Tensor& query, const Tensor& keys, int64_t topk,
-                                 Dtypes dtypes) {
-  check_first("query", query, dtypes, {kAnySize, kAnySize});
+// Refuses a query without features, and keys that do not fit it or of which there are too few. The
+// keys are rows of `width` features, of which the first are the query's.
+inline void check_query_and_keys(const Tensor& query, const char* name, const Tensor& keys,
+                                 int64_t width, int64_t topk) {
   if (query.size(1) == 0) refuse("query: expected key_dim at least 1, got 0");
-  check_bank("keys", keys, query, query.size(0), query.size(1));
+  check_bank(name, keys, query, query.size(0), width);
   const int64_t bank_size = keys.size(keys.dim() - 2);
   if (bank_size < topk || bank_size > kMostRows) {
-    refuse("keys: expected at least topk = ", topk, " bank entries and at most ", kMostRows,
+    refuse(name, ": expected at least topk = ", topk, " bank entries and at most ", kMostRows,
            ", got ", bank_size);
   }
 }
@@ -50,7 +50,8 @@ inline void check_tape_select(const Tensor& query, const Tensor& keys, int64_t n
                               const std::optional<Tensor>& bank_lens, Dtypes dtypes) {
   check_range("topk", topk, 1, kMostTopk);
   check_range("num_tape_tokens", num_tape_tokens, 0, kMostRows);
-  check_query_and_keys(query, keys, topk, dtypes);
+  check_first("query", query, dtypes, {kAnySize, kAnySize});
+  check_query_and_keys(query, "keys", keys, query.size(1), topk);
   if (std::isnan(halt_threshold)) refuse("halt_threshold: expected a number, got nan");
   check_loss_type(loss_type);
   const int64_t batch = query.size(0);
@@ -66,11 +67,11 @@ inline void check_tape_select(const Tensor& query, const Tensor& keys, int64_t n
   }
 }
 
-inline void check_tape_select_bwd(const Tensor& query, const Tensor& keys, const Tensor& dweights,
-                                  const Tensor& dponder, const Tensor& indices,
-                                  const Tensor& counts, const std::string& loss_type,
-                                  Dtypes dtypes) {
-  check_first("query", query, dtypes, {kAnySize, kAnySize});
+// Refuses what the gradient of reading along does not take; the rest is the caller's to check.
+inline void check_reading_along(const Tensor& query, const char* name, const Tensor& keys,
+                                int64_t width, const Tensor& dweights, const Tensor& dponder,
+                                const Tensor& indices, const Tensor& counts,
+                                const std::string& loss_type) {
   const int64_t batch = query.size(0);
   check_tensor("indices", indices, query, ScalarType::Int, {batch, kAnySize, kAnySize});
   const int64_t num_tape_tokens = indices.size(1), topk = indices.size(2);
@@ -78,11 +79,37 @@ inline void check_tape_select_bwd(const Tensor& query, const Tensor& keys, const
     refuse("indices: expected 1 to ", kMostTopk, " entries a tape token, got ", topk);
   }
   check_range("indices", num_tape_tokens, 0, kMostRows);
-  check_query_and_keys(query, keys, topk, dtypes);
+  check_query_and_keys(query, name, keys, width, topk);
   check_tensor("dweights", dweights, query, ScalarType::Float, {batch, num_tape_tokens, topk});
   check_tensor("dponder", dponder, query, ScalarType::Float, {batch});
   check_tensor("counts", counts, query, ScalarType::Int, {batch});
   check_loss_type(loss_type);
+}
+
+inline void check_tape_select_bwd(const Tensor& query, const Tensor& keys, const Tensor& dweights,
+                                  const Tensor& dponder, const Tensor& indices,
+                                  const Tensor& counts, const std::string& loss_type,
+                                  Dtypes dtypes) {
+  check_first("query", query, dtypes, {kAnySize, kAnySize});
+  check_reading_along(query, "keys", keys, query.size(1), dweights, dponder, indices, counts,
+                      loss_type);
+}
+
+inline void check_tape_read_bwd(const Tensor& query, const Tensor& bank, const Tensor& dtape,
+                                const Tensor& dweights, const Tensor& dponder,
+                                const Tensor& weights, const Tensor& indices, const Tensor& counts,
+                                const std::string& loss_type, Dtypes dtypes) {
+  check_first("query", query, dtypes, {kAnySize, kAnySize});
+  check_defined("bank", bank);
+  const int64_t dim = bank.dim() == 2 || bank.dim() == 3 ? bank.size(bank.dim() - 1) : 0;
+  if (dim < query.size(1)) {
+    refuse("bank: expected ([batch,] bank_size, dim), dim at least key_dim = ", query.size(1),
+           ", got ", text_of(bank.sizes()));
+  }
+  check_reading_along(query, "bank", bank, dim, dweights, dponder, indices, counts, loss_type);
+  check_tensor("weights", weights, query, ScalarType::Float,
+               {indices.size(0), indices.size(1), indices.size(2)});
+  check_tensor("dtape", dtape, query, query.scalar_type(), {kAnySize, dim});
 }
 
 // Refuses a bank and what is read from it where they do not fit each other.

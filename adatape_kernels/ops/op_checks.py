@@ -21,6 +21,7 @@ from adatape_kernels.ops.reading_checks import (
     MOST_ROWS,
     check_capacity,
     check_selection,
+    check_widths,
 )
 
 
@@ -52,15 +53,19 @@ def tape_select_bwd(
     counts: Tensor,
     average_query: bool,
     loss_type: str,
+    name: str = "keys",
 ) -> None:
-    """Raise ValueError for arguments that the op `tape_select_bwd` does not take."""
+    """Raise ValueError for arguments that the op `tape_select_bwd` does not take.
+
+    `name` is what the caller calls the keys.
+    """
     shape, dtype, device = indices.shape, query.dtype, query.device
     if len(shape) != 3 or not 1 <= shape[2] <= MAX_TOPK or indices.dtype is not torch.int32:
         raise ValueError(
             f"indices: expected int32 (batch, num_tape_tokens, 1 to {MAX_TOPK}), "
             f"got {_text(indices)}"
         )
-    check_selection(query, keys, shape[1], shape[2], 0.0, loss_type, None, None)
+    check_selection(query, keys, shape[1], shape[2], 0.0, loss_type, None, None, name)
     batch, wide = query.shape[:1], wide_dtype(dtype)
     _check("indices", indices, torch.int32, (*batch, *shape[1:]), device)
     _check("dweights", dweights, wide, shape, device)
@@ -94,6 +99,34 @@ def tape_gather_bwd(
     tape_gather(bank, indices, weights, counts, None)
     shape = dtape.shape
     _check("dtape", dtape, bank.dtype, (shape[0] if shape else 0, bank.shape[-1]), bank.device)
+
+
+def tape_read_bwd(
+    query: Tensor,
+    bank: Tensor,
+    dtape: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: str,
+) -> None:
+    """Raise ValueError for arguments that the op `tape_read_bwd` does not take."""
+    check_widths(query, bank)
+    tape_select_bwd(
+        query,
+        bank[..., : query.shape[1]],
+        dweights,
+        dponder,
+        indices,
+        counts,
+        average_query,
+        loss_type,
+        name="bank",
+    )
+    tape_gather_bwd(dtape, bank, indices, weights, counts)
 
 
 def elastic_attention(

@@ -28,6 +28,18 @@ def check_selection_types(
         check_tensor("bank_lens", bank_lens)
 
 
+def check_widths(query: Tensor, bank: Tensor) -> None:
+    """Refuse a bank that is too narrow to hold keys of the query's width."""
+    if query.dim() != 2:
+        raise ValueError(f"query: expected (batch, key_dim), got {tuple(query.shape)}")
+    key_dim = query.shape[1]
+    if bank.dim() not in (2, 3) or bank.shape[-1] < key_dim:
+        raise ValueError(
+            f"bank: expected ([batch,] bank_size, dim), dim at least key_dim = {key_dim}, "
+            f"got {tuple(bank.shape)}"
+        )
+
+
 def check_selection(
     query: Tensor,
     keys: Tensor,

@@ -81,16 +81,20 @@ struct CpuTapeGatherParams {
   DType dtype;  // of bank and tape
 };
 
-// One addend of a segment: `weight` times row `row` of CpuSegmentSumParams::rows.
+// One addend of a segment: `weight` times row `row` of CpuSegmentSumParams::rows, and row `read` of
+// its leading features if there are any.
 struct Contribution {
   int64_t row;
+  int64_t read;
   float weight;
 };
 
 struct CpuSegmentSumParams {
-  const void* rows;    // (any number, width), the rows that contributions name
-  int64_t stride_row;  // from one of these rows to the next
-  void* out;           // (rows of all banks, width), contiguous
+  const void* rows;                // (any number, width), the rows that contributions name
+  int64_t stride_row;              // from one of these rows to the next
+  const float* leading = nullptr;  // (reads, lead_width), contiguous, added to the first features
+  int64_t lead_width = 0;
+  void* out;  // (rows of all banks, width), contiguous
   int64_t width;
   DType rows_dtype;
   DType out_dtype;  // bfloat16 rows have a bfloat16 sum; float rows may have either

@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   const Segments segments =
       sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
         const int64_t read = (i * p.num_tape_tokens + token) * p.topk + rank;
-        return {.row = offsets[i] + token, .weight = p.weights[read]};
+        return {.row = offsets[i] + token, .read = read, .weight = p.weights[read]};
       });
   sum_segments(segments, {.rows = p.tape,
                           .stride_row = p.stride_tape,

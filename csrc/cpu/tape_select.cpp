@@ -149,7 +149,8 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
 
   const Segments segments =
       sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
-        return {.row = (i * num_tape_tokens + token) * topk + rank, .weight = 1.0f};
+        const int64_t read = (i * num_tape_tokens + token) * topk + rank;
+        return {.row = read, .read = read, .weight = 1.0f};
       });
   sum_segments(segments, {.rows = p.dread_keys,
                           .stride_row = p.keys.width,

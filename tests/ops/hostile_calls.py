@@ -120,7 +120,8 @@ def verdict(op, args, how):
     called = getattr(getattr(torch.ops, SERVED_BY), op) if DIRECT else public
     flags = (
         [True]
-        if SERVED_BY == "adatape_cuda" and op in ("tape_select_bwd", "tape_gather_bwd")
+        if SERVED_BY == "adatape_cuda"
+        and op in ("tape_select_bwd", "tape_gather_bwd", "tape_read_bwd")
         else []
     )
     result = made(called, [*args, *flags], None if DIRECT else SERVED_BY)
@@ -129,7 +130,7 @@ def verdict(op, args, how):
     # A backward that has another scale than its forward had may exceed the range of a half.
     rescaled = op.startswith("elastic_attention") and op.endswith("_bwd") and args[-1] != 0.5
     # Kernels for a GPU store an entry's gradient, as an example reads no entry of its bank twice.
-    twice = SERVED_BY in ("triton", "cuda") and op == "tape_select_bwd" and _reads_twice(*args)
+    twice = SERVED_BY in ("triton", "cuda") and _reads_twice(op, *args)
     if how in ("nan", "inf") or rescaled or twice or SERVED_BY == "adatape_cuda":
         return None
     expected = made(public, args, "eager")
@@ -138,10 +139,13 @@ def verdict(op, args, how):
     return difference(result, expected)
 
 
-def _reads_twice(query, keys, dweights, dponder, indices, counts, *options):
+def _reads_twice(op, *args):
     """Whether an example reads an entry of a bank of its own more than once."""
+    if op not in ("tape_select_bwd", "tape_read_bwd"):
+        return False
+    bank, (indices, counts) = args[1], args[-4:-2]
     reads = [row[:count].flatten() for row, count in zip(indices, counts.tolist(), strict=True)]
-    return keys.dim() == 3 and any(len(row.unique()) < len(row) for row in reads)
+    return bank.dim() == 3 and any(len(row.unique()) < len(row) for row in reads)
 
 
 def main():

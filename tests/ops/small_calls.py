@@ -18,6 +18,8 @@ def names_of(op):
 
 def call_of(op, dtype, *, own_banks=True, head_dim=8):
     """The arguments of a call that every backend takes which takes its dtype."""
+    if op == "tape_read_bwd":
+        return _read_bwd(call_of("tape_select", dtype, own_banks=own_banks))
     if op.endswith("_bwd"):
         forward = op.removesuffix("_bwd")
         args = call_of(forward, dtype, own_banks=own_banks, head_dim=head_dim)
@@ -83,6 +85,14 @@ def _select_bwd(args, results):
     weights, ponder, indices, counts = results
     given = torch.randn_like(weights), torch.randn_like(ponder)
     return [query, keys, *given, indices, counts, average_query, loss_type]
+
+
+def _read_bwd(args):
+    results = operation("tape_select").implementations["eager"].function(*args)
+    query, keys, dweights, dponder, indices, *rest = _select_bwd(args, results)
+    bank = torch.cat([keys, torch.randn(*keys.shape[:-1], DIM - KEY_DIM).to(keys.dtype)], -1)
+    dtape = torch.randn(BATCH * TOKENS, DIM).to(keys.dtype)
+    return [query, bank, dtape, dweights, dponder, results[0], indices, *rest]
 
 
 def _attention_bwd(args, results):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from adatape_kernels.ops.reading_checks import check_reads
-from adatape_kernels.ops.tape_gather.triton_primitives import BLOCK_D, offsets_of, token_row
+from adatape_kernels.ops.triton_reading import BLOCK_D, offsets_of, token_row
 from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
 from adatape_kernels.ops.triton_specialization import (
     bank_strides,

@@ -1,171 +1,11 @@
-"""The gradient of `tape_select` in Triton: only the rows that were read are touched.
-
-`reference.tape_select_bwd` states the formula.
-"""
-
-import functools
+"""The gradient of `tape_select` in Triton: only the rows that were read are touched."""
 
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops.tape_select.triton_primitives import softmax
-from adatape_kernels.ops.triton_runtime import kernel, launch, tl, triton
+from adatape_kernels.ops.triton_key_gradients import key_gradients
+from adatape_kernels.ops.triton_runtime import kernel
 from adatape_kernels.ops.triton_segment_sum import segment_sum
-from adatape_kernels.ops.triton_specialization import (
-    bank_strides,
-    compiled_for,
-    elements_per_access,
-    with_dense_rows,
-)
-
-
-@triton.jit
-def _read_entries(indices_ptr, mask_j, bank_size):
-    """The entries of a step; inside the bank even where a caller's indices are not."""
-    entries = tl.load(indices_ptr, mask=mask_j, other=0)
-    return tl.minimum(tl.maximum(entries, 0), bank_size - 1)
-
-
-@triton.jit
-def _columns(key_rows, state_row, mask_j, offs_c, key_dim):
-    """Some features of the read keys (BLOCK_J, BLOCK_C) and of a query (BLOCK_C,), in float32."""
-    mask_c = offs_c < key_dim
-    rows = tl.load(key_rows[:, None] + offs_c, mask=mask_j[:, None] & mask_c, other=0.0)
-    return rows.to(tl.float32), tl.load(state_row + offs_c, mask=mask_c, other=0.0)
-
-
-@compiled_for(aligned=("query_ptr", "keys_ptr", "states_ptr", "dquery_ptr", "drows_ptr"))
-def _tape_select_bwd_kernel(
-    query_ptr,
-    keys_ptr,
-    dweights_ptr,
-    dponder_ptr,
-    indices_ptr,
-    counts_ptr,
-    states_ptr,
-    dquery_ptr,
-    drows_ptr,
-    bank_size,
-    key_dim,
-    num_tape_tokens,
-    topk,
-    scale,
-    stride_qb,
-    stride_kb,
-    stride_km,
-    AVERAGE_QUERY: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    DROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One example: its queries again, then their gradients and those of the rows, backwards.
-
-    Row s of the example's scratch `states_ptr` (batch, num_tape_tokens + 1, key_dim) holds the
-    query of step s, and from its turn on that query's gradient. DROWS says what becomes of a row's
-    gradient: "store" it in the example's own bank, "add" it to a bank that examples share, or
-    "list" it, row after row as `indices_ptr` has them.
-    """
-    keep: tl.constexpr = 0.5 if AVERAGE_QUERY else 0.0
-    take: tl.constexpr = 0.5 if AVERAGE_QUERY else 1.0
-    key_dim *= VECTOR  # so that the compiler sees whole vectors
-    example = tl.program_id(0).to(tl.int64)
-    count = tl.minimum(tl.maximum(tl.load(counts_ptr + example), 0), num_tape_tokens)
-    dponder = tl.load(dponder_ptr + example)
-    keys_ptr += example * stride_kb * VECTOR
-    states_ptr += example * (num_tape_tokens + 1) * key_dim
-    offs_j = tl.arange(0, BLOCK_J)
-    mask_j = offs_j < topk
-
-    for start_c in range(0, key_dim, BLOCK_C):
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        q = tl.load(query_ptr + example * stride_qb + offs_c, mask=offs_c < key_dim)
-        tl.store(states_ptr + offs_c, q.to(tl.float32), mask=offs_c < key_dim)
-    tl.debug_barrier()
-    for step in range(count - 1):
-        out = (example * num_tape_tokens + step) * topk + offs_j
-        entries = _read_entries(indices_ptr + out, mask_j, bank_size)
-        key_rows = keys_ptr + entries.to(tl.int64) * stride_km * VECTOR
-        q_row = states_ptr + step * key_dim
-        scores = tl.zeros((BLOCK_J,), tl.float32)
-        for start_c in range(0, key_dim, BLOCK_C):
-            offs_c = start_c + tl.arange(0, BLOCK_C)
-            rows, q = _columns(key_rows, q_row, mask_j, offs_c, key_dim)
-            scores += tl.sum(rows * q, 1)
-        weights = softmax(scores * scale, mask_j)
-        for start_c in range(0, key_dim, BLOCK_C):
-            offs_c = start_c + tl.arange(0, BLOCK_C)
-            rows, q = _columns(key_rows, q_row, mask_j, offs_c, key_dim)
-            merged = tl.sum(weights[:, None] * rows, 0)
-            following = (q + merged) * 0.5 if AVERAGE_QUERY else merged
-            tl.store(q_row + key_dim + offs_c, following, mask=offs_c < key_dim)
-        tl.debug_barrier()
-
-    for start_c in range(0, key_dim, BLOCK_C):  # nothing follows the last step
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        zeros = tl.zeros((BLOCK_C,), tl.float32)
-        tl.store(states_ptr + count * key_dim + offs_c, zeros, mask=offs_c < key_dim)
-    tl.debug_barrier()
-    for following in range(count, 0, -1):
-        step = following - 1
-        out = (example * num_tape_tokens + step) * topk + offs_j
-        entries = _read_entries(indices_ptr + out, mask_j, bank_size)
-        key_rows = keys_ptr + entries.to(tl.int64) * stride_km * VECTOR
-        q_row = states_ptr + step * key_dim
-        scores = tl.zeros((BLOCK_J,), tl.float32)
-        dw = tl.load(dweights_ptr + out, mask=mask_j, other=0.0)
-        for start_c in range(0, key_dim, BLOCK_C):
-            offs_c = start_c + tl.arange(0, BLOCK_C)
-            rows, q = _columns(key_rows, q_row, mask_j, offs_c, key_dim)
-            dnext = tl.load(q_row + key_dim + offs_c, mask=offs_c < key_dim, other=0.0)
-            scores += tl.sum(rows * q, 1)
-            dw += tl.sum(rows * (take * dnext), 1)
-        weights = softmax(scores * scale, mask_j)
-        if ENTROPY:
-            dw -= 2.0 * dponder * weights
-        else:  # equal maxima share the gradient
-            best = tl.where(mask_j & (weights == tl.max(weights, 0)), 1.0, 0.0)
-            dw -= dponder * tl.div_rn(best, tl.sum(best, 0))
-        ds = weights * (dw - tl.sum(weights * dw, 0)) * scale
-        if DROWS == "store":
-            out = example * bank_size + entries
-        elif DROWS == "add":
-            out = entries.to(tl.int64)
-        drow_ptrs = drows_ptr + out[:, None] * key_dim
-        for start_c in range(0, key_dim, BLOCK_C):
-            offs_c = start_c + tl.arange(0, BLOCK_C)
-            mask = mask_j[:, None] & (offs_c < key_dim)
-            rows, q = _columns(key_rows, q_row, mask_j, offs_c, key_dim)
-            dnext = tl.load(q_row + key_dim + offs_c, mask=offs_c < key_dim, other=0.0)
-            drows = weights[:, None] * (take * dnext) + ds[:, None] * q
-            if DROWS == "add":
-                tl.atomic_add(drow_ptrs + offs_c, drows, mask=mask, sem="relaxed")
-            else:
-                tl.store(drow_ptrs + offs_c, drows.to(drows_ptr.dtype.element_ty), mask=mask)
-            dq = keep * dnext + tl.sum(ds[:, None] * rows, 0)
-            tl.debug_barrier()  # until every thread has read what changes
-            tl.store(q_row + offs_c, dq, mask=offs_c < key_dim)
-        tl.debug_barrier()
-
-    for start_c in range(0, key_dim, BLOCK_C):
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        dq = tl.load(states_ptr + offs_c, mask=offs_c < key_dim)
-        dq = dq.to(dquery_ptr.dtype.element_ty)
-        tl.store(dquery_ptr + example * key_dim + offs_c, dq, mask=offs_c < key_dim)
-
-
-@functools.cache
-def _config(key_dim: int, vector: int, topk: int) -> dict:
-    block_j = triton.next_power_of_2(topk)
-    block_c = min(triton.next_power_of_2(key_dim), 2048 // block_j)
-    return dict(
-        VECTOR=vector,
-        BLOCK_J=block_j,
-        BLOCK_C=block_c,
-        num_warps=max(block_j * block_c // 512, 1),
-        maxnreg=255,  # without it ptxas spills a few to fit more programs on a multiprocessor
-    )
 
 
 @kernel()
@@ -184,8 +24,7 @@ def tape_select_bwd(
     Under `torch.use_deterministic_algorithms` they list what they add, which is then summed in
     order.
     """
-    query, keys = with_dense_rows(query), with_dense_rows(keys)
-    batch, num_tape_tokens, topk = indices.shape
+    num_tape_tokens = indices.shape[1]
     bank_size, key_dim = keys.shape[-2:]
     if keys.dim() == 3:
         drows, mode = keys.new_zeros(keys.shape), "store"
@@ -193,33 +32,8 @@ def tape_select_bwd(
         drows, mode = query.new_empty(indices.numel(), key_dim, dtype=torch.float32), "list"
     else:
         drows, mode = query.new_zeros(bank_size, key_dim, dtype=torch.float32), "add"
-    dquery = query.new_empty(query.shape)
-    config = _config(key_dim, elements_per_access(keys), topk)
-    strides = bank_strides(keys, config["VECTOR"])
-    launch(
-        _tape_select_bwd_kernel,
-        (batch,),
-        query_ptr=query,
-        keys_ptr=keys,
-        dweights_ptr=dweights.contiguous(),
-        dponder_ptr=dponder.contiguous(),
-        indices_ptr=indices.contiguous(),
-        counts_ptr=counts.contiguous(),
-        states_ptr=query.new_empty(batch, num_tape_tokens + 1, key_dim, dtype=torch.float32),
-        dquery_ptr=dquery,
-        drows_ptr=drows,
-        bank_size=bank_size,
-        key_dim=key_dim // config["VECTOR"],
-        num_tape_tokens=num_tape_tokens,
-        topk=topk,
-        scale=key_dim**-0.5,
-        stride_qb=query.stride(0),
-        stride_kb=strides.example,
-        stride_km=strides.entry,
-        AVERAGE_QUERY=average_query,
-        ENTROPY=loss_type == "entropy",
-        DROWS=mode,
-        **config,
+    dquery = key_gradients(
+        query, keys, dweights, dponder, indices, counts, average_query, loss_type, drows, mode
     )
     if mode == "list":
         used = torch.arange(num_tape_tokens, device=counts.device) < counts.unsqueeze(1)

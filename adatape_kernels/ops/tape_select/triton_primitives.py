@@ -1,4 +1,4 @@
-"""What the Triton kernels of `tape_select` share: the order of scores, and the softmax."""
+"""What the Triton kernels of `tape_select` share: the order of scores."""
 
 from adatape_kernels.ops.triton_runtime import tl, triton
 
@@ -29,13 +29,3 @@ def score_of(ranked):
     """The score whose order `ranked` has put into its integer."""
     order = (ranked >> 32).to(tl.int32)
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def softmax(scores, mask):
-    """Softmax over the last axis; NaN everywhere if a score is NaN, or the best one infinite."""
-    scores = tl.where(mask, scores, float("-inf"))
-    exponentials = tl.exp(scores - tl.max(scores, -1, keep_dims=True))
-    exponentials = tl.where(mask, exponentials, 0.0)
-    # Rounded division: equal scores weigh exactly 1 / topk, so that halting at τ is exact.
-    return tl.div_rn(exponentials, tl.sum(exponentials, -1, keep_dims=True))

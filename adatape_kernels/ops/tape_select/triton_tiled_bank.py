@@ -30,8 +30,8 @@ from adatape_kernels.ops.tape_select.triton_primitives import (
     ordered,
     ranked,
     score_of,
-    softmax,
 )
+from adatape_kernels.ops.triton_reading import softmax
 from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import bank_strides, compiled_for
 

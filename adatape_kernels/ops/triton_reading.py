@@ -1,4 +1,7 @@
-"""What the forward and the backward of `tape_gather` in Triton share: where each token's row is."""
+"""What the Triton kernels of `tape_select`, `tape_gather` and `tape_read` share.
+
+The softmax of a read's scores, and where each token's row of the tape is.
+"""
 
 from typing import NamedTuple
 
@@ -95,3 +98,13 @@ def token_row(token, offsets_ptr, num_tape_tokens, num_rows):
     row = tl.load(offsets_ptr + example) + token % num_tape_tokens
     exists = row < tl.minimum(tl.load(offsets_ptr + example + 1), num_rows)
     return example.to(tl.int64), row.to(tl.int64), exists
+
+
+@triton.jit
+def softmax(scores, mask):
+    """Softmax over the last axis; NaN everywhere if a score is NaN, or the best one infinite."""
+    scores = tl.where(mask, scores, float("-inf"))
+    exponentials = tl.exp(scores - tl.max(scores, -1, keep_dims=True))
+    exponentials = tl.where(mask, exponentials, 0.0)
+    # Rounded division: equal scores weigh exactly 1 / topk, so that halting at τ is exact.
+    return tl.div_rn(exponentials, tl.sum(exponentials, -1, keep_dims=True))

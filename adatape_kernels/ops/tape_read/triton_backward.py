@@ -1,0 +1,66 @@
+"""The gradient of `tape_read` in Triton: a bank's gradient is written once.
+
+A bank of an example's own is filled with zeros, and then the rows that were read are written: their
+keys by the program that goes back over the example's steps, the other features by those that merge
+its tokens. For a bank that examples share, both list what a read adds, which is summed by entry.
+"""
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.ops.triton_key_gradients import TapeGradient, key_gradients
+from adatape_kernels.ops.triton_reading import offsets_of
+from adatape_kernels.ops.triton_runtime import kernel
+from adatape_kernels.ops.triton_segment_sum import segment_sum
+from adatape_kernels.ops.triton_specialization import with_dense_rows
+from adatape_kernels.ops.triton_weight_gradients import (
+    OwnBankGradient,
+    ReadPlaces,
+    weight_gradients,
+)
+
+
+@kernel()
+def tape_read_bwd(
+    query: Tensor,
+    bank: Tensor,
+    dtape: Tensor,
+    dweights: Tensor,
+    dponder: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: str,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; a shared bank's gradient is summed in order if torch asks for it."""
+    batch, num_tape_tokens, topk = indices.shape
+    bank_size, key_dim = bank.shape[-2], query.shape[1]
+    if indices.numel() == 0:
+        return query.new_zeros(query.shape), bank.new_zeros(bank.shape)
+    dtape, bank, indices = with_dense_rows(dtape), with_dense_rows(bank), indices.contiguous()
+    keys, weights, dweights = bank[..., :key_dim], weights.contiguous(), dweights.contiguous()
+    offsets, _ = offsets_of(counts, indices, bank_size, check_indices=False)
+    chosen = indices, counts, average_query, loss_type
+    if bank.dim() == 3:
+        dbank = bank.new_zeros(bank.shape)
+        own = OwnBankGradient(dbank, key_dim, weights)
+        dweights = weight_gradients(dtape, bank, indices, offsets, own, given=dweights)
+        tape = TapeGradient(dtape, weights, offsets)
+        dquery = key_gradients(query, keys, dweights, dponder, *chosen, dbank, "store", tape)
+        return dquery, dbank
+    reads = ReadPlaces(*(indices.new_empty(batch, num_tape_tokens * topk) for _ in range(2)))
+    dweights = weight_gradients(dtape, bank, indices, offsets, reads, given=dweights)
+    dkeys = query.new_empty(indices.numel(), key_dim, dtype=torch.float32)
+    dquery = key_gradients(query, keys, dweights, dponder, *chosen, dkeys, "list")
+    dbank = segment_sum(
+        dtape,
+        reads.entries.flatten(),
+        bank_size,
+        bank.dtype,
+        row_of=reads.row_of,
+        weights=weights,
+        leading=dkeys,
+        ordered=torch.are_deterministic_algorithms_enabled(),
+    )
+    return dquery, dbank

@@ -1,0 +1,120 @@
+// The gradient of reading a tape on the CPU: checks, allocation, tasks, registration.
+//
+// One pass over the bank's gradient writes every row: the sum of what the merging and the selection
+// add to an entry, or zeros.
+
+#include <tuple>
+#include <vector>
+
+#include "segment_sum.h"
+
+namespace adatape {
+namespace {
+
+struct CpuTapeReadGradients {
+  Tensor dquery;      // (batch, key_dim), float32 whatever the dtype of the query
+  Tensor dweights;    // (batch, num_tape_tokens, topk), float32
+  Tensor dread_keys;  // (batch, num_tape_tokens, topk, key_dim), float32
+  Tensor dbank;       // as bank
+};
+
+CpuTapeReadGradients allocate_gradients(const Tensor& query, const Tensor& bank,
+                                        const Tensor& indices) {
+  const int64_t batch = query.size(0), key_dim = query.size(1);
+  const int64_t num_tape_tokens = indices.size(1), topk = indices.size(2);
+  return {
+      .dquery = new_output("dquery", query, {batch, key_dim}, ScalarType::Float),
+      .dweights = new_output("dweights", query, {batch, num_tape_tokens, topk}, ScalarType::Float),
+      .dread_keys = new_output("dread_keys", query, {batch, num_tape_tokens, topk, key_dim},
+                               ScalarType::Float),
+      .dbank = new_output("dbank", bank, bank.sizes(), bank.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& bank_any,
+                                         const Tensor& dtape_any, const Tensor& dweights_any,
+                                         const Tensor& dponder_any, const Tensor& weights_any,
+                                         const Tensor& indices_any, const Tensor& counts_any,
+                                         bool average_query, const std::string& loss_type) {
+  check_tape_read_bwd(query_any, bank_any, dtape_any, dweights_any, dponder_any, weights_any,
+                      indices_any, counts_any, loss_type, kCpuDtypes);
+  const Tensor query = with_dense_rows(query_any), bank = with_dense_rows(bank_any);
+  const Tensor dtape = with_dense_rows(dtape_any), weights = dense(weights_any);
+  const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
+  const Tensor indices = dense(indices_any), counts = dense(counts_any);
+  const TapeReads reads{.indices = indices.const_data_ptr<int32_t>(),
+                        .counts = counts.const_data_ptr<int32_t>(),
+                        .batch = query.size(0),
+                        .num_tape_tokens = indices.size(1),
+                        .topk = indices.size(2),
+                        .bank_size = bank.size(bank.dim() - 2),
+                        .own_banks = bank.dim() == 3};
+  const std::vector<int32_t> offsets = reads.checked_offsets();
+  if (offsets[reads.batch] > dtape.size(0)) {
+    refuse("dtape: expected at least the ", offsets[reads.batch], " tape rows read, got ",
+           dtape.size(0));
+  }
+  const CpuTapeReadGradients gradients = allocate_gradients(query, bank, indices);
+  const DType dtype = dtype_of(query);
+
+  const CpuTapeGatherParams merging{
+      .bank = bank_of(bank),
+      .indices = reads.indices,
+      .weights = weights.const_data_ptr<float>(),
+      .offsets = offsets.data(),
+      .tape = dtape.data_ptr(),
+      .stride_tape = dtape.stride(0),
+      .dweights = gradients.dweights.mutable_data_ptr<float>(),
+      .num_tape_tokens = reads.num_tape_tokens,
+      .topk = reads.topk,
+      .dtype = dtype,
+  };
+  CpuBank keys = merging.bank;
+  keys.width = query.size(1);
+  const CpuTapeSelectParams selection{
+      .query = query.data_ptr(),
+      .stride_query = query.stride(0),
+      .keys = keys,
+      .indices = static_cast<int32_t*>(indices.data_ptr()),
+      .counts = static_cast<int32_t*>(counts.data_ptr()),
+      .dweights = merging.dweights,
+      .dponder = dponder.const_data_ptr<float>(),
+      .dquery = gradients.dquery.mutable_data_ptr<float>(),
+      .dread_keys = gradients.dread_keys.mutable_data_ptr<float>(),
+      .num_tape_tokens = reads.num_tape_tokens,
+      .topk = reads.topk,
+      .average_query = average_query,
+      .entropy = loss_type == "entropy",
+      .dtype = dtype,
+  };
+  const float* const given = dweights.const_data_ptr<float>();
+  const CpuKernels& chosen = cpu_kernels();
+  run_tasks(reads.batch, [&](int64_t i) {
+    chosen.gather_bwd(merging, i);
+    const int64_t first = i * reads.num_tape_tokens * reads.topk;
+    const int64_t count = reads.counts[i] * reads.topk;
+    for (int64_t read = first; read < first + count; ++read) merging.dweights[read] += given[read];
+    chosen.select_bwd(selection, i);
+  });
+
+  const Segments segments =
+      sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
+        const int64_t read = (i * reads.num_tape_tokens + token) * reads.topk + rank;
+        return {.row = offsets[i] + token, .read = read, .weight = merging.weights[read]};
+      });
+  sum_segments(segments, {.rows = merging.tape,
+                          .stride_row = merging.stride_tape,
+                          .leading = selection.dread_keys,
+                          .lead_width = keys.width,
+                          .out = gradients.dbank.data_ptr(),
+                          .width = merging.bank.width,
+                          .rows_dtype = dtype,
+                          .out_dtype = dtype});
+  return {torch::stable::to(gradients.dquery, query.scalar_type()), gradients.dbank};
+}
+
+}  // namespace
+}  // namespace adatape
+
+STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
+  m.impl("tape_read_bwd", ADATAPE_KERNEL("tape_read_bwd", &adatape::tape_read_bwd));
+}
