@@ -1,15 +1,15 @@
 """`elastic_attention` in Triton: a tile of queries passes over its example's keys once.
 
-What a program waits for, with 207 rows of 64 features in float16: two loads to find its example, one
-for queries and last keys together, one for the first of three tiles. While one tile is computed the
-next is under way, and the one behind it follows as soon as there is room. On 9.0 the three tiles
-leave room for four programs a multiprocessor.
+What a program waits for, with 207 rows of 64 features in float16: two loads to find its example,
+one for queries and last keys together, one for the first of three tiles. While one tile is computed
+the next is under way, and the one behind it follows as soon as there is room. On 9.0 the three
+tiles leave room for four programs a multiprocessor.
 
 Each of the four tiles of queries reads all keys, so that the L2 cache moves 407 MB for 256 examples
-with 6 heads, where a program that kept all keys and values of its head would move 163. That takes 82
-kB and 150 registers a thread: half as many warps to a multiprocessor on 9.0, one program where there
-are 99 kB, and on 8.0 more registers than there are. A small batch would have a fourth of the
-programs. CUDA C++ keeps them, in registers and tiles of its own.
+with 6 heads, where a program that kept all keys and values of its head would move 163. That would
+take 82 kB and 150 registers a thread: half as many warps to a multiprocessor on 9.0, one program
+where there are 99 kB, and on 8.0 more registers than a thread has. A small batch would have a
+fourth of the programs. The kernel in CUDA C++ is of that kind.
 """
 
 import math
