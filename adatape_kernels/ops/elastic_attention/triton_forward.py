@@ -130,16 +130,23 @@ def _elastic_attention_fwd_kernel(
     # first tiles of the loop.
     last = (place.num_rows - 1) // BLOCK_N * BLOCK_N
     q = load_tile(queries, rows_m, columns, VECTOR)
-    k_few = _load_last(keys, place, last, columns, VECTOR, BLOCK_LAST, BLOCK_LAST)
-    v_few = _load_last(values, place, last, columns, VECTOR, BLOCK_LAST, BLOCK_LAST)
     state = acc, total, total - float("inf")
     if BLOCK_N > BLOCK_LAST:
+        k_few = _load_last(keys, place, last, columns, VECTOR, BLOCK_LAST, BLOCK_LAST)
+        v_few = _load_last(values, place, last, columns, VECTOR, BLOCK_LAST, BLOCK_LAST)
         k = _load_last(keys, place, last, columns, VECTOR, BLOCK_N, BLOCK_LAST)
         v = _load_last(values, place, last, columns, VECTOR, BLOCK_N, BLOCK_LAST)
         if _fits(place, last, BLOCK_N, BLOCK_LAST):
             state = _attend_last(state, q, k, v, place, last, columns, scale_log2, BLOCK_N)
-    if _fits(place, last, BLOCK_LAST, BLOCK_LAST):
-        state = _attend_last(state, q, k_few, v_few, place, last, columns, scale_log2, BLOCK_LAST)
+        else:
+            state = _attend_last(
+                state, q, k_few, v_few, place, last, columns, scale_log2, BLOCK_LAST
+            )
+    else:
+        rows_n = tile_rows(place, last, BLOCK_N)
+        k = load_tile(keys, rows_n, columns, VECTOR)
+        v = load_tile(values, rows_n, columns, VECTOR)
+        state = _attend(state, q, k, v, rows_n.exists, scale_log2, TAIL=True)
     # Where products take operands from registers, those hoisted out of the loop would fill them.
     for start in tl.range(0, last, BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N, FULL=True)
