@@ -1,4 +1,15 @@
-"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq."""
+"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq.
+
+So no sum crosses programs, and bits repeat, at the price of seven products where five would do.
+A kernel of five adds dq up in float32 in memory, by atomics. For 256 examples of 207 rows with 6
+heads of 64 such a one, in tiles of 128 × 128, computes 5 · 256 · 256 products of rows where ours
+computes 7 · 256 · 224, 1.2 times as many (1.4 times for 256 rows); it moves about 610 MB of memory
+where ours moves 370, and about 770 MB in the L2 cache where ours moves 850.
+
+Two tiles of 32 rows are under way while one is computed. Tiles of 64 × 64 would wait for half as
+many products, but take 255 registers a thread, which leaves room for two programs a multiprocessor
+of 9.0, not three.
+"""
 
 from collections.abc import Sequence
 
