@@ -2,8 +2,9 @@
 
 out = elastic_attention(q, k, v, …),   [q, k, v] = qkv
 
-The gradient of qkv is one tensor. Autograd would stack it of dq, dk and dv: a pass that reads and
-writes it once more, and that needs as much memory again.
+The gradient of qkv is one tensor, whose parts the kernels write. Autograd would stack it of dq, dk
+and dv, in a pass that reads and writes it once more: at 52,992 rows of 384 features in bfloat16,
+which are 256 examples of S/16, this moves 244 MB a layer.
 """
 
 from typing import Any
