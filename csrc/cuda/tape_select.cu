@@ -18,8 +18,8 @@ namespace {
 // A bank of at most so many entries is scored by one warp for each block, a larger one by
 // kSelectThreads.
 constexpr int64_t kOneWarpBank = 64;
-// A bank of at most so many bytes stays in shared memory for all tape tokens, where a block may
-// have as many. Then two blocks fit into the 227 kB that a multiprocessor of 9.0 has.
+// An own bank of at most so many bytes stays in shared memory for all tape tokens, where a block
+// may have as many. Then two blocks fit into the 227 kB that a multiprocessor of 9.0 has.
 constexpr int64_t kResidentBytes = 108 << 10;
 // The queries and unread bits of a block lie in shared memory if they take no more than this.
 constexpr int64_t kSharedWorkspaceBytes = 48 << 10;
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   }
   const int64_t for_bank = most - (workspaces ? 0 : workspace);
   const bool resident =
-      sizes.tile_bytes(threads, true, bank_size) <= std::min(kResidentBytes, for_bank);
+      own_banks && sizes.tile_bytes(threads, true, bank_size) <= std::min(kResidentBytes, for_bank);
 
   const CudaTapeSelectParams p{
       .query = query.data_ptr(),

@@ -125,7 +125,7 @@ def test_a_longer_example_is_refused_here_and_in_csrc(kib):
 
 
 def test_a_launch_that_asks_for_too_much_is_refused_with_its_numbers():
-    words = r"tape_select.cu:\d+: 32768 bytes of dynamic and 2308 of static shared memory, where a"
+    words = r"tape_select.cu:\d+: 49152 bytes of dynamic and 2308 of static shared memory, where a"
     with emulation.shared_memory(34), pytest.raises(RuntimeError, match=words):
         selected(300, 64, torch.float32)
 

@@ -335,10 +335,10 @@ def tiled_bank_config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
     if shared:
         block_b = 64 if key_dim > 128 and split else 16
         block_m, num_warps = 128, 8 if block_b == 64 else 4
-        block_k = min(max(width, 16), 64 if split else 32)
+        block_k = min(max(width, 16), 32)
     else:
-        block_b, block_m, num_warps = 1, 512, 8
-        block_k = min(max(width, vector), 8 * vector)
+        block_b, block_m, num_warps = 1, 256, 8
+        block_k = min(max(width, vector), 4 * vector)
     block_j = triton.next_power_of_2(topk)
     return dict(
         SPLIT=split,
@@ -351,6 +351,7 @@ def tiled_bank_config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
         BLOCK_C=min(width, max(1024 // block_j, 8)),
         num_warps=num_warps,
         num_stages=3,
+        maxnreg=255 if block_b == 64 else 128,
     )
 
 
@@ -428,6 +429,7 @@ def select_from_tiles(
             SHARED=keys.dim() == 2,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
+            maxnreg=config["maxnreg"],
         )
         launch(
             _tape_select_fwd_merge_kernel,
@@ -447,4 +449,5 @@ def select_from_tiles(
             AVERAGE_QUERY=average_query,
             ENTROPY=entropy,
             num_warps=4,
+            maxnreg=128,
         )
