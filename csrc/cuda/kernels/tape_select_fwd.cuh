@@ -1,12 +1,13 @@
 // Adaptive tape reading: the formulas stand in adatape_kernels/reference.py.
 //
-// A block reads all tape tokens of one example, or of a few examples that share their bank. A bank
-// that fits into shared memory is copied there once. Of a larger one the keys pass through shared
-// memory for each token, tile by tile: tiles are copied asynchronously while one is scored, and
-// every second pass begins at the end, with what the pass before has left in the L2 cache. A thread
-// scores one entry of a tile, in one chain of multiply-adds over the key's features, so that equal
-// rows get equal bits wherever they stand. Each warp keeps the best of the entries that it has
-// scored in its registers, the j-th best in lane j.
+// A block reads all tape tokens of one example that has a bank of its own. (Where examples share
+// one, see tape_select_tiles.cuh.) A bank that fits into shared memory is copied there once. Of a
+// larger one the keys pass through shared memory for each token, tile by tile: tiles are copied
+// asynchronously while one is scored, and every second pass begins at the end, with what the pass
+// before has left in the L2 cache. A thread scores one entry of a tile, in one chain of
+// multiply-adds over the key's features, so that equal rows get equal bits wherever they stand.
+// Each warp keeps the best of the entries that it has scored in its registers, the j-th best in
+// lane j.
 //
 // A token needs the query that the one before has left, so a block's time is the chain of its
 // steps. Of a bank that stays, a thread scores kTilesAtOnce entries at a time, whose multiply-adds
@@ -51,11 +52,7 @@ constexpr int kSelectThreads = 256;  // a block has no more; for a small bank it
 constexpr int kSelectWarps = kSelectThreads / kWarpSize;
 constexpr int kSelectRegisters = 128;  // a thread takes no more
 constexpr int kSelectBlocks = blocks_at_once(kSelectThreads, kSelectRegisters);
-// So many examples of a shared bank have a block together. With twice as many, keys would be read
-// from shared memory half as often, but there would be half as many blocks.
-constexpr int kExamplesPerBlock = 2;
 constexpr int kMaxTopk = kWarpSize;
-constexpr int kListsAtOnce = 2;  // candidates of a lane, where the lists of warps are merged
 
 // A tile holds so many bytes of each of its keys at a time.
 constexpr int kChunkBytes = 64;
@@ -78,11 +75,9 @@ struct TapeSelectSizes {
         words((bank_size + kWarpSize - 1) / kWarpSize) {
     features = chunks * (kChunkBytes / element_bytes);
   }
-  // Returns the bytes of the queries (examples, features) and of the unread entries' bits
-  // (examples, words).
-  __host__ __device__ int64_t workspace_bytes(int examples) const {
-    const int64_t bytes =
-        examples * (features * int64_t{sizeof(float)} + words * int64_t{sizeof(unsigned)});
+  // Returns the bytes of a query and of the unread entries' bits.
+  __host__ __device__ int64_t workspace_bytes() const {
+    const int64_t bytes = features * int64_t{sizeof(float)} + words * int64_t{sizeof(unsigned)};
     return (bytes + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
   }
   // Returns the bytes of shared memory that tiles take: the whole bank, or one tile for each stage.
@@ -266,7 +261,8 @@ __device__ void find_best(const CudaTapeSelectParams& p, const TileSpace<T>& spa
       const int64_t entry = tile * space.threads + mine;
 #pragma unroll
       for (int e = 0; e < Examples; ++e) {
-        OrderedEntry found[] = {candidate(scores[e], entry, p.bank_size, unread + e * sizes.words)};
+        OrderedEntry found[] = {
+            candidate(scores[e], entry, space.bank_size, unread + e * sizes.words)};
         keep_best(best[e], found, p.topk);
         scores[e] = 0.0f;
       }
@@ -288,153 +284,101 @@ struct ReadingProgress {
 };
 
 // What the threads of a block exchange, in static shared memory.
-template <int Examples>
 struct TapeSelectShared {
-  OrderedEntry lists[Examples][kSelectWarps * kMaxTopk];  // each warp's best, one after another
-  int chosen[Examples][kMaxTopk];
-  float chosen_weights[Examples][kMaxTopk];
-  bool reading[Examples];
+  OrderedEntry lists[kSelectWarps * kMaxTopk];  // each warp's best, one after another
+  int chosen[kMaxTopk];
+  float chosen_weights[kMaxTopk];
+  bool reading;
 };
 
-// A block reads for `Examples` examples of a shared bank, or for one of a bank of its own.
-template <class T, bool Aligned, int Examples>
+// A block reads for an example that has a bank of its own.
+template <class T, bool Aligned>
 __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     tape_select_kernel(CudaTapeSelectParams p) {
-  __shared__ TapeSelectShared<Examples> exchanged;
-  auto& lists = exchanged.lists;
-  auto& chosen = exchanged.chosen;
-  auto& chosen_weights = exchanged.chosen_weights;
-  auto& reading = exchanged.reading;
+  __shared__ TapeSelectShared exchanged;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int warps = blockDim.x / kWarpSize;
-  const TapeSelectSizes sizes(p.key_dim, p.bank_size, sizeof(T), blockDim.x);
-  const int64_t workspace = sizes.workspace_bytes(Examples);
-  char* const own = p.workspaces ? p.workspaces + blockIdx.x * workspace : dynamic_shared();
+  const int threads = blockDim.x, warps = threads / kWarpSize;
+  const TapeSelectSizes sizes(p.key_dim, p.bank_size, sizeof(T), threads);
+  const int64_t workspace = sizes.workspace_bytes();
+  const int64_t i = blockIdx.x;
+  char* const own = p.workspaces ? p.workspaces + i * workspace : dynamic_shared();
   char* const tiles = dynamic_shared() + (p.workspaces ? 0 : workspace);
-  float* const queries = reinterpret_cast<float*>(own);  // (Examples, features)
-  unsigned* const unread =
-      reinterpret_cast<unsigned*>(queries + Examples * sizes.features);  // (Examples, words)
-  const int64_t first = int64_t{blockIdx.x} * Examples;
-  const int examples = p.batch - first < Examples ? static_cast<int>(p.batch - first) : Examples;
-  const T* const keys = static_cast<const T*>(p.keys) + first * p.stride_example;
+  float* const q = reinterpret_cast<float*>(own);                            // (features,)
+  unsigned* const unread = reinterpret_cast<unsigned*>(q + sizes.features);  // (words,)
+  const T* const keys = static_cast<const T*>(p.keys) + i * p.stride_example;
+  const T* const query = static_cast<const T*>(p.query) + i * p.stride_query;
 
-  for (int e = 0; e < Examples; ++e) {
-    const T* const query = static_cast<const T*>(p.query) + (first + e) * p.stride_query;
-    for (int64_t d = threadIdx.x; d < sizes.features; d += blockDim.x) {
-      queries[e * sizes.features + d] = e < examples && d < p.key_dim ? to_float(query[d]) : 0.0f;
-    }
+  for (int64_t d = threadIdx.x; d < sizes.features; d += threads) {
+    q[d] = d < p.key_dim ? to_float(query[d]) : 0.0f;
   }
-  // Warp e keeps the progress of example e; where the block has one warp, that keeps them all.
-  ReadingProgress progress[Examples];
-#pragma unroll
-  for (int e = 0; e < Examples; ++e) {
-    const int64_t i = first + e;
-    const int64_t valid = e >= examples ? 0
-                          : p.bank_lens ? clamp(p.bank_lens[i], 0, p.bank_size)
-                                        : p.bank_size;
-    for (int64_t word = 0; word < sizes.words; ++word) {
-      const int64_t entry = word * kWarpSize + lane;
-      const bool can_read = entry < valid && !(p.read_mask && p.read_mask[i * p.bank_size + entry]);
-      const unsigned bits = __ballot_sync(kFullMask, can_read);
-      if (lane == 0 && word % warps == warp) unread[e * sizes.words + word] = bits;
-      progress[e].left += __popc(bits);
-    }
-    if (threadIdx.x == 0) reading[e] = progress[e].reads_on(p);
+  // The first warp keeps the progress; the others know how it begins.
+  ReadingProgress progress;
+  const int64_t valid = p.bank_lens ? clamp(p.bank_lens[i], 0, p.bank_size) : p.bank_size;
+  for (int64_t word = 0; word < sizes.words; ++word) {
+    const int64_t entry = word * kWarpSize + lane;
+    const bool can_read = entry < valid && !(p.read_mask && p.read_mask[i * p.bank_size + entry]);
+    const unsigned bits = __ballot_sync(kFullMask, can_read);
+    if (lane == 0 && word % warps == warp) unread[word] = bits;
+    progress.left += __popc(bits);
   }
+  if (threadIdx.x == 0) exchanged.reading = progress.reads_on(p);
   __syncthreads();
 
-  const TileSpace<T> space{.sizes = sizes,
-                           .bank_size = p.bank_size,
-                           .threads = static_cast<int>(blockDim.x),
-                           .tiles = tiles};
-  bool copied = false, backwards = false;
-  const auto anyone_reads = [&] {
-    bool any = false;
-    for (int e = 0; e < Examples; ++e) any |= reading[e];
-    return any;
-  };
-  while (anyone_reads()) {
-    OrderedEntry best[Examples];
-#pragma unroll
-    for (int e = 0; e < Examples; ++e) best[e] = kNoEntryYet;
-    if (Examples == 1 && p.resident) {
-      if (!copied) copy_bank<T, Aligned>(p, space, keys);
-      copied = true;
-      find_best_resident(p, space, queries, unread, best[0]);
+  const TileSpace<T> space{
+      .sizes = sizes, .bank_size = p.bank_size, .threads = threads, .tiles = tiles};
+  if (exchanged.reading && p.resident) copy_bank<T, Aligned>(p, space, keys);
+  bool backwards = false;
+  while (exchanged.reading) {
+    OrderedEntry best[] = {kNoEntryYet};
+    if (p.resident) {
+      find_best_resident(p, space, q, unread, best[0]);
     } else {
-      find_best<T, Aligned>(p, space, keys, queries, unread, backwards, best);
+      find_best<T, Aligned>(p, space, keys, q, unread, backwards, best);
       backwards = !backwards;
     }
-#pragma unroll
-    for (int e = 0; e < Examples; ++e) {
-      if (lane < p.topk) lists[e][warp * p.topk + lane] = best[e];
-    }
+    if (lane < p.topk) exchanged.lists[warp * p.topk + lane] = best[0];
     __syncthreads();
 
-#pragma unroll
-    for (int e = 0; e < Examples; ++e) {
-      if (e % warps != warp || !reading[e]) continue;
-      best[e] = kNoEntryYet;
-      for (int n = lane; n - lane < warps * p.topk; n += kListsAtOnce * kWarpSize) {
-        OrderedEntry listed[kListsAtOnce];
-#pragma unroll
-        for (int i = 0; i < kListsAtOnce; ++i) {
-          const int place = n + i * kWarpSize;
-          listed[i] = place < warps * p.topk ? lists[e][place] : kNoEntryYet;
-        }
-        keep_best(best[e], listed, p.topk);
-      }
-      const float weight = softmax(score_of(best[e].order) * p.scale, p.topk);
+    if (warp == 0) {
+      OrderedEntry merged = kNoEntryYet;
+      merge_lists(merged, exchanged.lists, warps * p.topk, p.topk);
+      const float weight = softmax(score_of(merged.order) * p.scale, p.topk);
       const float most = __shfl_sync(kFullMask, weight, 0);
-      ReadingProgress& now = progress[e];
-      const int64_t out = ((first + e) * p.num_tape_tokens + now.count) * p.topk + lane;
+      const int64_t out = (i * p.num_tape_tokens + progress.count) * p.topk + lane;
       if (lane < p.topk) {
-        p.indices[out] = chosen[e][lane] = best[e].entry;
-        p.weights[out] = chosen_weights[e][lane] = weight;
-        atomicAnd(&unread[e * sizes.words + best[e].entry / kWarpSize],
-                  ~(1u << best[e].entry % kWarpSize));
+        p.indices[out] = exchanged.chosen[lane] = merged.entry;
+        p.weights[out] = exchanged.chosen_weights[lane] = weight;
+        atomicAnd(&unread[merged.entry / kWarpSize], ~(1u << merged.entry % kWarpSize));
       }
-      now.ponder += 1.0f - (p.entropy ? warp_sum(weight * weight) : most);
-      now.halting += most;
-      now.left -= p.topk;
-      ++now.count;
+      progress.ponder += 1.0f - (p.entropy ? warp_sum(weight * weight) : most);
+      progress.halting += most;
+      progress.left -= p.topk;
+      ++progress.count;
+      if (lane == 0) exchanged.reading = progress.reads_on(p);
     }
     __syncthreads();
 
-    for (int e = 0; e < Examples; ++e) {
-      if (!reading[e]) continue;
-      for (int64_t d = threadIdx.x; d < p.key_dim; d += blockDim.x) {
-        float merged = 0.0f;
+    for (int64_t d = threadIdx.x; d < p.key_dim; d += threads) {
+      float merged = 0.0f;
 #pragma unroll 4
-        for (int j = 0; j < p.topk; ++j) {
-          const int64_t entry = chosen[e][j];
-          const float feature =
-              p.resident ? space.feature(entry, d) : to_float(keys[entry * p.stride_entry + d]);
-          merged += chosen_weights[e][j] * feature;
-        }
-        float& q = queries[e * sizes.features + d];
-        q = p.average_query ? (q + merged) * 0.5f : merged;
+      for (int j = 0; j < p.topk; ++j) {
+        const int64_t entry = exchanged.chosen[j];
+        const float feature =
+            p.resident ? space.feature(entry, d) : to_float(keys[entry * p.stride_entry + d]);
+        merged += exchanged.chosen_weights[j] * feature;
       }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < Examples; ++e) {
-      if (e % warps == warp && lane == 0) reading[e] = reading[e] && progress[e].reads_on(p);
+      q[d] = p.average_query ? (q[d] + merged) * 0.5f : merged;
     }
     __syncthreads();
   }
 
-#pragma unroll
-  for (int e = 0; e < Examples; ++e) {
-    if (e % warps != warp || e >= examples) continue;
-    const int64_t i = first + e, out = i * p.num_tape_tokens * p.topk;
-    for (int64_t r = progress[e].count * p.topk + lane; r < p.num_tape_tokens * p.topk;
-         r += kWarpSize) {
-      p.indices[out + r] = -1;
-      p.weights[out + r] = 0.0f;
-    }
-    if (lane == 0) p.ponder[i] = progress[e].ponder, p.counts[i] = progress[e].count;
+  if (warp != 0) return;
+  const int64_t results = int64_t{p.num_tape_tokens} * p.topk;
+  for (int64_t r = int64_t{progress.count} * p.topk + lane; r < results; r += kWarpSize) {
+    p.indices[i * results + r] = -1;
+    p.weights[i * results + r] = 0.0f;
   }
+  if (lane == 0) p.ponder[i] = progress.ponder, p.counts[i] = progress.count;
 }
 
 }  // namespace adatape::cuda

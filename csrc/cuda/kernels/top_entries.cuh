@@ -72,6 +72,22 @@ __device__ inline void keep_best(OrderedEntry& best, OrderedEntry (&mine)[Candid
   }
 }
 
+// Puts the best of `listed` entries, which are in any order, into their places in `best`.
+__device__ inline void merge_lists(OrderedEntry& best, const OrderedEntry* entries, int64_t listed,
+                                   int topk) {
+  constexpr int kAtOnce = 2;  // candidates of a lane
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t start = 0; start < listed; start += kAtOnce * kWarpSize) {
+    OrderedEntry some[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t n = start + i * kWarpSize + lane;
+      some[i] = n < listed ? entries[n] : kNoEntryYet;
+    }
+    keep_best(best, some, topk);
+  }
+}
+
 // Lane j hands in the j-th score and gets its weight; lanes from `topk` on get 0. The weights are
 // NaN if a score is NaN or the best one is infinite.
 __device__ inline float softmax(float score, int topk) {
