@@ -33,7 +33,7 @@ struct CudaTapeSelectTilesParams {
 
 // Makes the state of an example before its first tape token, and results without any.
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     tape_select_prepare_kernel(CudaTapeSelectTilesParams p) {
   const CudaTapeSelectParams& read = p.read;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -137,7 +137,7 @@ struct TapeSelectMergeShared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     tape_select_merge_kernel(CudaTapeSelectTilesParams p) {
   __shared__ TapeSelectMergeShared exchanged;
   const CudaTapeSelectParams& read = p.read;
