@@ -110,15 +110,20 @@ def _select_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     for bank, shape, batch, topk in (
         ("input 784 × 64", (256, 784, 64), 256, 5),
         ("input 196 × 192", (256, 196, 192), 256, 5),
+        ("input 784 × 384", (256, 784, 384), 256, 5),
+        ("input 196 × 768", (256, 196, 768), 256, 5),
         ("input 5000 × 100", (8, 5000, 100), 8, 32),
         ("learn 10000 × 64", (10_000, 64), 256, 5),
         ("learn 100000 × 64", (100_000, 64), 256, 5),
         ("learn 500 × 24", (500, 24), 64, 1),
+        ("learn 10000 × 768", (10_000, 768), 256, 2),
     ):
+        # Of a longer key a program takes 64 examples, by the instruction that each chip has.
+        on_tensor_cores = dtype in HALF and len(shape) == 2 and shape[-1] <= 128
         yield AuditCase(
             f"{bank}, k={topk}, {_short(dtype)}",
             partial(_select, shape, batch, topk, dtype),
-            {},
+            {"_tape_select_fwd_score_kernel": ("mma",)} if on_tensor_cores else {},
             sample=dtype == torch.bfloat16 and bank in ("input 784 × 64", "learn 10000 × 64"),
         )
 

@@ -215,7 +215,7 @@ def own_bank_config(dtype: torch.dtype, bank_size: int, key_dim: int, topk: int)
         VECTOR=vector,
         NUM_CHUNKS=num_blocks(key_dim, block_k),
         BLOCK_ALL=block_all,
-        BLOCK_M=num_warps * rows_of_warp * 4,
+        BLOCK_M=num_warps * rows_of_warp * (4 if key_dim <= block_k else 2),
         BLOCK_K=block_k,
         BLOCK_J=block_j,
         BLOCK_C=min(width, max(2048 // block_j, 8)),
