@@ -163,7 +163,7 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
 
 def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     kernels = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
-    for products in ("grouped", "cublas"):
+    for products in ("grouped", "epilogue", "cublas"):
         for dim, hidden, tape_hidden, activation in (
             (384, 1536, 768, "gelu_tanh"),
             (384, 1536, 768, "gelu"),
@@ -176,7 +176,10 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
                 f"{dim} × {hidden}{form}, {tape_hidden}, {products}, {_short(dtype)}",
                 partial(_ffn, dim, hidden, tape_hidden, activation, products, dtype),
                 dict.fromkeys(kernels, ("tensor",)) if on_tensor_cores else {},
-                sample=dtype == torch.bfloat16 and dim == 384 and activation != "relu",
+                sample=dtype == torch.bfloat16
+                and dim == 384
+                and activation
+                in (("gelu_tanh",) if products == "epilogue" else ("gelu_tanh", "gelu")),
             )
 
 

@@ -105,9 +105,9 @@ def test_each_form_has_its_launches(device, products, on_device):
         kernels(launches)
         == {
             "cublas": ["_dual_ffn_act_bwd_kernel"] * 2,
-            "epilogue": ["_dual_ffn_up_kernel"],
+            "epilogue": ["_dual_ffn_up_kernel"] * 2,
             "grouped": [
-                "_dual_ffn_up_kernel",
+                *["_dual_ffn_up_kernel"] * 2,
                 "_dual_ffn_down_kernel",
                 *["_dual_ffn_weight_kernel"] * 2,
                 "_dual_ffn_row_sums_kernel",

@@ -46,9 +46,10 @@ def up_tiles(x: Tensor, w2: Sequence[Tensor], device: DeviceFacts) -> UpTiles:
     options = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     if device.capability < (9, 0):
         return UpTiles(options, blocks=1, descriptors=False)
-    if device.shared_memory_per_block < 227 * KIB:
+    if device.capability[0] != 9 or device.shared_memory_per_block < 227 * KIB:
         return UpTiles(options, blocks=1, descriptors=True)
-    # Two blocks of 112 KiB and 256 times 128 registers fit a multiprocessor.
+    # Two blocks of 112 KiB and 256 times 128 registers fit a multiprocessor. Code for 10.0 would
+    # spill in so few.
     return UpTiles(dict(**options, maxnreg=128), blocks=2, descriptors=True)
 
 
@@ -108,6 +109,8 @@ def forward(
         act_ptrs=act,
         **descriptors,
         ACTIVATION=activation,
+        INPUTS=True,
+        TAPES=True,
         BACKWARD=False,
         SLICED=sliced,
     )
@@ -141,21 +144,25 @@ def backward(
     if tiles.descriptors and len(dy):
         w_block = [block_k, block_n]
         descriptors = _descriptors((dy, [block_m, block_k]), (w2[0], w_block), (w2[1], w_block))
-    _launch(
-        dy,
-        max_rows,
-        bounds,
-        tiles,
-        w_ptrs=w2,
-        b_ptrs=db1,
-        hidden_ptrs=hidden,
-        dhidden_ptrs=dhidden,
-        act_ptrs=act,
-        **descriptors,
-        ACTIVATION=activation,
-        BACKWARD=True,
-        SLICED=sliced,
-    )
+    # Each kind by itself: for both at once the registers of two blocks do not suffice.
+    for inputs in (True, False) if w2[1].shape[1] else (True,):
+        _launch(
+            dy,
+            max_rows,
+            bounds,
+            tiles,
+            w_ptrs=w2,
+            b_ptrs=db1,
+            hidden_ptrs=hidden,
+            dhidden_ptrs=dhidden,
+            act_ptrs=act,
+            **descriptors,
+            ACTIVATION=activation,
+            INPUTS=inputs,
+            TAPES=not inputs,
+            BACKWARD=True,
+            SLICED=sliced,
+        )
     return UpBackward(dhidden, act, _pair(parts.sum(0).to(dy.dtype) for parts in db1))
 
 

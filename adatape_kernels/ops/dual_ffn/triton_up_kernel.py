@@ -248,6 +248,8 @@ def _dual_ffn_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BACKWARD: tl.constexpr,
+    INPUTS: tl.constexpr,  # whether this launch takes the input rows
+    TAPES: tl.constexpr,  # and whether it takes the tape rows
     SLICED: tl.constexpr,  # whether torch takes the results in slices that the host has cut
 ):
     """Get hidden and act from x; where BACKWARD, dhidden, act and db1 from dy.
@@ -256,30 +258,32 @@ def _dual_ffn_up_kernel(
     """
     max_rows = max_input_rows, max_tape_rows
     middle, end = segments(bounds_ptr, rows, max_rows, SLICED)
-    input_tiles = _walk(
-        in_ptr,
-        w_ptrs,
-        b_ptrs,
-        hidden_ptrs,
-        dhidden_ptrs,
-        act_ptrs,
-        in_desc,
-        w_desc,
-        0,
-        0,
-        middle,
-        max_rows[0],
-        dim,
-        widths[0],
-        0,
-        ACTIVATION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        BACKWARD,
-        SLICED,
-    )
-    if in_desc is None or tape_w_desc is not None:
+    input_tiles = 0
+    if INPUTS:
+        input_tiles = _walk(
+            in_ptr,
+            w_ptrs,
+            b_ptrs,
+            hidden_ptrs,
+            dhidden_ptrs,
+            act_ptrs,
+            in_desc,
+            w_desc,
+            0,
+            0,
+            middle,
+            max_rows[0],
+            dim,
+            widths[0],
+            0,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            BACKWARD,
+            SLICED,
+        )
+    if TAPES and (in_desc is None or tape_w_desc is not None):
         _walk(
             in_ptr,
             w_ptrs,
@@ -304,7 +308,7 @@ def _dual_ffn_up_kernel(
             SLICED,
         )
     if bounds_ptr is not None:
-        for tape in tl.static_range(2):
+        for tape in tl.static_range(0 if INPUTS else 1, 2 if TAPES else 1):
             _clear_unused(
                 b_ptrs,
                 hidden_ptrs,
