@@ -53,8 +53,10 @@ def _launcher(op: str) -> Callable[..., Any]:
     return operation(op).implementations["triton"].function
 
 
-def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -> None:
-    num_tape_tokens, key_dim = 10, shape[-1]
+def _select(
+    shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype, num_tape_tokens: int = 10
+) -> None:
+    key_dim = shape[-1]
     query, keys = torch.empty(batch, key_dim, dtype=dtype), torch.empty(shape, dtype=dtype)
     options = (num_tape_tokens, topk, 2.0, True, "entropy", None, None)
     weights, ponder, indices, counts = _launcher("tape_select")(query, keys, *options)
@@ -65,43 +67,57 @@ def _select(shape: tuple[int, ...], batch: int, topk: int, dtype: torch.dtype) -
             )
 
 
-def _gather(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> None:
+def _gather(
+    shape: tuple[int, ...],
+    batch: int,
+    dtype: torch.dtype,
+    num_tape_tokens: int = 10,
+    topk: int = 5,
+) -> None:
     """Launch both ways of the segmented sum: with atomics, and the one that repeats its bits."""
     bank = torch.empty(shape, dtype=dtype)
-    indices = torch.empty(batch, 10, 5, dtype=torch.int32)
-    weights, counts = torch.empty(batch, 10, 5), torch.empty(batch, dtype=torch.int32)
-    tape, _ = _launcher("tape_gather")(bank, indices, weights, counts, 10 * batch)
+    indices = torch.empty(batch, num_tape_tokens, topk, dtype=torch.int32)
+    weights, counts = torch.empty(indices.shape), torch.empty(batch, dtype=torch.int32)
+    tape, _ = _launcher("tape_gather")(bank, indices, weights, counts, num_tape_tokens * batch)
     for deterministic in (False, True):
         with _deterministic(deterministic):
             _launcher("tape_gather_bwd")(tape, bank, indices, weights, counts)
 
 
-def _attention(head_dim: int, dtype: torch.dtype) -> None:
-    batch, rows = 256, 256 * 207
-    q, k, v = torch.empty(rows, 3, 6, head_dim, dtype=dtype).unbind(1)
+def _attention(head_dim: int, dtype: torch.dtype, num_heads: int = 6, rows: int = 207) -> None:
+    batch = 256
+    together = torch.empty(batch * rows, 3, num_heads, head_dim, dtype=dtype)
+    q, k, v = together.unbind(1)
     offsets = torch.empty(2, batch + 1, dtype=torch.int32).unbind(0)
-    out, lse = _launcher("elastic_attention")(q, k, v, *offsets, 206, None)
+    out, lse = _launcher("elastic_attention")(q, k, v, *offsets, rows, None)
     _launcher("elastic_attention_bwd")(
-        torch.empty_like(out), q, k, v, out, lse, *offsets, 206, None
+        torch.empty_like(out), q, k, v, out, lse, *offsets, rows, None
     )
 
 
 def _ffn(
-    dim: int, hidden: int, tape_hidden: int, activation: str, products: str, dtype: torch.dtype
+    dim: int,
+    hidden: int,
+    tape_hidden: int,
+    activation: str,
+    products: str,
+    dtype: torch.dtype,
+    inputs: int = 50_000,
+    tapes: int = 2_000,
 ) -> None:
     def parameters(wide: int, narrow: int) -> list[Tensor]:
         shapes = ((wide, dim), (wide,), (dim, narrow), (dim,))
         return [torch.empty(shape, dtype=dtype) for shape in shapes]
 
-    x, bounds = torch.empty(52000, dim, dtype=dtype), torch.empty(2, dtype=torch.int64)
+    x, bounds = torch.empty(inputs + tapes, dim, dtype=dtype), torch.empty(2, dtype=torch.int64)
     every = (*parameters(hidden, hidden), *parameters(2 * tape_hidden, tape_hidden))
     with ffn_products(products):
-        y, *saved = _launcher("dual_ffn")(x, 50000, 2000, bounds, activation, *every)
-        _launcher("dual_ffn_bwd")(y, x, *saved, 50000, bounds, activation, *every)
+        y, *saved = _launcher("dual_ffn")(x, inputs, tapes, bounds, activation, *every)
+        _launcher("dual_ffn_bwd")(y, x, *saved, inputs, bounds, activation, *every)
 
 
-def _add_layer_norm(dim: int, dtype: torch.dtype) -> None:
-    x, weight = torch.empty(4096, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
+def _add_layer_norm(dim: int, dtype: torch.dtype, rows: int = 4096) -> None:
+    x, weight = torch.empty(rows, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
     total, normed, *saved = _launcher("add_layer_norm")(x, x, weight, weight, 1e-6)
     _launcher("add_layer_norm_bwd")(total, normed, total, weight, *saved)
 
@@ -193,7 +209,33 @@ def _add_layer_norm_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
         )
 
 
-CASES = tuple(
+def _small_model() -> None:
+    """Launch what S/16 launches for 256 images: an input-driven bank, 10 tape tokens."""
+    dtype, rows = torch.bfloat16, 256 * 207
+    _select((256, 784, 384), 256, 5, dtype)
+    _gather((256, 784, 384), 256, dtype)
+    _attention(64, dtype)
+    _ffn(384, 1536, 384, "gelu_tanh", "cublas", dtype, 256 * 197, 256 * 10)
+    _add_layer_norm(384, dtype, rows)
+
+
+def _base_model() -> None:
+    """Launch what B/32 launches for 256 images: a learnable bank, 64 tape tokens."""
+    dtype, rows = torch.bfloat16, 256 * 114
+    _select((10_000, 768), 256, 2, dtype, 64)
+    _gather((10_000, 768), 256, dtype, 64, 2)
+    _attention(64, dtype, num_heads=12, rows=114)
+    _ffn(768, 3072, 768, "gelu_tanh", "cublas", dtype, 256 * 50, 256 * 64)
+    _add_layer_norm(768, dtype, rows)
+
+
+MODEL_CASES = (
+    AuditCase("S/16, B=256, bf16", _small_model, {}),
+    AuditCase("B/32, B=256, bf16", _base_model, {}),
+)
+"""What two models launch, whose waves are held to bounds."""
+
+CASES = MODEL_CASES + tuple(
     case
     for dtype in DTYPES
     for cases in (

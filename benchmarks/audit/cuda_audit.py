@@ -14,17 +14,20 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import triton
 
+from adatape_kernels.benchmarks.audit.audit_bounds import NVCC_BOUNDS, faults_of
+from adatape_kernels.benchmarks.audit.generated_code import facts_of_sass
+from adatape_kernels.benchmarks.audit.occupancy import CHIPS, MOST_REGISTERS, REGISTERS, WARP
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "nvcc"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-REGISTERS = 65536  # A multiprocessor has so many,
-MOST_REGISTERS = 255  # and a thread at most so many.
 INSTRUCTIONS = {
     "wgmma": r"\bHGMMA",
     "tcgen05": r"\bUTC\w*MMA",
@@ -44,6 +47,22 @@ REQUIRED = {
     "elastic_attention_fwd_kernel": ("mma", "cp_async"),
     "elastic_attention_bwd_kernel": ("mma", "cp_async"),
 }
+
+
+@dataclass(frozen=True)
+class NvccRow:
+    """The columns that audit_bounds.py looks at."""
+
+    kernel: str
+    case: str
+    arch: int
+    blocks: int
+    waves: float
+    in_flight: int
+    wide: int
+    bf16: int
+    fp16: int
+    tf32: int
 
 
 def can_compile() -> bool:
@@ -88,13 +107,18 @@ def rows() -> Iterator[tuple[dict[str, Any], list[str]]]:
         for (arch, symbol), text in usage.items():
             columns = _columns(arch, symbol, text, code[arch, symbol])
             kernel = columns["kernel"]
-            threads, most = bounds[kernel]
-            columns |= {"num_warps": threads // 32, "num_stages": 0}
-            faults = []
+            threads, allowed = bounds[kernel]
+            warps = threads // WARP
+            # Without a launch its dynamic shared memory is not known, nor how many blocks it has.
+            most = CHIPS[arch].blocks_at_once(columns["registers"], warps, columns["shared"])
+            columns |= {"num_warps": warps, "num_stages": 0}
+            columns |= {"blocks": most, "programs": 0, "waves": 0.0}
+            row = NvccRow(**{field.name: columns[field.name] for field in fields(NvccRow)})
+            faults = list(faults_of(row, NVCC_BOUNDS))
             if columns["stack"]:
                 faults.append(f"spills: {columns['stack']} bytes of stack")
-            if columns["registers"] > most:
-                faults.append(f"registers: {columns['registers']} a thread, stated {most}")
+            if columns["registers"] > allowed:
+                faults.append(f"registers: {columns['registers']} a thread, stated {allowed}")
             aligned = "false" not in columns["case"]
             for name in REQUIRED.get(kernel, ()) if aligned else ():
                 if not columns[name]:
@@ -128,6 +152,7 @@ def _columns(arch: int, symbol: str, usage: str, code: str) -> dict[str, Any]:
         "stack": int(numbers["STACK"]),
         "shared": int(numbers["SHARED"]),
         **{name: len(re.findall(regex, code)) for name, regex in INSTRUCTIONS.items()},
+        **asdict(facts_of_sass(code)),
     }
 
 

@@ -4,16 +4,18 @@
 
 Every launch of the audit's cases is recorded on tensors without data, and its Triton kernel is
 compiled for compute capability 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0, or for those that --arch names. A
-row tells the registers, the stack (spills), the shared memory, and the instructions that make the
-kernel fast. The exit code is 1 where a kernel spills, passes a chip's limits, lacks an instruction
-that it must have, or needs more than the row that is recorded in audit.csv. Where nvcc is found the
-CUDA C++ kernels stand below.
+row tells the registers, the stack (spills) and the shared memory; the blocks that a multiprocessor
+holds at once and how often the launch fills a GPU (`waves`); and what makes the code fast, which
+generated_code.py describes. The exit code is 1 where a kernel spills, passes a chip's limits or a
+bound of audit_bounds.py, lacks an instruction that it must have, or needs more than the row that is
+recorded in audit.csv. Where nvcc is found the CUDA C++ kernels stand below.
 (`adatape-kernels check` runs the kernels of this machine beside float64 results, and
 `adatape-kernels verify` compares results with recorded ones of the public JAX code.)
 """
 
 import argparse
 import csv
+import math
 import os
 import re
 import subprocess
@@ -31,35 +33,35 @@ from triton.backends.compiler import GPUTarget
 
 from adatape_kernels.benchmarks.audit import cuda_audit
 from adatape_kernels.benchmarks.audit.again import start_again
+from adatape_kernels.benchmarks.audit.audit_bounds import BOUNDS, faults_of
 from adatape_kernels.benchmarks.audit.audit_cases import CASES, AuditCase
+from adatape_kernels.benchmarks.audit.generated_code import facts_of_ptx
+from adatape_kernels.benchmarks.audit.occupancy import CHIPS
 from adatape_kernels.ops import device_facts, triton_runtime
 
 MODULE = "adatape_kernels.benchmarks.audit.triton_audit"
 RECORDED = Path(__file__).with_name("audit.csv")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-ARCHS = (80, 86, 89, 90, 100, 120)
-# Bytes of shared memory that one block may have, and 32-bit registers of a multiprocessor.
-SHARED_LIMIT = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}
-REGISTERS = 65536
+ARCHS = tuple(CHIPS)
 # Tiles and bounds on registers are chosen for 8.0, 9.0 and 10.0. For their smaller relatives ptxas
 # allots registers otherwise, and some kernels spill two to four of them.
 SPILL_LIMIT = {86: 16, 89: 16, 120: 16}
 # A compiler's next version may move a register or two.
 SLACK = 8
 
+# What a kernel may not have less of than it had when its row was recorded.
+KEPT = {
+    "blocks": "blocks a multiprocessor",
+    "in_flight": "asynchronous copies in flight",
+    "wide": "percent of accesses of 16 bytes",
+}
+
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mma": r"\bmma\.sync",
-    "cp_async": r"cp\.async\.c",
+    "cp_async": r"cp\.async\.c[ag]",
     "load128": r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64",
     "store128": r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64",
 }
@@ -83,6 +85,14 @@ class AuditRow:
     cp_async: int
     load128: int
     store128: int
+    blocks: int
+    programs: int
+    waves: float
+    in_flight: int
+    wide: int
+    bf16: int
+    fp16: int
+    tf32: int
     triton: str
 
     @property
@@ -94,10 +104,9 @@ class AuditRow:
         """Yield what is wrong with the kernel, on its own and beside the recorded row."""
         if self.stack > SPILL_LIMIT.get(self.arch, 0):
             yield f"spills: {self.stack} bytes of stack"
-        if self.shared > SHARED_LIMIT[self.arch]:
-            yield f"shared memory: {self.shared} of {SHARED_LIMIT[self.arch]} bytes"
-        if self.registers * self.num_warps * 32 > REGISTERS:
-            yield f"registers: {self.registers} a thread do not fit {self.num_warps} warps"
+        if self.shared > CHIPS[self.arch].shared_per_block:
+            yield f"shared memory: {self.shared} of {CHIPS[self.arch].shared_per_block} bytes"
+        yield from faults_of(self, BOUNDS)
         for name in case.required(self.kernel, self.arch):
             if not getattr(self, name):
                 yield f"instructions: no {name}"
@@ -107,6 +116,9 @@ class AuditRow:
             yield f"registers: {self.registers}, recorded {before.registers}"
         if self.shared > before.shared:
             yield f"shared memory: {self.shared} bytes, recorded {before.shared}"
+        for name, words in KEPT.items():
+            if getattr(self, name) < getattr(before, name):
+                yield f"{words}: {getattr(self, name)}, recorded {getattr(before, name)}"
 
 
 PRINTED = [field.name for field in fields(AuditRow) if field.name != "triton"]
@@ -130,11 +142,10 @@ class _ChipDriver:
 
 def compile_case(number: int, arch: int) -> list[AuditRow]:
     """Compile the kernels that a case launches, and return a row for each of them."""
-    case = CASES[number]
+    case, chip = CASES[number], CHIPS[arch]
     triton.runtime.driver.set_active(_ChipDriver(arch))
-    # Launchers choose tiles by the facts of the device.
-    device_facts.EMULATED = device_facts.EMULATED._replace(
-        shared_memory_per_block=SHARED_LIMIT[arch], capability=divmod(arch, 10)
+    device_facts.EMULATED = device_facts.DeviceFacts(
+        chip.gpu, chip.shared_per_block, chip.multiprocessors, divmod(arch, 10)
     )
     device_facts.facts_of.cache_clear()
     rows: dict[tuple[str, str, int], AuditRow] = {}
@@ -144,16 +155,22 @@ def compile_case(number: int, arch: int) -> list[AuditRow]:
         compiled = kernel.warmup(grid=grid, **arguments)
         code = compiled.asm["ptx"]
         usage = _resources(compiled.asm["cubin"])
+        warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+        blocks, programs = chip.blocks_at_once(usage["REG"], warps, shared), math.prod(grid)
         row = AuditRow(
             kernel.__name__,
             case.name,
             arch,
-            compiled.metadata.num_warps,
+            warps,
             compiled.metadata.num_stages,
             usage["REG"],
             usage["STACK"],
-            compiled.metadata.shared,
+            shared,
             **{name: len(re.findall(regex, code)) for name, regex in INSTRUCTIONS.items()},
+            blocks=blocks,
+            programs=programs,
+            waves=round(chip.waves(programs, blocks), 2),
+            **asdict(facts_of_ptx(code, compiled.asm["ttgir"])),
             triton=triton.__version__,
         )
         # A kernel that a case launches in several forms counts by its hungriest.
@@ -173,14 +190,15 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def recorded() -> dict[tuple[str, str, int], AuditRow]:
-    """Read the committed rows."""
+    """Read the committed rows; a file that was written with other columns tells nothing."""
     if not RECORDED.exists():
         return {}
-    numbers = [field.name for field in fields(AuditRow) if field.type is int]
+    kinds = {field.name: field.type for field in fields(AuditRow)}
     with RECORDED.open(newline="") as file:
-        rows = [
-            AuditRow(**{**row, **{n: int(row[n]) for n in numbers}}) for row in csv.DictReader(file)
-        ]
+        reader = csv.DictReader(file)
+        if list(kinds) != reader.fieldnames:
+            return {}
+        rows = [AuditRow(**{n: kinds[n](text) for n, text in row.items()}) for row in reader]
     return {row.key: row for row in rows}
 
 
@@ -231,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _line(columns: Mapping[str, Any]) -> str:
     """Return a kernel's columns as a line of the table."""
-    cells = "".join(f"{columns[name]:>11}" for name in PRINTED if name not in ("kernel", "case"))
+    cells = "".join(f"{columns[name]:>10}" for name in PRINTED if name not in ("kernel", "case"))
     return f"{columns['kernel']:34}{columns['case']:34}{cells}"
 
 
