@@ -32,8 +32,8 @@ from adatape_kernels.ops.op import operation
 
 MODULE = "adatape_kernels.benchmarks.audit.roofline"
 LIMIT = 1.3
-"""The most that `ratio` may be for gathering, for the gradient of a read, and for attention at 50 to
-256 rows."""
+"""The most that `ratio` may be for gathering, for a read's gradient, and for attention at 50 to 256
+rows."""
 
 
 @dataclass
