@@ -142,6 +142,29 @@ inline void check_tape_gather_bwd(const Tensor& dtape, const Tensor& bank, const
   check_tensor("dtape", dtape, bank, bank.scalar_type(), {kAnySize, bank.size(bank.dim() - 1)});
 }
 
+// Refuses offsets and options that do not fit attention of rows like `rows`.
+inline void check_attention_options(const Tensor& rows, const Tensor& cu_inputs,
+                                    const Tensor& cu_tapes, std::optional<int64_t> max_rows,
+                                    std::optional<double> softmax_scale) {
+  check_tensor("cu_inputs", cu_inputs, rows, ScalarType::Int, {kAnySize});
+  if (cu_inputs.size(0) == 0) refuse("cu_inputs: expected (batch + 1,), got (0,)");
+  check_tensor("cu_tapes", cu_tapes, rows, ScalarType::Int, {cu_inputs.size(0)});
+  if (max_rows && *max_rows < 0) refuse("max_rows: expected 0 or more, got ", *max_rows);
+  if (softmax_scale && !std::isfinite(*softmax_scale)) {
+    refuse("softmax_scale: expected a finite number, got ", *softmax_scale);
+  }
+}
+
+// Refuses what a backward has beside the forward's arguments, where the forward's queries are of
+// these sizes.
+inline void check_attention_results(const Tensor& like, const Tensor& dout, const Tensor& out,
+                                    const Tensor& lse, int64_t rows, int64_t num_heads,
+                                    int64_t head_dim) {
+  check_tensor("dout", dout, like, like.scalar_type(), {rows, num_heads, head_dim});
+  check_tensor("out", out, like, like.scalar_type(), {rows, num_heads, head_dim});
+  check_tensor("lse", lse, like, ScalarType::Float, {num_heads, rows});
+}
+
 inline void check_elastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                     const Tensor& cu_inputs, const Tensor& cu_tapes,
                                     std::optional<int64_t> max_rows,
@@ -152,13 +175,7 @@ inline void check_elastic_attention(const Tensor& q, const Tensor& k, const Tens
   check_range("q", rows, 0, kMostRows);
   check_tensor("k", k, q, q.scalar_type(), {rows, num_heads, head_dim});
   check_tensor("v", v, q, q.scalar_type(), {rows, num_heads, head_dim});
-  check_tensor("cu_inputs", cu_inputs, q, ScalarType::Int, {kAnySize});
-  if (cu_inputs.size(0) == 0) refuse("cu_inputs: expected (batch + 1,), got (0,)");
-  check_tensor("cu_tapes", cu_tapes, q, ScalarType::Int, {cu_inputs.size(0)});
-  if (max_rows && *max_rows < 0) refuse("max_rows: expected 0 or more, got ", *max_rows);
-  if (softmax_scale && !std::isfinite(*softmax_scale)) {
-    refuse("softmax_scale: expected a finite number, got ", *softmax_scale);
-  }
+  check_attention_options(q, cu_inputs, cu_tapes, max_rows, softmax_scale);
 }
 
 inline void check_elastic_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
@@ -167,10 +184,27 @@ inline void check_elastic_attention_bwd(const Tensor& dout, const Tensor& q, con
                                         std::optional<int64_t> max_rows,
                                         std::optional<double> softmax_scale, Dtypes dtypes) {
   check_elastic_attention(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale, dtypes);
-  const int64_t rows = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
-  check_tensor("dout", dout, q, q.scalar_type(), {rows, num_heads, head_dim});
-  check_tensor("out", out, q, q.scalar_type(), {rows, num_heads, head_dim});
-  check_tensor("lse", lse, q, ScalarType::Float, {num_heads, rows});
+  check_attention_results(q, dout, out, lse, q.size(0), q.size(1), q.size(2));
+}
+
+inline void check_elastic_attention_qkvpacked(const Tensor& qkv, const Tensor& cu_inputs,
+                                              const Tensor& cu_tapes,
+                                              std::optional<int64_t> max_rows,
+                                              std::optional<double> softmax_scale, Dtypes dtypes) {
+  check_first("qkv", qkv, dtypes, {kAnySize, 3, kAnySize, kAnySize});
+  if (qkv.size(3) == 0) refuse("qkv: expected head_dim at least 1, got 0");
+  check_range("qkv", qkv.size(0), 0, kMostRows);
+  check_attention_options(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale);
+}
+
+inline void check_elastic_attention_qkvpacked_bwd(const Tensor& dout, const Tensor& qkv,
+                                                  const Tensor& out, const Tensor& lse,
+                                                  const Tensor& cu_inputs, const Tensor& cu_tapes,
+                                                  std::optional<int64_t> max_rows,
+                                                  std::optional<double> softmax_scale,
+                                                  Dtypes dtypes) {
+  check_elastic_attention_qkvpacked(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale, dtypes);
+  check_attention_results(qkv, dout, out, lse, qkv.size(0), qkv.size(2), qkv.size(3));
 }
 
 // The parameters of one feed-forward as an op has them, with the names of its arguments. Those of

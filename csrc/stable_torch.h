@@ -51,4 +51,16 @@ inline void zero_rows_from(Tensor x, int64_t first) {
   torch::stable::zero_(rows);
 }
 
+// Queries, keys and values, or their gradients: (rows, num_heads, head_dim) each.
+struct HeadTensors {
+  Tensor q, k, v;
+};
+
+// Returns views of the three parts of qkv (rows, 3, num_heads, head_dim).
+inline HeadTensors parts_of(const Tensor& qkv) {
+  return {.q = torch::stable::select(qkv, 1, 0),
+          .k = torch::stable::select(qkv, 1, 1),
+          .v = torch::stable::select(qkv, 1, 2)};
+}
+
 }  // namespace adatape

@@ -33,6 +33,7 @@ from adatape_kernels.ops.op import BACKENDS, record, use_backend, why_absent
 
 if triton_runtime.INTERPRETED:
     emulation.sum_products_in_one_order()
+    emulation.keep_the_interpreter_ready()
 if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
     emulation.load_cuda_host(library)
 

@@ -110,14 +110,15 @@ class ElasticAttention(ElasticModule):
         batch = as_batch(x, self.dim)
         rows, dim = batch.data.shape
         qkv = F.linear(batch.data, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(rows, 3, self.num_heads, dim // self.num_heads).unbind(1)
+        qkv = qkv.view(rows, 3, self.num_heads, dim // self.num_heads)
         if self.training and self.dropout > 0:
+            q, k, v = qkv.unbind(1)
             out, _ = reference.elastic_attention(
                 q, k, v, batch.cu_inputs, batch.cu_tapes, dropout=self.dropout
             )
         else:
-            out = ops.elastic_attention(
-                q, k, v, batch.cu_inputs, batch.cu_tapes, max_rows=batch.max_rows
+            out = ops.elastic_attention_qkvpacked(
+                qkv, batch.cu_inputs, batch.cu_tapes, max_rows=batch.max_rows
             )
         y = batch.with_data(batch.clear_unused(self.out_proj(out.view(rows, dim))))
         return in_kind(y, x, batch)

@@ -302,14 +302,14 @@ class AdaTapeViT(AdaTape):
         """
         if isinstance(inputs, Tensor):
             return super().embed_elastic(inputs)
+        if torch.compiler.is_dynamo_compiling():
+            from adatape_kernels.models.uncompiled_embedding import embed_uncompiled
+
+            return embed_uncompiled(self._embed_images, inputs)
         return self._embed_images(inputs)
 
-    @torch.compiler.disable(reason="images of many sizes are embedded outside of a graph")
     def _embed_images(self, inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Embedded:
-        """Embed a list of images or a dict of patches.
-
-        Torch's compiler leaves this out, since it would make a program for each list of sizes.
-        """
+        """Embed a list of images or a dict of patches."""
         c, like = self.config, self.position
         has_bank = c.bank == "input"
         step = math.lcm(c.patch_size, c.bank_patch_size) if has_bank else c.patch_size

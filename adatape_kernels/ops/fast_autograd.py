@@ -199,6 +199,8 @@ def _attach_fast(
             raise NotImplementedError(no_tangents(name))
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             computed = plain_torch(args, output)
+            if isinstance(output, torch.Tensor):
+                return _tangent_or_zero(computed[0], output)
             return tuple(map(_tangent_or_zero, computed, output))
 
     def derivative(ctx: Any, *grads: Any) -> Any:

@@ -1,6 +1,6 @@
 """Attention over packed sequences in the signatures that the field has for it.
 
-Both functions are `elastic_attention` on examples without tape rows: every row attends to all rows
+The functions are `elastic_attention` on examples without tape rows: every row attends to all rows
 of its own sequence. They serve what the layout of `ElasticBatch` serves, on a CPU and in float32
 too; what they do not compute they refuse by name.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from adatape_kernels.arguments import check_int, check_tensor, shown
 from adatape_kernels.offsets import check_offsets_tensor
 from adatape_kernels.ops.elastic_attention import attention_with_lse, elastic_attention
+from adatape_kernels.ops.elastic_attention.qkvpacked import elastic_attention_qkvpacked
 
 _T = TypeVar("_T")
 
@@ -68,6 +69,46 @@ def varlen_attention(
         _OURS,
         lambda: elastic_attention(
             q, k, v, cu_seqlens, cu_tapes, max_rows=max_seqlen, softmax_scale=softmax_scale
+        ),
+    )
+
+
+def varlen_attention_qkvpacked(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Do what `varlen_attention` does, where one projection made queries, keys and values.
+
+    Args:
+        qkv: (rows, 3, num_heads, head_dim), the queries, keys and values of each row; float32,
+            float16, bfloat16 or float64; any strides.
+        cu_seqlens, max_seqlen, softmax_scale: as in `varlen_attention`.
+
+    Returns:
+        (rows, num_heads, head_dim), dtype of qkv, contiguous; zero in unused rows.
+
+    Raises:
+        ValueError: as `elastic_attention_qkvpacked`.
+
+    Differentiable in qkv, whose gradient is written as one tensor.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> qkv, cu_seqlens = torch.randn(6, 3, 4, 8), torch.tensor([0, 2, 6])
+        >>> ak.ops.varlen_attention_qkvpacked(qkv, cu_seqlens, 4).shape
+        torch.Size([6, 4, 8])
+
+    Source: SPEC 6, with empty tapes; the arguments of flash_attn_varlen_qkvpacked_func.
+    """
+    check_tensor("qkv", qkv)
+    cu_tapes = _no_tapes("cu_seqlens", cu_seqlens, qkv)
+    return _calling_arguments(
+        _OURS,
+        lambda: elastic_attention_qkvpacked(
+            qkv, cu_seqlens, cu_tapes, max_rows=max_seqlen, softmax_scale=softmax_scale
         ),
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def one_by_one(name: str, overload: Callable[..., tuple]) -> Callable[..., tuple]:
+def one_by_one(name: str, overload: Callable[..., Any]) -> Callable[..., tuple]:
     """Return a rule as `torch.library.register_vmap` takes it.
 
     A ragged op mixes lengths freely, but stacked results must have one shape.
@@ -26,13 +26,15 @@ def one_by_one(name: str, overload: Callable[..., tuple]) -> Callable[..., tuple
             )
             for i in range(info.batch_size)
         ]
+        if isinstance(results[0], Tensor):
+            return _stacked(name, results), 0
         stacked = tuple(_stacked(name, parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
 
 
-def _stacked(name: str, parts: tuple[Tensor, ...]) -> Tensor:
+def _stacked(name: str, parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     shapes = sorted({tuple(part.shape) for part in parts})
     if len(shapes) > 1:
         raise NotImplementedError(

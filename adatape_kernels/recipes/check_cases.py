@@ -72,6 +72,7 @@ def check_cases() -> Iterator[CheckCase]:
         (64, ([1500, 3], [20, 2])),
     ):
         yield _attention_case(head_dim, *lens)
+    yield _packed_attention_case([197, 50, 1, 0], [10, 3, 0, 0])
     for dim, hidden, tape_hidden, rows, inputs, end in (
         (384, 1536, 768, 500, 470, 490),
         (48, 100, 50, 77, 70, 77),
@@ -163,6 +164,22 @@ def _attention_case(head_dim: int, input_lens: list[int], tape_lens: list[int]) 
 
     return CheckCase(
         "elastic_attention", f"heads of {head_dim}, up to {longest} rows", inputs, call
+    )
+
+
+def _packed_attention_case(input_lens: list[int], tape_lens: list[int]) -> CheckCase:
+    layout = layout_of(input_lens, tape_lens)
+    rows = sum(input_lens) + sum(tape_lens) + 3
+    longest = max(a + b for a, b in zip(input_lens, tape_lens, strict=True))
+
+    def call(qkv: Tensor) -> Results:
+        return (ops.elastic_attention_qkvpacked(qkv, *layout, max_rows=longest),), ()
+
+    return CheckCase(
+        "elastic_attention_qkvpacked",
+        f"heads of 64, up to {longest} rows",
+        lambda: [torch.randn(rows, 3, 4, 64)],
+        call,
     )
 
 

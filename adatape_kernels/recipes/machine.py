@@ -49,4 +49,5 @@ def attention_backend(run: Callable[[], object]) -> str:
     """Call a function that runs a model; return the backend that served the model's attention."""
     with record() as ran:
         run()
-    return next((call.backend for call in ran if call.op == "elastic_attention"), "none")
+    ops = "elastic_attention_qkvpacked", "elastic_attention"
+    return next((call.backend for call in ran if call.op in ops), "none")

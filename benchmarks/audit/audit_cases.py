@@ -110,15 +110,20 @@ def _select_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     for bank, shape, batch, topk in (
         ("input 784 × 64", (256, 784, 64), 256, 5),
         ("input 196 × 192", (256, 196, 192), 256, 5),
+        ("input 784 × 384", (256, 784, 384), 256, 5),
+        ("input 196 × 768", (256, 196, 768), 256, 5),
         ("input 5000 × 100", (8, 5000, 100), 8, 32),
         ("learn 10000 × 64", (10_000, 64), 256, 5),
         ("learn 100000 × 64", (100_000, 64), 256, 5),
         ("learn 500 × 24", (500, 24), 64, 1),
+        ("learn 10000 × 768", (10_000, 768), 256, 2),
     ):
+        # Of a longer key a program takes 64 examples, by the instruction that each chip has.
+        on_tensor_cores = dtype in HALF and len(shape) == 2 and shape[-1] <= 128
         yield AuditCase(
             f"{bank}, k={topk}, {_short(dtype)}",
             partial(_select, shape, batch, topk, dtype),
-            {},
+            {"_tape_select_fwd_score_kernel": ("mma",)} if on_tensor_cores else {},
             sample=dtype == torch.bfloat16 and bank in ("input 784 × 64", "learn 10000 × 64"),
         )
 
@@ -158,7 +163,7 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
 
 def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     kernels = ("_dual_ffn_up_kernel", "_dual_ffn_down_kernel", "_dual_ffn_weight_kernel")
-    for products in ("grouped", "cublas"):
+    for products in ("grouped", "epilogue", "cublas"):
         for dim, hidden, tape_hidden, activation in (
             (384, 1536, 768, "gelu_tanh"),
             (384, 1536, 768, "gelu"),
@@ -171,7 +176,10 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
                 f"{dim} × {hidden}{form}, {tape_hidden}, {products}, {_short(dtype)}",
                 partial(_ffn, dim, hidden, tape_hidden, activation, products, dtype),
                 dict.fromkeys(kernels, ("tensor",)) if on_tensor_cores else {},
-                sample=dtype == torch.bfloat16 and dim == 384 and activation != "relu",
+                sample=dtype == torch.bfloat16
+                and dim == 384
+                and activation
+                in (("gelu_tanh",) if products == "epilogue" else ("gelu_tanh", "gelu")),
             )
 
 

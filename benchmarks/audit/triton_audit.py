@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from adatape_kernels.benchmarks.audit import cuda_audit
 from adatape_kernels.benchmarks.audit.again import start_again
 from adatape_kernels.benchmarks.audit.audit_cases import CASES, AuditCase
-from adatape_kernels.ops import triton_runtime
+from adatape_kernels.ops import device_facts, triton_runtime
 
 MODULE = "adatape_kernels.benchmarks.audit.triton_audit"
 RECORDED = Path(__file__).with_name("audit.csv")
@@ -132,6 +132,11 @@ def compile_case(number: int, arch: int) -> list[AuditRow]:
     """Compile the kernels that a case launches, and return a row for each of them."""
     case = CASES[number]
     triton.runtime.driver.set_active(_ChipDriver(arch))
+    # Launchers choose tiles by the facts of the device.
+    device_facts.EMULATED = device_facts.EMULATED._replace(
+        shared_memory_per_block=SHARED_LIMIT[arch], capability=divmod(arch, 10)
+    )
+    device_facts.facts_of.cache_clear()
     rows: dict[tuple[str, str, int], AuditRow] = {}
     with triton_runtime.recording() as launches, torch.device("meta"):
         case.run()

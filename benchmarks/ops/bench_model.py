@@ -254,8 +254,8 @@ def _gradient_fault(grad: Tensor, exact: Tensor, few: bool) -> str | None:
     return None if off <= allowed else f"the gradients are off by {off:.3g} of their norm"
 
 
-MODEL_OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
-MODEL_BACKWARDS = ("tape_read_bwd", "elastic_attention_bwd", "dual_ffn_bwd")
+MODEL_OPS = ("tape_select", "tape_gather", "elastic_attention_qkvpacked", "dual_ffn")
+MODEL_BACKWARDS = ("tape_read_bwd", "elastic_attention_qkvpacked_bwd", "dual_ffn_bwd")
 CAPACITY, COMPILED = f"{OURS}, capacity", f"{OURS}, compiled"
 PEERS = (
     "padded",

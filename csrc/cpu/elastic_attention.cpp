@@ -92,14 +92,11 @@ struct AttentionTask {
   int64_t example, head, first;
 };
 
-std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& k_any,
-                                             const Tensor& v_any, const Tensor& cu_inputs_any,
-                                             const Tensor& cu_tapes_any,
-                                             std::optional<int64_t> max_rows,
-                                             std::optional<double> softmax_scale) {
-  check_elastic_attention(q_any, k_any, v_any, cu_inputs_any, cu_tapes_any, max_rows, softmax_scale,
-                          kCpuDtypes);
-  const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
+// Attends, with arguments that were checked, whatever the strides of q, k and v.
+std::tuple<Tensor, Tensor> attend(const HeadTensors& any, const Tensor& cu_inputs_any,
+                                  const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
+                                  std::optional<double> softmax_scale) {
+  const Tensor q = with_dense_rows(any.q), k = with_dense_rows(any.k), v = with_dense_rows(any.v);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
   const CpuAttentionOutputs outputs = allocate_attention(q, examples);
@@ -136,29 +133,37 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
   return {outputs.out, outputs.lse};
 }
 
-// Returns a gradient shaped as q, with zeros in the rows that no example owns.
-Tensor allocate_gradient(const char* name, const Tensor& q, const ExampleOffsets& examples) {
-  const Tensor gradient = new_output(name, q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  zero_rows_from(gradient, examples.used_rows());
-  return gradient;
+std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& cu_inputs, const Tensor& cu_tapes,
+                                             std::optional<int64_t> max_rows,
+                                             std::optional<double> softmax_scale) {
+  check_elastic_attention(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale, kCpuDtypes);
+  return attend({.q = q, .k = k, .v = v}, cu_inputs, cu_tapes, max_rows, softmax_scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
-    const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-    const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_inputs_any,
-    const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
-    std::optional<double> softmax_scale) {
-  check_elastic_attention_bwd(dout_any, q_any, k_any, v_any, out_any, lse_any, cu_inputs_any,
-                              cu_tapes_any, max_rows, softmax_scale, kCpuDtypes);
-  const Tensor q = with_dense_rows(q_any), k = with_dense_rows(k_any), v = with_dense_rows(v_any);
+std::tuple<Tensor, Tensor> elastic_attention_qkvpacked(const Tensor& qkv, const Tensor& cu_inputs,
+                                                       const Tensor& cu_tapes,
+                                                       std::optional<int64_t> max_rows,
+                                                       std::optional<double> softmax_scale) {
+  check_elastic_attention_qkvpacked(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale, kCpuDtypes);
+  return attend(parts_of(qkv), cu_inputs, cu_tapes, max_rows, softmax_scale);
+}
+
+// Writes all rows of the gradients, with arguments that were checked, whatever the strides of the
+// tensors that are read. The elements of a gradient's head are contiguous.
+void write_gradients(const HeadTensors& to, const Tensor& dout_any, const HeadTensors& any,
+                     const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_inputs_any,
+                     const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
+                     std::optional<double> softmax_scale) {
+  const Tensor q = with_dense_rows(any.q), k = with_dense_rows(any.k), v = with_dense_rows(any.v);
   const Tensor dout = with_dense_rows(dout_any), out = with_dense_rows(out_any);
   const Tensor lse = dense(lse_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
   const int64_t num_heads = q.size(1);
-  const Tensor dq = allocate_gradient("dq", q, examples);
-  const Tensor dk = allocate_gradient("dk", q, examples);
-  const Tensor dv = allocate_gradient("dv", q, examples);
+  for (const Tensor& gradient : {to.q, to.k, to.v}) {
+    zero_rows_from(gradient, examples.used_rows());
+  }
 
   const CpuElasticAttentionParams p{
       .q = head_rows(q),
@@ -166,9 +171,9 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
       .v = head_rows(v),
       .out = head_rows(out),
       .dout = head_rows(dout),
-      .dq = head_rows(dq),
-      .dk = head_rows(dk),
-      .dv = head_rows(dv),
+      .dq = head_rows(to.q),
+      .dk = head_rows(to.k),
+      .dv = head_rows(to.v),
       .lse = static_cast<float*>(lse.data_ptr()),
       .cu_inputs = examples.cu_inputs,
       .cu_tapes = examples.cu_tapes,
@@ -182,7 +187,34 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
     const int64_t example = task / num_heads, head = task % num_heads;
     if (examples.len(example) > 0) chosen.attention_bwd(p, example, head);
   });
-  return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& cu_inputs, const Tensor& cu_tapes,
+    std::optional<int64_t> max_rows, std::optional<double> softmax_scale) {
+  check_elastic_attention_bwd(dout, q, k, v, out, lse, cu_inputs, cu_tapes, max_rows, softmax_scale,
+                              kCpuDtypes);
+  const auto like_q = [&q](const char* name) {
+    return new_output(name, q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  };
+  const HeadTensors gradients{.q = like_q("dq"), .k = like_q("dk"), .v = like_q("dv")};
+  write_gradients(gradients, dout, {.q = q, .k = k, .v = v}, out, lse, cu_inputs, cu_tapes,
+                  max_rows, softmax_scale);
+  return {gradients.q, gradients.k, gradients.v};
+}
+
+Tensor elastic_attention_qkvpacked_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out,
+                                       const Tensor& lse, const Tensor& cu_inputs,
+                                       const Tensor& cu_tapes, std::optional<int64_t> max_rows,
+                                       std::optional<double> softmax_scale) {
+  check_elastic_attention_qkvpacked_bwd(dout, qkv, out, lse, cu_inputs, cu_tapes, max_rows,
+                                        softmax_scale, kCpuDtypes);
+  const Tensor dqkv =
+      new_output("dqkv", qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)}, qkv.scalar_type());
+  write_gradients(parts_of(dqkv), dout, parts_of(qkv), out, lse, cu_inputs, cu_tapes, max_rows,
+                  softmax_scale);
+  return dqkv;
 }
 
 }  // namespace
@@ -192,4 +224,9 @@ STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
   m.impl("elastic_attention", ADATAPE_KERNEL("elastic_attention", &adatape::elastic_attention));
   m.impl("elastic_attention_bwd",
          ADATAPE_KERNEL("elastic_attention_bwd", &adatape::elastic_attention_bwd));
+  m.impl("elastic_attention_qkvpacked",
+         ADATAPE_KERNEL("elastic_attention_qkvpacked", &adatape::elastic_attention_qkvpacked));
+  m.impl(
+      "elastic_attention_qkvpacked_bwd",
+      ADATAPE_KERNEL("elastic_attention_qkvpacked_bwd", &adatape::elastic_attention_qkvpacked_bwd));
 }

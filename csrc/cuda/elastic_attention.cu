@@ -90,15 +90,12 @@ CudaAttentionOutputs allocate_attention(const Tensor& q) {
           .lse = allocate("lse", q, {q.size(1), q.size(0)}, ScalarType::Float)};
 }
 
-std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& k_any,
-                                             const Tensor& v_any, const Tensor& cu_inputs_any,
-                                             const Tensor& cu_tapes_any,
-                                             std::optional<int64_t> max_rows,
-                                             std::optional<double> softmax_scale) {
-  check_elastic_attention(q_any, k_any, v_any, cu_inputs_any, cu_tapes_any, max_rows, softmax_scale,
-                          kHalves);
-  check_served(q_any, max_rows);
-  const Tensor q = in_accesses(q_any), k = in_accesses(k_any), v = in_accesses(v_any);
+// Attends, with arguments that were checked, whatever the strides of q, k and v.
+std::tuple<Tensor, Tensor> attend(const HeadTensors& any, const Tensor& cu_inputs_any,
+                                  const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
+                                  std::optional<double> softmax_scale) {
+  check_served(any.q, max_rows);
+  const Tensor q = in_accesses(any.q), k = in_accesses(any.k), v = in_accesses(any.v);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
   const CudaAttentionOutputs outputs = allocate_attention(q);
 
@@ -134,23 +131,31 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q_any, const Tensor& 
   return {outputs.out, outputs.lse};
 }
 
-Tensor allocate_gradient(const char* name, const Tensor& q) {
-  return allocate(name, q, {q.size(0), q.size(1), q.size(2)});
+std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& cu_inputs, const Tensor& cu_tapes,
+                                             std::optional<int64_t> max_rows,
+                                             std::optional<double> softmax_scale) {
+  check_elastic_attention(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale, kHalves);
+  return attend({.q = q, .k = k, .v = v}, cu_inputs, cu_tapes, max_rows, softmax_scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
-    const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-    const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_inputs_any,
-    const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
-    std::optional<double> softmax_scale) {
-  check_elastic_attention_bwd(dout_any, q_any, k_any, v_any, out_any, lse_any, cu_inputs_any,
-                              cu_tapes_any, max_rows, softmax_scale, kHalves);
-  check_served(q_any, max_rows);
-  const Tensor q = in_accesses(q_any), k = in_accesses(k_any), v = in_accesses(v_any);
+std::tuple<Tensor, Tensor> elastic_attention_qkvpacked(const Tensor& qkv, const Tensor& cu_inputs,
+                                                       const Tensor& cu_tapes,
+                                                       std::optional<int64_t> max_rows,
+                                                       std::optional<double> softmax_scale) {
+  check_elastic_attention_qkvpacked(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale, kHalves);
+  return attend(parts_of(qkv), cu_inputs, cu_tapes, max_rows, softmax_scale);
+}
+
+// Writes all rows of the gradients, with arguments that were checked, whatever the strides of the
+// tensors that are read. The gradients' rows can be written in accesses of 16 bytes.
+void write_gradients(const HeadTensors& to, const Tensor& dout_any, const HeadTensors& any,
+                     const Tensor& out_any, const Tensor& lse_any, const Tensor& cu_inputs_any,
+                     const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
+                     std::optional<double> softmax_scale) {
+  const Tensor q = in_accesses(any.q), k = in_accesses(any.k), v = in_accesses(any.v);
   const Tensor dout = in_accesses(dout_any), out = in_accesses(out_any), lse = dense(lse_any);
   const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
-  const Tensor dq = allocate_gradient("dq", q), dk = allocate_gradient("dk", q),
-               dv = allocate_gradient("dv", q);
 
   const CudaElasticAttentionParams p{
       .q = head_rows(q),
@@ -158,9 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
       .v = head_rows(v),
       .out = head_rows(out),
       .dout = head_rows(dout),
-      .dq = head_rows(dq),
-      .dk = head_rows(dk),
-      .dv = head_rows(dv),
+      .dq = head_rows(to.q),
+      .dk = head_rows(to.k),
+      .dv = head_rows(to.v),
       .lse = static_cast<float*>(lse.data_ptr()),
       .cu_inputs = cu_inputs.const_data_ptr<int32_t>(),
       .cu_tapes = cu_tapes.const_data_ptr<int32_t>(),
@@ -181,7 +186,36 @@ std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
           .shared_bytes = backward_shared_bytes(p.capacity, warps),
           .stream = stream},
          p);
-  return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& cu_inputs, const Tensor& cu_tapes,
+    std::optional<int64_t> max_rows, std::optional<double> softmax_scale) {
+  check_elastic_attention_bwd(dout, q, k, v, out, lse, cu_inputs, cu_tapes, max_rows, softmax_scale,
+                              kHalves);
+  check_served(q, max_rows);
+  const auto like_q = [&q](const char* name) {
+    return allocate(name, q, {q.size(0), q.size(1), q.size(2)});
+  };
+  const HeadTensors gradients{.q = like_q("dq"), .k = like_q("dk"), .v = like_q("dv")};
+  write_gradients(gradients, dout, {.q = q, .k = k, .v = v}, out, lse, cu_inputs, cu_tapes,
+                  max_rows, softmax_scale);
+  return {gradients.q, gradients.k, gradients.v};
+}
+
+Tensor elastic_attention_qkvpacked_bwd(const Tensor& dout, const Tensor& qkv, const Tensor& out,
+                                       const Tensor& lse, const Tensor& cu_inputs,
+                                       const Tensor& cu_tapes, std::optional<int64_t> max_rows,
+                                       std::optional<double> softmax_scale) {
+  check_elastic_attention_qkvpacked_bwd(dout, qkv, out, lse, cu_inputs, cu_tapes, max_rows,
+                                        softmax_scale, kHalves);
+  const HeadTensors given = parts_of(qkv);
+  check_served(given.q, max_rows);
+  const Tensor dqkv = allocate("dqkv", qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
+  write_gradients(parts_of(dqkv), dout, given, out, lse, cu_inputs, cu_tapes, max_rows,
+                  softmax_scale);
+  return dqkv;
 }
 
 }  // namespace
@@ -192,4 +226,10 @@ STABLE_TORCH_LIBRARY_IMPL(adatape_cuda, ADATAPE_CUDA_KEY, m) {
          ADATAPE_KERNEL("elastic_attention", &adatape::cuda::elastic_attention));
   m.impl("elastic_attention_bwd",
          ADATAPE_KERNEL("elastic_attention_bwd", &adatape::cuda::elastic_attention_bwd));
+  m.impl(
+      "elastic_attention_qkvpacked",
+      ADATAPE_KERNEL("elastic_attention_qkvpacked", &adatape::cuda::elastic_attention_qkvpacked));
+  m.impl("elastic_attention_qkvpacked_bwd",
+         ADATAPE_KERNEL("elastic_attention_qkvpacked_bwd",
+                        &adatape::cuda::elastic_attention_qkvpacked_bwd));
 }

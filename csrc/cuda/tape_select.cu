@@ -9,6 +9,7 @@
 #include "../allocation.h"
 #include "kernels/tape_select_bwd.cuh"
 #include "kernels/tape_select_fwd.cuh"
+#include "kernels/tape_select_tiles.cuh"
 #include "launch.h"
 #include "sum_segments.h"
 #include "template_arguments.h"
@@ -19,10 +20,11 @@ namespace {
 // A bank of at most so many entries is scored by one warp for each block, a larger one by
 // kSelectThreads.
 constexpr int64_t kOneWarpBank = 64;
-// A bank of at most so many bytes stays in shared memory for all tape tokens, where a block may
-// have as many. Then two blocks fit into the 227 kB that a multiprocessor of 9.0 has.
+// An own bank of at most so many bytes stays in shared memory for all tape tokens, where a block
+// may have as many. Then two blocks fit into the 227 kB that a multiprocessor of 9.0 has.
 constexpr int64_t kResidentBytes = 108 << 10;
-// The queries and unread bits of a block lie in shared memory if they take no more than this.
+// The query and unread bits of a block, or its queries, lie in shared memory if they take no more
+// than this.
 constexpr int64_t kSharedWorkspaceBytes = 48 << 10;
 
 float scale_of(const Tensor& query) {
@@ -42,6 +44,87 @@ CudaTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_t
           .counts = allocate("counts", query, {batch}, ScalarType::Int)};
 }
 
+// A block for each example.
+void select_from_own_banks(const Tensor& query, const Tensor& keys, int threads,
+                           CudaTapeSelectParams p) {
+  const TapeSelectSizes sizes(p.key_dim, p.bank_size, static_cast<int>(keys.element_size()),
+                              threads);
+  const int64_t workspace = sizes.workspace_bytes();
+  constexpr int64_t kStatic = sizeof(TapeSelectShared);
+  const int64_t most = most_shared_bytes(query) - dynamic_start(kStatic);
+  const int64_t streamed = sizes.tile_bytes(threads, false, p.bank_size);
+  std::optional<Tensor> workspaces;
+  if (workspace > std::min(kSharedWorkspaceBytes, most - streamed)) {
+    workspaces = allocate("workspaces", query, {p.batch * workspace}, ScalarType::Byte);
+    p.workspaces = static_cast<char*>(workspaces->data_ptr());
+  }
+  const int64_t shared_workspace = workspaces ? 0 : workspace;
+  p.resident = sizes.tile_bytes(threads, true, p.bank_size) <=
+               std::min(kResidentBytes, most - shared_workspace);
+  const LaunchStream stream = stream_of(query);
+  const LaunchConfig config{
+      .grid = {.x = p.batch},
+      .block_threads = threads,
+      .shared_bytes = shared_workspace + sizes.tile_bytes(threads, p.resident, p.bank_size),
+      .static_bytes = kStatic,
+      .stream = stream};
+  with_type_of(query, [&]<class T>() {
+    with_flags([&]<bool Aligned>() { launch(tape_select_kernel<T, Aligned>, config, p); },
+               rows_aligned({keys}));
+  });
+}
+
+// Two launches for each tape token: tiles of the bank are scored, and their lists merged.
+void select_from_tiles(const Tensor& query, const Tensor& keys, int threads,
+                       const CudaTapeSelectParams& read) {
+  const TapeSelectSizes sizes(read.key_dim, read.bank_size, static_cast<int>(keys.element_size()),
+                              threads);
+  const int64_t groups = ceil_div(read.batch, kExamplesOfTile);
+  const int64_t examples = groups * kExamplesOfTile;
+  constexpr int64_t kStatic = sizeof(TapeSelectTileShared);
+  const int64_t most = most_shared_bytes(query) - dynamic_start(kStatic);
+  const int64_t tile = sizes.tile_bytes(threads, false, read.bank_size);
+  const int64_t group_bytes = kExamplesOfTile * sizes.features * int64_t{sizeof(float)};
+  const Tensor queries = allocate("queries", query, {examples, sizes.features}, ScalarType::Float);
+  const Tensor unread = allocate("unread", query, {examples, sizes.words}, ScalarType::Int);
+  const Tensor left = allocate("left", query, {examples}, ScalarType::Long);
+  const Tensor halting = allocate("halting", query, {examples}, ScalarType::Float);
+  const Tensor lists =
+      allocate("lists", query, {examples, sizes.tiles, read.topk, 2}, ScalarType::Int);
+  const CudaTapeSelectTilesParams p{
+      .read = read,
+      .queries = queries.mutable_data_ptr<float>(),
+      .unread = reinterpret_cast<unsigned*>(unread.mutable_data_ptr<int32_t>()),
+      .left = left.mutable_data_ptr<int64_t>(),
+      .halting = halting.mutable_data_ptr<float>(),
+      .lists = reinterpret_cast<OrderedEntry*>(lists.mutable_data_ptr<int32_t>()),
+      .groups = groups,
+      .tiles = sizes.tiles,
+      .queries_shared = group_bytes <= std::min(kSharedWorkspaceBytes, most - tile)};
+  const LaunchStream stream = stream_of(query);
+  const LaunchConfig preparing{.grid = {.x = examples}, .block_threads = threads, .stream = stream};
+  const LaunchConfig scoring{.grid = {.x = groups * sizes.tiles},
+                             .block_threads = threads,
+                             .shared_bytes = tile + (p.queries_shared ? group_bytes : 0),
+                             .static_bytes = kStatic,
+                             .stream = stream};
+  const LaunchConfig merging{.grid = {.x = read.batch},
+                             .block_threads = threads,
+                             .static_bytes = sizeof(TapeSelectMergeShared),
+                             .stream = stream};
+  with_type_of(query, [&]<class T>() {
+    with_flags(
+        [&]<bool Aligned>() {
+          launch(tape_select_prepare_kernel<T>, preparing, p);
+          for (int32_t token = 0; token < read.num_tape_tokens; ++token) {
+            launch(tape_select_tile_kernel<T, Aligned>, scoring, p);
+            launch(tape_select_merge_kernel<T>, merging, p);
+          }
+        },
+        rows_aligned({keys}));
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
@@ -57,22 +140,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   const CudaTapeSelectOutputs outputs = allocate_selection(query, num_tape_tokens, topk);
 
   const int threads = bank_size <= kOneWarpBank ? kWarpSize : kSelectThreads;
-  const int examples = own_banks ? 1 : kExamplesPerBlock;
-  const TapeSelectSizes sizes(query.size(1), bank_size, static_cast<int>(keys.element_size()),
-                              threads);
-  const int64_t blocks = ceil_div(batch, examples), workspace = sizes.workspace_bytes(examples);
-  const int64_t static_bytes =
-      own_banks ? sizeof(TapeSelectShared<1>) : sizeof(TapeSelectShared<kExamplesPerBlock>);
-  const int64_t most = most_shared_bytes(query) - dynamic_start(static_bytes);
-  const int64_t streamed = sizes.tile_bytes(threads, false, bank_size);
-  std::optional<Tensor> workspaces;
-  if (workspace > std::min(kSharedWorkspaceBytes, most - streamed)) {
-    workspaces = allocate("workspaces", query, {blocks * workspace}, ScalarType::Byte);
-  }
-  const int64_t for_bank = most - (workspaces ? 0 : workspace);
-  const bool resident =
-      sizes.tile_bytes(threads, true, bank_size) <= std::min(kResidentBytes, for_bank);
-
   const CudaTapeSelectParams p{
       .query = query.data_ptr(),
       .stride_query = query.stride(0),
@@ -85,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
       .ponder = outputs.ponder.mutable_data_ptr<float>(),
       .indices = outputs.indices.mutable_data_ptr<int32_t>(),
       .counts = outputs.counts.mutable_data_ptr<int32_t>(),
-      .workspaces = workspaces ? static_cast<char*>(workspaces->data_ptr()) : nullptr,
+      .workspaces = nullptr,
       .batch = batch,
       .bank_size = bank_size,
       .key_dim = query.size(1),
@@ -95,23 +162,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
       .scale = scale_of(query),
       .average_query = average_query,
       .entropy = loss_type == "entropy",
-      .resident = resident,
+      .resident = false,
   };
-  const LaunchStream stream = stream_of(query);
-  const LaunchConfig config{
-      .grid = {.x = blocks},
-      .block_threads = threads,
-      .shared_bytes = (workspaces ? 0 : workspace) + sizes.tile_bytes(threads, resident, bank_size),
-      .static_bytes = static_bytes,
-      .stream = stream};
-  with_type_of(query, [&]<class T>() {
-    with_flags(
-        [&]<bool Aligned, bool OwnBanks>() {
-          constexpr int kExamples = OwnBanks ? 1 : kExamplesPerBlock;
-          launch(tape_select_kernel<T, Aligned, kExamples>, config, p);
-        },
-        rows_aligned({keys}), own_banks);
-  });
+  if (own_banks) {
+    select_from_own_banks(query, keys, threads, p);
+  } else {
+    select_from_tiles(query, keys, threads, p);
+  }
   return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
 }
 

@@ -97,16 +97,6 @@ def test_failed_build_is_an_error_even_in_auto(build):
     assert process.stderr.splitlines()[-1].startswith("error: the compiled part could not be built")
 
 
-@compiled
-def test_build_replaces_an_earlier_note(build):
-    _, package = build("python")
-    assert (package / "_build_note.txt").exists()
-    process, _ = build("require")
-    assert process.returncode == 0, process.stderr
-    module = "_C" + EXTENSION_SUFFIXES[0]
-    assert [path.name for path in package.iterdir()] == [module]
-
-
 @pytest.fixture
 def package_without_module(tmp_path, monkeypatch):
     """An empty folder in which `_C` is looked for instead of the package's own."""

@@ -2,9 +2,11 @@
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -135,13 +137,6 @@ def facts_of(package):
 
 
 @compiled
-def test_kernels_for_gpus_alone_can_be_skipped(build):
-    process, package = build(ADATAPE_BUILD="require", ADATAPE_CUDA="skip")
-    assert process.returncode == 0, process.stderr
-    assert facts_of(package) == "none: ADATAPE_CUDA=skip asked for it"
-
-
-@compiled
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_kernels_for_gpus_can_be_required(build):
     process, package = build(ADATAPE_CUDA="require")
@@ -149,9 +144,36 @@ def test_kernels_for_gpus_can_be_required(build):
     assert "ADATAPE_CUDA=require, but there is none: torch" in process.stderr
 
 
+@pytest.fixture
+def quick_compiler(tmp_path):
+    """A C++ compiler that does not optimise, and keeps what it made for another build beside it."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    script = f"""
+name={kept}/$(echo "$*" | cksum | tr " " _) out= rules= last= object=
+for word in "$@"; do
+  case "$last" in -o) out=$word ;; -MF) rules=$word ;; esac
+  case "$word" in -c) object=yes ;; esac
+  last=$word
+done
+if [ -z "$object" ]; then exec c++ "$@"; fi
+if [ ! -e $name.o ]; then
+  c++ "$@" -O0 || exit 1
+  cp "$out" $name.o
+  if [ -n "$rules" ]; then cp "$rules" $name.d; fi
+fi
+cp $name.o "$out"
+if [ -n "$rules" ]; then cp $name.d "$rules"; fi"""
+    real = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    return str(tool(tmp_path, "c++", script.replace("c++ ", f"{real} ")))
+
+
 @compiled
-def test_without_them_where_they_cannot_be_built(build, with_cmake):
-    """Beside a torch that says it has CUDA, by a CMake that cannot configure csrc/cuda."""
+def test_kernels_for_gpus_are_left_out(build, with_cmake, quick_compiler):
+    """Where they cannot be built: beside a torch with CUDA, by a CMake that fails at csrc/cuda.
+
+    And where they are not wanted. A module replaces the note of an earlier installation.
+    """
     real = Path(sysconfig.get_path("scripts"), "cmake")
     environment = with_cmake(
         f'for option in "$@"; do case "$option" in -DADATAPE_WITHOUT_CUDA=) exit 1; esac; done\n'
@@ -163,14 +185,24 @@ def test_without_them_where_they_cannot_be_built(build, with_cmake):
         "    return read(path, *rest, **names) + with_cuda\n"
         "pathlib.Path.read_text = read_text\n",
     )
+    environment["CXX"] = quick_compiler
+    _, package = build(ADATAPE_BUILD="python")
+    assert (package / "_build_note.txt").exists()
+
     process, package = build(ADATAPE_CUDA="auto", ADATAPE_BUILD="auto", **environment)
     assert process.returncode == 0, process.stderr[-2000:]
+    assert [path.name for path in package.iterdir()] == ["_C" + EXTENSION_SUFFIXES[0]]
     assert facts_of(package) == "none: it could not be built here: `pip install -v` shows why"
     for variable in ("ADATAPE_CUDA", "ADATAPE_BUILD"):
         required = {"ADATAPE_CUDA": "auto", "ADATAPE_BUILD": "auto", variable: "require"}
         process, _ = build(**environment, **required)
         assert process.returncode != 0
         assert "could not be built" in process.stderr.splitlines()[-1]
+
+    process, package = build(ADATAPE_BUILD="require", ADATAPE_CUDA="skip", CXX=quick_compiler)
+    assert process.returncode == 0, process.stderr
+    assert [path.name for path in package.iterdir()] == ["_C" + EXTENSION_SUFFIXES[0]]
+    assert facts_of(package) == "none: ADATAPE_CUDA=skip asked for it"
 
 
 def imported(note, package, terminal):

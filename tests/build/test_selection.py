@@ -31,72 +31,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def outcomes(tmp_path):
-    """Runs a test file; returns the outcome of each case that was generated, by its id."""
-
-    def run(text, *options, **environment):
-        file = tmp_path / "test_some.py"
-        file.write_text(HEAD + text)
-        paths = os.pathsep.join([str(TESTS), *sys.path])
-        environment = {**os.environ, "PYTHONPATH": paths, **environment}
-        environment = {name: value for name, value in environment.items() if value is not None}
-        command = "-m pytest -p conftest -p no:cacheprovider -q -rA -n 0".split()
-        command += ["-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(tmp_path)]
-        result = subprocess.run(
-            [sys.executable, *command, *options, str(file)],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        found = {}
-        for line in result.stdout.splitlines():
-            outcome, _, rest = line.partition(" ")
-            if outcome in ("PASSED", "FAILED", "ERROR") and "::" in rest:
-                name = rest.partition("::")[2].partition(" - ")[0]
-                found.setdefault(name, set()).add(outcome)
-        assert found or "no tests ran" in result.stdout or "skipped" in result.stdout, result.stdout
-        return found
-
-    return run
-
-
-def test_an_id_tells_the_backend_that_ran(outcomes):
-    found = outcomes("""
+TEXT = """
 def test_truth(device):
     assert call(device).counts.shape == (2,)
-""")
-    assert {"test_truth[cpu-eager]", "test_truth[cpu-triton]"} <= set(found)
-    assert set(map(frozenset, found.values())) == {frozenset(["PASSED"])}
 
+def test_lie_by_name(device):
+    with use_backend("eager"):
+        call(device)
 
-@pytest.mark.parametrize(
-    "body",
-    ["with use_backend('eager'): call(device)", "with use_backend(None): call(device)", "pass"],
-)
-def test_an_id_that_lies_is_a_failure(outcomes, body):
-    """By another backend, or by none."""
-    found = outcomes(f"""
-def test_lie(device):
-    {body}
-""")
-    assert "ERROR" in found["test_lie[cpu-triton]"]
+def test_lie_by_default(device):
+    with use_backend(None):
+        call(device)
 
+def test_lie_without_a_call(device):
+    pass
 
-def test_an_id_that_lies_of_the_backward_is_a_failure(outcomes):
-    found = outcomes("""
-def test_lie(device):
+def test_lie_of_the_backward(device):
     query, keys = torch.randn(2, 4, requires_grad=True), torch.randn(5, 4)
     weights = tape_select(query, keys, num_tape_tokens=2, topk=2, halt_threshold=1.0).weights
     with use_backend("eager"):
         weights.sum().backward()
-""")
-    assert "ERROR" in found["test_lie[cpu-triton]"]
-    assert found["test_lie[cpu-eager]"] == {"PASSED"}
 
-
-def test_cases_that_cannot_exist_are_not_generated(outcomes):
-    found = outcomes("""
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["d", "h"])
 def test_dtype(device, dtype):
     call(device, dtype)
@@ -113,22 +68,67 @@ def test_even(device, n):
 @pytest.mark.no_backend
 def test_plain(device):
     pass
-""")
+
+@pytest.mark.needs_sanitizer
+def test_watched(device):
+    call(device)
+"""
+
+
+def run(folder, *options, **environment):
+    """Run the test file; return the outcomes of each case that was generated, by its id."""
+    file = folder / "test_some.py"
+    file.write_text(HEAD + TEXT)
+    paths = os.pathsep.join([str(TESTS), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    command = "-m pytest -p conftest -p no:cacheprovider -q -rA -n 0".split()
+    command += ["-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(folder)]
+    result = subprocess.run(
+        [sys.executable, *command, *options, str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    found = {}
+    for line in result.stdout.splitlines():
+        outcome, _, rest = line.partition(" ")
+        if outcome in ("PASSED", "FAILED", "ERROR") and "::" in rest:
+            name = rest.partition("::")[2].partition(" - ")[0]
+            found.setdefault(name, set()).add(outcome)
+    assert found, result.stdout
+    return found
+
+
+@pytest.fixture
+def without_sanitizer(monkeypatch):
+    monkeypatch.delenv("ADATAPE_SANITIZER", raising=False)
+
+
+def test_which_cases_are_generated_and_that_ids_tell_the_truth(tmp_path, without_sanitizer):
+    """One run of pytest tells all of it: starting one takes much longer than its tests."""
+    found = run(tmp_path)
     ids = set(found)
+
+    assert {"test_truth[cpu-eager]", "test_truth[cpu-triton]"} <= ids
+    for name in ids:
+        if name.startswith("test_truth"):
+            assert found[name] == {"PASSED"}, name
+
+    # An id that lies is a failure: another backend ran, or none, or one of them the backward.
+    for lie in ("by_name", "by_default", "without_a_call"):
+        assert "ERROR" in found[f"test_lie_{lie}[cpu-triton]"], lie
+    assert "ERROR" in found["test_lie_of_the_backward[cpu-triton]"]
+    assert found["test_lie_of_the_backward[cpu-eager]"] == {"PASSED"}
+
+    # Cases that cannot exist are not generated.
     assert {"test_dtype[cpu-eager-d]", "test_dtype[cpu-triton-h]", "test_one[cpu-triton]"} <= ids
     assert "test_dtype[cpu-triton-d]" not in ids and "test_one[cpu-eager]" not in ids
     assert {"test_even[cpu-eager-2]", "test_plain[cpu]"} <= ids
     assert not any(name.endswith("-1]") for name in ids)
 
+    assert not any(name.startswith("test_watched") for name in ids)
 
-@pytest.mark.parametrize("sanitizer", [None, "asan"])
-def test_a_test_about_a_sanitizer_is_collected_only_there(outcomes, sanitizer):
-    found = outcomes(
-        """
-@pytest.mark.needs_sanitizer
-def test_watched(device):
-    call(device)
-""",
-        ADATAPE_SANITIZER=sanitizer,
-    )
-    assert bool(found) == (sanitizer is not None)
+
+def test_a_test_about_a_sanitizer_is_collected_where_there_is_one(tmp_path):
+    found = run(tmp_path, "-k", "watched", ADATAPE_SANITIZER="asan")
+    assert {name.partition("[")[0] for name in found} == {"test_watched"}

@@ -160,6 +160,23 @@ inline int __all_sync(unsigned mask, int vote,
   return __ballot_sync(mask, vote, where) == mask;
 }
 
+inline int __reduce_max_sync(unsigned mask, int value,
+                             cuda_host::Where where = cuda_host::Where::current()) {
+  const auto values = cuda_host::exchange(value, mask, "__reduce_max_sync", where);
+  for (unsigned i = 0; i < cuda_host::kWarpLanes; ++i) {
+    if (mask >> i & 1) value = values[i] > value ? values[i] : value;
+  }
+  return value;
+}
+inline int __reduce_min_sync(unsigned mask, int value,
+                             cuda_host::Where where = cuda_host::Where::current()) {
+  const auto values = cuda_host::exchange(value, mask, "__reduce_min_sync", where);
+  for (unsigned i = 0; i < cuda_host::kWarpLanes; ++i) {
+    if (mask >> i & 1) value = values[i] < value ? values[i] : value;
+  }
+  return value;
+}
+
 inline float atomicAdd(float* to, float value) { return cuda_host::atomic_add(to, value); }
 inline int atomicAdd(int* to, int value) { return cuda_host::atomic_add(to, value); }
 inline int atomicMax(int* to, int value) { return cuda_host::atomic_max(to, value); }

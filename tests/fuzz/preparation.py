@@ -17,5 +17,6 @@ def prepare():
     torch.use_deterministic_algorithms(True)
     if triton_runtime.INTERPRETED:
         emulation.sum_products_in_one_order()
+        emulation.keep_the_interpreter_ready()
     if library := emulation.cuda_host_library():
         emulation.load_cuda_host(library)

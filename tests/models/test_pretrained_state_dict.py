@@ -11,7 +11,7 @@ from torch import nn
 import adatape_kernels as ak
 from adatape_kernels.models import from_timm, from_torchvision
 
-OP = ("elastic_attention", "dual_ffn", "add_layer_norm")
+OP = ("elastic_attention_qkvpacked", "dual_ffn", "add_layer_norm")
 DIM, DEPTH, HEADS, HIDDEN, CLASSES, PATCH, IMAGE = 24, 3, 4, 40, 7, 4, 16
 UNREAD = ({"halt_threshold": 0.0}, {"num_tape_tokens": 0}, {"read_layers": ()})
 ACTIVATIONS = {

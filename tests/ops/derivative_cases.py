@@ -7,6 +7,7 @@ from adatape_kernels.ops import (
     add_layer_norm,
     dual_ffn,
     elastic_attention,
+    elastic_attention_qkvpacked,
     tape_gather,
     tape_read,
     tape_select,
@@ -45,6 +46,7 @@ CASES = {
         lambda q, k, v: elastic_attention(q, k, v, *OFFSETS),  # the last row is unused
         ((7, 2, 4),) * 3,
     ),
+    "attention, packed": (lambda qkv: elastic_attention_qkvpacked(qkv, *OFFSETS), ((7, 3, 2, 4),)),
     "ffn": (
         lambda x, *p: dual_ffn(x, 3, FFN(*p[:4]), FFN(*p[4:]), num_rows=5),
         ((6, 3), (5, 3), (5,), (3, 5), (3,), (8, 3), (8,), (3, 4), (3,)),

@@ -5,7 +5,14 @@ import torch
 from adatape_kernels.ops import tape_select
 from adatape_kernels.ops.op import Ran
 
-OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
+OPS = (
+    "tape_select",
+    "tape_gather",
+    "elastic_attention",
+    "elastic_attention_qkvpacked",
+    "dual_ffn",
+    "add_layer_norm",
+)
 WITH_BACKWARDS = [f"{op}{direction}" for op in OPS for direction in ("", "_bwd")]
 
 

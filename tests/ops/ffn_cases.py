@@ -62,3 +62,14 @@ def not_served(
     with ffn_products(products):
         args = meta(9, 6, dtype=dtype), None, 9, bounds, "gelu_tanh", *parameters
         return operation("dual_ffn").refusal(backend, args, device)
+
+
+def other_form_has_it(device, backend, products=FFN_PRODUCTS[0], dtype=torch.float32, **parameters):
+    """For `absent_if`: in Triton's interpreter, which is slow, one form of the products a dtype.
+
+    For tests of the activations, which are the same functions in both forms.
+    """
+    form = FFN_PRODUCTS[dtype == torch.float32]
+    if device == "cpu" and backend == "triton" and products != form:
+        return f"{form} has this dtype"
+    return None

@@ -128,7 +128,7 @@ def verdict(op, args, how):
     if isinstance(result, Exception):
         return refusal(result)
     # A backward that has another scale than its forward had may exceed the range of a half.
-    rescaled = op == "elastic_attention_bwd" and args[-1] != 0.5
+    rescaled = op.startswith("elastic_attention") and op.endswith("_bwd") and args[-1] != 0.5
     # Kernels for a GPU store an entry's gradient, as an example reads no entry of its bank twice.
     twice = SERVED_BY in ("triton", "cuda") and _reads_twice(op, *args)
     if how in ("nan", "inf") or rescaled or twice or SERVED_BY == "adatape_cuda":
@@ -184,4 +184,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if SERVED_BY in ("cuda", "adatape_cuda"):
         emulation.load_cuda_host(emulation.cuda_host_library())
+    if SERVED_BY == "triton":
+        emulation.keep_the_interpreter_ready()
     main()

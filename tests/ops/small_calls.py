@@ -61,6 +61,12 @@ def elastic_attention(dtype, own_banks, head_dim):
 
 
 @_forward
+def elastic_attention_qkvpacked(dtype, own_banks, head_dim):
+    q, k, v, *rest = elastic_attention(dtype, own_banks, head_dim)
+    return [torch.stack([q, k, v], 1), *rest]
+
+
+@_forward
 def dual_ffn(dtype, own_banks, head_dim):
     shapes = (6, DIM), (6,), (DIM, 6), (DIM,), (8, DIM), (8,), (DIM, 4), (DIM,)
     parameters = [torch.randn(*shape).to(dtype) for shape in shapes]
@@ -94,6 +100,11 @@ def _attention_bwd(args, results):
     return [torch.randn_like(q), q, k, v, *results, *rest]
 
 
+def _packed_bwd(args, results):
+    qkv, *rest = args
+    return [torch.randn_like(results[0]), qkv, *results, *rest]
+
+
 def _ffn_bwd(args, results):
     x, num_input_rows, _, *rest = args
     _, hidden, tape_hidden = results
@@ -109,6 +120,7 @@ _BACKWARD = {
     "tape_select": _select_bwd,
     "tape_gather": lambda args, results: [torch.randn_like(results[0]), *args[:4]],
     "elastic_attention": _attention_bwd,
+    "elastic_attention_qkvpacked": _packed_bwd,
     "dual_ffn": _ffn_bwd,
     "add_layer_norm": _norm_bwd,
 }

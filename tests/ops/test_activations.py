@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_close, assert_low_precision, assert_same_bits, refused
-from ffn_cases import by_reference, double, gradients, inputs, not_served
+from ffn_cases import by_reference, double, gradients, inputs, not_served, other_form_has_it
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels.activations import activate
 from adatape_kernels.op_types import ACTIVATIONS
-from adatape_kernels.ops import FFN, dual_ffn
+from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn
 from adatape_kernels.ops.op import current_backend, operation
 
 OP = "dual_ffn"
@@ -119,6 +119,7 @@ def test_low_precision(device, dtype, activation):
         assert_low_precision(a, r, e, floor=1e-6)
 
 
+@pytest.mark.absent_if(reason=other_form_has_it)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_number_is_as_exact_as_torch_s(device, dtype, activation):
     """Over the range in which they bend, and beyond; the error is relative to 1 + |x|."""
@@ -134,6 +135,7 @@ def test_every_number_is_as_exact_as_torch_s(device, dtype, activation):
         assert error.max() <= 2 * rounding + 5e-7, (error.max(), numbers[error.argmax()])
 
 
+@pytest.mark.absent_if(reason=other_form_has_it)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_limits(device, dtype, activation):
     """Values and slopes far out, and at ±infinity."""
@@ -169,6 +171,14 @@ def test_poison_stays_in_its_row(device, activation):
         assert_close(dirty[n], clean[n], 1e-6)
 
 
+def _each_once(device, backend, products, activation, on_device, **parameters):
+    """In Triton's interpreter each activation meets each form, and each kind of counts, once."""
+    slow = device == "cpu" and backend == "triton"
+    turn = ACTIVATIONS.index(activation) + FFN_PRODUCTS.index(products) + on_device
+    return "its neighbour has it" if slow and turn % 2 else None
+
+
+@pytest.mark.absent_if(reason=_each_once)
 @pytest.mark.compiles
 @pytest.mark.parametrize("on_device", [False, True], ids=["ints", "scalars"])
 def test_opcheck(device, activation, on_device):

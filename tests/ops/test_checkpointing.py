@@ -16,7 +16,10 @@ from torch.utils.checkpoint import (
 import adatape_kernels as ak
 from adatape_kernels.ops.op import BACKENDS, explain
 
-KEPT = [torch.ops.adatape.dual_ffn.default, torch.ops.adatape.elastic_attention.default]
+KEPT = [
+    torch.ops.adatape.dual_ffn.default,
+    torch.ops.adatape.elastic_attention_qkvpacked.default,
+]
 MODES = {
     "whole": {},
     "keeping ops": {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT)},

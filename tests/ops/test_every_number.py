@@ -6,7 +6,7 @@ import emulation
 import pytest
 import torch
 from checks import interpreted
-from ffn_cases import not_served
+from ffn_cases import not_served, other_form_has_it
 
 from adatape_kernels.op_types import ACTIVATIONS
 from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn
@@ -91,6 +91,7 @@ def fed(x, w1, b1, activation="gelu_tanh", tape=False):
     return y.detach(), *torch.autograd.grad(y, [x, b1], torch.ones_like(y))
 
 
+@pytest.mark.absent_if(reason=other_form_has_it)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(device, dtype, activation):
@@ -110,6 +111,7 @@ def test_activations(device, dtype, activation):
 GATES = [-math.inf, -1e30, -200, -103, -90, -88, -30, -1.5, 0, 2, 30, 90, 200, 1e30, math.inf]
 
 
+@pytest.mark.absent_if(reason=other_form_has_it)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("size", [1.0, -3.0, "largest"])
 def test_gates(device, dtype, size):
@@ -145,6 +147,7 @@ def test_gates_with_the_exponential_of_a_gpu(device, units, monkeypatch):
     test_gates(device, torch.float32, "largest")
 
 
+@pytest.mark.absent_if(reason=other_form_has_it)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("a", [math.inf, -math.inf, math.nan, 1e38, 65504.0, -2.0, 0.0])
 def test_infinite_gates(device, dtype, a):

@@ -16,6 +16,7 @@ from adatape_kernels.ops import (
     add_layer_norm,
     dual_ffn,
     elastic_attention,
+    elastic_attention_qkvpacked,
     tape_gather,
     tape_read,
     tape_select,
@@ -148,6 +149,8 @@ def test_all_ops_run_on_the_forced_backend(replaced):
         tape, _ = tape_gather(x, sel.indices, sel.weights, sel.counts)
         heads = x.view(6, 2, 2)
         out = elastic_attention(heads, heads, heads, *offsets)
+        packed = heads.unsqueeze(1).expand(-1, 3, -1, -1)
+        out = out + elastic_attention_qkvpacked(packed, *offsets)
         _, normed = add_layer_norm(x, x, ffn.b2, ffn.b2)
         (tape.sum() + out.sum() + dual_ffn(x, 4, ffn).sum() + normed.sum()).backward()
     assert sorted(ran) == sorted(Ran(op, "cuda") for op in WITH_BACKWARDS)

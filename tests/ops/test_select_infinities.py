@@ -15,6 +15,14 @@ BANK_SIZE = 300
 PLACES = [slice(0, 298), slice(0, 128), slice(1, 257), slice(64, None), slice(2, None), slice(None)]
 
 
+def half_of_the_options(device, backend, loss_type, average_query, shared, **parameters):
+    """In Triton's interpreter, which is slow, each pair of options meets every number once."""
+    slow = device == "cpu" and backend == "triton"
+    odd = ((loss_type == "max") + average_query + shared) % 2
+    return "other cases have each two of these options" if slow and odd else None
+
+
+@pytest.mark.absent_if(reason=half_of_the_options)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
 @pytest.mark.parametrize("average_query", [True, False], ids=["average", "replace"])
 @pytest.mark.parametrize("loss_type", ["entropy", "max"])

@@ -69,9 +69,9 @@ def test_a_bank_stays_in_shared_memory_where_it_fits(bank_size, key_dim, dtype, 
 def test_queries_of_any_width_fit(kib, shared, key_dim):
     """Those of two examples, which share a block, lie in the GPU's memory at 6,100 features."""
     with emulation.shared_memory(kib):
-        found, (launch,) = selected(40, key_dim, torch.float32, shared, topk=2)
+        found, launches = selected(40, key_dim, torch.float32, shared, topk=2)
     assert found.counts.min() > 0
-    assert launch.bytes <= kib << 10
+    assert all(launch.bytes <= kib << 10 for launch in launches)
 
 
 @each_card
@@ -125,7 +125,7 @@ def test_a_longer_example_is_refused_here_and_in_csrc(kib):
 
 
 def test_a_launch_that_asks_for_too_much_is_refused_with_its_numbers():
-    words = r"tape_select.cu:\d+: 32768 bytes of dynamic and 2308 of static shared memory, where a"
+    words = r"tape_select.cu:\d+: 49152 bytes of dynamic and 2308 of static shared memory, where a"
     with emulation.shared_memory(34), pytest.raises(RuntimeError, match=words):
         selected(300, 64, torch.float32)
 
@@ -142,7 +142,9 @@ def test_launches_state_the_static_memory_that_kernels_have():
         of_function = found.setdefault(function, {})
         of_function[arguments] = of_function.get(arguments, 0) + int(size, 16)
     statics = {
-        "tape_select_kernel": {2308, 4612},
+        "tape_select_kernel": {2308},
+        "tape_select_tile_kernel": {16640},
+        "tape_select_merge_kernel": {256},
         "tape_select_bwd_kernel": {512},
         "bias_act_bwd_kernel": {4096, 8192},
         "block_sum": {32},

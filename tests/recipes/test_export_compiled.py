@@ -39,7 +39,7 @@ def test_it_calls_our_kernels_and_tells_what_it_is(model, found):
     assert found.backend == "cpp" and found.largest_difference < 1e-4
     metadata = torch._inductor.aoti_load_package(found.file).get_metadata()
     names = [schema.partition("(")[0] for schema in metadata["adatape_kernels.ops"].splitlines()]
-    assert {"dual_ffn", "elastic_attention", "tape_gather", "tape_select"} <= set(names)
+    assert {"dual_ffn", "elastic_attention_qkvpacked", "tape_gather", "tape_select"} <= set(names)
     facts = json.loads(metadata["adatape_kernels"])
     assert facts["class_names"] == list(model.class_names)
 

@@ -111,19 +111,9 @@ class PatchedAttention(PatchedModule):
     def _attended(self, x: Tensor, layout: ElasticBatch) -> Tensor:
         """Return (..., dim) for the rows (..., dim) of a layout."""
         qkv = self.qkv(x).reshape(-1, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(1)  # (rows, num_heads, head_dim)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        offsets = layout.cu_inputs, layout.cu_tapes
         # torch's own attention, which timm calls where fused_attn is true, does not know `scale`.
         scale = None if self.fused_attn else self.scale
-        if self._rate() > 0:
-            out, _ = reference.elastic_attention(
-                q, k, v, *offsets, softmax_scale=scale, dropout=self._rate()
-            )
-        else:
-            out = ops.elastic_attention(
-                q, k, v, *offsets, max_rows=layout.max_rows, softmax_scale=scale
-            )
+        out = self._attention(qkv, layout, scale)
         out = out.reshape(*x.shape[:-1], self.num_heads * self.head_dim)
         norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
         if norm is not None:
@@ -131,6 +121,28 @@ class PatchedAttention(PatchedModule):
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def _attention(self, qkv: Tensor, layout: ElasticBatch, scale: float | None) -> Tensor:
+        """Return the heads' results (rows, num_heads, head_dim), before what follows them."""
+        offsets = layout.cu_inputs, layout.cu_tapes
+        rate = self._rate()
+        if rate == 0 and _is_nothing(self.q_norm) and _is_nothing(self.k_norm):
+            return ops.elastic_attention_qkvpacked(
+                qkv, *offsets, max_rows=layout.max_rows, softmax_scale=scale
+            )
+        q, k, v = qkv.unbind(1)  # (rows, num_heads, head_dim)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rate == 0:
+            return ops.elastic_attention(
+                q, k, v, *offsets, max_rows=layout.max_rows, softmax_scale=scale
+            )
+        out, _ = reference.elastic_attention(q, k, v, *offsets, softmax_scale=scale, dropout=rate)
+        return out
+
+
+def _is_nothing(norm: nn.Module) -> bool:
+    """Return whether calling a module returns its argument and runs nothing else."""
+    return type(norm) is nn.Identity and is_bare(norm)
 
 
 class PatchedMlp(PatchedModule):

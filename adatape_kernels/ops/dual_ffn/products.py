@@ -6,7 +6,7 @@ from adatape_kernels.ops.carried_choice import carry
 from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.registration import kept
 
-FFN_PRODUCTS = ("cublas", "grouped")
+FFN_PRODUCTS = ("cublas", "grouped", "epilogue")
 """The forms of the products in Triton."""
 
 chosen: Choice[str | None] = kept("ffn_products", lambda: Choice[str | None](None))
@@ -22,11 +22,13 @@ def chosen_products() -> str | None:
 def ffn_products(name: str | None) -> contextlib.AbstractContextManager[None]:
     """Choose, on this thread, how the Triton backend of `dual_ffn` runs its products.
 
-    "cublas": torch's products on the two slices of rows, one Triton kernel between them; it needs
-    num_input_rows on the host, and Triton does not serve a call without. "grouped": both kinds of
-    rows in one Triton launch a product. None, the default: "cublas" where num_input_rows is on the
-    host, else "grouped". A backward takes its forward's. Inside a compiled function it ends the
-    graph, as `use_backend` does.
+    "cublas": torch's products on the two slices of rows, one Triton kernel between them.
+    "epilogue": the first product in Triton, for both kinds of rows, ends in bias and activation; so
+    does its gradient; torch's products do the rest. Both need num_input_rows on the host, and
+    Triton does not serve a call without. "grouped": both kinds of rows in one Triton launch a
+    product. None, the default: where num_input_rows is on the host the one of the first two that
+    arithmetic expects to be faster (docs/gpu-performance.md), else "grouped". A backward takes its
+    forward's. Inside a compiled function it ends the graph, as `use_backend` does.
 
     Raises:
         ValueError: the name is none of these.

@@ -99,7 +99,7 @@ def _dual_ffn_act_bwd_kernel(
         tl.store(db_ptrs + width, tl.sum(gate_acc, 0), offs_n < width)
 
 
-class _Slice(NamedTuple):
+class Slice(NamedTuple):
     """One kind of rows, and what they go through."""
 
     rows: slice
@@ -109,22 +109,23 @@ class _Slice(NamedTuple):
     """As the op has them, if some of the rows are unused."""
 
 
-def _slices(
+def slices(
     max_input_rows: int,
     max_tape_rows: int,
     bounds: Tensor | None,
     activation: str,
     parameters: Parameters,
-) -> Iterator[_Slice]:
+) -> Iterator[Slice]:
+    """Yield the input rows and, if they have parameters, the tape rows."""
     input_ffn, tape_ffn = as_ffns(parameters)
     input_bounds = None if max_tape_rows else bounds
-    yield _Slice(slice(0, max_input_rows), input_ffn, activation=activation, bounds=input_bounds)
+    yield Slice(slice(0, max_input_rows), input_ffn, activation=activation, bounds=input_bounds)
     if tape_ffn is not None:
         rows = slice(max_input_rows, max_input_rows + max_tape_rows)
-        yield _Slice(rows, tape_ffn, activation="glu", bounds=bounds)
+        yield Slice(rows, tape_ffn, activation="glu", bounds=bounds)
 
 
-def _unused(rows: slice, bounds: Tensor) -> Tensor:
+def unused_rows(rows: slice, bounds: Tensor) -> Tensor:
     """Return a mask (rows, 1) of those that no example owns."""
     return torch.arange(rows.start, rows.stop, device=bounds.device).unsqueeze(1) >= bounds[1]
 
@@ -141,7 +142,7 @@ def forward(
     bounds = None if bounds is None else bounds.contiguous()
     y = x.new_empty(x.shape)
     hiddens = []
-    for part in _slices(max_input_rows, max_tape_rows, bounds, activation, parameters):
+    for part in slices(max_input_rows, max_tape_rows, bounds, activation, parameters):
         rows, ffn = part.rows, part.ffn
         # The bias goes with the product, which can add it before it stores.
         hidden = torch.addmm(ffn.b1, x[rows], ffn.w1.mT)
@@ -162,7 +163,7 @@ def forward(
         )
         torch.addmm(ffn.b2, act, ffn.w2.mT, out=y[rows])
         if part.bounds is not None:
-            y[rows].masked_fill_(_unused(rows, part.bounds), 0)
+            y[rows].masked_fill_(unused_rows(rows, part.bounds), 0)
         hiddens.append(hidden)
     y[max_input_rows + max_tape_rows :] = 0
     return y, hiddens[0], hiddens[1] if len(hiddens) == 2 else x.new_empty(0, 0)
@@ -181,12 +182,12 @@ def backward(
     hidden, tape_hidden = dense(hidden), dense(tape_hidden)
     dx = x.new_empty(x.shape)
     grads: list[Tensor] = []
-    parts = _slices(len(hidden), len(tape_hidden), bounds, activation, parameters)
+    parts = slices(len(hidden), len(tape_hidden), bounds, activation, parameters)
     for part, h in zip(parts, (hidden, tape_hidden), strict=False):
         dy_rows, x_rows = dy[part.rows], x[part.rows]
         if part.bounds is not None:
             # A product would multiply what stands there by zero, and NaN stays NaN.
-            unused = _unused(part.rows, part.bounds)
+            unused = unused_rows(part.rows, part.bounds)
             dy_rows, x_rows = dy_rows.masked_fill(unused, 0), x_rows.masked_fill(unused, 0)
         dact = dy_rows @ part.ffn.w2
         act, dhidden = dact.new_empty(dact.shape), h.new_empty(h.shape)

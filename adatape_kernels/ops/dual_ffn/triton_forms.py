@@ -1,19 +1,22 @@
-"""`dual_ffn` in Triton: a call goes to one of two forms, "cublas" and "grouped" (products.py)."""
+"""`dual_ffn` in Triton: a call goes to one of three forms (products.py)."""
 
 from typing import Any
 
 from torch import Tensor
 
 from adatape_kernels.ops.device_facts import DeviceFacts
-from adatape_kernels.ops.dual_ffn import triton_cublas, triton_grouped
+from adatape_kernels.ops.dual_ffn import triton_cublas, triton_epilogue, triton_grouped
+from adatape_kernels.ops.dual_ffn.parameters import Parameters
 from adatape_kernels.ops.dual_ffn.products import chosen_products
+from adatape_kernels.ops.dual_ffn.triton_epilogue import SavedBytes
 from adatape_kernels.ops.triton_runtime import kernel
 
 
 def _serves(num_input_rows: int | None) -> str | None:
-    """State which calls are served: "cublas" cuts the rows, so the host must know where."""
-    if chosen_products() == "cublas" and num_input_rows is None:
-        return 'ffn_products("cublas") takes num_input_rows on the host only'
+    """State which calls are served: torch's products cut the rows, so the host must know where."""
+    form = chosen_products()
+    if form in ("cublas", "epilogue") and num_input_rows is None:
+        return f'ffn_products("{form}") takes num_input_rows on the host only'
     return None
 
 
@@ -29,6 +32,17 @@ def _backward_limits(
     return _serves(num_input_rows)
 
 
+def _form(x: Tensor, parameters: Parameters, saved: SavedBytes) -> Any:
+    """Return the form of a call whose host knows where to cut the rows."""
+    name = chosen_products()
+    if name is None:
+        name = "epilogue" if triton_epilogue.pays(x, parameters, saved) else "cublas"
+    return _FORMS[name]
+
+
+_FORMS = {"cublas": triton_cublas, "epilogue": triton_epilogue, "grouped": triton_grouped}
+
+
 @kernel(_forward_limits)
 def forward(
     x: Tensor,
@@ -41,8 +55,9 @@ def forward(
     """Return y and both pre-activations."""
     if num_input_rows is None:
         return triton_grouped.forward(x, len(x), max_tape_rows, bounds, activation, parameters)
-    form = triton_grouped if chosen_products() == "grouped" else triton_cublas
-    return form.forward(x, num_input_rows, max_tape_rows, bounds, activation, parameters)
+    return _form(x, parameters, SavedBytes.FORWARD).forward(
+        x, num_input_rows, max_tape_rows, bounds, activation, parameters
+    )
 
 
 @kernel(_backward_limits)
@@ -57,6 +72,7 @@ def backward(
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of the parameters."""
-    grouped = num_input_rows is None or chosen_products() == "grouped"
-    form = triton_grouped if grouped else triton_cublas
+    if num_input_rows is None:
+        return triton_grouped.backward(dy, x, hidden, tape_hidden, bounds, activation, parameters)
+    form = _form(x, parameters, SavedBytes.BACKWARD)
     return form.backward(dy, x, hidden, tape_hidden, bounds, activation, parameters)

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.device_facts import facts_of
+from adatape_kernels.ops.dual_ffn import triton_up
 from adatape_kernels.ops.dual_ffn.parameters import Parameters
 from adatape_kernels.ops.dual_ffn.triton_grouped_kernels import (
     _dual_ffn_down_kernel,
     _dual_ffn_row_sums_kernel,
-    _dual_ffn_up_kernel,
     _dual_ffn_weight_kernel,
 )
 from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK
+from adatape_kernels.ops.dual_ffn.triton_up import Pair, pairs
 from adatape_kernels.ops.triton_runtime import launch, num_blocks
 from adatape_kernels.ops.triton_specialization import dense
-
-Pair = tuple[Tensor, Tensor]
-"""What belongs to the input rows, and the same of the tape rows."""
 
 
 def _tiles(x: Tensor, w2: Pair) -> dict[str, int]:
@@ -67,40 +65,23 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the two products; returns y and both pre-activations."""
     bounds = None if bounds is None else bounds.contiguous()
-    x, (w1, b1, w2, b2) = dense(x), _pairs(parameters)
-    y, max_rows = x.new_empty(x.shape), (max_input_rows, max_tape_rows)
-    input_w1, tape_w1 = w1
-    hidden = x.new_empty(max_input_rows, len(input_w1))
-    tape_hidden = x.new_empty(max_tape_rows, len(tape_w1))
-    act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
-    widths = tuple(a.shape[1] for a in act)
-    rows = _row_arguments(x, max_rows, bounds)
-    options: dict[str, Any] = dict(**_tiles(x, w2), BACKWARD=False)
-    grid = (_num_programs(x.device),)
-    launch(
-        _dual_ffn_up_kernel,
-        grid,
-        in_ptr=x,
-        w_ptrs=w1,
-        b_ptrs=b1,
-        hidden_ptrs=(hidden, tape_hidden),
-        dhidden_ptrs=None,
-        act_ptrs=act,
-        widths=widths,
-        ACTIVATION=activation,
-        **rows,
-        **options,
+    max_rows = (max_input_rows, max_tape_rows)
+    (hidden, tape_hidden), act = triton_up.forward(
+        x, max_rows, bounds, activation, parameters, sliced=False
     )
+    _, _, w2, b2 = pairs(parameters)
+    y = x.new_empty(x.shape)
     launch(
         _dual_ffn_down_kernel,
-        grid,
+        (_num_programs(x.device),),
         out_ptr=y,
         a_ptrs=act,
         w_ptrs=w2,
         b_ptrs=b2,
-        depths=widths,
-        **rows,
-        **options,
+        depths=tuple(a.shape[1] for a in act),
+        **_row_arguments(x, max_rows, bounds),
+        **_tiles(x, w2),
+        BACKWARD=False,
     )
     return y, hidden, tape_hidden
 
@@ -116,48 +97,29 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Launch the four products; returns the gradients of x and of the parameters."""
     bounds = None if bounds is None else bounds.contiguous()
-    hidden, tape_hidden = dense(hidden), dense(tape_hidden)
-    dy, x, (w1, _, w2, _) = dense(dy), dense(x), _pairs(parameters)
-    hiddens, max_rows = (hidden, tape_hidden), (len(hidden), len(tape_hidden))
-    act = tuple(w.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
-    dx, dhidden = x.new_empty(x.shape), tuple(h.new_empty(h.shape) for h in hiddens)
-    tiles = _tiles(x, w2)
-    options: dict[str, Any] = dict(**tiles, BACKWARD=True)
-    db1 = tuple(  # one row for each row of tiles
-        h.new_empty(num_blocks(len(h), tiles["BLOCK_M"]), h.shape[1], dtype=torch.float32)
-        for h in hiddens
+    dy, x, (w1, _, w2, _) = dense(dy), dense(x), pairs(parameters)
+    hiddens = dense(hidden), dense(tape_hidden)
+    dhidden, act, db1 = triton_up.backward(
+        dy, hiddens, bounds, activation, parameters, sliced=False
     )
-    rows = _row_arguments(x, max_rows, bounds)
-    grid = (_num_programs(x.device),)
-    launch(
-        _dual_ffn_up_kernel,
-        grid,
-        in_ptr=dy,
-        w_ptrs=w2,
-        b_ptrs=db1,
-        hidden_ptrs=hiddens,
-        dhidden_ptrs=dhidden,
-        act_ptrs=act,
-        widths=tuple(a.shape[1] for a in act),
-        ACTIVATION=activation,
-        **rows,
-        **options,
-    )
+    dx, tiles = x.new_empty(x.shape), _tiles(x, w2)
+    rows = _row_arguments(x, (len(hidden), len(tape_hidden)), bounds)
     launch(
         _dual_ffn_down_kernel,
-        grid,
+        (_num_programs(x.device),),
         out_ptr=dx,
         a_ptrs=dhidden,
         w_ptrs=w1,
         b_ptrs=None,
         depths=tuple(h.shape[1] for h in hiddens),
         **rows,
-        **options,
+        **tiles,
+        BACKWARD=True,
     )
     dw1 = _weight_gradients(x, dhidden, rows, tiles, second=False)
     dw2 = _weight_gradients(dy, act, rows, tiles, second=True)
     db2 = _row_sums(dy, rows)
-    dinput, dtape = zip(dw1, (db.sum(0).to(x.dtype) for db in db1), dw2, db2, strict=True)
+    dinput, dtape = zip(dw1, db1, dw2, db2, strict=True)
     absent = (x.new_empty(0) for _ in dtape)
     return dx, *dinput, *(absent if any(p is None for p in parameters) else dtape)
 
@@ -228,9 +190,3 @@ def _row_sums(dy: Tensor, counts: dict[str, Any]) -> list[Tensor]:
         **counts,
     )
     return [s.sum(0).to(dy.dtype) for s in sums]
-
-
-def _pairs(parameters: Parameters) -> list[Pair]:
-    """Return w1, b1, w2 and b2 of both kinds; of no width where there is no tape feed-forward."""
-    w1, b1, w2, b2, *tape_ffn = (dense(p) for p in parameters if p is not None)
-    return list(zip((w1, b1, w2, b2), tape_ffn or (w1[:0], b1[:0], w2[:, :0], b2), strict=True))

@@ -92,12 +92,7 @@ def attention_with_lse(
     check_tensor("q", q)
     check_tensor("k", k)
     check_tensor("v", v)
-    check_tensor("cu_inputs", cu_inputs)
-    check_tensor("cu_tapes", cu_tapes)
-    if max_rows is not None:
-        check_int("max_rows", max_rows)
-    if softmax_scale is not None:
-        check_number("softmax_scale", softmax_scale)
+    check_options(cu_inputs, cu_tapes, max_rows, softmax_scale)
     shape, dtype, device = q.shape, q.dtype, q.device
     if len(shape) != 3 or dtype not in FLOAT_DTYPES or shape[2] == 0:
         raise ValueError(
@@ -111,15 +106,32 @@ def attention_with_lse(
                 f"{name}: expected {dtype} {tuple(shape)} on {device} like q, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
-    check_offsets_tensor("cu_inputs", cu_inputs, q)
-    check_offsets_tensor("cu_tapes", cu_tapes, q)
+    cu_inputs, cu_tapes = offsets_of_rows(q, cu_inputs, cu_tapes)
+    return _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+
+
+def check_options(
+    cu_inputs: Tensor, cu_tapes: Tensor, max_rows: int | None, softmax_scale: float | None
+) -> None:
+    """Raise TypeError if an argument beside q, k and v is of another type altogether."""
+    check_tensor("cu_inputs", cu_inputs)
+    check_tensor("cu_tapes", cu_tapes)
+    if max_rows is not None:
+        check_int("max_rows", max_rows)
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+
+
+def offsets_of_rows(rows: Tensor, cu_inputs: Tensor, cu_tapes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the offsets of a buffer's rows as int32, or raise ValueError if they are none."""
+    check_offsets_tensor("cu_inputs", cu_inputs, rows)
+    check_offsets_tensor("cu_tapes", cu_tapes, rows)
     if cu_tapes.shape != cu_inputs.shape:
         raise ValueError(
             f"cu_tapes: expected {tuple(cu_inputs.shape)} like cu_inputs, "
             f"got {tuple(cu_tapes.shape)}"
         )
-    cu_inputs, cu_tapes = as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
-    return _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    return as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -176,7 +188,8 @@ def _typical_bwd(head_dim: int, max_rows: int | None) -> Any:
     return make
 
 
-def _typical_calls(make: Any) -> dict[str, Any]:
+def typical_calls(make: Any) -> dict[str, Any]:
+    """Return calls by description, where make(head_dim, max_rows) returns what makes one."""
     return {
         "heads of 64, max_rows up to 256": make(64, 256),
         "heads of 64, max_rows up to 512": make(64, 512),
@@ -196,7 +209,7 @@ _FORWARD = Operation(
         "triton": triton_forward.elastic_attention,
         "cuda": compiled.cuda_forward,
     },
-    typical=_typical_calls(_typical),
+    typical=typical_calls(_typical),
     check_arguments=op_checks.elastic_attention,
     check_values=_check_values,
 )
@@ -211,7 +224,7 @@ _BACKWARD = Operation(
         "triton": triton_backward.elastic_attention_bwd,
         "cuda": compiled.cuda_backward,
     },
-    typical=_typical_calls(_typical_bwd),
+    typical=typical_calls(_typical_bwd),
     check_arguments=op_checks.elastic_attention_bwd,
     check_values=_check_values_bwd,
 )
@@ -281,8 +294,13 @@ def _flops(
     q: Tensor, k: Tensor, v: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, *rest: Any, **kw: Any
 ) -> int:
     """Two products of 2 · L² · head_dim a head and example, over the rows that exist."""
+    return flops_of(q.shape[1] * q.shape[2], cu_inputs, cu_tapes)
+
+
+def flops_of(features: int, cu_inputs: Tensor, cu_tapes: Tensor) -> int:
+    """Return the FLOPs of a forward pass over rows of so many features in all heads together."""
     lens = (cu_inputs.diff() + cu_tapes.diff()).long()
-    return 4 * q.shape[1] * q.shape[2] * int(lens.square().sum())
+    return 4 * features * int(lens.square().sum())
 
 
 @flop_formula(torch.ops.adatape.elastic_attention_bwd, get_raw=True)

@@ -24,7 +24,7 @@ def most_rows(device: DeviceFacts) -> int:
 
 def _serves(device: DeviceFacts, rows: Tensor, max_rows: int | None) -> str | None:
     """State which heads and examples are served; the batch decides nothing, nor its bits."""
-    head_dim, most = rows.shape[2], most_rows(device)
+    head_dim, most = rows.shape[-1], most_rows(device)
     if head_dim != CUDA_HEAD_DIM:
         return f"it takes heads of {CUDA_HEAD_DIM} features, not {head_dim}"
     if max_rows is None or max_rows > most:
@@ -33,20 +33,14 @@ def _serves(device: DeviceFacts, rows: Tensor, max_rows: int | None) -> str | No
     return None
 
 
-def _forward_limits(
-    device: DeviceFacts, q: Tensor, k: Any, v: Any, ci: Any, ct: Any, max_rows: Any, scale: Any
-) -> str | None:
-    return _serves(device, q, max_rows)
-
-
-def _backward_limits(device: DeviceFacts, dout: Tensor, *rest: Any) -> str | None:
+def _limits(device: DeviceFacts, rows: Tensor, *rest: Any) -> str | None:
     *_, max_rows, _ = rest
-    return _serves(device, dout, max_rows)
+    return _serves(device, rows, max_rows)
 
 
 _HALVES = (torch.bfloat16, torch.float16)
 
 cpp_forward = cpp_kernel()
 cpp_backward = cpp_kernel()
-cuda_forward = cuda_kernel(_forward_limits, _HALVES)
-cuda_backward = cuda_kernel(_backward_limits, _HALVES)
+cuda_forward = cuda_kernel(_limits, _HALVES)
+cuda_backward = cuda_kernel(_limits, _HALVES)

@@ -1,5 +1,6 @@
 """`elastic_attention` by the reference, on every device and in every dtype."""
 
+import torch
 from torch import Tensor
 
 from adatape_kernels import reference
@@ -40,3 +41,33 @@ def backward(
     return reference.elastic_attention_bwd(
         dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale
     )
+
+
+@implementation(checks_values=True)
+def packed_forward(
+    qkv: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attend with the three parts of qkv."""
+    return forward.function(*qkv.unbind(1), cu_inputs, cu_tapes, max_rows, softmax_scale)
+
+
+@implementation(checks_values=True)
+def packed_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Put the gradients of the three parts of qkv together."""
+    parts = backward.function(
+        dout, *qkv.unbind(1), out, lse, cu_inputs, cu_tapes, max_rows, softmax_scale
+    )
+    return torch.stack(parts, 1)

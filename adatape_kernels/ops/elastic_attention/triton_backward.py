@@ -1,5 +1,19 @@
-"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq."""
+"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq.
 
+So no sum crosses programs, and bits repeat, at the price of seven products where five would do.
+A kernel of five adds dq up in float32 in memory, by atomics. For 256 examples of 207 rows with 6
+heads of 64 such a one, in tiles of 128 × 128, computes 5 · 256 · 256 products of rows where ours
+computes 7 · 256 · 224, 1.2 times as many (1.4 times for 256 rows); it moves about 610 MB of memory
+where ours moves 370, and about 770 MB in the L2 cache where ours moves 850.
+
+Two tiles of 32 rows are under way while one is computed. Tiles of 64 × 64 would wait for half as
+many products, but take 255 registers a thread, which leaves room for two programs a multiprocessor
+of 9.0, not three.
+"""
+
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from adatape_kernels.ops.elastic_attention.triton_primitives import (
@@ -13,7 +27,12 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     tile_rows,
 )
 from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
-from adatape_kernels.ops.triton_specialization import compiled_for, dense, with_dense_rows
+from adatape_kernels.ops.triton_specialization import (
+    ALIGNMENT,
+    compiled_for,
+    dense,
+    with_dense_rows,
+)
 
 
 @compiled_for(aligned=("dout_ptr", "out_ptr"))
@@ -63,6 +82,7 @@ def _elastic_attention_bwd_kernel(
     stride_kh,
     stride_vn,
     stride_vh,
+    stride_gm,
     rows,
     num_heads,
     batch,
@@ -81,8 +101,9 @@ def _elastic_attention_bwd_kernel(
         return
     rows_m = tile_rows(place, tile * BLOCK_M, BLOCK_M)
     columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < HEAD_DIM
-    offset, stride = head * HEAD_DIM, num_heads * HEAD_DIM
-    dqs, dks, dvs = (dq_ptr + offset, stride), (dk_ptr + offset, stride), (dv_ptr + offset, stride)
+    dqs = dq_ptr + head * HEAD_DIM, stride_gm
+    dks = dk_ptr + head * HEAD_DIM, stride_gm
+    dvs = dv_ptr + head * HEAD_DIM, stride_gm
     dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -150,13 +171,58 @@ def elastic_attention_bwd(
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels."""
+    gradients = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    _write_gradients(gradients, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
+    return gradients
+
+
+@kernel(limits)
+def elastic_attention_qkvpacked_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    max_rows: int | None,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Launch the kernels, which write into the three parts of one gradient.
+
+    Where the parts do not all begin at multiples of 16 bytes, as the kernels take it for granted,
+    they are written apart first.
+    """
+    q, k, v = qkv.unbind(1)
+    dqkv = qkv.new_empty(qkv.shape)
+    apart = bool(dqkv.stride(1) * dqkv.element_size() % ALIGNMENT)
+    parts = [q.new_empty(q.shape) for _ in range(3)] if apart else dqkv.unbind(1)
+    _write_gradients(parts, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
+    return torch.stack(parts, 1, out=dqkv) if apart else dqkv
+
+
+def _write_gradients(
+    gradients: Sequence[Tensor],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    softmax_scale: float | None,
+) -> None:
+    """Launch the kernels, which write dq, dk and dv; the three have the same strides.
+
+    From a head to the next it is head_dim.
+    """
+    dq, dk, dv = gradients
     rows, num_heads, head_dim = q.shape
     options = options_of(q.dtype, head_dim, backward=True)
     dout, q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (dout, q, k, v))
     out, lse = dense(out), lse.contiguous()
     (stride_dm, stride_dh, _), (stride_qm, stride_qh, _) = dout.stride(), q.stride()
     (stride_kn, stride_kh, _), (stride_vn, stride_vh, _) = k.stride(), v.stride()
-    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     delta = lse.new_empty(lse.shape)
     batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
     block_delta = min(_DELTA_FEATURES // options["BLOCK_D"], _DELTA_ROWS)
@@ -198,10 +264,10 @@ def elastic_attention_bwd(
         stride_kh=stride_kh,
         stride_vn=stride_vn,
         stride_vh=stride_vh,
+        stride_gm=dq.stride(0),
         rows=rows,
         num_heads=num_heads,
         batch=batch,
         scale=scale,
         **options,
     )
-    return dq, dk, dv

@@ -30,7 +30,7 @@ struct CudaElasticAttentionParams {
   CudaHeadRows q, k, v;      // (rows, num_heads, kHeadDim)
   CudaHeadRows out;          // the same shape, without gaps
   CudaHeadRows dout;         // the same shape, backward only
-  CudaHeadRows dq, dk, dv;   // the same shape, without gaps, backward only
+  CudaHeadRows dq, dk, dv;   // the same shape, backward only
   float* lse;                // (num_heads, rows)
   const int32_t* cu_inputs;  // (batch + 1,)
   const int32_t* cu_tapes;   // (batch + 1,)
@@ -233,6 +233,14 @@ __device__ __forceinline__ int64_t first_unused(const CudaElasticAttentionParams
   return clamp(p.cu_tapes[p.batch], 0, p.rows);
 }
 
+// Returns a chunk of a head's elements in a row of the buffer.
+__device__ __forceinline__ uint4* chunk_of(const CudaHeadRows& x, int64_t row, int64_t head,
+                                           int64_t chunk) {
+  constexpr int64_t kChunkElements = kHeadDim / kChunks;
+  const int64_t chunks = (row * x.stride_row + head * x.stride_head) / kChunkElements;
+  return static_cast<uint4*>(x.data) + chunks + chunk;
+}
+
 // Returns whether the block's example has more rows than max_rows said. If so, its rows of the
 // results become NaN: the attention of its first rows alone would be wrong, and to refuse the
 // example would take a copy to the host.
@@ -247,9 +255,8 @@ __device__ __forceinline__ bool spoiled(const CudaElasticAttentionParams& p,
   for (const int32_t* offsets : {p.cu_inputs, p.cu_tapes}) {
     const int64_t first = clamp(offsets[i], 0, p.rows), end = clamp(offsets[i + 1], 0, p.rows);
     for (int64_t at = first * kChunks + threadIdx.x; at < end * kChunks; at += blockDim.x) {
-      const int64_t chunk = (at / kChunks * p.num_heads + head) * kChunks + at % kChunks;
       for (const CudaHeadRows& x : results) {
-        static_cast<uint4*>(x.data)[chunk] = make_uint4(kNaNs, kNaNs, kNaNs, kNaNs);
+        *chunk_of(x, at / kChunks, head, at % kChunks) = make_uint4(kNaNs, kNaNs, kNaNs, kNaNs);
       }
     }
   }
@@ -260,9 +267,10 @@ __device__ __forceinline__ bool spoiled(const CudaElasticAttentionParams& p,
 __device__ __forceinline__ void zero_unused(const CudaElasticAttentionParams& p,
                                             const CudaHeadRows& x) {
   const int64_t row_chunks = int64_t{kChunks} * p.num_heads;
-  uint4* const chunks = static_cast<uint4*>(x.data);
-  share(first_unused(p) * row_chunks, p.rows * row_chunks,
-        [chunks](int64_t i) { chunks[i] = make_uint4(0, 0, 0, 0); });
+  share(first_unused(p) * row_chunks, p.rows * row_chunks, [&x, row_chunks](int64_t i) {
+    const int64_t place = i % row_chunks;
+    *chunk_of(x, i / row_chunks, place / kChunks, place % kChunks) = make_uint4(0, 0, 0, 0);
+  });
 }
 
 }  // namespace adatape::cuda

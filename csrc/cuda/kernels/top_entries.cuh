@@ -40,20 +40,51 @@ __device__ inline OrderedEntry shuffled(OrderedEntry x, int from) {
   return {__shfl_sync(kFullMask, x.order, from), __shfl_sync(kFullMask, x.entry, from)};
 }
 
-// Lane j holds the j-th best entry so far in `best`, and every lane holds one more candidate in
-// `mine`. The candidates that belong among the `topk` best are put into their places, one after
-// another.
-__device__ inline void keep_best(OrderedEntry& best, OrderedEntry mine, int topk) {
+// Lane j holds the j-th best entry so far in `best`, and every lane holds more candidates in
+// `mine`. The best candidate of all lanes moves to its place, as long as it belongs among the
+// `topk` best: a turn is two reductions of the hardware, and there are no more turns than places.
+// `mine` is used up.
+template <int Candidates>
+__device__ inline void keep_best(OrderedEntry& best, OrderedEntry (&mine)[Candidates], int topk) {
   const int lane = threadIdx.x % kWarpSize;
-  const OrderedEntry last = shuffled(best, topk - 1);
-  const bool wanted = mine.order != kUnreadable && better(mine, last);
-  for (unsigned left = __ballot_sync(kFullMask, wanted); left != 0; left &= left - 1) {
-    const OrderedEntry next = shuffled(mine, __ffs(static_cast<int>(left)) - 1);
+  for (int turn = 0; turn < topk; ++turn) {
+    OrderedEntry first = mine[0];
+#pragma unroll
+    for (int n = 1; n < Candidates; ++n) {
+      if (better(mine[n], first)) first = mine[n];
+    }
+    const OrderedEntry last = shuffled(best, topk - 1);
+    const bool wanted = first.order != kUnreadable && better(first, last);
+    if (!__any_sync(kFullMask, wanted)) return;
+    const int order = __reduce_max_sync(kFullMask, wanted ? first.order : kUnreadable);
+    const int entry =
+        __reduce_min_sync(kFullMask, wanted && first.order == order ? first.entry : INT_MAX);
+    const OrderedEntry next{order, entry};
     const int place = __popc(__ballot_sync(kFullMask, better(best, next)));
     const OrderedEntry before{__shfl_up_sync(kFullMask, best.order, 1),
                               __shfl_up_sync(kFullMask, best.entry, 1)};
     if (lane > place) best = before;
     if (lane == place) best = next;
+#pragma unroll
+    for (int n = 0; n < Candidates; ++n) {
+      if (mine[n].entry == entry) mine[n].order = kUnreadable;
+    }
+  }
+}
+
+// Puts the best of `listed` entries, which are in any order, into their places in `best`.
+__device__ inline void merge_lists(OrderedEntry& best, const OrderedEntry* entries, int64_t listed,
+                                   int topk) {
+  constexpr int kAtOnce = 2;  // candidates of a lane
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t start = 0; start < listed; start += kAtOnce * kWarpSize) {
+    OrderedEntry some[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t n = start + i * kWarpSize + lane;
+      some[i] = n < listed ? entries[n] : kNoEntryYet;
+    }
+    keep_best(best, some, topk);
   }
 }
 
