@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops.triton_runtime import launch, num_blocks, tl, triton
-from adatape_kernels.ops.triton_segments import Segments, segments_in_any_order, segments_in_order
+from adatape_kernels.ops.triton_segments import (
+    SegmentOrder,
+    segments_in_any_order,
+    segments_in_order,
+)
 from adatape_kernels.ops.triton_specialization import compiled_for, elements_per_access
 
 # In a bank of an example's own, the contributions that a program looks at together; in a segment of
@@ -90,66 +94,7 @@ def segment_sum(
 def _sum_segments(
     rows: Tensor,
     entries: Tensor,
-    segments: Segments,
-    bank_size: int,
-    dtype: torch.dtype,
-    row_of: Tensor | None,
-    weights: Tensor | None,
-    leading: Tensor | None,
-) -> Tensor:
-    """Sum the segments of a shared bank: short ones at once, long ones part by part.
-
-    A launch sums every short segment and the parts of all others; where there can be long segments,
-    another adds up the sums of their parts.
-    """
-    width = rows.shape[1]
-    # As many parts behind the first one of their segment are there at most.
-    further = max(len(entries) - 1, 0) // _PART
-    out = rows.new_empty(bank_size, width, dtype=dtype)
-    partial = rows.new_empty(2, further + 1, width, dtype=torch.float32)
-    blocks = num_blocks(width, _BLOCK_D)
-    places = dict(
-        partial_ptr=partial,
-        out_ptr=out,
-        entries_ptr=entries,
-        order_ptr=segments.order,
-        starts_ptr=segments.starts,
-        bank_size=bank_size,
-        further=further,
-        width=width,
-    )
-    options = dict(PART=_PART, BLOCK_D=_BLOCK_D, num_warps=1)
-    lead_dim = 0 if leading is None else leading.shape[1]
-    kinds = (rows,) if leading is None else (rows, leading)
-    launch(
-        _segment_sum_shared_kernel,
-        (bank_size + further, blocks),
-        rows_ptr=rows,
-        row_of_ptr=row_of,
-        weights_ptr=weights,
-        leading_ptr=leading,
-        stride_r=rows.stride(0),
-        lead_dim=lead_dim,
-        VECTOR=elements_per_access(*kinds),
-        BLOCK_N=_BLOCK_SEGMENT,
-        **places,
-        **options,
-    )
-    launch(
-        _add_parts_kernel,
-        (further, blocks),
-        **places,
-        VECTOR=elements_per_access(rows),
-        BLOCK_N=_BLOCK_PARTS,
-        **options,
-    )
-    return out
-
-
-def _sum_segments(
-    rows: Tensor,
-    entries: Tensor,
-    segments: Segments,
+    segments: SegmentOrder,
     bank_size: int,
     dtype: torch.dtype,
     row_of: Tensor | None,

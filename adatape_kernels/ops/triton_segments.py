@@ -12,7 +12,7 @@ from adatape_kernels.ops.triton_specialization import compiled_for
 _BLOCK_COUNTS = 256
 
 
-class Segments(NamedTuple):
+class SegmentOrder(NamedTuple):
     """The contributions to a shared bank, entry by entry."""
 
     order: Tensor
@@ -21,14 +21,14 @@ class Segments(NamedTuple):
     """(bank_size + 1,) int32, where each entry's begin in `order`; those of none stand behind."""
 
 
-def segments_in_order(entries: Tensor, bank_size: int) -> Segments:
+def segments_in_order(entries: Tensor, bank_size: int) -> SegmentOrder:
     """Sort the contributions by entry and, within a segment, by their place among all of them."""
     in_order, order = torch.sort(entries, stable=True)
     limits = torch.arange(bank_size + 1, dtype=torch.int32, device=entries.device)
-    return Segments(order, torch.searchsorted(in_order, limits, out_int32=True))
+    return SegmentOrder(order, torch.searchsorted(in_order, limits, out_int32=True))
 
 
-def segments_in_any_order(entries: Tensor, bank_size: int) -> Segments:
+def segments_in_any_order(entries: Tensor, bank_size: int) -> SegmentOrder:
     """Count each entry's contributions; within a segment they stand as they were counted."""
     counts = entries.new_zeros(bank_size + 1)
     ranks, order = (entries.new_empty(len(entries)) for _ in range(2))
@@ -55,7 +55,7 @@ def segments_in_any_order(entries: Tensor, bank_size: int) -> Segments:
         **sizes,
         **options,
     )
-    return Segments(order, starts)
+    return SegmentOrder(order, starts)
 
 
 @compiled_for()

@@ -54,6 +54,15 @@ def check_cases() -> Iterator[CheckCase]:
         yield case
         if bank == "learnable":
             yield _deterministic(case)
+    for bank, batch, size, dim, key_dim in (
+        ("input-driven", 6, 784, 384, 64),
+        ("learnable", 20, 2500, 384, 64),
+        ("learnable", 2100, 30, 64, 64),  # long segments, and many offsets as above
+    ):
+        case = _read_case(bank, batch, size, dim, key_dim)
+        yield case
+        if bank == "learnable":
+            yield _deterministic(case)
     for head_dim, lens in (
         (64, ([197, 50, 1, 0, 256, 64, 100], [10, 3, 0, 0, 0, 1, 28])),
         (32, ([17, 31, 0], [0, 2, 5])),
@@ -121,6 +130,24 @@ def _gather_case(bank: str, batch: int, size: int, dim: int, capacity: int | Non
 
     size_of = "exact" if capacity is None else f"capacity {capacity}"
     return CheckCase("tape_gather", f"{bank} bank of {size} × {dim}, {size_of}", inputs, call)
+
+
+def _read_case(bank: str, batch: int, size: int, dim: int, key_dim: int) -> CheckCase:
+    """Return a read whose keys are part of the bank: its gradient is an op of its own."""
+    shape = (size, dim) if bank == "learnable" else (batch, size, dim)
+
+    def inputs() -> list[Tensor]:
+        return [torch.randn(batch, key_dim), torch.randn(shape)]
+
+    def call(query: Tensor, values: Tensor) -> Results:
+        tape, offsets, selection = ops.tape_read(
+            query, values, num_tape_tokens=3, topk=5, halt_threshold=1.8
+        )
+        differentiable = (tape, selection.weights, selection.ponder)
+        return differentiable, (offsets, selection.indices, selection.counts)
+
+    name = f"{bank} bank of {size} × {dim}, keys of {key_dim}"
+    return CheckCase("tape_read_bwd", name, inputs, call)
 
 
 def _attention_case(head_dim: int, input_lens: list[int], tape_lens: list[int]) -> CheckCase:

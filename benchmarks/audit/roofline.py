@@ -32,7 +32,8 @@ from adatape_kernels.ops.op import operation
 
 MODULE = "adatape_kernels.benchmarks.audit.roofline"
 LIMIT = 1.3
-"""The most that `ratio` may be for gathering, and for attention at 50 to 256 rows."""
+"""The most that `ratio` may be for gathering, for a read's gradient, and for attention at 50 to 256
+rows."""
 
 
 @dataclass
@@ -130,7 +131,7 @@ def reading(
     shared: bool,
     repeats: int = 1,
 ) -> Iterator[RooflineLine]:
-    """Select and gather, forward and backward; no example halts before its tape is full.
+    """Select, gather, and do both in one op, forward and backward; no example halts early.
 
     The work of `batch` examples with banks of their own stands for `repeats` times as many.
     """
@@ -146,6 +147,12 @@ def reading(
         "tape_gather", bank, indices, weights, counts, num_tape_tokens * batch
     )
     gather_bwd, _ = measured("tape_gather_bwd", tape, bank, indices, weights, counts)
+    read_bwd, _ = measured(
+        *("tape_read_bwd", query, bank, tape, weights, ponder, weights, indices, counts),
+        *(True, "entropy"),
+    )
+    read_both = select.plus(gather)
+    read_both.launches = select.launches + gather.launches
 
     # Each entry that is read has an index and a weight of 4 bytes.
     total = batch * repeats
@@ -163,16 +170,25 @@ def reading(
     written = num_tape_tokens * total * row
     gathered = CountedWork(touched * row + written + 8 * read)
     gathered_bwd = CountedWork((touched + entries) * row + written + 12 * read)
+    # A read has the keys at hand, and needs the other features of the rows that it merges. Its
+    # gradient is one bank, in which the keys' gradient is part of the rows'.
+    other = touched * (row - key)
+    read_whole = CountedWork(entries * key + other + written + 8 * read, scores + merged)
+    read_whole_bwd = CountedWork((touched + entries) * row + written + 12 * read, 4 * merged)
     read_shape, gather_shape = f"{kind}, K={key_dim}", f"{kind}, D={dim}"
+    whole_shape = f"{kind}, D={dim}, K={key_dim}"
     for name, sizes, needed, ours in (
         ("tape_select", read_shape, selected, select),
         ("tape_select_bwd", read_shape, selected_bwd, select_bwd),
         ("tape_gather", gather_shape, gathered, gather),
         ("tape_gather_bwd", gather_shape, gathered_bwd, gather_bwd),
+        ("tape_read", whole_shape, read_whole, read_both),
+        ("tape_read_bwd", whole_shape, read_whole_bwd, read_bwd),
     ):
         shape = f"{sizes}, k={topk}, T={num_tape_tokens}"
         whole = CountedWork().plus(ours, repeats)
-        yield RooflineLine(name, shape, needed, whole, limited="gather" in name)
+        limited = "gather" in name or name == "tape_read_bwd"
+        yield RooflineLine(name, shape, needed, whole, limited)
 
 
 def feed_forwards(

@@ -18,7 +18,6 @@ from adatape_kernels.benchmarks.harness.cases import (
     BenchmarkCase,
     Prepared,
     Provider,
-    with_backward,
 )
 from adatape_kernels.benchmarks.harness.suites import (
     Positive,
@@ -31,6 +30,7 @@ from adatape_kernels.benchmarks.harness.suites import (
 )
 from adatape_kernels.benchmarks.ops.bench_model import (
     CLASSES,
+    MODEL_BACKWARDS,
     MODEL_OPS,
     PIXELS,
     Variant,
@@ -166,7 +166,7 @@ def case(shape: SizesShape, direction: str, dtype: torch.dtype, device_type: str
         bytes=images + parameters * (2 if training else 1),
         agree=agree_on_most,
         peaks=training,
-        measured_ops=[name for op in MODEL_OPS for name in with_backward(op, backward=training)],
+        measured_ops=[*MODEL_OPS, *(MODEL_BACKWARDS if training else ())],
         sets=1,
     )
 

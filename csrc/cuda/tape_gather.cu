@@ -7,6 +7,7 @@
 #include "../allocation.h"
 #include "kernels/tape_gather_kernels.cuh"
 #include "launch.h"
+#include "sum_segments.h"
 #include "template_arguments.h"
 
 namespace adatape::cuda {
@@ -148,7 +149,7 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
   p.entries = gradients.entries.mutable_data_ptr<int32_t>();
   p.row_of = gradients.row_of.mutable_data_ptr<int32_t>();
   p.dbank = gradients.dbank.data_ptr();
-  p.atomic = atomic;
+  p.kind = atomic ? MergedGradients::kAdded : MergedGradients::kNoted;
   if (!p.fused) write_offsets(p, stream);
 
   const int64_t num_banks = own_banks ? p.batch : 1;
@@ -168,14 +169,11 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
                               .block_threads = kGatherThreads,
                               .static_bytes = kGatherStaticBytes,
                               .stream = stream};
-  const LaunchConfig by_entry{.grid = {.x = segment_sum_blocks(segments)},
-                              .block_threads = kSegmentSumThreads,
-                              .stream = stream};
   with_type_of(bank, [&]<class T>() {
     with_flags(
         [&]<bool Aligned>() {
           launch(tape_gather_bwd_kernel<T, Aligned>, by_token, p);
-          if (!atomic) launch(segment_sum_kernel<T, T, Aligned>, by_entry, segments);
+          if (!atomic) sum_segments<T, T, Aligned>(segments, !own_banks, bank, stream);
         },
         rows_aligned({dtape, bank}));
   });

@@ -11,6 +11,7 @@
 #include "kernels/tape_select_fwd.cuh"
 #include "kernels/tape_select_tiles.cuh"
 #include "launch.h"
+#include "sum_segments.h"
 #include "template_arguments.h"
 
 namespace adatape::cuda {
@@ -228,7 +229,10 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
       .dquery = gradients.dquery.data_ptr(),
       .dkeys = kind == KeyGradients::kContributions ? gradients.contributions.data_ptr()
                                                     : gradients.dkeys.data_ptr(),
-      .entries = gradients.entries.mutable_data_ptr<int32_t>(),
+      .stride_dkey = query.size(1),
+      .entries = kind == KeyGradients::kContributions
+                     ? gradients.entries.mutable_data_ptr<int32_t>()
+                     : nullptr,
       .bank_size = keys.size(keys.dim() - 2),
       .key_dim = query.size(1),
       .num_tape_tokens = static_cast<int32_t>(indices.size(1)),
@@ -255,15 +259,12 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
                                 .block_threads = kSelectBwdThreads,
                                 .static_bytes = sizeof(TapeSelectBwdShared),
                                 .stream = stream};
-  const LaunchConfig by_entry{.grid = {.x = segment_sum_blocks(segments)},
-                              .block_threads = kSegmentSumThreads,
-                              .stream = stream};
   with_type_of(query, [&]<class T>() {
     with_flags(
         [&]<bool Aligned>() {
           launch(tape_select_bwd_kernel<T, Aligned>, by_example, p);
           if (kind == KeyGradients::kContributions) {
-            launch(segment_sum_kernel<float, T, Aligned>, by_entry, segments);
+            sum_segments<float, T, Aligned>(segments, true, query, stream);
           }
         },
         rows_aligned({keys}));

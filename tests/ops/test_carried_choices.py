@@ -157,7 +157,7 @@ def test_what_stands_in_the_graphs(fresh_compiler):
     forward, later = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
     assert forward.count("adatape_carrying.present.default") == 1
     assert not [name for name in later if name.startswith("adatape.")]
-    assert sum(name.startswith("adatape_carrying.") for name in later) == 4
+    assert sum(name.startswith("adatape_carrying.") for name in later) == 3
     (present,) = (n for n in graphs[0].graph.nodes if "carrying" in str(n.target))
     assert tuple(present.meta["val"].shape) == (0,)
 

@@ -1,4 +1,4 @@
-"""The gradient of `tape_read` in C++: csrc/cpu/tape_read.cpp, or csrc/cuda/tape_read.cu on a GPU."""
+"""The gradient of `tape_read` in C++: csrc/cpu/tape_read.cpp and csrc/cuda/tape_read.cu."""
 
 from adatape_kernels.ops.compiled_part import DETERMINISTIC, cpp_kernel, cuda_kernel
 

@@ -16,6 +16,13 @@ struct TapeGatherStatus {
   int32_t index;        // one of these indices
 };
 
+// What becomes of the gradient of an entry that was merged into a token:
+//   kNoted   its read's entry and row are noted, as a contribution for a segment sum,
+//   kAdded   it is added, by atomics, to the gradient of a bank that examples share,
+//   kStored  it is stored, in part, in the gradient of the example's own bank, of which the example
+//            reads no entry twice.
+enum class MergedGradients { kNoted, kAdded, kStored };
+
 // Strides are in elements. The members at the end are null in the forward.
 struct CudaTapeGatherParams {
   const void* bank;                    // (bank_size, dim) shared, or (batch, bank_size, dim)
@@ -39,9 +46,12 @@ struct CudaTapeGatherParams {
   // The rest is for the backward only.
   float* dweights = nullptr;   // (batch, num_tape_tokens, topk)
   int32_t* entries = nullptr;  // (batch, num_tape_tokens, topk), each read's entry, or kNoEntry
-  int32_t* row_of = nullptr;   // (batch, num_tape_tokens, topk), the tape row of each read
-  void* dbank = nullptr;       // shaped as bank, contiguous; float32 if atomic
-  bool atomic = false;         // whether the reads add to dbank by atomics, as they come
+  int32_t* row_of =
+      nullptr;            // (batch, num_tape_tokens, topk), the tape row of each read, or kNoRow
+  void* dbank = nullptr;  // shaped as bank, contiguous; float32 if kAdded
+  MergedGradients kind = MergedGradients::kNoted;
+  const float* given = nullptr;  // (batch, num_tape_tokens, topk), added to dweights, or null
+  int64_t key_dim = 0;           // if kStored: from this feature on rows of dbank are written
 };
 
 constexpr int kGatherThreads = 256;
@@ -100,7 +110,7 @@ __device__ inline void write_offsets(const CudaTapeGatherParams& p) {
 
 // Block 0 writes the offsets, and notes the number of rows and the corrupt counts in the status. In
 // the other blocks, if the launch has any, each thread looks at the index of one read.
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+static __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     tape_gather_offsets_kernel(CudaTapeGatherParams p) {
   if (blockIdx.x == 0) {
     write_offsets(p);
@@ -201,8 +211,8 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 }
 
 // Warp w writes the gradient of the weights of token w: for each read the product of dtape's row
-// with the bank's entry. If atomic, it also adds to the bank's gradient; else it notes each read's
-// entry and row, which segment_sum_kernel takes as contributions.
+// with the bank's entry, and the gradient that is given. What it does for the bank's gradient the
+// parameters' kind says.
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     tape_gather_bwd_kernel(CudaTapeGatherParams p) {
@@ -211,29 +221,45 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   const int64_t token = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarpSize;
   const TokenRow at = locate(p, token);
   if (at.example >= p.batch) return;
+  const bool is_read = token % p.num_tape_tokens < count_of(p, at.example);
   const T* const dtape = static_cast<const T*>(p.tape) + at.row * p.stride_tape;
   for (int64_t read = token * p.topk; read < (token + 1) * p.topk; ++read) {
-    const int64_t entry = at.exists ? entry_of(p, read) : kNoEntry;
+    const int64_t entry = is_read ? entry_of(p, read) : kNoEntry;
     const float weight = p.weights[read];
     float dot = 0.0f;
     for (int64_t d = lane * kPack; at.exists && d < p.dim; d += kWarpSize * kPack) {
       const Pack<T> value = load_pack<Aligned>(bank_row<T>(p, at.example, entry), d, p.dim);
       const Pack<T> dmerged = load_pack<Aligned>(dtape, d, p.dim);
+      float drow[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
+        drow[i] = weight * to_float(dmerged.x[i]);
         dot += to_float(value.x[i]) * to_float(dmerged.x[i]);
-        if (p.atomic) {
-          float* const to = static_cast<float*>(p.dbank) + entry * p.dim + d + i;
-          if (Aligned || d + i < p.dim) atomicAdd(to, weight * to_float(dmerged.x[i]));
+      }
+      if (p.kind == MergedGradients::kAdded) {
+        float* const to = static_cast<float*>(p.dbank) + entry * p.dim + d;
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          if (Aligned || d + i < p.dim) atomicAdd(to + i, drow[i]);
+        }
+      } else if (p.kind == MergedGradients::kStored && d + kPack > p.key_dim) {
+        T* const to = static_cast<T*>(p.dbank) + (at.example * p.bank_size + entry) * p.dim;
+        if (d >= p.key_dim) {
+          store_pack<Aligned>(to, d, p.dim, drow);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) {
+            if (d + i >= p.key_dim && d + i < p.dim) to[d + i] = from_float<T>(drow[i]);
+          }
         }
       }
     }
     dot = warp_sum(dot);
     if (lane != 0) continue;
-    p.dweights[read] = dot;
-    if (!p.atomic) {
+    p.dweights[read] = dot + (p.given != nullptr ? p.given[read] : 0.0f);
+    if (p.kind == MergedGradients::kNoted) {
       p.entries[read] = static_cast<int32_t>(entry);
-      p.row_of[read] = static_cast<int32_t>(at.row);
+      p.row_of[read] = at.exists ? static_cast<int32_t>(at.row) : kNoRow;
     }
   }
 }

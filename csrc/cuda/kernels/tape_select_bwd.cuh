@@ -33,10 +33,11 @@ struct CudaTapeSelectBwdParams {
   // backward its gradient: (batch, num_tape_tokens + 1, key_dim).
   float* states;
   void* dquery;  // (batch, key_dim)
-  // By kind: kStored (batch, bank_size, key_dim) as keys, kAdded (bank_size, key_dim) in float32,
-  // kContributions (batch, num_tape_tokens, topk, key_dim) in float32.
+  // By kind: kStored (batch, bank_size, key_dim or more) as keys, kAdded (bank_size, key_dim or
+  // more) in float32, kContributions (batch, num_tape_tokens, topk, key_dim) in float32.
   void* dkeys;
-  int32_t* entries;  // (batch, num_tape_tokens, topk), if kContributions: each read's entry
+  int64_t stride_dkey;  // from a row of these to the next
+  int32_t* entries;     // (batch, num_tape_tokens, topk), each read's entry; or null if nobody asks
   int64_t bank_size;
   int64_t key_dim;
   int32_t num_tape_tokens;
@@ -45,6 +46,14 @@ struct CudaTapeSelectBwdParams {
   bool average_query;  // whether the next query is the mean of query and merged keys
   bool entropy;        // whether the ponder loss is the entropy, else the top-1 loss
   KeyGradients kind;
+
+  // The gradient of the tape that the entries were merged into, or null. What it adds to the keys'
+  // features is added before they are stored, if kStored.
+  const void* dtape = nullptr;         // (tape_rows, key_dim or more)
+  int64_t stride_tape = 0;             // from a row of the tape to the next
+  int64_t tape_rows = 0;               // of the tape, used or not
+  const float* merged_with = nullptr;  // (batch, num_tape_tokens, topk), the weights of the merging
+  const int32_t* offsets = nullptr;    // (batch + 1,), where each example's rows of the tape begin
 };
 
 constexpr int kSelectBwdThreads = 128;
@@ -167,8 +176,13 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
       dscores[lane] = weight * (dweight - mean) * p.scale;
     }
     __syncthreads();
+    const T* dmerged = nullptr;
+    if (p.dtape != nullptr && p.offsets[at.example] + token < p.tape_rows) {
+      dmerged = static_cast<const T*>(p.dtape) + (p.offsets[at.example] + token) * p.stride_tape;
+    }
     for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
       const float following = dnext[d], before = q[d];
+      const float merged = dmerged != nullptr ? to_float(dmerged[d]) : 0.0f;
       float dq = keep * following;
       for (int j = 0; j < p.topk; ++j) {
         const int64_t entry = at.entry(token, j);
@@ -176,11 +190,12 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
         dq = fmaf(dscores[j], to_float(at.key(entry)[d]), dq);
         if (p.kind == KeyGradients::kStored) {
           const int64_t row = at.example * p.bank_size + entry;
-          static_cast<T*>(p.dkeys)[row * p.key_dim + d] = from_float<T>(dkey);
+          const float weight = dmerged != nullptr ? p.merged_with[at.read(token, j)] : 0.0f;
+          static_cast<T*>(p.dkeys)[row * p.stride_dkey + d] = from_float<T>(dkey + weight * merged);
         } else if (p.kind == KeyGradients::kAdded) {
-          atomicAdd(static_cast<float*>(p.dkeys) + entry * p.key_dim + d, dkey);
+          atomicAdd(static_cast<float*>(p.dkeys) + entry * p.stride_dkey + d, dkey);
         } else {
-          static_cast<float*>(p.dkeys)[at.read(token, j) * p.key_dim + d] = dkey;
+          static_cast<float*>(p.dkeys)[at.read(token, j) * p.stride_dkey + d] = dkey;
         }
       }
       q[d] = dq;
@@ -192,7 +207,7 @@ __global__ void __launch_bounds__(kSelectBwdThreads, kSelectBwdBlocks)
   for (int64_t d = threadIdx.x; d < p.key_dim; d += kSelectBwdThreads) {
     dquery[d] = from_float<T>(at.state(0)[d]);
   }
-  if (p.kind == KeyGradients::kContributions) {
+  if (p.entries != nullptr) {
     for (int r = threadIdx.x; r < p.num_tape_tokens * p.topk; r += kSelectBwdThreads) {
       const int token = r / p.topk, j = r % p.topk;
       p.entries[at.read(token, j)] =
