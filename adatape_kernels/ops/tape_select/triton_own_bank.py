@@ -68,7 +68,7 @@ def _score(
     mask_m = offs_m < bank_size
     key_rows = keys_ptr + offs_m.to(tl.int64) * stride_km
     products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for chunk in tl.static_range(NUM_CHUNKS):
+    for chunk in tl.range(0, NUM_CHUNKS, loop_unroll_factor=3):
         offs_k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < key_dim
         key = tl.load(key_rows[:, None] + offs_k, mask=mask_m[:, None] & mask_k, other=0.0)

@@ -185,7 +185,7 @@ def tiled_bank_config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
     if shared:
         block_b = 64 if key_dim > 128 and split else 16
         block_m, num_warps = 128, 8 if block_b == 64 else 4
-        block_k = min(max(width, 16), 32)
+        block_k = min(max(width, 16), 32) if split else 16
     else:
         block_b, block_m, num_warps = 1, 256, 8
         block_k = min(max(width, vector), 4 * vector)
@@ -201,7 +201,7 @@ def tiled_bank_config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
         BLOCK_C=min(width, max(1024 // block_j, 8)),
         num_warps=num_warps,
         num_stages=3,
-        maxnreg=255 if block_b == 64 else 128,
+        maxnreg=255 if block_b == 64 else 168 if shared and not split else 128,
     )
 
 
