@@ -17,6 +17,7 @@ PARTS = (
     ("reference",),
     ("elastic", "elastic_examples", "elastic_layout"),
     ("ops",),
+    ("halting",),
     ("layers",),
     ("data",),
     ("models",),

@@ -1,0 +1,314 @@
+"""Encoders whose examples or rows halt, and leave the batch: universal ones and A-ViT's."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adatape_kernels.arguments import check_flag, check_int, check_kind, check_number
+from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.halting import Halting, HaltingState
+from adatape_kernels.layers.elastic_module import ElasticModule
+from adatape_kernels.layers.encoder import ElasticEncoderLayer
+from adatape_kernels.layers.layer_checks import check_size
+from adatape_kernels.layers.torch_modules import NORM_EPS
+
+ApplyLayer = Callable[[ElasticEncoderLayer, ElasticBatch, HaltingState | None], ElasticBatch]
+"""How a layer is applied to a batch; where halted rows stay in it, the state says which."""
+
+
+def apply_layer(
+    layer: ElasticEncoderLayer, batch: ElasticBatch, state: HaltingState | None
+) -> ElasticBatch:
+    """Apply a layer to all rows of a batch, each of which all others of its example see."""
+    return layer(batch)
+
+
+class Halted(NamedTuple):
+    """What an encoder returns whose examples or rows halt."""
+
+    batch: ElasticBatch
+    """The encoded rows, all that the encoder was given."""
+    state: HaltingState | None
+    """The state after the last step, or None where nothing halts."""
+    means: Tensor | None
+    """(layers,) the mean halting probability of each layer, where the encoder has it."""
+
+
+class MeanHaltingUnit(nn.Module):
+    """A halting probability for each example, or for each row: σ(a · row + b), averaged by example.
+
+    The parameters, and what is computed of them, are float32.
+
+    Args:
+        dim: width of a token.
+        bias_init: b at first; a is 0.
+
+    Raises:
+        ValueError: dim is below 1, or bias_init is not finite.
+        TypeError: an argument is of another type altogether.
+
+    Source: SPEC 11.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> unit = ak.layers.MeanHaltingUnit(4, bias_init=0.0)
+        >>> state = ak.halting.Halting.act().start(ak.ElasticBatch.from_padded(torch.ones(2, 3, 4)))
+        >>> unit(state).tolist()
+        [0.5, 0.5]
+    """
+
+    def __init__(self, dim: int, bias_init: float = -1.0):
+        super().__init__()
+        check_number("bias_init", bias_init)
+        self.projection = nn.Linear(check_size("dim", dim), 1)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.constant_(self.projection.bias, float(bias_init))
+
+    def forward(self, state: HaltingState) -> Tensor:
+        """Return (examples,) or (rows,) probabilities of the running batch, by the rule's level.
+
+        Args:
+            state: the state before the step, whose batch is what the step's layer computes on.
+        """
+        batch, weight = state.batch, self.projection.weight
+        rows = torch.sigmoid(self.projection(batch.data.to(weight.dtype)))
+        return rows.squeeze(1) if state.of_rows else batch.with_data(rows).pool("mean").squeeze(1)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class FeatureGate(nn.Module):
+    """A halting probability for each row, from one feature of it: σ(scale · row[0] − center).
+
+    Args:
+        scale, center: γ and β.
+        keep_class_token: whether the first row of each example runs to the last layer.
+
+    Raises:
+        ValueError: a number is not finite.
+        TypeError: an argument is of another type altogether.
+
+    Source: SPEC 12.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> gate = ak.layers.FeatureGate(scale=2.0, center=1.0)
+        >>> state = ak.halting.Halting.avit().start(ak.ElasticBatch.from_padded(torch.ones(1, 2, 4)))
+        >>> gate(state, torch.full((2, 4), 0.5)).tolist()
+        [0.5, 0.5]
+    """
+
+    def __init__(self, scale: float = 10.0, center: float = 30.0):
+        super().__init__()
+        check_number("scale", scale)
+        check_number("center", center)
+        self.scale, self.center = float(scale), float(center)
+
+    def forward(self, state: HaltingState, data: Tensor) -> Tensor:
+        """Return (rows,) probabilities.
+
+        Args:
+            state: the state before the step.
+            data: (rows, dim), what the step's layer made of the rows of its batch.
+        """
+        return torch.sigmoid(self.scale * data[:, 0].to(state.total.dtype) - self.center)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class UniversalEncoder(ElasticModule):
+    """Steps of one or more layers, after each of which an example may halt (ACT).
+
+    Args:
+        layers: the layers; step n takes number n mod len(layers), so that one is shared by all
+            steps, two take turns, and as many as steps are not shared at all.
+        dim: width of a token.
+        max_steps: most steps that an example takes.
+        halting: the rule, or None to take all steps and return the last states.
+        halting_bias_init: the bias of the halting unit at first.
+        norm_eps: epsilon of the final LayerNorm.
+
+    Raises:
+        ValueError: there are no layers, or an argument is out of range.
+        TypeError: an argument is of another type altogether.
+
+    Source: SPEC 11.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> layer = ak.layers.ElasticEncoderLayer(8, 2, 16)
+        >>> encoder = ak.layers.UniversalEncoder([layer], 8, 6, ak.halting.Halting.act())
+        >>> halted = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
+        >>> halted.state.updates.tolist()  # at first every step adds σ(-1) = 0.27
+        [4, 4]
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[ElasticEncoderLayer],
+        dim: int,
+        max_steps: int,
+        halting: Halting | None = None,
+        *,
+        halting_bias_init: float = -1.0,
+        norm_eps: float = NORM_EPS,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList([*layers])
+        if not self.layers:
+            raise ValueError("layers: expected one or more, got none")
+        check_number("norm_eps", norm_eps, 0)
+        if halting is not None:
+            check_kind("halting", halting, Halting)
+        self.dim = check_size("dim", dim)
+        self.max_steps = check_size("max_steps", max_steps)
+        self.halting = halting
+        self.unit = None if halting is None else MeanHaltingUnit(dim, halting_bias_init)
+        self.norm = nn.LayerNorm(dim, norm_eps)
+
+    def forward(
+        self,
+        x: ElasticBatch,
+        *,
+        apply: ApplyLayer = apply_layer,
+        halting: Halting | None = None,
+    ) -> Halted:
+        """Encode a batch.
+
+        Args:
+            x: rows (rows, dim) of the parameters' dtype.
+            apply: how a layer is applied to a batch.
+            halting: a rule for this call in the place of the encoder's own.
+
+        Raises:
+            TypeError: x is no ElasticBatch.
+        """
+        check_kind("x", x, ElasticBatch)
+        rule = halting or self.halting
+        if rule is None or self.unit is None:
+            for step in range(self.max_steps):
+                x = apply(self._layer(step), x, None)
+            return Halted(x.with_data(self.norm(x.data)), None, None)
+        state = rule.start(x)
+        for step in range(self.max_steps):
+            if state.done:
+                break
+            probabilities = self.unit(state)
+            data = apply(self._layer(step), state.batch, state).data
+            last = step == self.max_steps - 1
+            state = rule.step(state, probabilities, data, last=last)
+        y = state.output
+        return Halted(y.with_data(self.norm(y.data)), state, None)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _layer(self, step: int) -> ElasticEncoderLayer:
+        layer = self.layers[step % len(self.layers)]
+        assert isinstance(layer, ElasticEncoderLayer)
+        return layer
+
+
+class AViTEncoder(ElasticModule):
+    """Layers after each of which single rows may halt and leave (A-ViT).
+
+    Args:
+        layers: the layers, in order.
+        dim: width of a token.
+        gate: what gives the halting probabilities, called as `FeatureGate.forward` is.
+        halting: the rule; None for `Halting.avit()`.
+        keep_class_token: whether the first row of each example halts in the last layer only.
+        norm_eps: epsilon of the final LayerNorm.
+
+    Raises:
+        ValueError: there are no layers, or an argument is out of range.
+        TypeError: an argument is of another type altogether.
+
+    Source: SPEC 12.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> layers = [ak.layers.ElasticEncoderLayer(8, 2, 16) for _ in range(3)]
+        >>> encoder = ak.layers.AViTEncoder(layers, 8, ak.layers.FeatureGate(1.0, -99.0))
+        >>> halted = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
+        >>> halted.state.rows_per_step, halted.means.shape  # all rows halt at once
+        ((8,), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[ElasticEncoderLayer],
+        dim: int,
+        gate: nn.Module,
+        halting: Halting | None = None,
+        *,
+        keep_class_token: bool = False,
+        norm_eps: float = NORM_EPS,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList([*layers])
+        if not self.layers:
+            raise ValueError("layers: expected one or more, got none")
+        check_number("norm_eps", norm_eps, 0)
+        check_kind("gate", gate, nn.Module)
+        check_flag("keep_class_token", keep_class_token)
+        self.halting = Halting.avit() if halting is None else halting
+        check_kind("halting", self.halting, Halting)
+        if self.halting.level != "row":
+            raise ValueError("halting: expected a rule by which rows halt, got one for examples")
+        self.dim = check_size("dim", dim)
+        self.gate = gate
+        self.keep_class_token = keep_class_token
+        self.norm = nn.LayerNorm(dim, norm_eps)
+
+    def forward(
+        self,
+        x: ElasticBatch,
+        *,
+        apply: ApplyLayer = apply_layer,
+        halting: Halting | None = None,
+    ) -> Halted:
+        """Encode a batch.
+
+        Args:
+            x: rows (rows, dim) of the parameters' dtype, the class token first in each example.
+            apply: how a layer is applied to a batch.
+            halting: a rule for this call in the place of the encoder's own.
+
+        Returns:
+            As `means`, of each layer the mean over the rows that it computed without class tokens,
+            0 where there were none.
+
+        Raises:
+            TypeError: x is no ElasticBatch.
+        """
+        check_kind("x", x, ElasticBatch)
+        rule = halting or self.halting
+        state, means = rule.start(x), []
+        # One entry more than there are rows, for unused rows, whose number is -1.
+        is_class = torch.zeros(x.data.shape[0] + 1, dtype=torch.bool, device=x.device)
+        starts = x.cu_inputs[:-1][x.cu_inputs.diff() > 0]
+        is_class = is_class.index_fill(0, starts.long(), True)
+        for number, layer in enumerate(self.layers):
+            if state.done:
+                means.append(state.total.new_zeros(()))
+                continue
+            assert isinstance(layer, ElasticEncoderLayer)
+            data = apply(layer, state.batch, state).data
+            probabilities = self.gate(state, data)
+            class_rows = is_class[state.origin.long()]
+            counted = state.rows_that_run & ~class_rows
+            total = probabilities.where(counted, 0).sum()
+            means.append(total / counted.sum().clamp(min=1))
+            if self.keep_class_token:
+                probabilities = probabilities.where(~class_rows, 0)
+            state = rule.step(state, probabilities, data, last=number == len(self.layers) - 1)
+        y = state.output
+        return Halted(y.with_data(self.norm(y.data)), state, torch.stack(means))
+
+    if TYPE_CHECKING:
+        __call__ = forward
