@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adatape_kernels.arguments import check_flag, check_int, check_kind, check_number
+from adatape_kernels.arguments import check_flag, check_kind, check_number
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import Halting, HaltingState
 from adatape_kernels.layers.elastic_module import ElasticModule
@@ -37,7 +37,7 @@ class Halted(NamedTuple):
 
 
 class MeanHaltingUnit(nn.Module):
-    """A halting probability for each example, or for each row: σ(a · row + b), averaged by example.
+    """A halting probability for each example, or row: sigmoid(a · row + b), averaged by example.
 
     The parameters, and what is computed of them, are float32.
 
@@ -81,10 +81,10 @@ class MeanHaltingUnit(nn.Module):
 
 
 class FeatureGate(nn.Module):
-    """A halting probability for each row, from one feature of it: σ(scale · row[0] − center).
+    """A halting probability for each row, sigmoid(scale · row[0] − center).
 
     Args:
-        scale, center: γ and β.
+        scale, center: the factor and what is taken away.
         keep_class_token: whether the first row of each example runs to the last layer.
 
     Raises:
@@ -96,7 +96,8 @@ class FeatureGate(nn.Module):
     Example:
         >>> import torch, adatape_kernels as ak
         >>> gate = ak.layers.FeatureGate(scale=2.0, center=1.0)
-        >>> state = ak.halting.Halting.avit().start(ak.ElasticBatch.from_padded(torch.ones(1, 2, 4)))
+        >>> batch = ak.ElasticBatch.from_padded(torch.ones(1, 2, 4))
+        >>> state = ak.halting.Halting.avit().start(batch)
         >>> gate(state, torch.full((2, 4), 0.5)).tolist()
         [0.5, 0.5]
     """
@@ -143,7 +144,7 @@ class UniversalEncoder(ElasticModule):
         >>> layer = ak.layers.ElasticEncoderLayer(8, 2, 16)
         >>> encoder = ak.layers.UniversalEncoder([layer], 8, 6, ak.halting.Halting.act())
         >>> halted = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
-        >>> halted.state.updates.tolist()  # at first every step adds σ(-1) = 0.27
+        >>> halted.state.updates.tolist()  # at first each step adds sigmoid(-1) = 0.27
         [4, 4]
     """
 
