@@ -120,6 +120,10 @@ class FeatureGate(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def extra_repr(self) -> str:
+        """Return the factor and what is taken away."""
+        return f"scale={self.scale:g}, center={self.center:g}"
+
 
 class UniversalEncoder(ElasticModule):
     """Steps of one or more layers, after each of which an example may halt (ACT).
@@ -207,6 +211,10 @@ class UniversalEncoder(ElasticModule):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def extra_repr(self) -> str:
+        """Return the number of steps, and when what halts."""
+        return f"max_steps={self.max_steps}, {described(self.halting)}"
 
     def _layer(self, step: int) -> ElasticEncoderLayer:
         layer = self.layers[step % len(self.layers)]
@@ -313,3 +321,19 @@ class AViTEncoder(ElasticModule):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def extra_repr(self) -> str:
+        """Return when rows halt."""
+        text = described(self.halting)
+        return f"{text}, keep_class_token=True" if self.keep_class_token else text
+
+
+def described(rule: Halting | None) -> str:
+    """Return in words when what halts."""
+    if rule is None:
+        return "halting=None"
+    leave = f", leave={rule.leave}" if rule.leave != rule.level else ""
+    forced = ", force_halt=True" if rule.force_halt else ""
+    return (
+        f"halting={rule.level}, threshold={rule.threshold:g}, update={rule.update}{leave}{forced}"
+    )

@@ -226,3 +226,10 @@ class TapeReader(ElasticModule):
             read_mask = chance < self.bank_dropout
         values, query = self.bank_norm(bank), self.bank_norm(query)
         return values, query.to(values.dtype), read_mask
+
+    def extra_repr(self) -> str:
+        """Return how much is read, and when reading stops."""
+        return (
+            f"num_tape_tokens={self.num_tape_tokens}, topk={self.topk}, "
+            f"halt_threshold={self.halt_threshold:g}, query={self.query}"
+        )

@@ -124,3 +124,7 @@ class ElasticAttention(ElasticModule):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def extra_repr(self) -> str:
+        """Return the width of a token and the number of heads."""
+        return f"dim={self.dim}, num_heads={self.num_heads}"

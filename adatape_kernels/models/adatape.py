@@ -144,3 +144,8 @@ class AdaTape(Classifier, ABC):
             True
         """
         return PaddedAdaTape(self)
+
+    def _choices_in_words(self) -> str:
+        c = self.config
+        reads = f", bank={c.bank}, read_layers={c.read_layers}"
+        return f"{reads}, num_tape_tokens={c.num_tape_tokens}, halt_threshold={c.halt_threshold:g}"

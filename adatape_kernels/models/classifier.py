@@ -365,3 +365,14 @@ class Classifier(TimmMethods, ABC):
         """
         weight = getattr(self.config, "ponder_weight", None)
         return None if weight is None else weight * output.ponder.sum(1).mean()
+
+    def extra_repr(self) -> str:
+        """Return the sizes of the model, and what it reads or halts by."""
+        c = self.config
+        sizes = (
+            f"depth={c.depth}, dim={c.dim}, num_heads={c.num_heads}, num_classes={c.num_classes}"
+        )
+        return f"{sizes}, pooling={c.pooling}{self._choices_in_words()}"
+
+    def _choices_in_words(self) -> str:
+        return ""
