@@ -41,12 +41,12 @@ def literal_act(blocks, unit, x, threshold, update="basic", level="example", for
                 weights.append(torch.zeros((), dtype=x.dtype))
                 continue
             each.steps += 1
-            if each.score + float(p[i]) > threshold or (force and n == len(blocks) - 1):
+            if each.score + float(p[i].detach()) > threshold or (force and n == len(blocks) - 1):
                 each.halted, each.remainder = True, left[i]
                 weights.append(left[i])
                 continue
             weights.append(p[i])
-            each.score += float(p[i])
+            each.score += float(p[i].detach())
             left[i] = left[i] - p[i]
             each.halted = each.score >= threshold
         w = torch.stack(weights).expand(len(x)) if level == "example" else torch.stack(weights)
@@ -76,7 +76,7 @@ def literal_rows_that_leave(blocks, gate, x, threshold, update, force, before, a
         for place, row in enumerate(alive):
             each = units[row]
             each.steps += 1
-            reached = each.score + float(p[place])
+            reached = each.score + float(p[place].detach())
             last = force and n == len(blocks) - 1
             if reached > threshold or last:
                 w, each.remainder = left[row], left[row]
@@ -90,4 +90,5 @@ def literal_rows_that_leave(blocks, gate, x, threshold, update, force, before, a
             y[row] = w * x[place] + ((1 - w) * y[row] if update == "basic" else y[row])
         alive = [alive[place] for place in stay]
         x = x[stay]
-    return torch.stack(y), [u.steps for u in units], [u.remainder for u in units], computed
+    y = torch.stack(y) if y else x
+    return y, [u.steps for u in units], [u.remainder for u in units], computed
