@@ -110,7 +110,8 @@ def report(function: Callable[..., Any], *arguments: Any, repeats: int = 3) -> H
                 f"function: expected one that takes the same steps each time, got "
                 f"{len(counted)} and {len(events)}"
             )
-    steps, rows = [], 0
+    steps: list[StepReport] = []
+    rows = 0
     for i, event in enumerate(counted):
         if event.begins:
             continue

@@ -202,6 +202,26 @@ class Halting:
         check_kind("state", state, HaltingState)
         check_flag("last", last)
         self._check_step(state, probabilities, data)
+        return self.advance(state, probabilities, data, last=last)
+
+    def advance(
+        self, state: HaltingState, probabilities: Tensor, data: Tensor, *, last: bool = False
+    ) -> HaltingState:
+        """Do what `step` does without its checks, for probabilities that come out of a sigmoid.
+
+        What has a probability of NaN halts with an output of NaN, and all else is as without it.
+
+        Args:
+            state, probabilities, data, last: as for `step`.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> rule = ak.halting.Halting.act()
+            >>> state = rule.start(ak.ElasticBatch.from_padded(torch.ones(2, 3, 4)))
+            >>> state = rule.advance(state, torch.tensor([torch.nan, 0.5]), state.batch.data)
+            >>> state.running.tolist(), state.output.data[3:, 0].tolist()
+            ([False, True], [0.5, 0.5, 0.5])
+        """
         p = probabilities.to(state.total.dtype)
         score, runs = state.of_units(state.all_scores), state.of_units(state.all_running)
         reached = score + p

@@ -201,7 +201,7 @@ class UniversalEncoder(ElasticModule):
             probabilities = self.unit(state)
             data = apply(self._layer(step), state.batch, state).data
             last = step == self.max_steps - 1
-            state = rule.step(state, probabilities, data, last=last)
+            state = rule.advance(state, probabilities, data, last=last)
         y = state.output
         return Halted(y.with_data(self.norm(y.data)), state, None)
 
@@ -307,7 +307,7 @@ class AViTEncoder(ElasticModule):
             means.append(total / counted.sum().clamp(min=1))
             if self.keep_class_token:
                 probabilities = probabilities.where(~class_rows, 0)
-            state = rule.step(state, probabilities, data, last=number == len(self.layers) - 1)
+            state = rule.advance(state, probabilities, data, last=number == len(self.layers) - 1)
         y = state.output
         return Halted(y.with_data(self.norm(y.data)), state, torch.stack(means))
 

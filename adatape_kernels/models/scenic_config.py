@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from adatape_kernels.layers import NORM_EPS, QueryType
-from adatape_kernels.models.config import MOST_TOKENS
+from adatape_kernels.models.encoder_config import MOST_TOKENS
 from adatape_kernels.models.parity import AdaTapeParityConfig
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.models.vit import AdaTapeViTConfig

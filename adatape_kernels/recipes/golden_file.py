@@ -14,7 +14,7 @@ from adatape_kernels import scenic
 from adatape_kernels.data.npz_file import NpzFile
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeParityConfig, AdaTapeViTConfig
-from adatape_kernels.models.config import MOST_VALUES
+from adatape_kernels.models.encoder_config import MOST_VALUES
 from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 

@@ -23,7 +23,7 @@ from adatape_kernels.models import (
     PaddedAdaTape,
     adatape_vit,
 )
-from adatape_kernels.models.config import MOST_LAYERS
+from adatape_kernels.models.encoder_config import MOST_LAYERS
 from adatape_kernels.recipes.train_config import TrainConfig
 from adatape_kernels.recipes.train_loop import TrainPlan
 
