@@ -63,7 +63,8 @@ class HaltingState:
         origin = torch.arange(batch.data.shape[0], device=device, dtype=torch.int32)
         if not batch.exact:
             origin = origin.where(origin < batch.cu_tapes[-1], -1)
-        running = origin >= 0 if of_rows else number >= 0
+        # An example without rows does not run, whatever other examples of its batch do.
+        running = origin >= 0 if of_rows else batch.lens > 0
         running = torch.nn.functional.pad(running, (0, 1))
         zeros = torch.zeros(running.shape, dtype=wide, device=device)
         total = torch.zeros(batch.data.shape, dtype=wide, device=device)
@@ -150,7 +151,7 @@ class HaltingState:
         if not self.of_rows:
             # The last entry is for unused rows, which belong to no example.
             values = torch.nn.functional.pad(values, (0, 1))[self.batch.example_of_rows()]
-        return values if self.batch.exact else values.where(self.origin >= 0, 0)
+        return values if self.batch.exact else values.masked_fill(self.origin < 0, 0)
 
     def after(self, total: Tensor, data: Tensor) -> "HaltingState":
         """Return the state with another output and other states of the rows of `batch`."""
