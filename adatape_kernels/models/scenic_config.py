@@ -70,7 +70,7 @@ def _plain_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
-    if config["classifier"] not in _POOLINGS:
+    if not isinstance(config["classifier"], str) or config["classifier"] not in _POOLINGS:
         raise ValueError(
             f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
         )
