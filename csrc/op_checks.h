@@ -152,13 +152,17 @@ inline void check_accumulate_rows(const char* name, const Tensor& total, const T
     check_tensor("total_weights", *total_weights, total, ScalarType::Float, {count});
 }
 
-// Refuses a total that cannot be written into, since several of its rows lie at one place.
+// Refuses a total that cannot be written into, since several of its elements lie at one place.
 inline void check_own_places(const Tensor& total) {
-  const int64_t rows = total.size(0), dim = total.size(1);
-  if ((rows > 1 && total.stride(0) < dim && total.stride(1) < rows) ||
-      (rows == 1 && dim > 1 && total.stride(1) == 0)) {
-    refuse("total: expected each element at a place of its own, got strides ", total.stride(0),
-           " and ", total.stride(1));
+  const int64_t larger = total.stride(0) < total.stride(1) ? 1 : 0, smaller = 1 - larger;
+  int64_t apart = 1;  // the number of elements that the smaller strides span
+  for (const int64_t d : {smaller, larger}) {
+    if (total.size(d) <= 1) continue;
+    if (total.stride(d) < apart) {
+      refuse("total: expected each element at a place of its own, got strides ", total.stride(0),
+             " and ", total.stride(1));
+    }
+    apart += total.stride(d) * (total.size(d) - 1);
   }
 }
 

@@ -267,7 +267,18 @@ def accumulate_rows(
     _check_accumulated("total", total, rows, source, weights, total_weights)
 
 
-accumulate_rows_ = accumulate_rows
+def accumulate_rows_(total: Tensor, *rest: Any) -> None:
+    """Raise ValueError for arguments that the op `accumulate_rows_` does not take."""
+    accumulate_rows(total, *rest)
+    places = sorted(each for each in zip(total.stride(), total.shape, strict=True) if each[1] > 1)
+    apart = 1  # the number of elements that the smaller strides span
+    for stride, size in places:
+        if stride < apart:
+            raise ValueError(
+                "total: expected each element at a place of its own, "
+                f"got strides {total.stride(0)} and {total.stride(1)}"
+            )
+        apart += stride * (size - 1)
 
 
 def accumulate_rows_bwd(

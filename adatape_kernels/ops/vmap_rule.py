@@ -33,14 +33,14 @@ def one_by_one(name: str, overload: Any) -> Callable[..., tuple]:
         if isinstance(results[0], Tensor):
             return _stacked(name, results), 0
         if overload._schema.is_mutable:
-            return (), ()
+            return None, None
         stacked = tuple(_stacked(name, parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
 
 
-def _stacked(name: str, parts: tuple[Tensor, ...]) -> Tensor:
+def _stacked(name: str, parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     shapes = sorted({tuple(part.shape) for part in parts})
     if len(shapes) > 1:
         raise NotImplementedError(

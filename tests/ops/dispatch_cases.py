@@ -5,8 +5,17 @@ import torch
 from adatape_kernels.ops import tape_select
 from adatape_kernels.ops.op import Ran
 
-OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
+OPS = (
+    "tape_select",
+    "tape_gather",
+    "elastic_attention",
+    "dual_ffn",
+    "add_layer_norm",
+    "compact_rows",
+    "accumulate_rows",
+)
 WITH_BACKWARDS = [f"{op}{direction}" for op in OPS for direction in ("", "_bwd")]
+IN_PLACE = ["accumulate_rows_"]
 
 
 def select(query, keys):

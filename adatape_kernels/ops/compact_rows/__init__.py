@@ -131,7 +131,7 @@ def _check_values_bwd(dpacked: Tensor, source: Tensor, rows: int) -> None:
 def _typical(dtype: torch.dtype) -> tuple[Any, ...]:
     """Return the arguments of a call of three examples."""
     offsets = meta(4, dtype=torch.int32)
-    return meta(600, 384, dtype=dtype), meta(600, dtype=torch.bool), offsets, offsets, None
+    return meta(600, 384, dtype=dtype), meta(600, dtype=torch.bool), offsets, offsets, 300
 
 
 def _typical_bwd(dtype: torch.dtype) -> tuple[Any, ...]:

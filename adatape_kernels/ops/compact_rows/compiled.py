@@ -1,4 +1,4 @@
-"""`compact_rows` in C++: csrc/cpu/compact_rows.cpp on the CPU, csrc/cuda/compact_rows.cu on a GPU."""
+"""`compact_rows` in C++: csrc/cpu/compact_rows.cpp and csrc/cuda/compact_rows.cu."""
 
 from adatape_kernels.ops.compiled_part import cpp_kernel, cuda_kernel
 

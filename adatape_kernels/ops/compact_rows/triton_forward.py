@@ -135,12 +135,10 @@ def compact_rows(
     num_packed = int(before[num_rows]) if capacity is None else capacity
     packed, source = data.new_empty(num_packed, dim), order.new_empty(num_packed)
     kept_inputs, kept_tapes = (x.new_empty(x.shape) for x in (cu_inputs, cu_tapes))
+    rows_to_visit = max(num_packed, cu_inputs.shape[0])
     launch(
         _compact_rows_copy_kernel,
-        (
-            num_blocks(max(num_packed, cu_inputs.shape[0]), BLOCK_R),
-            max(num_blocks(dim, BLOCK_D), 1),
-        ),
+        (num_blocks(rows_to_visit, BLOCK_R), max(num_blocks(dim, BLOCK_D), 1)),
         data_ptr=data,
         cu_inputs_ptr=cu_inputs,
         cu_tapes_ptr=cu_tapes,
