@@ -26,7 +26,16 @@ def apply_layer(
 
 
 class Halted(NamedTuple):
-    """What an encoder returns whose examples or rows halt."""
+    """What an encoder returns whose examples or rows halt.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> layer = ak.layers.ElasticEncoderLayer(8, 2, 16)
+        >>> encoder = ak.layers.UniversalEncoder([layer], 8, 6, ak.halting.Halting.act())
+        >>> halted = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
+        >>> halted.batch.data.shape, halted.state.rows_per_step
+        (torch.Size([8, 8]), (8, 8, 8, 8))
+    """
 
     batch: ElasticBatch
     """The encoded rows, all that the encoder was given."""
@@ -71,6 +80,13 @@ class MeanHaltingUnit(nn.Module):
 
         Args:
             state: the state before the step, whose batch is what the step's layer computes on.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> rule = ak.halting.Halting.act(level="row")
+            >>> state = rule.start(ak.ElasticBatch.from_padded(torch.ones(1, 3, 4)))
+            >>> ak.layers.MeanHaltingUnit(4, bias_init=0.0)(state).tolist()
+            [0.5, 0.5, 0.5]
         """
         batch, weight = state.batch, self.projection.weight
         rows = torch.sigmoid(self.projection(batch.data.to(weight.dtype)))
@@ -114,6 +130,13 @@ class FeatureGate(nn.Module):
         Args:
             state: the state before the step.
             data: (rows, dim), what the step's layer made of the rows of its batch.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.ones(1, 2, 4))
+            >>> state = ak.halting.Halting.avit().start(batch)
+            >>> ak.layers.FeatureGate(scale=9.0, center=9.0)(state, batch.data).tolist()
+            [0.5, 0.5]
         """
         return torch.sigmoid(self.scale * data[:, 0].to(state.total.dtype) - self.center)
 
@@ -121,7 +144,13 @@ class FeatureGate(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        """Return the factor and what is taken away."""
+        """Return the factor and what is taken away, as a printed module shows them.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.layers.FeatureGate().extra_repr()
+            'scale=10, center=30'
+        """
         return f"scale={self.scale:g}, center={self.center:g}"
 
 
@@ -191,6 +220,15 @@ class UniversalEncoder(ElasticModule):
 
         Raises:
             TypeError: x is no ElasticBatch.
+
+        Example:
+            >>> import dataclasses, torch, adatape_kernels as ak
+            >>> layer, rule = ak.layers.ElasticEncoderLayer(8, 2, 16), ak.halting.Halting.act()
+            >>> encoder = ak.layers.UniversalEncoder([layer], 8, 6, rule)
+            >>> x = ak.ElasticBatch.from_padded(torch.randn(2, 4, 8))
+            >>> sooner = dataclasses.replace(rule, threshold=0.5)
+            >>> encoder(x, halting=sooner).state.updates.tolist()
+            [2, 2]
         """
         check_kind("x", x, ElasticBatch)
         rule = halting or self.halting
@@ -213,7 +251,15 @@ class UniversalEncoder(ElasticModule):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        """Return the number of steps, and when what halts."""
+        """Return the number of steps and when what halts, as a printed module shows it.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> layer = ak.layers.ElasticEncoderLayer(8, 2, 16)
+            >>> encoder = ak.layers.UniversalEncoder([layer], 8, 6, ak.halting.Halting.act())
+            >>> encoder.extra_repr()
+            'max_steps=6, halting=example, threshold=0.99, update=basic'
+        """
         return f"max_steps={self.max_steps}, {described(self.halting)}"
 
     def _layer(self, step: int) -> ElasticEncoderLayer:
@@ -294,6 +340,14 @@ class AViTEncoder(ElasticModule):
 
         Raises:
             TypeError: x is no ElasticBatch.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> layers = [ak.layers.ElasticEncoderLayer(8, 2, 16) for _ in range(3)]
+            >>> encoder = ak.layers.AViTEncoder(layers, 8, ak.layers.FeatureGate(1.0, 99.0))
+            >>> halted = encoder(ak.ElasticBatch.from_padded(torch.randn(2, 4, 8)))
+            >>> halted.state.rows_per_step  # no row halts before the last layer
+            (8, 8, 8)
         """
         check_kind("x", x, ElasticBatch)
         rule = halting or self.halting
@@ -323,7 +377,14 @@ class AViTEncoder(ElasticModule):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        """Return when rows halt."""
+        """Return when rows halt, as a printed module shows it.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> layer = ak.layers.ElasticEncoderLayer(8, 2, 16)
+            >>> ak.layers.AViTEncoder([layer], 8, ak.layers.FeatureGate()).extra_repr()
+            'halting=row, threshold=0.99, update=accumulated, force_halt=True'
+        """
         text = described(self.halting)
         return f"{text}, keep_class_token=True" if self.keep_class_token else text
 

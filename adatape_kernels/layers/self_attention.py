@@ -126,5 +126,11 @@ class ElasticAttention(ElasticModule):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        """Return the width of a token and the number of heads."""
+        """Return the width of a token and the number of heads, as a printed module shows them.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.layers.ElasticAttention(8, 2).extra_repr()
+            'dim=8, num_heads=2'
+        """
         return f"dim={self.dim}, num_heads={self.num_heads}"

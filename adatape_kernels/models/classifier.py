@@ -23,7 +23,15 @@ from adatape_kernels.op_types import TapeSelection
 
 
 class Encoded(NamedTuple):
-    """What the encoder of a model made of a batch."""
+    """What the encoder of a model made of a batch.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> model = ak.models.create_model("vit_tiny_patch16_224", image_size=32, depth=1)
+        >>> encoded = model.encode(torch.zeros(2, 3, 32, 32))
+        >>> encoded.batch.data.shape, encoded.reads, encoded.halted
+        (torch.Size([10, 192]), (), None)
+    """
 
     batch: ElasticBatch
     """The encoded rows of each example."""
@@ -367,7 +375,13 @@ class Classifier(TimmMethods, ABC):
         return None if weight is None else weight * output.ponder.sum(1).mean()
 
     def extra_repr(self) -> str:
-        """Return the sizes of the model, and what it reads or halts by."""
+        """Return the sizes of the model and what it reads by, as a printed model shows them.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.models.create_model("vit_tiny_patch16_224", depth=1).extra_repr()
+            'depth=1, dim=192, num_heads=3, num_classes=1000, pooling=token'
+        """
         c = self.config
         sizes = (
             f"depth={c.depth}, dim={c.dim}, num_heads={c.num_heads}, num_classes={c.num_classes}"

@@ -35,10 +35,9 @@ def model_config(config: Mapping[str, Any]) -> EncoderConfig:
     Source: SPEC 9 and 10.
     """
     try:
-        kind = config["kind"]
-        if kind == "vit":
+        if config.get("kind") == "vit":
             return ViTConfig(**_plain_fields(config))
-        if kind == "uvit":
+        if config.get("kind") == "uvit":
             return _uvit_config(config)
         return _adatape_config(config)
     except KeyError as error:
@@ -70,7 +69,7 @@ def _plain_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
-    if not isinstance(config["classifier"], str) or config["classifier"] not in _POOLINGS:
+    if config["classifier"] not in _POOLINGS:
         raise ValueError(
             f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
         )

@@ -113,7 +113,8 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
     try:
         with NpzFile(path) as arrays:
             config = scenic.read_config(arrays, path)
-            check = _CHECKS.get(config["kind"], _verify_model)
+            kind = config["kind"]
+            check = _CHECKS[kind] if isinstance(kind, str) and kind in _CHECKS else _verify_model
             with torch.device(device), without_tf32(), record() as ran:
                 counts_agree, comparisons = check(arrays, config)
     except (UnreadableFile, NotServed):

@@ -78,7 +78,6 @@ ACT |= {"act_halting_bias_init": -1.0, "act_loss_weight": 0.01}
     ("entries", "argument"),
     [
         ({"classifier": "0"}, "config"),
-        ({"classifier": []}, "config"),
         ({"parameter_sharing": 1}, "parameter_sharing"),
         ({"ac_config": 3}, "config"),
         ({"ac_config": {**ACT, "act_type": "random"}}, "act_type"),
