@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adatape_kernels import ops
 from adatape_kernels.arguments import check_flag, check_kind, check_number, check_tensor, shown
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting.state import HaltingState
 from adatape_kernels.halting.step_recording import tell
 from adatape_kernels.offsets import can_be_seen
-from adatape_kernels.ops import accumulate_rows
 
 Level = Literal["example", "row"]
 """What halts on its own: whole examples, or each row."""
@@ -197,7 +197,7 @@ class Halting:
             >>> state = rule.start(ak.ElasticBatch.from_padded(torch.ones(1, 3, 4)))
             >>> state = rule.step(state, torch.tensor([0.2, 1.0, 0.7]), state.batch.data + 1)
             >>> state.batch.lens.tolist(), state.output.data[:, 0].tolist()
-            ([2], [0.20000000298023224, 2.0, 1.399999976158142])
+            ([2], [0.4000000059604645, 2.0, 1.399999976158142])
         """
         check_kind("state", state, HaltingState)
         check_flag("last", last)
@@ -242,7 +242,7 @@ class Halting:
         if self.masked or self.static or self.leave != self.level:
             # What has halted and stays may come to hold anything, and 0 · inf would be NaN.
             taken = data.where(state.rows_that_run.unsqueeze(1), 0)
-        total = accumulate_rows(
+        total = ops.accumulate_rows(
             state.total,
             taken,
             state.origin,
