@@ -240,10 +240,8 @@ def leaving(examples: int, dim: int, kept: float) -> Iterator[RooflineLine]:
     weights = torch.rand(capacity)
     forward, _ = measured("accumulate_rows", data, packed, source, weights, None)
     backward, _ = measured("accumulate_rows_bwd", data, None, packed, source, weights, None)
-    flops = 2 * capacity * dim
-    yield RooflineLine("accumulate_rows", shape, CountedWork(2 * whole + part, flops), forward)
-    needed = CountedWork(3 * part, 3 * capacity * dim)
-    yield RooflineLine("accumulate_rows_bwd", shape, needed, backward)
+    yield RooflineLine("accumulate_rows", shape, CountedWork(2 * whole + part), forward)
+    yield RooflineLine("accumulate_rows_bwd", shape, CountedWork(3 * part), backward)
 
 
 def lines(quick: bool) -> Iterator[RooflineLine]:
