@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adatape_kernels import ops
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.op_types import wide_dtype
 
@@ -173,20 +174,52 @@ class HaltingState:
             keep = self.rows_that_run
             if not by_rows:
                 keep = self._of_running_examples(keep)
-            capacity = batch.data.shape[0] if self.static else None
-            kept, source = batch.keep(keep, capacity=capacity)
-            origin = self.origin[source]
-            if self.static:
-                origin = origin.where(source >= 0, -1)
-            return dataclasses.replace(self, batch=kept, origin=origin)
+            kept, source = self._kept_in_place(keep) if self.static else batch.keep(keep)
+            return dataclasses.replace(self, batch=kept, origin=self._origin_of(kept, source))
         keep = self.of_units(self.all_running)
         if self.of_rows:
             per_example = keep.new_zeros(batch.batch + 1, dtype=torch.int32)
             keep = per_example.index_add(0, batch.example_of_rows(), keep.to(torch.int32))[:-1] > 0
         kept, source = batch.keep_examples(keep)
         return dataclasses.replace(
-            self, batch=kept, origin=self.origin[source], examples=self.examples[keep]
+            self,
+            batch=kept,
+            origin=self._origin_of(kept, source),
+            examples=self.examples[keep],
         )
+
+    def _origin_of(self, kept: ElasticBatch, source: Tensor) -> Tensor:
+        """Return the row of `initial` that each row of a batch was; -1 for unused rows.
+
+        Args:
+            kept: rows of `batch`, and unused ones behind them.
+            source: the row of `batch` that each was; -1, or no entry, for unused rows.
+        """
+        origin = self.origin[source].where(source >= 0, -1)
+        unused = kept.data.shape[0] - source.shape[0]
+        return torch.nn.functional.pad(origin, (0, unused), value=-1)
+
+    def _kept_in_place(self, keep: Tensor) -> tuple[ElasticBatch, Tensor]:
+        """Return what `ElasticBatch.keep` does, of as many rows as there are, and its source.
+
+        Without tape rows nothing is copied to the host: the number of input rows stays that of the
+        first batch, and those behind the last example's are unused.
+        """
+        batch = self.batch
+        data, cu_inputs, cu_tapes, source = ops.compact_rows(
+            batch.data, keep, batch.cu_inputs, batch.cu_tapes, capacity=batch.data.shape[0]
+        )
+        rows = batch.num_input_rows if batch.max_tapes == 0 else int(cu_inputs[-1])
+        kept = dataclasses.replace(
+            batch,
+            data=data,
+            cu_inputs=cu_inputs,
+            cu_tapes=cu_tapes,
+            num_input_rows=rows,
+            min_inputs=0,
+            exact=False,
+        )
+        return kept, source
 
     def _of_running_examples(self, rows: Tensor) -> Tensor:
         """Return which rows of `batch` belong to an example one of whose rows is among these."""

@@ -288,3 +288,23 @@ def test_plain_models(pooling):
             for layer in vit.encoder.layers:
                 rows = literal.block(layer, rows, torch.ones(len(rows), dtype=torch.bool))
             assert_equal({"logits": logits}, {"logits": literal.classify(vit, rows)})
+
+
+@pytest.mark.parametrize("make", [uvit, avit, lambda: uvit(**UNIVERSAL["rows leave"])])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_batch_with_unused_rows(make, static):
+    """Rows rounded up to a multiple, and buffers that keep their sizes."""
+    model = make()
+    encoder = model.encoder
+    x = model.embed_elastic(images()).tokens
+    rule = dataclasses.replace(encoder.halting, static=static)
+    expected, found = encoder(x), encoder(x.round_rows(8), halting=rule)
+    rows = x.data.shape[0]
+    assert torch.equal(found.state.updates[: len(expected.state.updates)], expected.state.updates)
+    assert_equal({"y": found.batch.data[:rows]}, {"y": expected.batch.data})
+    assert_equal(
+        {"loss": ak.halting.ponder_loss(found.state)},
+        {"loss": ak.halting.ponder_loss(expected.state)},
+    )
+    if static:
+        assert set(found.state.rows_per_step) == {24}
