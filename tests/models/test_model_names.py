@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 import adatape_kernels as ak
 from adatape_kernels import models
+from adatape_kernels.cli import main
 
 SMALL = {"num_classes": 3, "dim": 16, "depth": 3, "num_heads": 2, "ffn_dim": 24}
 KINDS = {
@@ -199,6 +200,13 @@ def test_sequences_that_do_not_fit(name, given, error):
     with pytest.raises(error, match=r"inputs(\[1\])?: expected .*, got ") as info:
         model(given)
     assert "\n" not in str(info.value)
+
+
+def test_what_is_not_exported_is_refused_in_one_line(tmp_path, capsys):
+    file = ak.save(build("uvit_base_patch16_224"), tmp_path)
+    assert main(["export", str(file), "--out", str(tmp_path / "model.pt2")]) == 2
+    error = capsys.readouterr().err
+    assert "source: expected an AdaTape, got a model of UViT" in error and error.count("\n") == 1
 
 
 def test_a_configuration_makes_one_model():
