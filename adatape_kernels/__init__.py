@@ -1,6 +1,6 @@
 """AdaTape for PyTorch: Transformers whose input sequence is elastic, with kernels to match."""
 
-from adatape_kernels import _build, layers, models, ops, scenic
+from adatape_kernels import _build, halting, layers, models, ops, scenic
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.elastic_examples import ElasticExample
 from adatape_kernels.models.model_file import save
@@ -12,6 +12,7 @@ from adatape_kernels.recipes.model_loading import load
 __all__ = [
     "ElasticBatch",
     "ElasticExample",
+    "halting",
     "layers",
     "load",
     "models",

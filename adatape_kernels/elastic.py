@@ -1,8 +1,8 @@
 """ElasticBatch: a batch whose examples own different numbers of rows (SPEC 5).
 
 `ElasticLayout`, which it extends, says where the rows of an example lie; here stands how a batch is
-made, taken apart, appended to and pooled. It has more than 400 lines because every method has an
-example that a doctest runs.
+made, taken apart, appended to, shrunk and pooled. It has more than 400 lines because every method
+has an example that a doctest runs.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from adatape_kernels.elastic_examples import (
     example_at,
     examples_of,
 )
+from adatape_kernels.elastic_kept import with_examples_kept, with_rows_kept
 from adatape_kernels.elastic_layout import ElasticLayout
 from adatape_kernels.layout_checks import check_layout, checked_tape_offsets
 from adatape_kernels.offsets import (
@@ -449,6 +450,60 @@ class ElasticBatch(ElasticLayout):
         if target_row.device.type == "cuda":  # where wrong offsets stay unseen
             target_row = target_row.clamp(0, rows.shape[0] - 1)
         return layout.with_data(torch.empty_like(rows).index_copy(0, target_row, rows))
+
+    def keep(self, mask: Tensor) -> tuple["ElasticBatch", Tensor]:
+        """Keep some rows of each example, in their order, and let the others leave.
+
+        Copies the number of rows that are kept, and then the new offsets, to the host: the layers
+        ask for the number of input rows there. `ops.compact_rows` with a capacity copies nothing.
+
+        Args:
+            mask: (rows,) bool, True where a row of data is kept; ignored for unused rows, which
+                leave in any case.
+
+        Returns:
+            The batch of the rows that are kept, in which an example may have none; and source
+            (rows kept,) int32, the row of data that each of them was. Where `round_rows` was called
+            the new batch has unused rows, too, which source does not name.
+
+        Raises:
+            ValueError: the mask has another shape, dtype or device.
+            TypeError: it is no tensor.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.arange(6.0).view(2, 3, 1))
+            >>> kept, source = batch.keep(torch.tensor([True, False, True, False, False, True]))
+            >>> kept.lens.tolist(), kept.data.flatten().tolist(), source.tolist()
+            ([2, 1], [0.0, 2.0, 5.0], [0, 2, 5])
+        """
+        refuse_reentrant_checkpoint(self)
+        return with_rows_kept(self, mask)
+
+    def keep_examples(self, mask: Tensor) -> tuple["ElasticBatch", Tensor]:
+        """Keep some examples, in their order, and let the others leave with all their rows.
+
+        Copies to the host what `keep` does, and the number of examples that are kept.
+
+        Args:
+            mask: (batch,) bool, True where an example is kept.
+
+        Returns:
+            The batch of the examples that are kept, and source, as `keep` returns it.
+
+        Raises:
+            ValueError: the mask has another shape, dtype or device.
+            TypeError: it is no tensor.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> batch = ak.ElasticBatch.from_padded(torch.arange(6.0).view(2, 3, 1))
+            >>> kept, source = batch.keep_examples(torch.tensor([False, True]))
+            >>> len(kept), kept.data.flatten().tolist(), source.tolist()
+            (1, [3.0, 4.0, 5.0], [3, 4, 5])
+        """
+        refuse_reentrant_checkpoint(self)
+        return with_examples_kept(self, mask)
 
     def pool(self, kind: Pooling) -> Tensor:
         """Reduce each example's rows, inputs and tape, to one.

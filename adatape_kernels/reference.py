@@ -1,4 +1,4 @@
-"""The eager definition of every op (SPEC sections 3, 4 and 6), in plain torch.
+"""The eager definition of every op (SPEC sections 3, 4, 6 and 13), in plain torch.
 
 It has more than 400 lines because whoever asks what an op computes should find all of it here.
 
@@ -506,3 +506,96 @@ def add_layer_norm_bwd(
         (True, True, True),
     )
     return (dtotal + dx).to(total.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+# Rows that leave, and come home: SPEC 13
+
+
+def compact_rows(
+    data: Tensor,
+    keep: Tensor,
+    cu_inputs: Tensor,
+    cu_tapes: Tensor,
+    *,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep some rows of each example, in their order.
+
+    Arguments and results as in `ops.compact_rows`. Source: SPEC 13.
+    """
+    kept = keep & (torch.arange(len(data), device=data.device) < cu_tapes[-1])
+    source = kept.nonzero().squeeze(1)
+    before = cumulative(kept.long())
+    packed, unused = data.index_select(0, source), 0
+    if capacity is not None:
+        unused = capacity - len(source)
+        packed = F.pad(packed, (0, 0, 0, unused))
+    source = F.pad(source.to(torch.int32), (0, unused), value=-1)
+    return packed, before[cu_inputs], before[cu_tapes], source
+
+
+def compact_rows_bwd(dpacked: Tensor, source: Tensor, rows: int) -> Tensor:
+    """Return the gradient of the rows before some left: zero for those that did."""
+    kept = source >= 0
+    zeros = dpacked.new_zeros(rows, dpacked.shape[1])
+    return zeros.index_copy(0, source[kept].long(), dpacked[kept])
+
+
+def accumulate_rows(
+    total: Tensor,
+    rows: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    *,
+    total_weights: Tensor | None = None,
+) -> Tensor:
+    """Add weighted rows to those rows of a total that they come from.
+
+    Arguments and results as in `ops.accumulate_rows`. Source: SPEC 13.
+    """
+    used, place = _places(total, source)
+    wide = wide_dtype(rows.dtype)
+    before = total.index_select(0, place).to(wide)
+    if total_weights is not None:
+        before = total_weights[used].unsqueeze(1) * before
+    after = before + weights[used].unsqueeze(1) * rows[used].to(wide)
+    return total.contiguous().index_copy(0, place, after.to(total.dtype))
+
+
+def accumulate_rows_bwd(
+    dsum: Tensor,
+    total: Tensor | None,
+    rows: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    total_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of total, rows, weights and total_weights.
+
+    Without total_weights that of total is dsum itself; then it, and that of total_weights, have no
+    rows here. With r̄ for row source[r] of dsum:
+
+        drows[r] = weights[r] · r̄                   dweights[r] = rows[r] · r̄
+        dtotal[source[r]] = total_weights[r] · r̄    dtotal_weights[r] = total[source[r]] · r̄
+    """
+    used, place = _places(dsum, source)
+    wide = wide_dtype(rows.dtype)
+    given = dsum.index_select(0, place).to(wide)
+
+    def by_row(values: Tensor, like: Tensor) -> Tensor:
+        return like.new_zeros(like.shape).index_put((used,), values.to(like.dtype))
+
+    drows = by_row(weights[used].unsqueeze(1) * given, rows)
+    dweights = by_row((rows[used].to(wide) * given).sum(1), weights)
+    if total is None or total_weights is None:
+        return dsum.new_empty(0, dsum.shape[1]), drows, dweights, weights.new_empty(0)
+    dbefore = total_weights[used].unsqueeze(1) * given
+    dtotal = dsum.contiguous().index_copy(0, place, dbefore.to(dsum.dtype))
+    before = total.index_select(0, place).to(wide)
+    return dtotal, drows, dweights, by_row((before * given).sum(1), total_weights)
+
+
+def _places(total: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows come from a row of the total, and the numbers of these rows."""
+    used = (source >= 0) & (source < len(total))
+    return used, source[used].long()

@@ -165,6 +165,69 @@ inline void check_attention_results(const Tensor& like, const Tensor& dout, cons
   check_tensor("lse", lse, like, ScalarType::Float, {num_heads, rows});
 }
 
+inline void check_compact_rows(const Tensor& data, const Tensor& keep, const Tensor& cu_inputs,
+                               const Tensor& cu_tapes, std::optional<int64_t> capacity,
+                               Dtypes dtypes) {
+  check_first("data", data, dtypes, {kAnySize, kAnySize});
+  check_range("data", data.size(0), 0, kMostRows);
+  check_tensor("keep", keep, data, ScalarType::Bool, {data.size(0)});
+  check_tensor("cu_inputs", cu_inputs, data, ScalarType::Int, {kAnySize});
+  if (cu_inputs.size(0) == 0) refuse("cu_inputs: expected (batch + 1,), got (0,)");
+  check_tensor("cu_tapes", cu_tapes, data, ScalarType::Int, {cu_inputs.size(0)});
+  if (capacity) check_range("capacity", *capacity, 0, kMostRows);
+}
+
+inline void check_compact_rows_bwd(const Tensor& dpacked, const Tensor& source, int64_t rows,
+                                   Dtypes dtypes) {
+  check_first("dpacked", dpacked, dtypes, {kAnySize, kAnySize});
+  check_tensor("source", source, dpacked, ScalarType::Int, {dpacked.size(0)});
+  check_range("rows", rows, 0, kMostRows);
+}
+
+// Refuses a total, or its gradient, and what is added to it where they do not fit each other.
+inline void check_accumulate_rows(const char* name, const Tensor& total, const Tensor& rows,
+                                  const Tensor& source, const Tensor& weights,
+                                  const std::optional<Tensor>& total_weights, Dtypes dtypes) {
+  check_first(name, total, dtypes, {kAnySize, kAnySize});
+  check_range(name, total.size(0), 0, kMostRows);
+  check_first("rows", rows, dtypes, {kAnySize, total.size(1)});
+  check_device("rows", rows, total);
+  const int64_t count = rows.size(0);
+  if (total.scalar_type() != ScalarType::Float) {
+    check_tensor("rows", rows, total, total.scalar_type(), {count, total.size(1)});
+  }
+  check_tensor("source", source, total, ScalarType::Int, {count});
+  check_tensor("weights", weights, total, ScalarType::Float, {count});
+  if (total_weights)
+    check_tensor("total_weights", *total_weights, total, ScalarType::Float, {count});
+}
+
+// Refuses a total that cannot be written into, since several of its elements lie at one place.
+inline void check_own_places(const Tensor& total) {
+  const int64_t larger = total.stride(0) < total.stride(1) ? 1 : 0, smaller = 1 - larger;
+  int64_t apart = 1;  // the number of elements that the smaller strides span
+  for (const int64_t d : {smaller, larger}) {
+    if (total.size(d) <= 1) continue;
+    if (total.stride(d) < apart) {
+      refuse("total: expected each element at a place of its own, got strides ", total.stride(0),
+             " and ", total.stride(1));
+    }
+    apart += total.stride(d) * (total.size(d) - 1);
+  }
+}
+
+inline void check_accumulate_rows_bwd(const Tensor& dsum, const std::optional<Tensor>& total,
+                                      const Tensor& rows, const Tensor& source,
+                                      const Tensor& weights,
+                                      const std::optional<Tensor>& total_weights, Dtypes dtypes) {
+  check_accumulate_rows("dsum", dsum, rows, source, weights, total_weights, dtypes);
+  if (total) {
+    check_tensor("total", *total, dsum, dsum.scalar_type(), {dsum.size(0), dsum.size(1)});
+  } else if (total_weights) {
+    refuse("total: expected a tensor beside total_weights, got None");
+  }
+}
+
 inline void check_elastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                     const Tensor& cu_inputs, const Tensor& cu_tapes,
                                     std::optional<int64_t> max_rows,

@@ -1,5 +1,6 @@
 """The SPEC's text as loops over Python lists, one example at a time: what the ops must compute."""
 
+import itertools
 import math
 
 
@@ -69,6 +70,32 @@ def elastic_attention(q, k, v, cu_inputs, cu_tapes, scale):
                 w = softmax([dot(q[r][h], k[c][h]) * scale for c in own])
                 values = [[v[c][h][d] for c in own] for d in range(len(q[r][h]))]
                 out[r][h] = [dot(w, column) for column in values]
+    return out
+
+
+def compact_rows(data, keep, cu_inputs, cu_tapes):
+    """SPEC 13: the rows that are kept, their offsets, and where each of them was."""
+    rows, source, ends = [], [], []
+    for offsets in (cu_inputs, cu_tapes):
+        found = [len(rows)]
+        for first, last in itertools.pairwise(offsets):
+            for r in range(first, last):
+                if keep[r]:
+                    rows.append(data[r])
+                    source.append(r)
+            found.append(len(rows))
+        ends.append(found)
+    return rows, *ends, source
+
+
+def accumulate_rows(total, rows, source, weights, total_weights=None):
+    """SPEC 13: the total with the rows added to it; -1 leaves a row out."""
+    out = [list(row) for row in total]
+    for r, place in enumerate(source):
+        if place != -1:
+            factor = 1.0 if total_weights is None else total_weights[r]
+            pairs = zip(total[place], rows[r], strict=True)
+            out[place] = [factor * old + weights[r] * new for old, new in pairs]
     return out
 
 

@@ -65,6 +65,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the file and compare it with the model; 1 where they disagree."""
+    from adatape_kernels.models import AdaTape
     from adatape_kernels.recipes.exporting import FORMATS, default_target, export_model
     from adatape_kernels.recipes.exporting.agreement import Disagreement
     from adatape_kernels.recipes.model_loading import load
@@ -80,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
         halt_threshold=arguments.threshold,
     )
+    if not isinstance(model, AdaTape):
+        raise ValueError(f"source: expected an AdaTape, got a model of {type(model).__name__}")
     out = arguments.out
     if out is None:
         out = default_target(arguments.source, arguments.format)

@@ -14,17 +14,24 @@ to the result of the op.
 from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.encoder import ElasticEncoder, ElasticEncoderLayer
 from adatape_kernels.layers.feed_forward import DualFFN
+from adatape_kernels.layers.halting_encoder import AViTEncoder, Halted, UniversalEncoder
+from adatape_kernels.layers.halting_units import FeatureGate, MeanHaltingUnit
 from adatape_kernels.layers.reader import QueryType, TapeReader
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS
 
 __all__ = [
     "NORM_EPS",
+    "AViTEncoder",
     "DualFFN",
     "ElasticAttention",
     "ElasticEncoder",
     "ElasticEncoderLayer",
     "ElasticModule",
+    "FeatureGate",
+    "Halted",
+    "MeanHaltingUnit",
     "QueryType",
     "TapeReader",
+    "UniversalEncoder",
 ]

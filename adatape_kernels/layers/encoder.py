@@ -45,6 +45,8 @@ class ElasticEncoderLayer(DualFFN):
         dropout: probability with which training drops an activation or an output of a branch.
         attention_dropout: probability with which training drops an attention weight.
         stochastic_depth: probability with which training drops a whole branch of an example.
+        rescale_kept: whether training divides the branches that stochastic depth keeps by the
+            probability of being kept.
         norm_eps: epsilon of both LayerNorms.
         activation: that of the feed-forward for input rows: "gelu_tanh", "gelu" or "relu".
         norm_first: False puts the norms behind the sums: LN(x + Attention(x)), then
@@ -75,6 +77,7 @@ class ElasticEncoderLayer(DualFFN):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         stochastic_depth: float = 0.0,
+        rescale_kept: bool = True,
         norm_eps: float = NORM_EPS,
         activation: Activation = "gelu_tanh",
         norm_first: bool = True,
@@ -85,12 +88,14 @@ class ElasticEncoderLayer(DualFFN):
         check_rate("stochastic_depth", stochastic_depth, less_than_one=True)
         check_number("norm_eps", norm_eps, 0)
         check_flag("norm_first", norm_first)
+        check_flag("rescale_kept", rescale_kept)
         self.dropout1 = self.dropout2 = dropout
         self.dim = dim
         self.self_attn = ElasticAttention(dim, num_heads, dropout=attention_dropout)
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.stochastic_depth = stochastic_depth
+        self.rescale_kept = rescale_kept
         self.norm_first = norm_first
 
     @classmethod
@@ -198,7 +203,7 @@ class ElasticEncoderLayer(DualFFN):
         if self.training and self.stochastic_depth > 0:
             # The last entry is for unused rows, which belong to no example.
             keep = out.new_empty(x.batch + 1).bernoulli_(1 - self.stochastic_depth)
-            scale = keep / (1 - self.stochastic_depth)
+            scale = keep / (1 - self.stochastic_depth) if self.rescale_kept else keep
             out = out * scale[x.example_of_rows()].unsqueeze(1)
         return out
 

@@ -226,3 +226,17 @@ class TapeReader(ElasticModule):
             read_mask = chance < self.bank_dropout
         values, query = self.bank_norm(bank), self.bank_norm(query)
         return values, query.to(values.dtype), read_mask
+
+    def extra_repr(self) -> str:
+        """Return how much is read and when reading stops, as a printed module shows it.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=2.0)
+            >>> reader.extra_repr()
+            'num_tape_tokens=4, topk=2, halt_threshold=2, query=token'
+        """
+        return (
+            f"num_tape_tokens={self.num_tape_tokens}, topk={self.topk}, "
+            f"halt_threshold={self.halt_threshold:g}, query={self.query}"
+        )

@@ -125,3 +125,13 @@ class ElasticAttention(ElasticModule):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def extra_repr(self) -> str:
+        """Return the width of a token and the number of heads, as a printed module shows them.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> ak.layers.ElasticAttention(8, 2).extra_repr()
+            'dim=8, num_heads=2'
+        """
+        return f"dim={self.dim}, num_heads={self.num_heads}"

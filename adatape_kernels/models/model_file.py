@@ -21,7 +21,7 @@ from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
 from adatape_kernels.layers import ElasticModule
-from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.encoder_config import EncoderConfig
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
 
 FILE = "model.safetensors"
@@ -35,7 +35,7 @@ _METADATA, _CHECKSUM = "adatape_kernels", "adatape_kernels_sha256"
 class SavedModel(ElasticModule):
     """What a model that can be saved has, beside its parameters."""
 
-    config: AdaTapeConfig
+    config: EncoderConfig
     """Sizes and choices; the model is made of nothing else."""
     class_names: tuple[str, ...] | None = None
     """The name of each class, where it is known; saved with the model."""
@@ -44,10 +44,10 @@ class SavedModel(ElasticModule):
 
 
 _Model = TypeVar("_Model", bound=type[SavedModel])
-_MODELS: dict[str, tuple[type[SavedModel], type[AdaTapeConfig]]] = {}
+_MODELS: dict[str, tuple[type[SavedModel], type[EncoderConfig]]] = {}
 
 
-def saved_with(config_class: type[AdaTapeConfig]) -> Callable[[_Model], _Model]:
+def saved_with(config_class: type[EncoderConfig]) -> Callable[[_Model], _Model]:
     """Return a decorator of a model that is built of one configuration of this class alone."""
 
     def register(model_class: _Model) -> _Model:
@@ -61,7 +61,7 @@ def saved_with(config_class: type[AdaTapeConfig]) -> Callable[[_Model], _Model]:
 class Description:
     """What a file says of its model, without the tensors."""
 
-    config: AdaTapeConfig
+    config: EncoderConfig
     """The model's configuration, whose class decides the model's."""
     class_names: tuple[str, ...] | None = None
     """The name of each class; None where they are not known."""
@@ -80,7 +80,7 @@ class Description:
             raise ValueError(
                 f"config: expected that of {' or '.join(_MODELS)}, got {type(self.config).__name__}"
             )
-        make: Callable[[AdaTapeConfig], SavedModel] = found[0]
+        make: Callable[[EncoderConfig], SavedModel] = found[0]
         with torch.device("meta"):
             model = make(self.config)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -281,7 +281,7 @@ def _description(file: Path, metadata: Mapping[str, str]) -> Description:
     return description
 
 
-def _check_images(preprocessing: Preprocessing | None, config: AdaTapeConfig) -> None:
+def _check_images(preprocessing: Preprocessing | None, config: EncoderConfig) -> None:
     """Raise ValueError where the preprocessing makes other images than a model takes."""
     if preprocessing is None:
         return
@@ -293,7 +293,7 @@ def _check_images(preprocessing: Preprocessing | None, config: AdaTapeConfig) ->
         )
 
 
-def _config(config_class: type[AdaTapeConfig], entries: Mapping[str, Any]) -> AdaTapeConfig:
+def _config(config_class: type[EncoderConfig], entries: Mapping[str, Any]) -> EncoderConfig:
     """Return a configuration from JSON. Raises ValueError."""
     known = {field.name for field in fields(config_class)}
     unknown = sorted(set(entries) - known)

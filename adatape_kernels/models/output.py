@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,30 @@ from torch import Tensor
 from adatape_kernels.arguments import check_int
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.tensor_methods import TensorMethods
+
+
+class HaltedUnits(NamedTuple):
+    """When the examples of a batch halted, or the rows of each.
+
+    A slice of an output has the steps and remainders of its examples, and the other fields as they
+    are for the whole batch.
+
+    Example:
+        >>> import torch, adatape_kernels as ak
+        >>> model = ak.models.create_model("uvit_tiny_patch16_224", image_size=32, depth=6)
+        >>> halted = model(torch.zeros(2, 3, 32, 32)).halted
+        >>> halted.steps.tolist(), halted.rows_per_step
+        ([4, 4], (10, 10, 10, 10))
+    """
+
+    steps: Tensor
+    """N, (batch,) int32; or (batch, most rows) where rows halt, 0 where there is no row."""
+    remainders: Tensor
+    """R, shaped as steps, float32 (float64 for float64), 0 of what never halted; differentiable."""
+    means: Tensor | None
+    """(layers,) the mean halting probability of each layer, of an A-ViT; differentiable."""
+    rows_per_step: tuple[int, ...]
+    """Number of rows that each step computed."""
 
 
 @dataclass
@@ -36,9 +61,12 @@ class AdaTapeOutput(TensorMethods):
     tape_lens: Tensor
     """(batch,) int32, the number of tape tokens of each example, over all reads."""
     ponder: Tensor
-    """(batch, reads), the ponder loss of each read, in the order of the layers."""
+    """(batch, reads), the ponder loss of each read, in the order of the layers; of a model that
+    halts (batch, 1), N + R, of which each example has the mean over its rows where rows halt."""
     reads: tuple[TapeSelection, ...]
     """What each read selected, in the order of the layers."""
+    halted: HaltedUnits | None = None
+    """When examples or rows halted, of a model that halts."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +109,13 @@ class AdaTapeOutput(TensorMethods):
                 raise IndexError(f"index: expected one of {len(self)} examples, got {at}")
         elif index.step is not None and index.step < 0:
             raise ValueError(f"index: expected a slice of a positive step, got {index.step}")
-        return self._with_tensors(lambda values: values[at], lambda numbers: numbers[at])
+        own, halted = self, self.halted
+        if halted is not None:  # the means of layers have no dimension of the batch
+            own = dataclasses.replace(self, halted=halted._replace(means=None))
+        taken = own._with_tensors(lambda values: values[at], lambda numbers: numbers[at])
+        if halted is not None and taken.halted is not None:
+            taken.halted = taken.halted._replace(means=halted.means)
+        return taken
 
     def _with_tensors(
         self, of_values: Callable[[Tensor], Tensor], of_numbers: Callable[[Tensor], Tensor]
@@ -91,12 +125,19 @@ class AdaTapeOutput(TensorMethods):
 
         logits, tape_lens, ponder = map(changed, (self.logits, self.tape_lens, self.ponder))
         reads = tuple(TapeSelection(*map(changed, read)) for read in self.reads)
+        halted = self.halted
+        if halted is not None:
+            means = None if halted.means is None else changed(halted.means)
+            steps, remainders = changed(halted.steps), changed(halted.remainders)
+            halted = HaltedUnits(steps, remainders, means, halted.rows_per_step)
         old = (self.logits, self.tape_lens, self.ponder, *sum(self.reads, ()))
         new = (logits, tape_lens, ponder, *sum(reads, ()))
+        if halted is not None and self.halted is not None:
+            old, new = (*old, *self.halted[:3]), (*new, *halted[:3])
         if all(a is b for a, b in zip(old, new, strict=True)):
             return self
         return dataclasses.replace(
-            self, logits=logits, tape_lens=tape_lens, ponder=ponder, reads=reads
+            self, logits=logits, tape_lens=tape_lens, ponder=ponder, reads=reads, halted=halted
         )
 
 

@@ -7,22 +7,21 @@ are compared with its own.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels import reference
-from adatape_kernels.activations import activate
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
-from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer, ElasticModule, TapeReader
+from adatape_kernels.layers import ElasticEncoder, ElasticModule, TapeReader
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
+from adatape_kernels.models.padded_layer import encode_padded
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.pooling import Pooling
 
@@ -134,7 +133,7 @@ class PaddedAdaTape(ElasticModule):
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         else:
             elastic, bank, bank_lens = model.embed_elastic(inputs)
-            tokens, mask = elastic.to_padded() if elastic.batch else _no_examples(elastic)
+            tokens, mask = elastic.to_padded() if elastic.batch else no_examples(elastic)
         x = _PaddedTokens(tokens, mask, tokens.shape[1])
         reads = []
         for layer, reader in model.encoder.stages():
@@ -142,9 +141,7 @@ class PaddedAdaTape(ElasticModule):
                 make_weights(reader)
                 x, selection = self._read(reader, x, bank, bank_lens)
                 reads.append(selection)
-            make_weights(layer)
-            make_weights(layer.self_attn)
-            x = _encode(layer, x)
+            x = replace(x, data=encode_padded(layer, x.data, x.mask, x.num_inputs))
         x = _PaddedTokens(model.encoder.norm(x.data), x.mask, x.num_inputs)
         logits = model.head(x.pool(model.config.pooling, model.config.num_registers))
         tape_lens = x.mask[:, x.num_inputs :].sum(1, dtype=torch.int32)
@@ -260,7 +257,7 @@ def batched_topk_select(
     )
 
 
-def _no_examples(x: ElasticBatch) -> tuple[Tensor, Tensor]:
+def no_examples(x: ElasticBatch) -> tuple[Tensor, Tensor]:
     """Return the padded rows (0, max_inputs, dim) of a batch without examples, and their mask."""
     shape = (0, x.max_inputs)
     return x.data.new_empty(*shape, x.data.shape[1]), x.data.new_empty(shape, dtype=torch.bool)
@@ -287,51 +284,3 @@ def _rows(bank: Tensor, indices: Tensor) -> Tensor:
         return bank[indices]
     batch = torch.arange(bank.shape[0], device=bank.device)
     return bank[batch.view(-1, *[1] * (indices.dim() - 1)), indices]
-
-
-def _encode(layer: ElasticEncoderLayer, x: _PaddedTokens) -> _PaddedTokens:
-    """Apply one encoder layer to every position."""
-    y = x.data
-    if layer.norm_first:
-        y = _add(layer, y, _attend(layer, layer.norm1(y), x.mask), layer.dropout1)
-        y = _add(layer, y, _feed_forward(layer, layer.norm2(y), x.num_inputs), layer.dropout2)
-    else:
-        y = layer.norm1(_add(layer, y, _attend(layer, y, x.mask), layer.dropout1))
-        y = layer.norm2(_add(layer, y, _feed_forward(layer, y, x.num_inputs), layer.dropout2))
-    return _PaddedTokens(y, x.mask, x.num_inputs)
-
-
-def _attend(layer: ElasticEncoderLayer, data: Tensor, mask: Tensor) -> Tensor:
-    """Let every position attend to those that exist; data and result (batch, positions, dim)."""
-    attention = layer.self_attn
-    qkv = F.linear(data, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask[:, None, None, :],
-        dropout_p=attention.dropout if layer.training else 0.0,
-    )
-    return attention.out_proj(out.transpose(1, 2).flatten(2))
-
-
-def _feed_forward(layer: ElasticEncoderLayer, data: Tensor, num_inputs: int) -> Tensor:
-    """Apply the feed-forward of input rows, and that of tape rows behind num_inputs positions."""
-    inputs = data[:, :num_inputs] if layer.has_tape_ffn else data
-    act = activate(layer.linear1(inputs), layer.activation)
-    y = layer.linear2(F.dropout(act, layer.dropout, layer.training))
-    if not layer.has_tape_ffn:
-        return y
-    act = F.glu(layer.tape_linear1(data[:, num_inputs:]))
-    tape = layer.tape_linear2(F.dropout(act, layer.dropout, layer.training))
-    return torch.cat([y, tape], 1)
-
-
-def _add(layer: ElasticEncoderLayer, x: Tensor, branch: Tensor, rate: float) -> Tensor:
-    """Add a branch (batch, positions, dim), in training after dropout and stochastic depth."""
-    out = F.dropout(branch, rate, layer.training)
-    if layer.training and layer.stochastic_depth > 0:
-        keep = out.new_empty(out.shape[0], 1, 1).bernoulli_(1 - layer.stochastic_depth)
-        out = out * keep / (1 - layer.stochastic_depth)
-    return x + out

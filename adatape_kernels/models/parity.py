@@ -1,17 +1,14 @@
 """AdaTape on the parity task: one token for the whole sequence, a bank token for each element."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.models.adatape import AdaTape
-from adatape_kernels.models.config import (
-    MOST_PARAMETERS,
-    MOST_TOKENS,
-    MOST_VALUES,
-    AdaTapeConfig,
-)
+from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.encoder_config import MOST_TOKENS, MOST_VALUES
 from adatape_kernels.models.model_file import saved_with
 
 
@@ -37,19 +34,16 @@ class AdaTapeParityConfig(AdaTapeConfig):
     element_dim: int = 3
     """Number of features of an element, which is a one-hot symbol."""
 
-    def __post_init__(self) -> None:
-        """Check the sizes, and that a bank of the sequence fills at least one tape token."""
-        super().__post_init__()
+    def _check_values(self) -> None:
+        super()._check_values()
         self._check_integer("seq_len", 1, MOST_TOKENS)
         self._check_integer("element_dim", 1, MOST_VALUES // self.seq_len)
         if self.bank == "input" and self.seq_len < self.topk:
             raise ValueError(f"topk: expected at most seq_len = {self.seq_len}, got {self.topk}")
-        embeddings = self.seq_len * self.element_dim + self.element_dim
-        if self._parameters() + self.dim * embeddings > MOST_PARAMETERS:
-            raise ValueError(
-                "dim, seq_len, element_dim: expected sizes that make up to 2**36 parameters, "
-                f"got {self._parameters() + self.dim * embeddings:,}"
-            )
+
+    def _parameters(self) -> Iterator[tuple[str, int]]:
+        yield from super()._parameters()
+        yield "dim, seq_len, element_dim", self.dim * (self.seq_len + 1) * self.element_dim
 
 
 @saved_with(AdaTapeParityConfig)
@@ -79,13 +73,17 @@ class AdaTapeParity(AdaTape):
 
     bank_repeats_rows = True
 
+    config: AdaTapeParityConfig
+
     def __init__(self, config: AdaTapeParityConfig):
         check_kind("config", config, AdaTapeParityConfig)
         super().__init__(config)
-        self.config: AdaTapeParityConfig = config
         self.sequence_embed = nn.Linear(config.seq_len * config.element_dim, config.dim)
         if config.bank == "input":
             self.pre_bank = nn.Linear(config.element_dim, config.dim)
+
+    def _stem(self) -> tuple[str, ...]:
+        return ("sequence_embed", "pre_bank", *super()._stem())
 
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Flatten each sequence into one token, and make each element a bank token.

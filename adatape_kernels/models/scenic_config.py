@@ -8,18 +8,22 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from adatape_kernels.layers import NORM_EPS, QueryType
-from adatape_kernels.models.config import MOST_TOKENS
+from adatape_kernels.models.compared import UViTConfig
+from adatape_kernels.models.compared.halting_config import HaltingLevel
+from adatape_kernels.models.encoder_config import MOST_TOKENS, EncoderConfig
+from adatape_kernels.models.image_config import ViTConfig
 from adatape_kernels.models.parity import AdaTapeParityConfig
-from adatape_kernels.models.value_checks import as_integer, as_number
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.models.vit import AdaTapeViTConfig
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 from adatape_kernels.pooling import Pooling
 
 _POOLINGS = {"token": "token", "gap": "mean", "gmp": "max", "gsp": "sum"}
+_LEVELS: dict[str, HaltingLevel] = {"per_example": "example", "per_token": "row"}
 _MOST_CHARACTERS = 300
 
 
-def model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
+def model_config(config: Mapping[str, Any]) -> EncoderConfig:
     """Translate scenic's configuration into ours.
 
     Args:
@@ -31,7 +35,11 @@ def model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityC
     Source: SPEC 9 and 10.
     """
     try:
-        return _model_config(config)
+        if config.get("kind") == "vit":
+            return ViTConfig(**_plain_fields(config))
+        if config.get("kind") == "uvit":
+            return _uvit_config(config)
+        return _adatape_config(config)
     except KeyError as error:
         raise ValueError(f"config: expected an entry {error}, got none") from None
     except ValueError as error:
@@ -41,8 +49,56 @@ def model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityC
         raise ValueError(f"config: expected entries of SPEC 10's types, got: {got}") from None
 
 
-def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
-    """Translate a configuration, whose entries may be missing or of any type."""
+def _plain_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ViTConfig."""
+    for name, offered in (("positional_embedding", "learned_1d"), ("representation_size", None)):
+        if config.get(name, offered) != offered:
+            raise ValueError(f"config: expected {name} {offered!r}, got {config[name]!r}")
+    return {
+        "num_classes": config["num_classes"],
+        "dim": config["hidden_size"],
+        "depth": config["num_layers"],
+        "num_heads": config["num_heads"],
+        "ffn_dim": config["mlp_dim"],
+        "pooling": _pooling(config),
+        "activation": "gelu_tanh",
+        "norm_eps": NORM_EPS,
+        "image_size": config["image"],
+        "patch_size": config["patch"],
+    }
+
+
+def _pooling(config: Mapping[str, Any]) -> Pooling:
+    if config["classifier"] not in _POOLINGS:
+        raise ValueError(
+            f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
+        )
+    return cast(Pooling, _POOLINGS[config["classifier"]])
+
+
+def _uvit_config(config: Mapping[str, Any]) -> UViTConfig:
+    """Translate a configuration of a UViT, whose depth is act_max_steps where it halts."""
+    fields, act = _plain_fields(config), config["ac_config"]
+    as_flag("parameter_sharing", config["parameter_sharing"])
+    fields["distinct_layers"] = 1 if config["parameter_sharing"] else 0
+    if act is None:
+        return UViTConfig(**fields, act_type="none")
+    if not isinstance(act, Mapping):
+        raise ValueError(f"config: expected ac_config with entries, or null, got {act!r}")
+    as_choice("act_type", act["act_type"], ("basic", "accumulated"))
+    as_choice("act_level", act["act_level"], [*_LEVELS])
+    return UViTConfig(
+        **{**fields, "depth": act["act_max_steps"]},
+        act_epsilon=act["act_epsilon"],
+        act_type=act["act_type"],
+        act_level=_LEVELS[act["act_level"]],
+        halting_bias_init=act["act_halting_bias_init"],
+        ponder_weight=act["act_loss_weight"],
+    )
+
+
+def _adatape_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParityConfig:
+    """Translate a configuration of an AdaTape, whose entries may be missing or of any type."""
     halting = config["dynamic_tape_length"]
     if not isinstance(halting, Mapping):
         raise ValueError(f"config: expected dynamic_tape_length with entries, got {halting!r}")
@@ -54,10 +110,7 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
         raise ValueError("config: expected layers from 0 on (SPEC 9), got -1")
     if config["bank_norm"] is not True:
         raise ValueError(f"config: expected bank_norm true, got {config['bank_norm']!r}")
-    if config["classifier"] not in _POOLINGS:
-        raise ValueError(
-            f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
-        )
+    pooling = _pooling(config)
     shared: dict[str, Any] = {
         "num_classes": config["num_classes"],
         "dim": config["hidden_size"],
@@ -76,7 +129,7 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
         "query": cast(QueryType, config["query_type"]),
         "read_layers": tuple(config["add_tape_token_to_layers"]),
         "tape_mlp_dim": config["tt_mlp_dim"],
-        "pooling": cast(Pooling, _POOLINGS[config["classifier"]]),
+        "pooling": pooling,
         "ponder_weight": halting["act_loss_weight"],
         "query_noise": halting["query_noise"],
         "bank_dropout": halting["bernoulli_p"],
@@ -92,7 +145,9 @@ def _model_config(config: Mapping[str, Any]) -> AdaTapeViTConfig | AdaTapeParity
         )
     if config["kind"] == "adatape_parity":
         return AdaTapeParityConfig(**shared, seq_len=config["seq_len"])
-    raise ValueError(f"config: expected kind adatape_vit or adatape_parity, got {config['kind']!r}")
+    raise ValueError(
+        f"config: expected kind adatape_vit, adatape_parity, vit or uvit, got {config['kind']!r}"
+    )
 
 
 def _topk(num_tape_tokens: object, act_epsilon: object) -> int:

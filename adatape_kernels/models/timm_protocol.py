@@ -3,25 +3,16 @@
 It does not need timm; `adatape_kernels.timm` enters it into timm's registry.
 """
 
-import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from adatape_kernels.arguments import check_flag, check_int, check_kind, check_number, shown
+from adatape_kernels.arguments import check_kind, check_number, shown
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.models.embedding import ModelInputs
-from adatape_kernels.models.head import NormedHead
-from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
+from adatape_kernels.models.output import AdaTapeOutput
 from adatape_kernels.models.vit import AdaTapeViT
-from adatape_kernels.op_types import TapeSelection
-
-_POOLINGS = {"token": "token", "mean": "avg", "max": "max", "sum": "sum"}
-"""timm's names of poolings, by ours; it has none for a sum."""
 
 
 class TimmAdaTape(nn.Module):
@@ -39,10 +30,6 @@ class TimmAdaTape(nn.Module):
         adatape: the model.
         last_output: the `AdaTapeOutput` of the last call, or None. Copies and pickles do not
             take it along.
-        num_classes: number of logits; with 0 there is no head.
-        num_features, embed_dim, head_hidden_size: width of a token.
-        in_chans: channels of an image.
-        global_pool: "token", "avg", "max" or "sum"; what the head sees.
 
     Raises:
         TypeError: adatape is no AdaTapeViT.
@@ -60,15 +47,8 @@ class TimmAdaTape(nn.Module):
         check_kind("adatape", adatape, AdaTapeViT)
         check_number("drop_rate", drop_rate, 0, 1)
         super().__init__()
-        config = adatape.config
         self.adatape = adatape
         self.drop_rate = drop_rate
-        self.num_classes = config.num_classes
-        self.num_features = self.embed_dim = self.head_hidden_size = config.dim
-        self.in_chans = config.in_channels
-        self.global_pool = _POOLINGS[config.pooling]
-        self.num_prefix_tokens = config.num_registers + (config.pooling == "token")
-        self.grad_checkpointing = False
         self.last_output: AdaTapeOutput | None = None
 
     def forward(self, x: ModelInputs) -> Tensor:
@@ -79,10 +59,9 @@ class TimmAdaTape(nn.Module):
                 dict of patches, as `AdaTapeViT` takes them.
         """
         self.last_output = None  # what the last call kept is freed before this one needs memory
-        features, reads = self._encoded(x)
-        logits = self.forward_head(features)
-        ponder = stack_ponder(reads, logits)
-        self.last_output = AdaTapeOutput(logits, features.tape_lens, ponder, reads)
+        encoded = self.adatape.encode(x)
+        logits = self.forward_head(encoded.batch)
+        self.last_output = self.adatape.output_of(encoded, logits)
         return logits
 
     if TYPE_CHECKING:
@@ -94,7 +73,7 @@ class TimmAdaTape(nn.Module):
         They are an `ElasticBatch`, since images read tapes of different lengths; `to_padded` gives
         (batch, longest, num_features) and a mask.
         """
-        return self._encoded(x)[0]
+        return self.adatape.forward_features(x)
 
     def forward_head(self, x: ElasticBatch, pre_logits: bool = False) -> Tensor:
         """Return logits, or what the head's linear layer sees, of encoded tokens.
@@ -104,14 +83,8 @@ class TimmAdaTape(nn.Module):
             pre_logits: whether to leave the linear layer out.
         """
         check_kind("x", x, ElasticBatch)
-        head, pooled = self.adatape.head, self.adatape._pool(x)
-        if isinstance(head, NormedHead):
-            pooled = F.dropout(head.norm(pooled), self.drop_rate, self.training)
-            return pooled if pre_logits else F.linear(pooled, head.weight, head.bias)
-        if self.num_classes == 0:  # `head` is an Identity, or the norm alone
-            return F.dropout(head(pooled), self.drop_rate, self.training)
-        pooled = F.dropout(pooled, self.drop_rate, self.training)
-        return pooled if pre_logits else head(pooled)
+        pooled = self.adatape._pool(x)
+        return self.adatape._classify(pooled, pre_logits=pre_logits, drop_rate=self.drop_rate)
 
     def get_classifier(self) -> nn.Module:
         """Return the head; where num_classes is 0, what is left of it."""
@@ -128,42 +101,15 @@ class TimmAdaTape(nn.Module):
             ValueError: another pooling is asked for, or the number is negative.
             TypeError: num_classes is no whole number.
         """
-        num_classes = check_int("num_classes", num_classes)
-        if global_pool not in (None, self.global_pool):
-            raise ValueError(
-                f"global_pool: expected {self.global_pool!r}, which the model was made with, "
-                f"got {shown(global_pool)}"
-            )
-        adatape: Any = self.adatape
-        like = adatape.position
-        config, norm = adatape.config, getattr(adatape.head, "norm", None)
-        head: nn.Module
-        if num_classes == 0:
-            head = nn.Identity() if norm is None else nn.Sequential(OrderedDict(norm=norm))
-        else:
-            adatape.config = dataclasses.replace(config, num_classes=num_classes)
-            head = nn.Linear(config.dim, num_classes)
-            if norm is not None:
-                head = NormedHead(config.dim, num_classes, config.norm_eps)
-            head.to(like.device, like.dtype)
-            for parameter in (head.weight, head.bias):
-                nn.init.zeros_(parameter)
-            if norm is not None:
-                head.norm = norm
-        adatape.head = head.train(self.training)
-        self.num_classes = num_classes
+        self.adatape.reset_classifier(num_classes, global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Set whether training computes the layers once more in the backward pass."""
-        check_flag("enable", enable)
-        self.grad_checkpointing = enable
+        self.adatape.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of tokens and positions, whose sizes weight decay should leave."""
-        own = ("position", "class_token", "registers", "bank_position")
-        readers = self.adatape.encoder.readers
-        names = {f"adatape.{name}" for name in own}
-        return names | {f"adatape.encoder.readers.{layer}.tape_tokens" for layer in readers}
+        return {f"adatape.{name}" for name in self.adatape.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return expressions that group parameters by layer, as timm's optimizers take them.
@@ -173,33 +119,49 @@ class TimmAdaTape(nn.Module):
         Args:
             coarse: of no consequence, as there are no coarser groups.
         """
-        stem = (
-            "class_token|registers|position|patch_embed|pre_norm|bank_embed|bank_position|pre_bank"
-        )
-        return {
-            "stem": rf"^adatape\.(?:{stem})",
-            "blocks": [
-                (r"^adatape\.encoder\.(?:layers|readers)\.(\d+)", None),
-                (r"^adatape\.encoder\.norm", (99999,)),
-            ],
-        }
+        return self.adatape._groups(r"adatape\.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits; with 0 there is no head."""
+        return self.adatape.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Width of a token."""
+        return self.adatape.num_features
+
+    embed_dim = head_hidden_size = num_features
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return self.adatape.in_chans
+
+    @property
+    def global_pool(self) -> str:
+        """What the head sees: "token", "avg", "max" or "sum"."""
+        return self.adatape.global_pool
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before those of the image."""
+        return self.adatape.num_prefix_tokens
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The name, width and pixels per token of each layer."""
+        return [
+            {**layer, "module": f"adatape.{layer['module']}"} for layer in self.adatape.feature_info
+        ]
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether training computes the layers once more in the backward pass."""
+        return self.adatape.grad_checkpointing
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_output": None}
-
-    def _encoded(self, images: ModelInputs) -> tuple[ElasticBatch, tuple[TapeSelection, ...]]:
-        """Return the encoded tokens, and what each read selected."""
-        encoder = self.adatape.encoder
-        x, bank, bank_lens = self.adatape.embed_elastic(images)
-        if not (self.grad_checkpointing and self.training):
-            return encoder(x, bank, bank_lens=bank_lens)
-        x, reads = x.round_rows(encoder.row_multiple) if encoder.row_multiple > 1 else x, []
-        for layer, reader in encoder.stages():
-            if reader is not None:
-                x, selection = reader(x, bank, bank_lens=bank_lens)
-                reads.append(selection)
-            x = checkpoint(layer, x, use_reentrant=False)
-        return x.with_data(encoder.norm(x.data)), tuple(reads)
 
 
 class PonderLoss(nn.Module):
@@ -251,8 +213,9 @@ class PonderLoss(nn.Module):
                 f"output: expected the logits of the model's last call, which was on {images}, "
                 f"got {tuple(output.shape)}"
             )
-        ponder = last.ponder.sum(1).mean()
-        return self.criterion(output, target) + model.adatape.config.ponder_weight * ponder
+        charge = model.adatape.charge(last)
+        loss = self.criterion(output, target)
+        return loss if charge is None else loss + charge
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -14,11 +14,14 @@ from adatape_kernels.ops.implementation import HALF_AND_FLOAT, CompiledKernel, S
 FACTS = build_facts()
 
 
-def cpp_kernel() -> CompiledKernel:
-    """Return the implementation of csrc/cpu for an op: on the CPU, with every check of its own."""
+def cpp_kernel(limits: Statement | None = None) -> CompiledKernel:
+    """Return the implementation of csrc/cpu for an op: on the CPU, with every check of its own.
+
+    `limits` states what else it asks of a call, as in `Implementation`.
+    """
     absent = None if FACTS["compiled"] == "yes" else FACTS["why"]
     dtypes = (torch.float32, torch.bfloat16)
-    return CompiledKernel("adatape_cpu", ("cpu",), dtypes, absent, checks_values=True)
+    return CompiledKernel("adatape_cpu", ("cpu",), dtypes, absent, limits, checks_values=True)
 
 
 def cuda_kernel(

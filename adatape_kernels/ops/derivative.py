@@ -38,7 +38,9 @@ class Derivative:
         self.backward, self.setup_context = backward, setup_context
         self.plain_torch = plain_torch
 
-    def attach(self, run: Callable[..., Any], *, composed: bool = False) -> None:
+    def attach(
+        self, run: Callable[..., Any], *, composed: bool = False, in_place: bool = False
+    ) -> None:
         """Register it with torch, for an op whose function below autograd is `run`."""
         fast_autograd.attach(
             self.library,
@@ -49,6 +51,7 @@ class Derivative:
             plain_torch=self._by_plain_torch,
             instead=None if composed else functools.partial(carried_choice.carrying, self.name),
             composed=composed,
+            in_place=in_place,
         )
 
     def _noting_backends(self, ctx: Any, inputs: tuple, output: Any) -> None:

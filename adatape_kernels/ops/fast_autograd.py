@@ -12,7 +12,7 @@ public one would end.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ SINGLE_LEVEL = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 From torch 2.14 on `apply` is no Python any more, and starts with the outermost transform always.
 """
 
-PlainTorch = Callable[[tuple, tuple], Sequence[torch.Tensor | None]]
+PlainTorch = Callable[[tuple, Any], Any]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
 op's results say what has no derivative, such as the indices that were selected."""
 
@@ -104,6 +104,7 @@ def attach(
     plain_torch: PlainTorch | None = None,
     composed: bool = False,
     instead: Callable[[], Callable[..., Any] | None] | None = None,
+    in_place: bool = False,
     public: bool | None = None,
 ) -> None:
     """Attach the derivative of an op, in the fast way if this torch has what it takes.
@@ -121,10 +122,15 @@ def attach(
             look through it.
         instead: returns the op, or None, that takes this one's place in a graph being traced; the
             public way does without.
+        in_place: whether the op writes into its first argument, which has no derivative, so that
+            what asks for one is refused; the public way leaves that to the op's public function.
         public: True for `torch.library.register_autograd`; None decides by the names that are here.
     """
     if bool(missing_names()) if public is None else public:
-        _attach_publicly(library, name, backward, setup_context)
+        if not in_place:
+            _attach_publicly(library, name, backward, setup_context)
+    elif in_place:
+        _attach_in_place(library, name, run, instead)
     else:
         _attach_fast(library, name, run, backward, setup_context, plain_torch, composed, instead)
 
@@ -164,18 +170,9 @@ def _attach_fast(
     composed: bool,
     instead: Callable[[], Callable[..., Any] | None] | None,
 ) -> None:
-    op = getattr(getattr(torch.ops, library.ns), name).default
-    below, after_autograd = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
-    any_requires_grad, plain = torch._C._any_requires_grad, _plain_keys()
+    below, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
     transforms = torch._C._are_functorch_transforms_active
-
-    def below_autograd(keys: Any, args: tuple) -> Any:
-        keys = keys & after_autograd
-        if keys.raw_repr() in plain:
-            return run(*args)
-        other = None if instead is None else instead()
-        with below():
-            return op.redispatch(keys, *args) if other is None else other(*args)
+    below_autograd = _below_autograd(library, name, run, instead)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
         if transforms():
@@ -200,7 +197,8 @@ def _attach_fast(
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             computed = plain_torch(args, output)
             if isinstance(output, torch.Tensor):
-                return _tangent_or_zero(computed[0], output)
+                single = computed if isinstance(computed, torch.Tensor) else computed[0]
+                return _tangent_or_zero(single, output)
             return tuple(map(_tangent_or_zero, computed, output))
 
     def derivative(ctx: Any, *grads: Any) -> Any:
@@ -230,6 +228,54 @@ def _attach_fast(
         return _at_one_level(function, keys, args)
 
     library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
+
+
+def _below_autograd(
+    library: torch.library.Library,
+    name: str,
+    run: Callable[..., Any],
+    instead: Callable[[], Callable[..., Any] | None] | None,
+) -> Callable[[Any, tuple], Any]:
+    """Return what makes a call, by the dispatcher's keys for it, once autograd has had its turn."""
+    op = getattr(getattr(torch.ops, library.ns), name).default
+    below, after_autograd = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
+    plain = _plain_keys()
+
+    def below_autograd(keys: Any, args: tuple) -> Any:
+        keys = keys & after_autograd
+        if keys.raw_repr() in plain:
+            return run(*args)
+        other = None if instead is None else instead()
+        with below():
+            return op.redispatch(keys, *args) if other is None else other(*args)
+
+    return below_autograd
+
+
+def _attach_in_place(
+    library: torch.library.Library,
+    name: str,
+    run: Callable[..., Any],
+    instead: Callable[[], Callable[..., Any] | None] | None,
+) -> None:
+    below_autograd = _below_autograd(library, name, run, instead)
+    any_requires_grad = torch._C._any_requires_grad
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        dual = forward_ad._current_level >= 0 and _has_tangent(args)
+        if dual or (torch.is_grad_enabled() and any_requires_grad(*args)):
+            raise NotImplementedError(no_gradients(name))
+        results = below_autograd(keys, args)
+        if not args[0].is_inference():  # as what another op has saved may be this tensor
+            torch.autograd.graph.increment_version(args[0])
+        return results
+
+    library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
+
+
+def no_gradients(name: str) -> str:
+    """Return why an op that works in place is refused where a derivative is asked for."""
+    return f"{name}: expected tensors that ask for no gradient, as it works in place, got one"
 
 
 def no_tangents(name: str) -> str:

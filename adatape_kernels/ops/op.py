@@ -108,7 +108,7 @@ class Operation:
         self.overload = declare(schema, library, self._run, fake)
         declare_carrying(schema, self._run, fake)
         self._derivative = Derivative(self.name, library, _choice)
-        self._derivative.attach(self._run)
+        self._derivative.attach(self._run, in_place="!)" in schema)
         _operations[self.name] = self
 
     def differentiable(

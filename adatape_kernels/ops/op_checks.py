@@ -317,6 +317,69 @@ def add_layer_norm_bwd(
     _check("rstd", rstd, wide, shape[:1], device)
 
 
+def compact_rows(
+    data: Tensor, keep: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, capacity: int | None
+) -> None:
+    """Raise ValueError for arguments that the op `compact_rows` does not take."""
+    shape, offsets, device = data.shape, cu_inputs.shape, data.device
+    if len(shape) != 2 or shape[0] > MOST_ROWS:
+        raise ValueError(f"data: expected (rows up to {MOST_ROWS}, dim), got {tuple(shape)}")
+    _check("keep", keep, torch.bool, shape[:1], device)
+    if len(offsets) != 1 or offsets[0] == 0:
+        raise ValueError(f"cu_inputs: expected (batch + 1,), got {tuple(offsets)}")
+    _check("cu_inputs", cu_inputs, torch.int32, offsets, device)
+    _check("cu_tapes", cu_tapes, torch.int32, offsets, device)
+    check_capacity(capacity)
+    if capacity is not None and capacity > MOST_ROWS:
+        raise ValueError(f"capacity: expected 0 to {MOST_ROWS} rows, got {capacity}")
+
+
+def compact_rows_bwd(dpacked: Tensor, source: Tensor, rows: int) -> None:
+    """Raise ValueError for arguments that the op `compact_rows_bwd` does not take."""
+    if dpacked.dim() != 2 or dpacked.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dpacked: expected floating-point (rows, dim), got {_text(dpacked)}")
+    _check("source", source, torch.int32, dpacked.shape[:1], dpacked.device)
+    if not 0 <= rows <= MOST_ROWS:
+        raise ValueError(f"rows: expected 0 to {MOST_ROWS}, got {rows}")
+
+
+def accumulate_rows(
+    total: Tensor, rows: Tensor, source: Tensor, weights: Tensor, total_weights: Tensor | None
+) -> None:
+    """Raise ValueError for arguments that the op `accumulate_rows` does not take."""
+    _check_accumulated("total", total, rows, source, weights, total_weights)
+
+
+def accumulate_rows_(total: Tensor, *rest: Any) -> None:
+    """Raise ValueError for arguments that the op `accumulate_rows_` does not take."""
+    accumulate_rows(total, *rest)
+    places = sorted(each for each in zip(total.stride(), total.shape, strict=True) if each[1] > 1)
+    apart = 1  # the number of elements that the smaller strides span
+    for stride, size in places:
+        if stride < apart:
+            raise ValueError(
+                "total: expected each element at a place of its own, "
+                f"got strides {total.stride(0)} and {total.stride(1)}"
+            )
+        apart += stride * (size - 1)
+
+
+def accumulate_rows_bwd(
+    dsum: Tensor,
+    total: Tensor | None,
+    rows: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    total_weights: Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that the op `accumulate_rows_bwd` does not take."""
+    _check_accumulated("dsum", dsum, rows, source, weights, total_weights)
+    if total is None and total_weights is not None:
+        raise ValueError("total: expected a tensor beside total_weights, got None")
+    if total is not None:
+        _check("total", total, dsum.dtype, dsum.shape, dsum.device)
+
+
 def check_one_device(op: str, arguments: Any) -> None:
     """Raise ValueError where an op's tensors lie on several devices."""
     tensors = [each for each in arguments if isinstance(each, Tensor)]
@@ -361,6 +424,27 @@ def _check(
         raise ValueError(
             f"{name}: expected {dtype} {tuple(shape)} on {device}, got {_text(x)} on {x.device}"
         )
+
+
+def _check_accumulated(
+    name: str,
+    total: Tensor,
+    rows: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    total_weights: Tensor | None,
+) -> None:
+    shape, dtype, device = rows.shape, rows.dtype, rows.device
+    if len(shape) != 2 or dtype not in FLOAT_DTYPES:
+        raise ValueError(f"rows: expected floating-point (rows, dim), got {_text(rows)}")
+    if total.dim() != 2 or total.shape[0] > MOST_ROWS:
+        raise ValueError(f"{name}: expected (rows up to {MOST_ROWS}, dim), got {_text(total)}")
+    wide, of_total = wide_dtype(dtype), total.dtype if total.dtype is dtype else wide_dtype(dtype)
+    _check(name, total, of_total, (total.shape[0], shape[1]), device)
+    _check("source", source, torch.int32, shape[:1], device)
+    _check("weights", weights, wide, shape[:1], device)
+    if total_weights is not None:
+        _check("total_weights", total_weights, wide, shape[:1], device)
 
 
 def _check_norm(name: str, x: Tensor, weight: Tensor) -> None:

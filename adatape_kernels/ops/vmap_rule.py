@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def one_by_one(name: str, overload: Callable[..., Any]) -> Callable[..., tuple]:
+def one_by_one(name: str, overload: Any) -> Callable[..., tuple]:
     """Return a rule as `torch.library.register_vmap` takes it.
 
     A ragged op mixes lengths freely, but stacked results must have one shape.
@@ -20,6 +20,10 @@ def one_by_one(name: str, overload: Callable[..., Any]) -> Callable[..., tuple]:
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         if info.batch_size == 0:
             raise NotImplementedError(f"{name}: expected vmap over at least one element, got none")
+        if overload._schema.is_mutable and in_dims[0] is None:
+            raise NotImplementedError(
+                f"{name}: expected vmap over what it writes into, too, got one for all elements"
+            )
         results = [
             overload(
                 *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
@@ -28,6 +32,8 @@ def one_by_one(name: str, overload: Callable[..., Any]) -> Callable[..., tuple]:
         ]
         if isinstance(results[0], Tensor):
             return _stacked(name, results), 0
+        if overload._schema.is_mutable:
+            return None, None
         stacked = tuple(_stacked(name, parts) for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 

@@ -85,6 +85,11 @@ def check_cases() -> Iterator[CheckCase]:
         yield _ffn_case(48, 100, 50, 77, 70, 77, "tensor", activation)
     for num_rows, dim in ((300, 384), (7, 50), (9, 4096)):
         yield _norm_case(num_rows, dim)
+    for dim, capacity in ((384, None), (50, 700), (7, None)):
+        yield _compact_case(dim, capacity)
+    for dim in (384, 50, 7):
+        for weighted in (False, True):
+            yield _accumulate_case(dim, weighted)
 
 
 def _deterministic(case: CheckCase) -> CheckCase:
@@ -228,6 +233,52 @@ def _norm_case(num_rows: int, dim: int) -> CheckCase:
         return ops.add_layer_norm(x, branch, weight, bias), ()
 
     return CheckCase("add_layer_norm", f"{num_rows} rows of {dim}", make, call)
+
+
+def _compact_case(dim: int, capacity: int | None) -> CheckCase:
+    input_lens, tape_lens = [197, 0, 50, 256], [10, 3, 0, 1]
+    cu_inputs, cu_tapes = layout_of(input_lens, tape_lens)
+    rows = sum(input_lens) + sum(tape_lens) + 3
+
+    def inputs() -> list[Tensor]:
+        return [torch.randn(rows, dim)]
+
+    def call(data: Tensor) -> Results:
+        keep = _draw(rows, data) < 0.6
+        packed, *offsets, source = ops.compact_rows(
+            data, keep, cu_inputs, cu_tapes, capacity=capacity
+        )
+        return (packed,), (*offsets, source)
+
+    size_of = "exact" if capacity is None else f"capacity {capacity}"
+    return CheckCase("compact_rows", f"{rows} rows of {dim}, {size_of}", inputs, call)
+
+
+def _accumulate_case(dim: int, weighted: bool) -> CheckCase:
+    num_total, num_rows = 300, 200
+
+    def inputs() -> list[Tensor]:
+        factors = [torch.rand(num_rows) for _ in range(1 + weighted)]
+        return [torch.randn(num_total, dim), torch.randn(num_rows, dim), *factors]
+
+    def call(total: Tensor, rows: Tensor, *factors: Tensor) -> Results:
+        source = _draw(num_total, rows).argsort()[:num_rows]
+        source = source.masked_fill(_draw(num_rows, rows) < 0.2, -1)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        weights, *total_weights = (factor.to(wide) for factor in factors)
+        summed = ops.accumulate_rows(
+            total, rows, source, weights, total_weights=total_weights[0] if weighted else None
+        )
+        return (summed,), ()
+
+    factors = "two factors" if weighted else "one factor"
+    return CheckCase("accumulate_rows", f"{num_rows} rows of {dim}, {factors}", inputs, call)
+
+
+def _draw(count: int, like: Tensor) -> Tensor:
+    """Return the same numbers from 0 to 1 on every device."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(count, generator=generator, device="cpu").to(like.device)
 
 
 def _parameters(dim: int, wide: int, hidden: int) -> list[Tensor]:

@@ -13,8 +13,8 @@ import numpy as np
 from adatape_kernels import scenic
 from adatape_kernels.data.npz_file import NpzFile
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeParityConfig, AdaTapeViTConfig
-from adatape_kernels.models.config import MOST_VALUES
+from adatape_kernels.models import AdaTapeParityConfig, AdaTapeViTConfig, UViTConfig, ViTConfig
+from adatape_kernels.models.encoder_config import MOST_VALUES
 from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
 from adatape_kernels.ops.reading_checks import MAX_TOPK
 
@@ -119,6 +119,42 @@ def check_model(arrays: NpzFile, config: AdaTapeViTConfig | AdaTapeParityConfig)
     _check_work(batch * values, batch * products)
 
 
+def check_baseline(arrays: NpzFile, config: ViTConfig) -> None:
+    """Compare the headers of a file of kind vit or uvit with its configuration.
+
+    Raises:
+        ValueError: an array is missing or of another shape or type, or the file asks for more than
+            is reasonable.
+        KeyError: an array is missing.
+    """
+    params = arrays.below("params/")
+    scenic.check_params(params, config)
+    example = (config.image_size, config.image_size, config.in_channels)
+    rows = config.num_patches + (config.pooling == "token")
+    batch = _axes(arrays, "inputs", 4)[0]
+    param_shapes = {name: params.header(name).shape for name in params}
+    shapes = {
+        "inputs": (batch, *example),
+        "logits": (batch, config.num_classes),
+        "cotangent_logits": (batch, config.num_classes),
+        "grad_inputs": (batch, *example),
+        **param_shapes,
+        **{f"grad_{name}": shape for name, shape in param_shapes.items()},
+    }
+    if isinstance(config, UViTConfig) and config.act_type != "none":
+        units = (batch, rows) if config.act_level == "row" else (batch,)
+        names = ("n_steps", "ponder_times", "remainders")
+        shapes |= {**dict.fromkeys(names, units), "ponder_loss": ()}
+    _check_headers(arrays, shapes)
+    widths = 4 * config.dim + 2 * config.ffn_dim
+    embedding = config.dim * config.in_channels * config.patch_size**2
+    layer = config.dim * (widths + 2 * rows)
+    _check_work(
+        batch * config.depth * rows * (config.num_heads * rows + widths),
+        batch * rows * (config.depth * layer + embedding),
+    )
+
+
 def _axes(arrays: NpzFile, name: str, number: int) -> tuple[int, ...]:
     """Return the shape of an array, of which no axis may be empty."""
     shape = arrays.header(name).shape
@@ -133,7 +169,7 @@ def _check_headers(arrays: NpzFile, shapes: Mapping[str, tuple[int, ...]]) -> No
     """Compare shapes and types, and see that no parameter or gradient is left over."""
     for name, shape in shapes.items():
         header = arrays.header(name)
-        dtype = _COUNT if name == "n_read" else _FLOAT
+        dtype = _COUNT if name in ("n_read", "n_steps") else _FLOAT
         if header.shape != shape or header.dtype != dtype:
             raise ValueError(
                 f"{name}: expected {shape} {dtype}, "

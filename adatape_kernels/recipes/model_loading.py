@@ -13,7 +13,7 @@ from torch import Tensor
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import Normaliser, Preprocessing, digits
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeConfig
+from adatape_kernels.models import AdaTapeConfig, EncoderConfig
 from adatape_kernels.models.model_file import FILE, Description, SavedModel, read
 from adatape_kernels.recipes import checkpoint, demo
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
@@ -28,7 +28,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     halt_threshold: float | None = None,
-    config: AdaTapeConfig | None = None,
+    config: EncoderConfig | None = None,
 ) -> SavedModel:
     """Build a trained model from a file that `save` wrote, or from the folder of a run.
 
@@ -38,7 +38,7 @@ def load(
             last checkpoint counts.
         device: where the model is to be.
         dtype: the floating dtype of its parameters; None for that of the file.
-        halt_threshold: the cost knob, in place of the model's own; None leaves it.
+        halt_threshold: the cost knob of an AdaTape, in place of the model's own; None leaves it.
         config: of a file that holds tensors alone, as version 0.1 wrote them; any other file and
             any folder know their own.
 
@@ -66,7 +66,7 @@ def load(
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
     if config is not None:
-        check_kind("config", config, AdaTapeConfig)
+        check_kind("config", config, EncoderConfig)
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
@@ -77,13 +77,18 @@ def load(
         ) from None
     file, description, tensors = _found(file, config)
     if halt_threshold is not None:
+        if not isinstance(description.config, AdaTapeConfig):
+            raise ValueError(
+                "halt_threshold: expected None for a model that reads no tape, "
+                f"got {shown(halt_threshold)}"
+            )
         with_threshold = replace(description.config, halt_threshold=halt_threshold)
         description = replace(description, config=with_threshold)
     return description.build(tensors, file).to(device=where, dtype=dtype)
 
 
 def _found(
-    source: Path, config: AdaTapeConfig | None
+    source: Path, config: EncoderConfig | None
 ) -> tuple[Path, Description, Mapping[str, Tensor]]:
     """Return the file that holds a source's tensors, what describes them, and the tensors."""
     name = printable(source)

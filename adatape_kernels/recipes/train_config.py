@@ -11,7 +11,8 @@ from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
-from adatape_kernels.models.config import MOST_PARAMETERS, BankKind
+from adatape_kernels.models.config import BankKind
+from adatape_kernels.models.encoder_config import MOST_PARAMETERS
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS, Activation
 from adatape_kernels.recipes.source_file import SourceFacts, SourceFile

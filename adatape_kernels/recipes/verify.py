@@ -18,10 +18,16 @@ from adatape_kernels import ops, scenic
 from adatape_kernels.data.npz_file import NpzFile, UnreadableFile
 from adatape_kernels.data.printable import printable
 from adatape_kernels.layers import NORM_EPS
+from adatape_kernels.models import (
+    AdaTapeOutput,
+    AdaTapeParityConfig,
+    AdaTapeViTConfig,
+    ViTConfig,
+)
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.ops.op import NotServed, Ran, record
 from adatape_kernels.recipes.full_precision import without_tf32
-from adatape_kernels.recipes.golden_file import check_model, check_read
+from adatape_kernels.recipes.golden_file import check_baseline, check_model, check_read
 
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
@@ -96,7 +102,8 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
     """Recompute a golden file's outputs, counts and gradients, and compare.
 
     Args:
-        path: an .npz file of kind tape_read, adatape_vit or adatape_parity, as in SPEC 10.
+        path: an .npz file of kind tape_read, adatape_vit, adatape_parity, vit or uvit, as in
+            SPEC 10.
         device: where to compute. On a GPU without TF32, whose noise would change what is read.
 
     Raises:
@@ -106,7 +113,8 @@ def verify_file(path: str | Path, device: torch.device | str = "cpu") -> FileRep
     try:
         with NpzFile(path) as arrays:
             config = scenic.read_config(arrays, path)
-            check = _verify_read if config["kind"] == "tape_read" else _verify_model
+            kind = config["kind"]
+            check = _CHECKS[kind] if isinstance(kind, str) and kind in _CHECKS else _verify_model
             with torch.device(device), without_tf32(), record() as ran:
                 counts_agree, comparisons = check(arrays, config)
     except (UnreadableFile, NotServed):
@@ -155,27 +163,70 @@ def _verify_read(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, list
 
 
 def _verify_model(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, list[Comparison]]:
-    """Check a whole model, whose images are NHWC."""
-    check_model(arrays, scenic.model_config(config))
-    model = scenic.load(arrays.below("params/"), config).to(torch.get_default_device()).eval()
-    inputs = _leaf(arrays["inputs"])
-    output = model(inputs.permute(0, 3, 1, 2) if inputs.dim() == 4 else inputs)
-    objective = (output.logits * torch.tensor(arrays["cotangent_logits"])).sum()
+    """Check a whole AdaTape, whose images are NHWC."""
+    ours = scenic.model_config(config)
+    if not isinstance(ours, AdaTapeViTConfig | AdaTapeParityConfig):
+        raise ValueError(f"kind: expected that of an AdaTape, got {config['kind']!r}")
+    check_model(arrays, ours)
+    run = _Run(arrays, config)
+    ponder = run.output.ponder[:, -1]
     # The file holds the ponder loss of the last read only, and so does its objective.
-    (objective + LOSS_WEIGHT * output.ponder[:, -1].sum()).backward()
     comparisons = [
-        _compare("logits", output.logits, arrays["logits"], OUTPUT_TOLERANCE),
-        _compare("atr_loss", output.ponder[:, -1], arrays["atr_loss"], OUTPUT_TOLERANCE),
-        _compare_gradient("grad_inputs", inputs.grad, arrays["grad_inputs"]),
+        _compare("logits", run.output.logits, arrays["logits"], OUTPUT_TOLERANCE),
+        _compare("atr_loss", ponder, arrays["atr_loss"], OUTPUT_TOLERANCE),
+        *run.gradients(ponder.sum()),
     ]
-    gradients = {
-        key: torch.zeros_like(p) if p.grad is None else p.grad
-        for key, p in model.named_parameters()
-    }
-    for name, target in scenic.parameter_map(model).items():
-        theirs = target.convert(arrays[f"grad_params/{name}"])
-        comparisons.append(_compare_gradient(f"grad_params/{name}", target.of(gradients), theirs))
-    return _counts_agree(output.reads, arrays["mask"]), comparisons
+    return _counts_agree(run.output.reads, arrays["mask"]), comparisons
+
+
+def _verify_baseline(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, list[Comparison]]:
+    """Check a ViT, or a UViT, whose examples or rows halt."""
+    ours = scenic.model_config(config)
+    assert isinstance(ours, ViTConfig)
+    check_baseline(arrays, ours)
+    run = _Run(arrays, config)
+    comparisons = [_compare("logits", run.output.logits, arrays["logits"], OUTPUT_TOLERANCE)]
+    halted = run.output.halted
+    if halted is None:
+        return True, [*comparisons, *run.gradients(None)]
+    cost = halted.steps + halted.remainders
+    for name, values in (
+        ("ponder_times", halted.steps.to(cost.dtype)),
+        ("remainders", halted.remainders),
+        ("ponder_loss", cost.mean()),
+    ):
+        comparisons.append(_compare(name, values, arrays[name], OUTPUT_TOLERANCE))
+    comparisons += run.gradients(cost.sum())
+    return np.array_equal(halted.steps.cpu().numpy(), arrays["n_steps"]), comparisons
+
+
+class _Run:
+    """A model of a file, and what it made of the file's inputs."""
+
+    def __init__(self, arrays: NpzFile, config: Mapping[str, Any]):
+        self.arrays = arrays
+        params = arrays.below("params/")
+        self.targets = scenic.check_params(params, scenic.model_config(config))
+        self.model = scenic.load(params, config).to(torch.get_default_device()).eval()
+        self.inputs = _leaf(arrays["inputs"])
+        given = self.inputs.permute(0, 3, 1, 2) if self.inputs.dim() == 4 else self.inputs
+        self.output: AdaTapeOutput = self.model(given)
+
+    def gradients(self, cost: Tensor | None) -> list[Comparison]:
+        """Compare the gradients of the file's objective, which charges a cost if there is one."""
+        arrays = self.arrays
+        objective = (self.output.logits * torch.tensor(arrays["cotangent_logits"])).sum()
+        (objective if cost is None else objective + LOSS_WEIGHT * cost).backward()
+        comparisons = [_compare_gradient("grad_inputs", self.inputs.grad, arrays["grad_inputs"])]
+        gradients = {
+            key: torch.zeros_like(p) if p.grad is None else p.grad
+            for key, p in self.model.named_parameters()
+        }
+        for name, target in self.targets.items():
+            theirs = target.converted(arrays[f"grad_{name}"])
+            ours = target.of(gradients)
+            comparisons.append(_compare_gradient(f"grad_{name}", ours, theirs))
+        return comparisons
 
 
 def _counts_agree(reads: tuple[TapeSelection, ...], mask: np.ndarray) -> bool:
@@ -210,3 +261,7 @@ def _compare_gradient(name: str, ours: Tensor | None, theirs: np.ndarray) -> Com
         largest = torch.stack([ours.abs().max().cpu(), torch.tensor(theirs).abs().max().cpu()])
         return Comparison(name, float(largest.max()), ZERO_TOLERANCE, absolute=True)
     return _compare(name, ours, theirs, GRADIENT_TOLERANCE)
+
+
+_CHECKS = {"tape_read": _verify_read, "vit": _verify_baseline, "uvit": _verify_baseline}
+"""What checks a file of a kind; files of all other kinds hold an AdaTape."""

@@ -122,6 +122,25 @@ def _add_layer_norm(dim: int, dtype: torch.dtype, rows: int = 4096) -> None:
     _launcher("add_layer_norm_bwd")(total, normed, total, weight, *saved)
 
 
+def _compact_rows(dim: int, dtype: torch.dtype) -> None:
+    rows, batch = 256 * 197, 256
+    data, keep = torch.empty(rows, dim, dtype=dtype), torch.empty(rows, dtype=torch.bool)
+    offsets = torch.empty(2, batch + 1, dtype=torch.int32).unbind(0)
+    packed, _, _, source = _launcher("compact_rows")(data, keep, *offsets, rows // 2)
+    _launcher("compact_rows_bwd")(packed, source, rows)
+
+
+def _accumulate_rows(dim: int, dtype: torch.dtype, of_total: torch.dtype) -> None:
+    total, rows = torch.empty(50000, dim, dtype=of_total), torch.empty(20000, dim, dtype=dtype)
+    source, weights = torch.empty(20000, dtype=torch.int32), torch.empty(20000)
+    for total_weights in (None, weights):
+        factors = source, weights, total_weights
+        _launcher("accumulate_rows")(total, rows, *factors)
+        _launcher("accumulate_rows_")(total, rows, *factors)
+        before = total if total_weights is not None else None
+        _launcher("accumulate_rows_bwd")(total, before, rows, *factors)
+
+
 def _select_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     for bank, shape, batch, topk in (
         ("input 784 × 64", (256, 784, 64), 256, 5),
@@ -209,6 +228,36 @@ def _add_layer_norm_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
         )
 
 
+def _compact_rows_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    wide = dict.fromkeys(
+        ("_compact_rows_copy_kernel", "_compact_rows_bwd_kernel"), ("load128", "store128")
+    )
+    for dim in (768, 50):
+        aligned = dim * dtype.itemsize % 16 == 0
+        yield AuditCase(
+            f"rows of {dim}, {_short(dtype)}",
+            partial(_compact_rows, dim, dtype),
+            wide if aligned else {},
+            sample=dtype == torch.bfloat16 and aligned,
+        )
+
+
+def _accumulate_rows_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    kernels = ("_accumulate_rows_fwd_kernel", "_accumulate_rows_bwd_kernel")
+    for dim in (768, 50):
+        aligned = dim * dtype.itemsize % 16 == 0
+        for of_total in dict.fromkeys((dtype, torch.float32)):
+            into = "" if of_total == dtype else " into fp32"
+            yield AuditCase(
+                f"rows of {dim}, {_short(dtype)}{into}",
+                partial(_accumulate_rows, dim, dtype, of_total),
+                dict.fromkeys(kernels, ("load128", "store128"))
+                if aligned and of_total == dtype
+                else {},
+                sample=dtype == torch.bfloat16 and aligned and of_total == dtype,
+            )
+
+
 def _small_model() -> None:
     """Launch what S/16 launches for 256 images: an input-driven bank, 10 tape tokens."""
     dtype, rows = torch.bfloat16, 256 * 207
@@ -244,6 +293,8 @@ CASES = MODEL_CASES + tuple(
         _attention_cases,
         _ffn_cases,
         _add_layer_norm_cases,
+        _compact_rows_cases,
+        _accumulate_rows_cases,
     )
     for case in cases(dtype)
 )

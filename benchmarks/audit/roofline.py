@@ -238,6 +238,28 @@ def norms(rows: int, dim: int) -> Iterator[RooflineLine]:
     yield RooflineLine("add_layer_norm_bwd", shape, CountedWork(4 * token), backward)
 
 
+def leaving(examples: int, dim: int, kept: float) -> Iterator[RooflineLine]:
+    """Count rows that leave and come home, from a batch of examples of 197 rows."""
+    rows = examples * 197
+    data, keep = torch.randn(rows, dim).to(HALF), torch.rand(rows) < kept
+    cu_inputs = torch.arange(examples + 1, dtype=torch.int32) * 197
+    cu_tapes = torch.full_like(cu_inputs, rows)
+    capacity = int(keep.sum())
+    forward, results = measured("compact_rows", data, keep, cu_inputs, cu_tapes, capacity)
+    packed, source = results[0], results[3]
+    backward, _ = measured("compact_rows_bwd", packed, source, rows)
+    whole, part = rows * dim * SIZE, capacity * dim * SIZE
+    shape = f"{capacity} of {rows} rows, D={dim}"
+    needed = CountedWork(2 * part + rows + 4 * capacity)
+    yield RooflineLine("compact_rows", shape, needed, forward)
+    yield RooflineLine("compact_rows_bwd", shape, CountedWork(whole + part), backward)
+    weights = torch.rand(capacity)
+    forward, _ = measured("accumulate_rows", data, packed, source, weights, None)
+    backward, _ = measured("accumulate_rows_bwd", data, None, packed, source, weights, None)
+    yield RooflineLine("accumulate_rows", shape, CountedWork(2 * whole + part), forward)
+    yield RooflineLine("accumulate_rows_bwd", shape, CountedWork(3 * part), backward)
+
+
 def lines(quick: bool) -> Iterator[RooflineLine]:
     """Yield every op at the sizes of the models; `quick` takes a minute's worth of them."""
     yield from attention(range(50, 257, 69 if quick else 12), repeats=256, heads=6, head_dim=64)
@@ -259,6 +281,8 @@ def lines(quick: bool) -> Iterator[RooflineLine]:
     yield from feed_forwards(16 * 50, 16 * 64, 768, 3072, 768, "cublas", repeats=16)
     yield from norms(256 * 207, 384)
     yield from norms(256 * 114, 768)
+    for kept in (0.25, 0.75):
+        yield from leaving(32, 768, kept)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ OPS = (
     "tape_read",
     "elastic_attention",
     "dual_ffn",
+    "compact_rows",
     "model",
     "image_sizes",
     "dispatch",

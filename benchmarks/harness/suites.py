@@ -31,6 +31,7 @@ LEGEND = {
     "act": "activation of the feed-forward for input rows: gelu_tanh, gelu or relu; gelu_tanh, the "
     "model's own, is left out",
     "V": "size and patch of the ViT, as S/16",
+    "kept": "percent of the rows that are kept",
     "op": "the op that is called",
 }
 """The meaning of each letter of a shape, the same as in the definition (SPEC)."""

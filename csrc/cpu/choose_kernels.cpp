@@ -22,6 +22,8 @@
   void act_bwd(const CpuBiasActParams&, int64_t, int64_t);                                         \
   void add_layer_norm_fwd(const CpuAddLayerNormParams&, int64_t, int64_t);                         \
   void add_layer_norm_bwd(const CpuAddLayerNormBwdParams&, int64_t, int64_t);                      \
+  void accumulate_rows_fwd(const CpuAccumulateRowsParams&, int64_t, int64_t);                      \
+  void accumulate_rows_bwd(const CpuAccumulateRowsBwdParams&, int64_t, int64_t);                   \
   }                                                                                                \
   constexpr CpuKernels k_##isa = {.name = #isa,                                                    \
                                   .attention_fwd = isa::attention_fwd,                             \
@@ -36,7 +38,9 @@
                                   .bias_act = isa::bias_act,                                       \
                                   .act_bwd = isa::act_bwd,                                         \
                                   .add_layer_norm_fwd = isa::add_layer_norm_fwd,                   \
-                                  .add_layer_norm_bwd = isa::add_layer_norm_bwd};
+                                  .add_layer_norm_bwd = isa::add_layer_norm_bwd,                   \
+                                  .accumulate_rows_fwd = isa::accumulate_rows_fwd,                 \
+                                  .accumulate_rows_bwd = isa::accumulate_rows_bwd};
 
 namespace adatape {
 

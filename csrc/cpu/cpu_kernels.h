@@ -146,6 +146,40 @@ struct CpuAddLayerNormBwdParams {
   DType dtype;  // of dtotal, dnormed, total and dx
 };
 
+struct CpuAccumulateRowsParams {
+  const void* total;           // (num_total, dim)
+  int64_t stride_total;        // from a row of total to the next
+  const void* rows;            // (rows, dim)
+  int64_t stride_rows;         // from a row of rows to the next
+  const int32_t* row_of;       // (num_total,), the row that is added to each of the total, or -1
+  const float* weights;        // (rows,)
+  const float* total_weights;  // (rows,), or null for ones
+  void* sum;                   // (num_total, dim); it may be total
+  int64_t stride_sum;          // from a row of sum to the next
+  int64_t dim;
+  DType dtype;       // of total and sum
+  DType rows_dtype;  // of rows; bfloat16 rows may have a total of either
+};
+
+struct CpuAccumulateRowsBwdParams {
+  const void* dsum;            // (num_total, dim)
+  int64_t stride_dsum;         // from a row of dsum to the next
+  const void* total;           // (num_total, dim), null without total_weights, as the next
+  int64_t stride_total;        // from a row of total to the next
+  const void* rows;            // (rows, dim)
+  int64_t stride_rows;         // from a row of rows to the next
+  const int32_t* row_of;       // (num_total,), the row that is added to each of the total, or -1
+  const float* weights;        // (rows,)
+  const float* total_weights;  // (rows,), or null
+  void* dtotal;                // (num_total, dim), contiguous as the rest, or null
+  void* drows;                 // (rows, dim)
+  float* dweights;             // (rows,)
+  float* dtotal_weights;       // (rows,), or null
+  int64_t dim;
+  DType dtype;       // of dsum, total and dtotal
+  DType rows_dtype;  // of rows and drows
+};
+
 // A task of the attention's forward takes this many queries of an example, and a pass of its
 // softmax this many keys.
 constexpr int64_t kQueryBlock = 512;
@@ -160,6 +194,8 @@ constexpr int64_t kMaxTopk = 32;
 // A task of add_layer_norm takes so many rows. The sums over such blocks of rows add up to the
 // gradients of weight and bias, whatever the number of threads.
 constexpr int64_t kLayerNormRows = 64;
+// A task of accumulate_rows takes so many rows of the total.
+constexpr int64_t kAccumulateRows = 32;
 
 struct CpuKernels {
   const char* name;  // of the instruction set
@@ -201,6 +237,12 @@ struct CpuKernels {
   void (*add_layer_norm_fwd)(const CpuAddLayerNormParams&, int64_t first, int64_t count);
   // Writes dx of the rows of one block, and the block's part of the parameters' gradients.
   void (*add_layer_norm_bwd)(const CpuAddLayerNormBwdParams&, int64_t block, int64_t count);
+
+  // The next two take rows `first` to `first + count` of the total.
+  // Writes them to sum, with what is added to them.
+  void (*accumulate_rows_fwd)(const CpuAccumulateRowsParams&, int64_t first, int64_t count);
+  // Writes their gradients, if these are asked for, and those of what was added to them.
+  void (*accumulate_rows_bwd)(const CpuAccumulateRowsBwdParams&, int64_t first, int64_t count);
 };
 
 // Returns the kernels for the best instruction set of this processor, or for the one that the

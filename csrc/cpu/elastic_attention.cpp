@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_tensors.h"
+#include "offset_checks.h"
 
 namespace adatape {
 namespace {
@@ -25,23 +26,6 @@ struct ExampleOffsets {
   // Returns the rows that examples own.
   int64_t used_rows() const { return cu_tapes[batch]; }
 };
-
-void check_offsets(const char* name, const int32_t* offsets, int64_t batch, int64_t start,
-                   int64_t rows) {
-  if (offsets[0] != start) {
-    refuse(name, ": expected the first offset to be ", start, ", got ", offsets[0]);
-  }
-  for (int64_t i = 0; i < batch; ++i) {
-    if (offsets[i + 1] < offsets[i]) {
-      refuse(name, ": expected ascending offsets, got ", offsets[i], " then ", offsets[i + 1],
-             " at ", i, ", ", i + 1);
-    }
-  }
-  if (offsets[batch] > rows) {
-    refuse(name, ": expected the last offset to be at most ", rows, " (the number of rows), got ",
-           offsets[batch]);
-  }
-}
 
 ExampleOffsets checked_examples(const Tensor& q, const Tensor& cu_inputs, const Tensor& cu_tapes,
                                 std::optional<int64_t> max_rows) {

@@ -37,6 +37,22 @@ void with_flags(const Body& body, bool flag, Flags... flags) {
   flag ? with_flags<Known..., true>(body, flags...) : with_flags<Known..., false>(body, flags...);
 }
 
+// Calls body.template operator()<Unit>() where Unit is the widest access by which rows of every one
+// of the tensors, of one dtype and width, can be moved: 16 bytes, 4, or 2.
+template <class Body>
+void with_unit_of(std::initializer_list<Tensor> tensors, const Body& body) {
+  int64_t common = kAccessBytes;
+  for (const Tensor& x : tensors) {
+    const int64_t size = static_cast<int64_t>(x.element_size());
+    const uint64_t bits = reinterpret_cast<uintptr_t>(x.data_ptr()) |
+                          static_cast<uint64_t>(x.stride(0) * size) |
+                          static_cast<uint64_t>(x.size(1) * size);
+    while (bits % static_cast<uint64_t>(common) != 0) common /= 2;
+  }
+  if (common == kAccessBytes) return body.template operator()<uint4>();
+  return common >= 4 ? body.template operator()<uint32_t>() : body.template operator()<uint16_t>();
+}
+
 // Returns whether every row of every tensor begins and ends at a multiple of 16 bytes. The last
 // dimension of the tensors is contiguous.
 inline bool rows_aligned(std::initializer_list<Tensor> tensors) {

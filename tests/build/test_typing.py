@@ -73,6 +73,13 @@ def test_mypy_finds_the_errors_of_a_user_and_no_others(tmp_path):
     [
         (ak.models.AdaTapeOptions, ak.models.AdaTapeConfig),
         (ak.models.AdaTapeViTOptions, ak.models.AdaTapeViTConfig),
+        (ak.models.EncoderOptions, ak.models.EncoderConfig),
+        (ak.models.ViTOptions, ak.models.ViTConfig),
+        (ak.models.TransformerOptions, ak.models.TransformerConfig),
+        (ak.models.UniversalOptions, ak.models.UniversalConfig),
+        (ak.models.UViTOptions, ak.models.UViTConfig),
+        (ak.models.UniversalTransformerOptions, ak.models.UniversalTransformerConfig),
+        (ak.models.AViTOptions, ak.models.AViTConfig),
     ],
 )
 def test_the_typed_options_are_the_fields_of_the_configuration(options, config):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from adatape_kernels import ElasticBatch
 from adatape_kernels.layers import DualFFN, ElasticAttention, ElasticEncoder, ElasticEncoderLayer
-from adatape_kernels.models.padded import _encode, _PaddedTokens
+from adatape_kernels.models.padded_layer import encode_padded
 
 DIM, HEADS, HIDDEN = 24, 3, 40
 ACTIVATIONS = {
@@ -147,7 +147,7 @@ def test_a_post_norm_layer_leaves_padding_and_unused_rows_out(lens):
 def test_the_padded_layer_follows(activation, norm_first):
     ours = ElasticEncoderLayer.from_torch(torch_layer(activation, norm_first=norm_first))
     x = torch.randn(2, 5, DIM)
-    y = _encode(ours, _PaddedTokens(x, torch.ones(2, 5, dtype=torch.bool), 5)).data
+    y = encode_padded(ours, x, torch.ones(2, 5, dtype=torch.bool), 5)
     assert_close(ours(ElasticBatch.from_padded(x)).to_padded()[0], y.detach(), 1e-5)
 
 

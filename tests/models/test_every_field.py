@@ -20,10 +20,16 @@ from adatape_kernels.models import (
     AdaTapeParityConfig,
     AdaTapeViT,
     AdaTapeViTConfig,
+    AViTConfig,
+    EncoderConfig,
     PaddedAdaTape,
+    TransformerConfig,
+    UniversalTransformerConfig,
+    UViTConfig,
+    ViTConfig,
     adatape_vit,
 )
-from adatape_kernels.models.config import MOST_LAYERS
+from adatape_kernels.models.encoder_config import MOST_LAYERS
 from adatape_kernels.recipes.train_config import TrainConfig
 from adatape_kernels.recipes.train_loop import TrainPlan
 
@@ -81,6 +87,36 @@ IMAGES = {
     "pre_norm": NO_FLAG,
 }
 SEQUENCES = {**MODEL, "seq_len": COUNT, "element_dim": COUNT}
+ENCODER = {
+    name: MODEL[name]
+    for name in (
+        "num_classes dim depth num_heads ffn_dim pooling dropout attention_dropout "
+        "stochastic_depth activation norm_eps norm_after_pooling num_registers"
+    ).split()
+}
+EPSILON = (*NO_NUMBER, 0, 1, -0.1, 1.1, math.inf)
+FINITE = (*NO_NUMBER, math.inf, -math.inf)
+UNIVERSAL = {
+    "distinct_layers": (*NO_INTEGER, -1, 2, HUGE),
+    "act_epsilon": EPSILON,
+    "act_type": NO_WORD,
+    "act_level": NO_WORD,
+    "leave": (*NO_WORD, "row"),
+    "force_halt": NO_FLAG,
+    "halting_bias_init": FINITE,
+    "ponder_weight": FACTOR,
+}
+PIXELS = {name: IMAGES[name] for name in ("image_size", "in_channels", "patch_size", "pre_norm")}
+ELEMENTS = {name: SEQUENCES[name] for name in ("seq_len", "element_dim")}
+AVIT = {
+    "act_epsilon": EPSILON,
+    "gate_scale": FINITE,
+    "gate_center": FINITE,
+    "keep_class_token": NO_FLAG,
+    "ponder_weight": FACTOR,
+    "distribution_weight": FACTOR,
+    "distribution_center": (*NO_NUMBER, 0, -1, 1.1, math.inf),
+}
 PLAN = {
     "epochs": COUNT,
     "batch": (*NO_INTEGER, 0, -1),
@@ -125,6 +161,15 @@ TABLES = {
     AdaTapeConfig: (MODEL, SIZES),
     AdaTapeViTConfig: (IMAGES, {**SIZES, "image_size": 16, "patch_size": 8, "bank_patch_size": 4}),
     AdaTapeParityConfig: (SEQUENCES, SIZES),
+    EncoderConfig: (ENCODER, SIZES),
+    ViTConfig: ({**ENCODER, **PIXELS}, {**SIZES, "image_size": 16, "patch_size": 8}),
+    TransformerConfig: ({**ENCODER, **ELEMENTS}, SIZES),
+    UViTConfig: (
+        {**ENCODER, **PIXELS, **UNIVERSAL},
+        {**SIZES, "image_size": 16, "patch_size": 8},
+    ),
+    UniversalTransformerConfig: ({**ENCODER, **ELEMENTS, **UNIVERSAL}, SIZES),
+    AViTConfig: ({**ENCODER, **PIXELS, **AVIT}, {**SIZES, "image_size": 16, "patch_size": 8}),
     TrainPlan: (PLAN, {"epochs": 1, "batch": 8, "learning_rate": 1e-3}),
 }
 CASES = [(kind, name) for kind, (table, _) in TABLES.items() for name in table]

@@ -4,7 +4,9 @@ import torch
 
 from adatape_kernels.ops import (
     FFN,
+    accumulate_rows,
     add_layer_norm,
+    compact_rows,
     dual_ffn,
     elastic_attention,
     elastic_attention_qkvpacked,
@@ -15,6 +17,8 @@ from adatape_kernels.ops import (
 
 OFFSETS = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([3, 4, 6], dtype=torch.int32)
 INDICES = torch.tensor([[[0, 1], [2, 3]], [[4, 1], [-1, -1]]], dtype=torch.int32)
+KEEP = torch.tensor([True, False, True, True, False, True, True])
+SOURCE = torch.tensor([3, 0, -1, 4], dtype=torch.int32)
 COUNTS = torch.tensor([2, 1], dtype=torch.int32)
 READING = {"num_tape_tokens": 3, "topk": 2, "halt_threshold": 1.1}
 
@@ -62,6 +66,19 @@ CASES = {
     "ffn, relu": (
         lambda x, *p: dual_ffn(x, 6, FFN(*p), activation="relu"),
         ((6, 3), (5, 3), (5,), (3, 5), (3,)),
+    ),
+    "compact": (lambda data: compact_rows(data, KEEP, *OFFSETS)[0], ((7, 3),)),
+    "compact, capacity": (
+        lambda data: compact_rows(data, KEEP, *OFFSETS, capacity=5)[0],
+        ((7, 3),),
+    ),
+    "accumulate": (
+        lambda total, rows, w: accumulate_rows(total, rows, SOURCE, w),
+        ((5, 3), (4, 3), (4,)),
+    ),
+    "accumulate, both weighted": (
+        lambda total, rows, w, v: accumulate_rows(total, rows, SOURCE, w, total_weights=v),
+        ((5, 3), (4, 3), (4,), (4,)),
     ),
     "norm": (add_layer_norm, ((4, 5), (4, 5), (5,), (5,))),
 }

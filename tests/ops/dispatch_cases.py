@@ -12,8 +12,11 @@ OPS = (
     "elastic_attention_qkvpacked",
     "dual_ffn",
     "add_layer_norm",
+    "compact_rows",
+    "accumulate_rows",
 )
 WITH_BACKWARDS = [f"{op}{direction}" for op in OPS for direction in ("", "_bwd")]
+IN_PLACE = ["accumulate_rows_"]
 
 
 def select(query, keys):

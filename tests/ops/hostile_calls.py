@@ -114,10 +114,23 @@ def made(function, args, backend=None):
         return error
 
 
+def in_a_copy(op):
+    """Return an op that works in place as a function that leaves its arguments and returns them."""
+
+    def call(first, *rest):
+        written = first.clone() if isinstance(first, torch.Tensor) else first
+        op(written, *rest)
+        return written
+
+    return call
+
+
 def verdict(op, args, how):
     """Make a call and return what is wrong with what came of it, or None."""
     public = getattr(torch.ops.adatape, op)
     called = getattr(getattr(torch.ops, SERVED_BY), op) if DIRECT else public
+    if op.endswith("_"):
+        public, called = in_a_copy(public), in_a_copy(called)
     flags = (
         [True]
         if SERVED_BY == "adatape_cuda"

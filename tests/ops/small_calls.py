@@ -80,6 +80,25 @@ def add_layer_norm(dtype, own_banks, head_dim):
     return [x, branch, torch.rand(DIM).to(dtype), torch.randn(DIM).to(dtype), 1e-6]
 
 
+@_forward
+def compact_rows(dtype, own_banks, head_dim):
+    keep = torch.tensor([True, False, True, True, False, True, True])
+    cu_inputs = torch.tensor([0, 2, 4], dtype=torch.int32)
+    cu_tapes = torch.tensor([4, 5, 6], dtype=torch.int32)
+    return [torch.randn(7, DIM).to(dtype), keep, cu_inputs, cu_tapes, 6]
+
+
+@_forward
+def accumulate_rows(dtype, own_banks, head_dim):
+    total, rows = torch.randn(5, DIM).to(dtype), torch.randn(4, DIM).to(dtype)
+    source = torch.tensor([3, 0, -1, 4], dtype=torch.int32)
+    weights, total_weights = torch.rand(2, 4, dtype=wide_dtype(dtype)).unbind(0)
+    return [total, rows, source, weights, total_weights]
+
+
+_FORWARD["accumulate_rows_"] = accumulate_rows
+
+
 def _select_bwd(args, results):
     query, keys, _, _, _, average_query, loss_type, _, _ = args
     weights, ponder, indices, counts = results
@@ -123,4 +142,6 @@ _BACKWARD = {
     "elastic_attention_qkvpacked": _packed_bwd,
     "dual_ffn": _ffn_bwd,
     "add_layer_norm": _norm_bwd,
+    "compact_rows": lambda args, results: [torch.randn_like(results[0]), results[3], len(args[0])],
+    "accumulate_rows": lambda args, results: [torch.randn_like(results), *args],
 }

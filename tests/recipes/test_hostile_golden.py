@@ -17,7 +17,7 @@ from adatape_kernels import scenic
 from adatape_kernels.cli import main
 from adatape_kernels.data import npz_file
 from adatape_kernels.data.npz_file import NpzFile, UnreadableFile
-from adatape_kernels.models.config import MOST_VALUES
+from adatape_kernels.models.encoder_config import MOST_VALUES
 from adatape_kernels.recipes.verify import verify_file
 
 # More are tried by ADATAPE_MUTATIONS=8000 pytest tests/recipes/test_hostile_golden.py.

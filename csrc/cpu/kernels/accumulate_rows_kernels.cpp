@@ -1,0 +1,88 @@
+// Rows come home: the formulas stand in adatape_kernels/reference.py.
+
+#include "../cpu_kernels.h"
+#include "columns.h"
+
+namespace adatape::ADATAPE_ISA {
+namespace {
+
+// A row without its factor is copied as it is.
+template <class T>
+void copy_row(const T* from, T* to, int64_t dim) {
+  if (from != to && dim > 0) std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(T));
+}
+
+template <class T, class Row>
+void forward(const CpuAccumulateRowsParams& p, int64_t first, int64_t count) {
+  for (int64_t place = first; place < first + count; ++place) {
+    const T* const total = static_cast<const T*>(p.total) + place * p.stride_total;
+    T* const sum = static_cast<T*>(p.sum) + place * p.stride_sum;
+    const int64_t r = p.row_of[place];
+    if (r < 0) {
+      copy_row(total, sum, p.dim);
+      continue;
+    }
+    const Row* const row = static_cast<const Row*>(p.rows) + r * p.stride_rows;
+    const float weight = p.weights[r];
+    if (p.total_weights) {
+      const float total_weight = p.total_weights[r];
+      for_columns(p.dim, [&](int64_t c, int lanes) {
+        write(sum + c, total_weight * read(total + c, lanes) + weight * read(row + c, lanes),
+              lanes);
+      });
+    } else {
+      for_columns(p.dim, [&](int64_t c, int lanes) {
+        write(sum + c, read(total + c, lanes) + weight * read(row + c, lanes), lanes);
+      });
+    }
+  }
+}
+
+template <class T, class Row>
+void backward(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count) {
+  for (int64_t place = first; place < first + count; ++place) {
+    const T* const dsum = static_cast<const T*>(p.dsum) + place * p.stride_dsum;
+    T* const dtotal = p.dtotal ? static_cast<T*>(p.dtotal) + place * p.dim : nullptr;
+    const int64_t r = p.row_of[place];
+    if (r < 0) {
+      if (dtotal) copy_row(dsum, dtotal, p.dim);
+      continue;
+    }
+    const Row* const row = static_cast<const Row*>(p.rows) + r * p.stride_rows;
+    Row* const drow = static_cast<Row*>(p.drows) + r * p.dim;
+    const float weight = p.weights[r];
+    Vec dots[kChains] = {};
+    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
+      const Vec given = read(dsum + c, lanes);
+      dots[chain] += given * read(row + c, lanes);
+      write(drow + c, weight * given, lanes);
+    });
+    p.dweights[r] = sum(dots);
+    if (!dtotal) continue;
+    const T* const total = static_cast<const T*>(p.total) + place * p.stride_total;
+    const float total_weight = p.total_weights[r];
+    Vec total_dots[kChains] = {};
+    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
+      const Vec given = read(dsum + c, lanes);
+      total_dots[chain] += given * read(total + c, lanes);
+      write(dtotal + c, total_weight * given, lanes);
+    });
+    p.dtotal_weights[r] = sum(total_dots);
+  }
+}
+
+}  // namespace
+
+void accumulate_rows_fwd(const CpuAccumulateRowsParams& p, int64_t first, int64_t count) {
+  if (p.rows_dtype == DType::kFloat) return forward<float, float>(p, first, count);
+  p.dtype == DType::kFloat ? forward<float, bfloat16>(p, first, count)
+                           : forward<bfloat16, bfloat16>(p, first, count);
+}
+
+void accumulate_rows_bwd(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count) {
+  if (p.rows_dtype == DType::kFloat) return backward<float, float>(p, first, count);
+  p.dtype == DType::kFloat ? backward<float, bfloat16>(p, first, count)
+                           : backward<bfloat16, bfloat16>(p, first, count);
+}
+
+}  // namespace adatape::ADATAPE_ISA
