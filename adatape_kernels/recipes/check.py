@@ -213,8 +213,9 @@ def _check_kernel(
             fault = _fault(check, subject, kernel.backend, kernel.dtype)
         except NotServed:
             return Outcome(None, frozenset())
-    both = [e for e in ran if e.op in (kernel.op, f"{kernel.op}_bwd")]
-    reached = (kernel._replace(op=e.op) for e in both if e.backend == kernel.backend)
+    kin = (kernel.op, f"{kernel.op}_", f"{kernel.op}_bwd")
+    own = [e for e in ran if e.op in kin]
+    reached = (kernel._replace(op=e.op) for e in own if e.backend == kernel.backend)
     return Outcome(Finding(f"{kernel.op}, {name}, {kernel}", fault), frozenset(reached))
 
 

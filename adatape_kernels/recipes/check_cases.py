@@ -265,11 +265,14 @@ def _accumulate_case(dim: int, weighted: bool) -> CheckCase:
         source = _draw(num_total, rows).argsort()[:num_rows]
         source = source.masked_fill(_draw(num_rows, rows) < 0.2, -1)
         wide = torch.promote_types(rows.dtype, torch.float32)
-        weights, *total_weights = (factor.to(wide) for factor in factors)
-        summed = ops.accumulate_rows(
-            total, rows, source, weights, total_weights=total_weights[0] if weighted else None
-        )
-        return (summed,), ()
+        weights, *others = (factor.to(wide) for factor in factors)
+        total_weights = others[0] if weighted else None
+        summed = ops.accumulate_rows(total, rows, source, weights, total_weights=total_weights)
+        with torch.no_grad():
+            written = ops.accumulate_rows_(
+                total.clone(), rows, source, weights, total_weights=total_weights
+            )
+        return (summed,), ((written == summed).all(),)
 
     factors = "two factors" if weighted else "one factor"
     return CheckCase("accumulate_rows", f"{num_rows} rows of {dim}, {factors}", inputs, call)
