@@ -1,7 +1,7 @@
 """What each op asks of its arguments below the dispatcher, where everybody can call it.
 
-A function here has the name of an op, and takes what the op takes. It looks at shapes, dtypes and
-devices, not at values. The dispatcher calls it before an implementation that does not check for
+A function here, or in `attention_checks.py`, has the name of an op, and takes what the op takes. It
+looks at shapes, dtypes and devices, not at values. The dispatcher calls it before an implementation that does not check for
 itself; csrc/op_checks.h says the same for those in C++, which do. The public functions have checks
 of their own, which also hold while torch traces and say more.
 """
@@ -67,10 +67,10 @@ def tape_select_bwd(
         )
     check_selection(query, keys, shape[1], shape[2], 0.0, loss_type, None, None, name)
     batch, wide = query.shape[:1], wide_dtype(dtype)
-    _check("indices", indices, torch.int32, (*batch, *shape[1:]), device)
-    _check("dweights", dweights, wide, shape, device)
-    _check("dponder", dponder, wide, batch, device)
-    _check("counts", counts, torch.int32, batch, device)
+    check_like("indices", indices, torch.int32, (*batch, *shape[1:]), device)
+    check_like("dweights", dweights, wide, shape, device)
+    check_like("dponder", dponder, wide, batch, device)
+    check_like("counts", counts, torch.int32, batch, device)
 
 
 def tape_gather(
@@ -84,9 +84,9 @@ def tape_gather(
     if len(shape) != 3 or (own_banks and bank_shape[0] != shape[0]):
         batch = bank_shape[0] if own_banks else "batch"
         raise ValueError(f"indices: expected ({batch}, num_tape_tokens, topk), got {tuple(shape)}")
-    _check("indices", indices, torch.int32, shape, device)
-    _check("weights", weights, wide_dtype(bank.dtype), shape, device)
-    _check("counts", counts, torch.int32, shape[:1], device)
+    check_like("indices", indices, torch.int32, shape, device)
+    check_like("weights", weights, wide_dtype(bank.dtype), shape, device)
+    check_like("counts", counts, torch.int32, shape[:1], device)
     check_capacity(capacity)
     if capacity is not None and capacity > MOST_ROWS:
         raise ValueError(f"capacity: expected 0 to {MOST_ROWS} tape rows, got {capacity}")
@@ -98,7 +98,7 @@ def tape_gather_bwd(
     """Raise ValueError for arguments that the op `tape_gather_bwd` does not take."""
     tape_gather(bank, indices, weights, counts, None)
     shape = dtape.shape
-    _check("dtape", dtape, bank.dtype, (shape[0] if shape else 0, bank.shape[-1]), bank.device)
+    check_like("dtape", dtape, bank.dtype, (shape[0] if shape else 0, bank.shape[-1]), bank.device)
 
 
 def tape_read_bwd(
@@ -129,104 +129,6 @@ def tape_read_bwd(
     tape_gather_bwd(dtape, bank, indices, weights, counts)
 
 
-def elastic_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_inputs: Tensor,
-    cu_tapes: Tensor,
-    max_rows: int | None,
-    softmax_scale: float | None,
-) -> None:
-    """Raise ValueError for arguments that the op `elastic_attention` does not take."""
-    shape, dtype, device = q.shape, q.dtype, q.device
-    if len(shape) != 3 or shape[2] == 0:
-        raise ValueError(
-            f"q: expected (rows, num_heads, head_dim), head_dim at least 1, got {tuple(shape)}"
-        )
-    _check("k", k, dtype, shape, device)
-    _check("v", v, dtype, shape, device)
-    _check_attention_options(q, cu_inputs, cu_tapes, max_rows, softmax_scale)
-
-
-def elastic_attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_inputs: Tensor,
-    cu_tapes: Tensor,
-    max_rows: int | None,
-    softmax_scale: float | None,
-) -> None:
-    """Raise ValueError for arguments that the op `elastic_attention_bwd` does not take."""
-    elastic_attention(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
-    _check_attention_results(q, dout, out, lse, q.shape)
-
-
-def elastic_attention_qkvpacked(
-    qkv: Tensor,
-    cu_inputs: Tensor,
-    cu_tapes: Tensor,
-    max_rows: int | None,
-    softmax_scale: float | None,
-) -> None:
-    """Raise ValueError for arguments that the op `elastic_attention_qkvpacked` does not take."""
-    shape = qkv.shape
-    if len(shape) != 4 or shape[1] != 3 or shape[3] == 0:
-        raise ValueError(
-            f"qkv: expected (rows, 3, num_heads, head_dim), head_dim at least 1, got {tuple(shape)}"
-        )
-    _check_attention_options(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale)
-
-
-def elastic_attention_qkvpacked_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_inputs: Tensor,
-    cu_tapes: Tensor,
-    max_rows: int | None,
-    softmax_scale: float | None,
-) -> None:
-    """Raise ValueError for arguments that `elastic_attention_qkvpacked_bwd` does not take."""
-    elastic_attention_qkvpacked(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale)
-    rows, _, *heads = qkv.shape
-    _check_attention_results(qkv, dout, out, lse, (rows, *heads))
-
-
-def _check_attention_options(
-    rows: Tensor,
-    cu_inputs: Tensor,
-    cu_tapes: Tensor,
-    max_rows: int | None,
-    softmax_scale: float | None,
-) -> None:
-    device = rows.device
-    offsets = cu_inputs.shape
-    if len(offsets) != 1 or offsets[0] == 0:
-        raise ValueError(f"cu_inputs: expected (batch + 1,), got {tuple(offsets)}")
-    _check("cu_inputs", cu_inputs, torch.int32, offsets, device)
-    _check("cu_tapes", cu_tapes, torch.int32, offsets, device)
-    if max_rows is not None and max_rows < 0:
-        raise ValueError(f"max_rows: expected 0 or more, got {max_rows}")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
-
-
-def _check_attention_results(
-    like: Tensor, dout: Tensor, out: Tensor, lse: Tensor, shape: tuple[int, ...]
-) -> None:
-    """Refuse what a backward has beside the forward's arguments; `shape` is that of queries."""
-    dtype, device = like.dtype, like.device
-    _check("dout", dout, dtype, shape, device)
-    _check("out", out, dtype, shape, device)
-    _check("lse", lse, wide_dtype(dtype), (shape[1], shape[0]), device)
-
-
 def dual_ffn(
     x: Tensor,
     num_input_rows: int | None,
@@ -242,7 +144,7 @@ def dual_ffn(
         names = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: expected one of {names}, got {shown(activation)}")
     if bounds is not None:
-        _check("bounds", bounds, torch.int64, (2,), x.device)
+        check_like("bounds", bounds, torch.int64, (2,), x.device)
     elif num_input_rows is None:
         raise ValueError("bounds: expected a tensor where num_input_rows is None, got None")
     given = [p for p in parameters if p is not None]
@@ -286,10 +188,10 @@ def dual_ffn_bwd(
     w1, _, _, _, tape_w1, *_ = parameters
     assert w1 is not None
     inputs = x.shape[0] if num_input_rows is None else num_input_rows
-    _check("dy", dy, dtype, x.shape, device)
-    _check("hidden", hidden, dtype, (inputs, w1.shape[0]), device)
+    check_like("dy", dy, dtype, x.shape, device)
+    check_like("hidden", hidden, dtype, (inputs, w1.shape[0]), device)
     columns = tape_hidden.shape[1] if tape_w1 is None else tape_w1.shape[0]
-    _check("tape_hidden", tape_hidden, dtype, (tape_rows, columns), device)
+    check_like("tape_hidden", tape_hidden, dtype, (tape_rows, columns), device)
 
 
 def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -298,8 +200,10 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps:
     _check_norm("x", x, weight)
     if branch.dtype not in FLOAT_DTYPES:
         raise ValueError(f"branch: expected a floating-point tensor, got {_text(branch)}")
-    _check("branch", branch, branch.dtype, shape, device)
-    _check("bias", bias, bias.dtype if bias.dtype is x.dtype else torch.float32, shape[1:], device)
+    check_like("branch", branch, branch.dtype, shape, device)
+    check_like(
+        "bias", bias, bias.dtype if bias.dtype is x.dtype else torch.float32, shape[1:], device
+    )
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
 
@@ -310,11 +214,11 @@ def add_layer_norm_bwd(
     """Raise ValueError for arguments that the op `add_layer_norm_bwd` does not take."""
     shape, dtype, device = total.shape, total.dtype, total.device
     _check_norm("total", total, weight)
-    _check("dtotal", dtotal, dtype, shape, device)
-    _check("dnormed", dnormed, dtype, shape, device)
+    check_like("dtotal", dtotal, dtype, shape, device)
+    check_like("dnormed", dnormed, dtype, shape, device)
     wide = wide_dtype(dtype)
-    _check("mean", mean, wide, shape[:1], device)
-    _check("rstd", rstd, wide, shape[:1], device)
+    check_like("mean", mean, wide, shape[:1], device)
+    check_like("rstd", rstd, wide, shape[:1], device)
 
 
 def compact_rows(
@@ -324,11 +228,11 @@ def compact_rows(
     shape, offsets, device = data.shape, cu_inputs.shape, data.device
     if len(shape) != 2 or shape[0] > MOST_ROWS:
         raise ValueError(f"data: expected (rows up to {MOST_ROWS}, dim), got {tuple(shape)}")
-    _check("keep", keep, torch.bool, shape[:1], device)
+    check_like("keep", keep, torch.bool, shape[:1], device)
     if len(offsets) != 1 or offsets[0] == 0:
         raise ValueError(f"cu_inputs: expected (batch + 1,), got {tuple(offsets)}")
-    _check("cu_inputs", cu_inputs, torch.int32, offsets, device)
-    _check("cu_tapes", cu_tapes, torch.int32, offsets, device)
+    check_like("cu_inputs", cu_inputs, torch.int32, offsets, device)
+    check_like("cu_tapes", cu_tapes, torch.int32, offsets, device)
     check_capacity(capacity)
     if capacity is not None and capacity > MOST_ROWS:
         raise ValueError(f"capacity: expected 0 to {MOST_ROWS} rows, got {capacity}")
@@ -338,7 +242,7 @@ def compact_rows_bwd(dpacked: Tensor, source: Tensor, rows: int) -> None:
     """Raise ValueError for arguments that the op `compact_rows_bwd` does not take."""
     if dpacked.dim() != 2 or dpacked.dtype not in FLOAT_DTYPES:
         raise ValueError(f"dpacked: expected floating-point (rows, dim), got {_text(dpacked)}")
-    _check("source", source, torch.int32, dpacked.shape[:1], dpacked.device)
+    check_like("source", source, torch.int32, dpacked.shape[:1], dpacked.device)
     if not 0 <= rows <= MOST_ROWS:
         raise ValueError(f"rows: expected 0 to {MOST_ROWS}, got {rows}")
 
@@ -377,7 +281,7 @@ def accumulate_rows_bwd(
     if total is None and total_weights is not None:
         raise ValueError("total: expected a tensor beside total_weights, got None")
     if total is not None:
-        _check("total", total, dsum.dtype, dsum.shape, dsum.device)
+        check_like("total", total, dsum.dtype, dsum.shape, dsum.device)
 
 
 def check_one_device(op: str, arguments: Any) -> None:
@@ -417,9 +321,10 @@ def refuse_unfit(schema: Sequence[Any], args: Sequence[Any]) -> None:
                 )
 
 
-def _check(
+def check_like(
     name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
+    """Raise ValueError unless a tensor has this dtype, this shape and this device."""
     if x.shape != shape or x.dtype is not dtype or x.device != device:
         raise ValueError(
             f"{name}: expected {dtype} {tuple(shape)} on {device}, got {_text(x)} on {x.device}"
@@ -440,11 +345,11 @@ def _check_accumulated(
     if total.dim() != 2 or total.shape[0] > MOST_ROWS:
         raise ValueError(f"{name}: expected (rows up to {MOST_ROWS}, dim), got {_text(total)}")
     wide, of_total = wide_dtype(dtype), total.dtype if total.dtype is dtype else wide_dtype(dtype)
-    _check(name, total, of_total, (total.shape[0], shape[1]), device)
-    _check("source", source, torch.int32, shape[:1], device)
-    _check("weights", weights, wide, shape[:1], device)
+    check_like(name, total, of_total, (total.shape[0], shape[1]), device)
+    check_like("source", source, torch.int32, shape[:1], device)
+    check_like("weights", weights, wide, shape[:1], device)
     if total_weights is not None:
-        _check("total_weights", total_weights, wide, shape[:1], device)
+        check_like("total_weights", total_weights, wide, shape[:1], device)
 
 
 def _check_norm(name: str, x: Tensor, weight: Tensor) -> None:
@@ -452,7 +357,7 @@ def _check_norm(name: str, x: Tensor, weight: Tensor) -> None:
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"{name}: expected (rows, dim), dim at least 1, got {tuple(shape)}")
     dtype = x.dtype if weight.dtype is x.dtype else torch.float32
-    _check("weight", weight, dtype, shape[1:], x.device)
+    check_like("weight", weight, dtype, shape[1:], x.device)
 
 
 def _check_ffn(prefix: str, ffn: list[Tensor], x: Tensor, gates: int) -> None:
@@ -460,7 +365,7 @@ def _check_ffn(prefix: str, ffn: list[Tensor], x: Tensor, gates: int) -> None:
     width = w1.shape[0] // gates if w1.dim() else 0
     shapes = (gates * width, dim), (gates * width,), (dim, width), (dim,)
     for field, parameter, shape in zip(FFN._fields, ffn, shapes, strict=True):
-        _check(prefix + field, parameter, x.dtype, shape, x.device)
+        check_like(prefix + field, parameter, x.dtype, shape, x.device)
         # torch's products take a sparse matrix, too, and the kernels between them do not.
         if parameter.layout is not torch.strided:
             raise ValueError(

@@ -145,7 +145,7 @@ def tests_of(path):
         return ["tests/test_elastic_refusals.py", examples, refusals, wrong_arguments]
     if path.endswith("arguments.py") or "layers" in path:
         return [wrong_arguments, "tests/layers/test_layers.py"]
-    if "op_checks" in path or "tensor_checks" in path:
+    if "op_checks" in path or "attention_checks" in path or "tensor_checks" in path:
         return [of("hostile_calls")]
     if path.endswith("reading_checks.py"):
         return [of("tape_select_refusals"), of("tape_gather_refusals"), of("tape_read")]

@@ -12,7 +12,7 @@ from adatape_kernels import reference
 from adatape_kernels.arguments import check_int, check_number, check_tensor
 from adatape_kernels.offsets import as_int32, check_examples, check_offsets_tensor
 from adatape_kernels.op_types import wide_dtype
-from adatape_kernels.ops import op_checks
+from adatape_kernels.ops import attention_checks
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.op import Operation, meta
@@ -210,7 +210,7 @@ _FORWARD = Operation(
         "cuda": compiled.cuda_forward,
     },
     typical=typical_calls(_typical),
-    check_arguments=op_checks.elastic_attention,
+    check_arguments=attention_checks.elastic_attention,
     check_values=_check_values,
 )
 _BACKWARD = Operation(
@@ -225,7 +225,7 @@ _BACKWARD = Operation(
         "cuda": compiled.cuda_backward,
     },
     typical=typical_calls(_typical_bwd),
-    check_arguments=op_checks.elastic_attention_bwd,
+    check_arguments=attention_checks.elastic_attention_bwd,
     check_values=_check_values_bwd,
 )
 

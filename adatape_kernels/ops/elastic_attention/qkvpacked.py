@@ -16,7 +16,7 @@ from adatape_kernels import reference
 from adatape_kernels.arguments import check_tensor
 from adatape_kernels.offsets import check_examples
 from adatape_kernels.op_types import wide_dtype
-from adatape_kernels.ops import op_checks
+from adatape_kernels.ops import attention_checks
 from adatape_kernels.ops.elastic_attention import (
     check_options,
     compiled,
@@ -137,7 +137,7 @@ _FORWARD = Operation(
         "cuda": compiled.cuda_forward,
     },
     typical=typical_calls(_typical),
-    check_arguments=op_checks.elastic_attention_qkvpacked,
+    check_arguments=attention_checks.elastic_attention_qkvpacked,
     check_values=_check_values,
 )
 _BACKWARD = Operation(
@@ -151,7 +151,7 @@ _BACKWARD = Operation(
         "cuda": compiled.cuda_backward,
     },
     typical=typical_calls(_typical_bwd),
-    check_arguments=op_checks.elastic_attention_qkvpacked_bwd,
+    check_arguments=attention_checks.elastic_attention_qkvpacked_bwd,
     check_values=_check_values_bwd,
 )
 
