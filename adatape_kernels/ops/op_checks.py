@@ -1,9 +1,9 @@
 """What each op asks of its arguments below the dispatcher, where everybody can call it.
 
 A function here, or in `attention_checks.py`, has the name of an op, and takes what the op takes. It
-looks at shapes, dtypes and devices, not at values. The dispatcher calls it before an implementation that does not check for
-itself; csrc/op_checks.h says the same for those in C++, which do. The public functions have checks
-of their own, which also hold while torch traces and say more.
+looks at shapes, dtypes and devices, not at values. The dispatcher calls it before an implementation
+that does not check for itself; csrc/op_checks.h says the same for those in C++, which do. The
+public functions have checks of their own, which also hold while torch traces and say more.
 """
 
 import math
