@@ -84,6 +84,25 @@ def _gather(
             _launcher("tape_gather_bwd")(tape, bank, indices, weights, counts)
 
 
+def _read(
+    shape: tuple[int, ...],
+    key_dim: int,
+    batch: int,
+    dtype: torch.dtype,
+    num_tape_tokens: int = 10,
+    topk: int = 5,
+) -> None:
+    """Launch what writes the gradient of a whole read, with atomics and in order."""
+    query, bank = torch.empty(batch, key_dim, dtype=dtype), torch.empty(shape, dtype=dtype)
+    indices = torch.empty(batch, num_tape_tokens, topk, dtype=torch.int32)
+    weights, counts = torch.empty(indices.shape), torch.empty(batch, dtype=torch.int32)
+    dtape = torch.empty(num_tape_tokens * batch, shape[-1], dtype=dtype)
+    given = (query, bank, dtape, weights, torch.empty(batch), weights, indices, counts)
+    for deterministic in (False, True):
+        with _deterministic(deterministic):
+            _launcher("tape_read_bwd")(*given, True, "entropy")
+
+
 def _attention(head_dim: int, dtype: torch.dtype, num_heads: int = 6, rows: int = 207) -> None:
     batch = 256
     together = torch.empty(batch * rows, 3, num_heads, head_dim, dtype=dtype)
@@ -185,6 +204,20 @@ def _gather_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
         )
 
 
+def _read_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
+    for bank, shape, key_dim, batch in (
+        ("input 784 × 384", (256, 784, 384), 64, 256),
+        ("learn 10000 × 768", (10_000, 768), 768, 256),
+        ("learn 500 × 50", (500, 50), 24, 64),
+    ):
+        yield AuditCase(
+            f"read {bank}, K={key_dim}, {_short(dtype)}",
+            partial(_read, shape, key_dim, batch, dtype),
+            {},
+            sample=dtype == torch.bfloat16 and batch == 256,
+        )
+
+
 def _attention_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     kernels = ("_elastic_attention_fwd_kernel", "_elastic_attention_bwd_kernel")
     for head_dim in (8, 24, 32, 64, 80, 96, 128):
@@ -263,6 +296,7 @@ def _small_model() -> None:
     dtype, rows = torch.bfloat16, 256 * 207
     _select((256, 784, 384), 256, 5, dtype)
     _gather((256, 784, 384), 256, dtype)
+    _read((256, 784, 384), 384, 256, dtype)
     _attention(64, dtype)
     _ffn(384, 1536, 384, "gelu_tanh", "cublas", dtype, 256 * 197, 256 * 10)
     _add_layer_norm(384, dtype, rows)
@@ -273,6 +307,7 @@ def _base_model() -> None:
     dtype, rows = torch.bfloat16, 256 * 114
     _select((10_000, 768), 256, 2, dtype, 64)
     _gather((10_000, 768), 256, dtype, 64, 2)
+    _read((10_000, 768), 768, 256, dtype, 64, 2)
     _attention(64, dtype, num_heads=12, rows=114)
     _ffn(768, 3072, 768, "gelu_tanh", "cublas", dtype, 256 * 50, 256 * 64)
     _add_layer_norm(768, dtype, rows)
@@ -290,6 +325,7 @@ CASES = MODEL_CASES + tuple(
     for cases in (
         _select_cases,
         _gather_cases,
+        _read_cases,
         _attention_cases,
         _ffn_cases,
         _add_layer_norm_cases,
