@@ -107,6 +107,8 @@ def compilation(launch):
             return value.dtype, value.data_ptr() % 16 == 0
         if isinstance(value, tuple):
             return tuple(kind(name, part) for part in value)
+        if hasattr(value, "block_shape"):  # a tensor that the GPU copies by blocks
+            return value.base.dtype, tuple(value.block_shape)
         if type(value) is int and not name.isupper() and name not in OPTIONS:
             return value == 1, value % 16 == 0, abs(value) >= 2**31
         return float if isinstance(value, float) and not name.isupper() else value

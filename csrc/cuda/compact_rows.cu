@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_rows(const Tensor& data_any,
          p);
   int32_t kept = 0;
   if (!capacity) copy_to_host(&kept, p.before + num_rows, sizeof kept, stream);
-  p.num_packed = capacity ? *capacity : kept;
+  // A kernel that failed leaves any number here, which no size may follow beyond the rows.
+  p.num_packed = capacity ? *capacity : std::clamp<int64_t>(kept, 0, num_rows);
   const Tensor packed = allocate("packed", data, {p.num_packed, data.size(1)});
   const Tensor source = allocate("source", cu_inputs, {p.num_packed});
   p.packed = static_cast<char*>(packed.data_ptr());

@@ -148,6 +148,8 @@ def test_launches_state_the_static_memory_that_kernels_have():
         "tape_select_bwd_kernel": {512},
         "bias_act_bwd_kernel": {4096, 8192},
         "block_sum": {32},
+        "block_rank": {32},
+        "compact_block_sum": {32},
         "write_offsets": {32},
         "write_starts": {32},
     }

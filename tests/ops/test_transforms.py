@@ -93,7 +93,13 @@ def test_grad_and_vjp_are_autograd_s_own(name):
     actual = grad(lambda *given: scalar(function(*given)), numbers)(*args)
     _, pull = vjp(lambda *given: scalar(function(*given)), *args)
     for found, pulled, exact in zip(actual, pull(torch.ones(())), expected, strict=True):
-        assert torch.equal(found, exact) and torch.equal(pulled, exact)
+        if name.startswith("read"):
+            # A transform takes the gradients of the two ops that a read calls, and adds them up,
+            # which rounds once more than autograd's one op for both.
+            assert_close(found, exact, 2e-7)
+            assert_close(pulled, exact, 2e-7)
+        else:
+            assert torch.equal(found, exact) and torch.equal(pulled, exact)
 
 
 @needs_single_level

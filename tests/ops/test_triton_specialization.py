@@ -5,7 +5,7 @@ import random
 import pytest
 import small_calls
 import torch
-from test_strides_of_calls import VIEWS, negated
+from test_strides_of_calls import VIEWS, expanded_columns, negated
 
 from adatape_kernels.ops import FFN_PRODUCTS, ffn_products, triton_runtime
 from adatape_kernels.ops.op import operation
@@ -86,6 +86,8 @@ def test_a_view_needs_no_other_form(op, dtype, view):
         for place, given in enumerate(args):
             if not isinstance(given, torch.Tensor):
                 continue
+            if op == "accumulate_rows_" and place == 0 and view is expanded_columns:
+                continue  # what is written in place has a place for each element
             forms = []
             for x in (given.contiguous(), view(given)):
                 with triton_runtime.recording() as launches:

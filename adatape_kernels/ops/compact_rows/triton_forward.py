@@ -132,7 +132,10 @@ def compact_rows(
     )
     if capacity is None:
         check_kept(keep, cu_inputs, cu_tapes, num_rows, None)
-    num_packed = int(before[num_rows]) if capacity is None else capacity
+    num_packed = capacity
+    if num_packed is None:
+        # A kernel that failed leaves any number here, which no size may follow beyond the rows.
+        num_packed = min(max(int(before[num_rows]), 0), num_rows)
     packed, source = data.new_empty(num_packed, dim), order.new_empty(num_packed)
     kept_inputs, kept_tapes = (x.new_empty(x.shape) for x in (cu_inputs, cu_tapes))
     rows_to_visit = max(num_packed, cu_inputs.shape[0])

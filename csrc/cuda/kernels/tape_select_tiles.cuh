@@ -18,6 +18,13 @@ namespace adatape::cuda {
 
 constexpr int kExamplesOfTile = 8;
 
+// On 12.0 scoring keys of 16 bits needs two registers more than a second block would leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kSelectTileBlocks = 1;
+#else
+constexpr int kSelectTileBlocks = kSelectBlocks;
+#endif
+
 // Rows of examples that do not exist follow the batch's, up to a multiple of kExamplesOfTile.
 struct CudaTapeSelectTilesParams {
   CudaTapeSelectParams read;
@@ -77,7 +84,7 @@ struct TapeSelectTileShared {
 };
 
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
+__global__ void __launch_bounds__(kSelectThreads, kSelectTileBlocks)
     tape_select_tile_kernel(CudaTapeSelectTilesParams p) {
   __shared__ TapeSelectTileShared exchanged;
   const CudaTapeSelectParams& read = p.read;
