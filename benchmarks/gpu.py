@@ -37,7 +37,7 @@ LAST_SECONDS = 20
 GRACE_SECONDS = 5
 """A step whose time is over is interrupted, and killed if it has not ended after so long."""
 
-CHECK_COMPILATIONS, TEST_COMPILATIONS = 320, 650
+CHECK_COMPILATIONS, TEST_COMPILATIONS = 420, 650
 """Kernels that `check` compiles, and those of the tests. A test counts 310 for check's cases."""
 
 COMPILATION_SECONDS = 1.3
