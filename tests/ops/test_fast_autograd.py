@@ -70,7 +70,7 @@ def digest(hidden):
     return found.hexdigest()
 
 torch.set_num_threads(1)
-torch.compile(lambda x: x.sin(), backend="aot_eager")(torch.ones(2, requires_grad=True)).sum()
+torch.compile(lambda x: x.sin(), backend="aot_eager")(torch.ones(2))  # no threads of autograd
 for line in sys.stdin.read().splitlines():
     if (child := os.fork()) == 0:
         print(line, digest(line.split()), flush=True)
