@@ -15,7 +15,7 @@ PARTS = (
     ("_build", "arguments", "offsets", "op_types", "pooling", "reentrant_checkpoint"),
     ("activations", "layout_checks", "tensor_methods"),
     ("reference",),
-    ("elastic", "elastic_examples", "elastic_kept", "elastic_layout"),
+    ("elastic", "elastic_examples", "elastic_kept", "elastic_layout", "elastic_sources"),
     ("ops",),
     ("halting",),
     ("layers",),

@@ -28,9 +28,10 @@ def public_objects():
             found |= {f"{name}.{inner}": given for inner, given in members(member).items()}
         else:
             found[name] = member
-    for name, method in vars(ak.ElasticBatch).items():
-        if not name.startswith("_") and (inspect.isfunction(method) or type(method) is classmethod):
-            found[f"ElasticBatch.{name}"] = getattr(ak.ElasticBatch, name)
+    # Its methods, those of the classes that it extends among them, are shown with it.
+    for name, method in inspect.getmembers(ak.ElasticBatch, inspect.isroutine):
+        if not name.startswith("_"):
+            found[f"ElasticBatch.{name}"] = method
     # What else there is, constants and modules, has no docstring that could hold an example.
     return {n: m for n, m in found.items() if inspect.isclass(m) or inspect.isroutine(m)}
 
