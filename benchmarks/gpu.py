@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from adatape_kernels.benchmarks.harness import records
 from adatape_kernels.benchmarks.reports import result_tables
-from adatape_kernels.recipes.check_jobs import MOST_JOBS
+from adatape_kernels.recipes.check_jobs import jobs_of_cores
 
 ROOT = Path(__file__).parents[1]
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
@@ -93,7 +93,7 @@ def steps(device: str, out: Path, tests: str) -> list[GpuStep]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", *shlex.split(tests)]
     if find_spec("xdist") and "-n" not in pytest:
-        pytest += ["-n", str(test_processes(os.cpu_count() or 2))]
+        pytest += ["-n", str(jobs_of_cores(os.cpu_count() or 2))]
     bench = [python, "-m", "adatape_kernels.cli", "bench", "--device", device, "--out", str(out)]
     budget = ["--budget", SECONDS]
     return [
@@ -110,11 +110,6 @@ def steps(device: str, out: Path, tests: str) -> list[GpuStep]:
     ]
 
 
-def test_processes(cores: int) -> int:
-    """Return how many processes run the tests: three for every four cores, up to 12."""
-    return max(1, min(12, cores * 3 // 4))
-
-
 def expected_seconds(cores: int) -> dict[str, float]:
     """Return what the steps before the benchmarks take by the number of their compilations."""
 
@@ -122,8 +117,8 @@ def expected_seconds(cores: int) -> dict[str, float]:
     tests = TEST_COMPILATIONS * COMPILATION_SECONDS + TEST_SECONDS
     return {
         "build": BUILD_SECONDS * 16 / cores,
-        "check": START_SECONDS + check / max(1, min(MOST_JOBS, cores // 2)),
-        "tests": START_SECONDS + tests / test_processes(cores),
+        "check": START_SECONDS + check / jobs_of_cores(cores),
+        "tests": START_SECONDS + tests / jobs_of_cores(cores),
     }
 
 

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        help="processes; default: 1 on a CPU, else half as many as cores, up to 8; 1 where the GPU "
+        help="processes; default: 1 on a CPU, else three for four cores, up to 12; 1 where the GPU "
         "serves one process at a time",
     )
     parser.set_defaults(run=run)
