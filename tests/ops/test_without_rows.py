@@ -1,4 +1,4 @@
-"""Calls without rows, examples, heads or tape tokens: results, first and second gradients."""
+"""Calls without rows, examples, heads, widths or tape tokens: results, first and second gradients."""
 
 import pytest
 import torch
@@ -70,7 +70,17 @@ def test_attention_without_heads(device, dtype):
 @pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
 @pytest.mark.parametrize(
     "rows, middle, end, dim, hidden",
-    [(0, 0, 0, 4, 5), (3, 0, 0, 4, 5), (3, 0, 3, 4, 5), (3, 3, 3, 4, 5), (0, 0, 0, 0, 0)],
+    [
+        (0, 0, 0, 4, 5),
+        (3, 0, 0, 4, 5),
+        (3, 0, 3, 4, 5),
+        (3, 3, 3, 4, 5),
+        (0, 0, 0, 0, 0),
+        # 16 divides the widths 0 and 16, so that the kernels with tensor descriptors may serve.
+        (3, 1, 3, 0, 0),
+        (3, 1, 3, 0, 16),
+        (3, 1, 3, 16, 0),
+    ],
 )
 def test_feed_forwards(device, dtype, rows, middle, end, dim, hidden, two, activation):
     shapes = [(hidden, dim), (hidden,), (dim, hidden), (dim,)]

@@ -91,7 +91,7 @@ def forward(
     descriptors = _no_descriptors
     if tiles.descriptors and len(x):
         block_m, block_n, block_k = _blocks(tiles)
-        tape_w1 = w1[1].view(2, -1, x.shape[1])
+        tape_w1 = w1[1].view(2, len(w1[1]) // 2, x.shape[1])
         descriptors = _descriptors(
             (x, [block_m, block_k]),
             (w1[0], [block_n, block_k]),
