@@ -204,6 +204,7 @@ inline void check_accumulate_rows(const char* name, const Tensor& total, const T
 
 // Refuses a total that cannot be written into, since several of its elements lie at one place.
 inline void check_own_places(const Tensor& total) {
+  if (total.numel() == 0) return;
   const int64_t larger = total.stride(0) < total.stride(1) ? 1 : 0, smaller = 1 - larger;
   int64_t apart = 1;  // the number of elements that the smaller strides span
   for (const int64_t d : {smaller, larger}) {

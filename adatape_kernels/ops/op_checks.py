@@ -257,6 +257,8 @@ def accumulate_rows(
 def accumulate_rows_(total: Tensor, *rest: Any) -> None:
     """Raise ValueError for arguments that the op `accumulate_rows_` does not take."""
     accumulate_rows(total, *rest)
+    if total.numel() == 0:
+        return
     places = sorted(each for each in zip(total.stride(), total.shape, strict=True) if each[1] > 1)
     apart = 1  # the number of elements that the smaller strides span
     for stride, size in places:

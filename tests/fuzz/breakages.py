@@ -14,7 +14,9 @@ INDICES = ("negative", "beyond", "largest", "smallest", "one_negative", "one_bey
 OBJECTS = ("none", "list", "meta", "string", "number")
 SCALARS = ("minus_one", "zero", "large", "as_float", "true", "as_string", "nan", "inf", "complex",
            "none", "past_int64", "past_float64")  # fmt: skip
-INTEGER_TENSORS = ("indices", "counts", "cu_inputs", "cu_tapes", "bank_lens", "bounds")
+INTEGER_TENSORS = (
+    "indices", "counts", "cu_inputs", "cu_tapes", "bank_lens", "bounds", "source",
+)  # fmt: skip
 
 _ARGUMENTS = {
     "tape_select": ("query", "keys", "read_mask", "bank_lens"),
@@ -23,6 +25,10 @@ _ARGUMENTS = {
     "elastic_attention": ("q", "k", "v", "cu_inputs", "cu_tapes"),
     "dual_ffn": ("x", "input_ffn", "tape_ffn", "input_ffn", "tape_ffn", "bounds"),
     "add_layer_norm": ("x", "branch", "weight", "bias"),
+    "elastic_attention_qkvpacked": ("qkv", "cu_inputs", "cu_tapes"),
+    "compact_rows": ("data", "keep", "cu_inputs", "cu_tapes"),
+    "accumulate_rows": ("total", "rows", "source", "weights", "total_weights"),
+    "accumulate_rows_": ("total", "rows", "source", "weights", "total_weights"),
 }
 _SCALAR_ARGUMENTS = {
     "tape_select": ("num_tape_tokens", "topk", "halt_threshold", "average_query", "loss_type"),
@@ -31,6 +37,8 @@ _SCALAR_ARGUMENTS = {
     "elastic_attention": ("max_rows", "softmax_scale"),
     "dual_ffn": ("num_input_rows", "num_rows", "activation", "max_tape_rows"),
     "add_layer_norm": ("eps",),
+    "elastic_attention_qkvpacked": ("max_rows", "softmax_scale"),
+    "compact_rows": ("capacity",),
 }
 _OF_BACKWARD = {
     "tape_select": ("query", "keys", "dweights", "dponder", "indices", "counts"),
@@ -39,12 +47,18 @@ _OF_BACKWARD = {
     "dual_ffn": ("dy", "x", "hidden", "tape_hidden", "bounds", "w1", "b1", "w2", "b2", "tape_w1",
                  "tape_b1", "tape_w2", "tape_b2"),
     "add_layer_norm": ("dtotal", "dnormed", "total", "weight", "mean", "rstd"),
+    "elastic_attention_qkvpacked": ("dout", "qkv", "out", "lse", "cu_inputs", "cu_tapes"),
+    "compact_rows": ("dpacked", "source"),
+    "accumulate_rows": ("dsum", "total", "rows", "source", "weights", "total_weights"),
 }  # fmt: skip
 _KEPT = {
     "tape_select": ("indices", "counts"),
     "tape_gather": ("indices", "counts"),
     "tape_read": ("indices", "counts"),
     "elastic_attention": ("cu_inputs", "cu_tapes"),
+    "elastic_attention_qkvpacked": ("cu_inputs", "cu_tapes"),
+    "compact_rows": ("source",),
+    "accumulate_rows": ("source",),
 }
 
 
@@ -57,7 +71,7 @@ def random_breakage(rng, case):
     if draw < 0.6 and torch_level and op in _OF_BACKWARD:
         name = rng.choice(_OF_BACKWARD[op])
         return [_of_tensor(rng, name, True), name, "backward"]
-    if draw < 0.8:
+    if draw < 0.8 or op not in _SCALAR_ARGUMENTS:
         name = rng.choice(_ARGUMENTS[op])
         if name.endswith("_ffn"):
             field = rng.choice(("w1", "b1", "w2", "b2", "tuple", ""))

@@ -3,22 +3,27 @@
 import random
 
 from adatape_kernels.ops.op import BACKENDS, why_absent
-from fuzz import file_lane, layout_lane, model_cases, op_cases, op_lane
+from fuzz import file_lane, halting_cases, layout_lane, model_cases, op_cases, op_lane
 
 AREAS = {
     "ops": op_lane.run_case,
     "models": model_cases.run_case,
+    "halting": halting_cases.run_case,
     "layouts": layout_lane.run_case,
     "files": file_lane.run_case,
 }
 """What runs a case, by its area."""
 OTHERS = {
     "models": model_cases.random_case,
+    "halting": halting_cases.random_case,
     "layouts": layout_lane.random_case,
     "files": file_lane.random_case,
 }
 """What makes a case from a random generator, by lane, beside the backends."""
-SHARES = {"eager": 1, "cpp": 3, "triton": 2, "cuda": 2, "models": 1.5, "layouts": 0.3, "files": 1.5}
+SHARES = {
+    "eager": 1, "cpp": 3, "triton": 2, "cuda": 2, "models": 1, "halting": 1, "layouts": 0.3,
+    "files": 1.5,
+}  # fmt: skip
 """How the time is divided among lanes."""
 
 

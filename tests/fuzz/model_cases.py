@@ -14,7 +14,7 @@ from fuzz.verdict import Fault, check_refusal, first_line
 _INTEGERS = (-1, 2.5, 2.0, "4", None, True, float("nan"), 1 << 63, 10**30, "@complex")
 _POSITIVE = (0, *_INTEGERS)
 _RATES = (-0.1, 1.0, 2, float("nan"), float("inf"), "0.5", None, "@complex")
-_NUMBERS = (float("nan"), "2", None, "@complex", [1.0], 10**400)
+NUMBERS = (float("nan"), "2", None, "@complex", [1.0], 10**400)
 _WORDS = ("other", "", 3)
 WRONG = {
     **dict.fromkeys(("num_classes", "dim", "depth", "num_heads", "ffn_dim", "topk"), _POSITIVE),
@@ -23,10 +23,10 @@ WRONG = {
     **dict.fromkeys(("tape_ffn_dim", "tape_mlp_dim", "num_tape_tokens"), _INTEGERS),
     **dict.fromkeys(("dropout", "attention_dropout", "stochastic_depth", "bank_dropout"), _RATES),
     "num_registers": _INTEGERS,
-    "halt_threshold": _NUMBERS,
-    "query_noise": (-1.0, float("inf"), *_NUMBERS),
-    "ponder_weight": (-1.0, float("inf"), *_NUMBERS),
-    "norm_eps": (-5.0, *_NUMBERS),
+    "halt_threshold": NUMBERS,
+    "query_noise": (-1.0, float("inf"), *NUMBERS),
+    "ponder_weight": (-1.0, float("inf"), *NUMBERS),
+    "norm_eps": (-5.0, *NUMBERS),
     **dict.fromkeys(("average_query", "norm_after_pooling", "pre_norm"), (None, 1, "yes", 0.0)),
     **dict.fromkeys(("bank", "pooling", "query", "loss_type", "activation"), _WORDS),
     "read_layers": ([99], [-1], [0, 0], "0", 3, [0.5], [True]),
@@ -137,7 +137,7 @@ def _layer_fields(rng, kind):
 def run_case(case):
     """Build what the case says and compare; return whether it was valid. Raises Fault."""
     torch.manual_seed(case["seed"])
-    wrong = {name: _value(value) for name, value in case["wrong"]}
+    wrong = {name: value_of(value) for name, value in case["wrong"]}
     fields = case["fields"] | wrong
     build = _MODELS.get(case["kind"])
     try:
@@ -160,7 +160,7 @@ def run_case(case):
     return {"valid": True}
 
 
-def _value(value):
+def value_of(value):
     return 1j if value == "@complex" else value
 
 
@@ -168,7 +168,7 @@ def _tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _dtype(case):
+def dtype_of(case):
     return torch.float64 if case["double"] else torch.float32
 
 
@@ -180,7 +180,7 @@ def _check_model(case, model):
         if case["kind"] == "vit"
         else (c.seq_len, c.element_dim)
     )
-    inputs = torch.randn(case["batch"], *shape, dtype=_dtype(case))
+    inputs = torch.randn(case["batch"], *shape, dtype=dtype_of(case))
     padded = model.padded()
     capacity = case["batch"] * c.num_tape_tokens
     results = [model(inputs), padded(inputs), model(inputs, capacity=capacity)]
@@ -192,9 +192,9 @@ def _check_model(case, model):
         return  # scores so near to each other that rounding chose
     tolerance = 1e-9 if case["double"] else 3e-4
     for name, other in (("padded", theirs), ("capacity", roomy)):
-        _close(f"tape_lens, {name}", ours.tape_lens.double(), other.tape_lens.double(), 0)
-        _close(f"logits, {name}", ours.logits, other.logits, tolerance)
-        _close(f"ponder, {name}", ours.ponder, other.ponder, tolerance)
+        close(f"tape_lens, {name}", ours.tape_lens.double(), other.tape_lens.double(), 0)
+        close(f"logits, {name}", ours.logits, other.logits, tolerance)
+        close(f"ponder, {name}", ours.ponder, other.ponder, tolerance)
     grads = []
     for output in results:
         model.zero_grad()
@@ -205,7 +205,7 @@ def _check_model(case, model):
         for parameter, grad in grads[0].items():
             zero = torch.zeros(1, dtype=inputs.dtype)
             a, b = (zero if g is None else g for g in (grad, other[parameter]))
-            _close(f"gradient of {parameter}, {name}", a, b + zero, 10 * tolerance, size)
+            close(f"gradient of {parameter}, {name}", a, b + zero, 10 * tolerance, size)
 
 
 def _check_layer(case, layer):
@@ -214,7 +214,7 @@ def _check_layer(case, layer):
     lens = torch.randint(1, 5, (2, case["batch"]), generator=generator)
     inputs, tapes = lens[0], lens[1] - 1
     dim = case["fields"]["dim"]
-    data = torch.randn(int(inputs.sum() + tapes.sum()), dim, generator=generator).to(_dtype(case))
+    data = torch.randn(int(inputs.sum() + tapes.sum()), dim, generator=generator).to(dtype_of(case))
     offsets = cumulative(inputs), cumulative(tapes, int(inputs.sum()))
     batch = ElasticBatch.from_offsets(data, *offsets)
     together = _results(layer, batch)
@@ -223,7 +223,7 @@ def _check_layer(case, layer):
         alone = [cumulative(inputs[i : i + 1]), cumulative(tapes[i : i + 1], int(inputs[i]))]
         one = _results(layer, ElasticBatch.from_offsets(data[own], *alone))[0]
         tolerance = 1e-9 if case["double"] else 1e-4
-        _close(f"example {i}", together[i], one, tolerance)
+        close(f"example {i}", together[i], one, tolerance)
 
 
 def _results(layer, batch):
@@ -233,7 +233,7 @@ def _results(layer, batch):
     return [packed[a:b].detach() for a, b in itertools.pairwise(bounds.tolist())]
 
 
-def _close(name, a, b, tolerance, size=0.0):
+def close(name, a, b, tolerance, size=0.0):
     a, b = a.detach().double(), b.detach().double()
     if a.shape != b.shape:
         raise Fault("another shape", f"{name}: {tuple(a.shape)}, {tuple(b.shape)}")

@@ -8,7 +8,8 @@ from adatape_kernels.op_types import FFN, wide_dtype
 from fuzz.op_tensors import floats, generator_of, laid_out
 
 OPS = (
-    "tape_select", "tape_gather", "tape_read", "elastic_attention", "dual_ffn", "add_layer_norm",
+    "tape_select", "tape_gather", "tape_read", "elastic_attention", "elastic_attention_qkvpacked",
+    "dual_ffn", "add_layer_norm", "compact_rows", "accumulate_rows", "accumulate_rows_",
 )  # fmt: skip
 
 
@@ -25,11 +26,15 @@ class Maker:
         x = floats(shape, dtype or self.dtype, values, self.generator)
         return self.placed(name, x)
 
-    def heads(self, name, rows, num_heads, head_dim):
-        """Return (rows, num_heads, head_dim); the patterns of values follow the rows."""
+    def heads(self, name, rows, num_heads, head_dim, shape=None):
+        """Return (rows, num_heads, head_dim), or what else is said of as many numbers.
+
+        The patterns of values follow the rows.
+        """
         values = self.case["values"].get(name, "normal")
         x = floats((num_heads, rows, head_dim), self.dtype, values, self.generator)
-        return self.placed(name, x.transpose(0, 1).contiguous())
+        x = x.transpose(0, 1).contiguous()
+        return self.placed(name, x if shape is None else x.view(shape))
 
     def integers(self, name, values, shape, dtype=torch.int32):
         return self.placed(name, torch.tensor(values, dtype=torch.int64).view(shape).to(dtype))
@@ -101,22 +106,38 @@ def _gather(make, sizes, options):
     }  # fmt: skip
 
 
-def _attention(make, sizes, options):
+def _offsets(make, sizes):
+    """Return both offsets by name, and the number of rows that there are, unused ones too."""
     inputs, tapes = sizes["input_lens"], sizes["tape_lens"]
     batch = min(len(inputs), len(tapes))
     cu_inputs = [0, *itertools.accumulate(inputs[:batch])]
     cu_tapes = list(itertools.accumulate(tapes[:batch], initial=cu_inputs[-1]))
-    rows = cu_tapes[-1] + sizes["unused"]
-    longest = max((a + b for a, b in zip(inputs, tapes, strict=False)), default=0)
-    shape = (rows, sizes["num_heads"], max(1, sizes["head_dim"]))
+    bounds = {"cu_inputs": cu_inputs, "cu_tapes": cu_tapes}
     dtype = make.index_dtype()
+    made = {name: make.integers(name, each, (batch + 1,), dtype) for name, each in bounds.items()}
+    return made, cu_tapes[-1] + sizes["unused"]
+
+
+def _attention(make, sizes, options, packed=False):
+    offsets, rows = _offsets(make, sizes)
+    pairs = zip(sizes["input_lens"], sizes["tape_lens"], strict=False)
+    longest = max((a + b for a, b in pairs), default=0)
+    num_heads, head_dim = sizes["num_heads"], max(1, sizes["head_dim"])
+    if packed:
+        qkv = make.heads("qkv", rows, 3 * num_heads, head_dim, shape=(rows, 3, num_heads, head_dim))
+        projections = {"qkv": qkv}
+    else:
+        projections = {name: make.heads(name, rows, num_heads, head_dim) for name in "qkv"}
     return {
-        **{name: make.heads(name, *shape) for name in "qkv"},
-        "cu_inputs": make.integers("cu_inputs", cu_inputs, (batch + 1,), dtype),
-        "cu_tapes": make.integers("cu_tapes", cu_tapes, (batch + 1,), dtype),
+        **projections,
+        **offsets,
         "max_rows": longest + options["spare"] if options["max_rows"] else None,
         "softmax_scale": options["softmax_scale"],
     }
+
+
+def _packed_attention(make, sizes, options):
+    return _attention(make, sizes, options, packed=True)
 
 
 def _ffn(make, sizes, options):
@@ -171,6 +192,40 @@ def _norm(make, sizes, options):
     }
 
 
+def _compact(make, sizes, options):
+    offsets, rows = _offsets(make, sizes)
+    chance = torch.rand(rows, generator=make.generator)
+    keep = make.placed("keep", chance < options["share"])
+    kept = int(keep[: int(offsets["cu_tapes"][-1])].sum())
+    return {
+        "data": make.floats("data", rows, sizes["dim"]),
+        "keep": keep,
+        **offsets,
+        "capacity": kept + options["spare"] if options["capacity"] else None,
+    }
+
+
+def _accumulate(make, sizes, options):
+    num_total, num_rows, dim = sizes["num_total"], sizes["num_rows"], sizes["dim"]
+    wide = wide_dtype(make.dtype)
+    places = torch.randperm(max(num_total, num_rows), generator=make.generator)[:num_rows]
+    left_out = torch.rand(num_rows, generator=make.generator) < options["left_out"]
+    source = places.masked_fill(left_out | (places >= num_total), -1)
+    if options["ascending"]:
+        source = source.sort().values
+    weights = {"weights": make.floats("weights", num_rows, dtype=wide), "total_weights": None}
+    if options["total_weights"]:
+        weights["total_weights"] = make.floats("total_weights", num_rows, dtype=wide)
+    return {
+        "total": make.floats(
+            "total", num_total, dim, dtype=wide if options["wide_total"] else make.dtype
+        ),
+        "rows": make.floats("rows", num_rows, dim),
+        "source": make.placed("source", source.to(make.index_dtype())),
+        **weights,
+    }
+
+
 def _cycle(values):
     return itertools.cycle(values or [0])
 
@@ -180,6 +235,10 @@ _MAKERS = {
     "tape_gather": _gather,
     "tape_read": _read,
     "elastic_attention": _attention,
+    "elastic_attention_qkvpacked": _packed_attention,
     "dual_ffn": _ffn,
     "add_layer_norm": _norm,
+    "compact_rows": _compact,
+    "accumulate_rows": _accumulate,
+    "accumulate_rows_": _accumulate,
 }

@@ -10,10 +10,18 @@ TENSORS = {
     "tape_read": ("query", "bank", "read_mask", "bank_lens"),
     "tape_gather": ("bank", "indices", "weights", "counts"),
     "elastic_attention": ("q", "k", "v", "cu_inputs", "cu_tapes"),
+    "elastic_attention_qkvpacked": ("qkv", "cu_inputs", "cu_tapes"),
     "dual_ffn": ("x", *(f"{name}_ffn.{p}" for name in ("input", "tape") for p in FFN._fields)),
     "add_layer_norm": ("x", "branch", "weight", "bias"),
+    "compact_rows": ("data", "keep", "cu_inputs", "cu_tapes"),
+    **dict.fromkeys(
+        ("accumulate_rows", "accumulate_rows_"),
+        ("total", "rows", "source", "weights", "total_weights"),
+    ),
 }  # fmt: skip
-INTEGERS = ("read_mask", "bank_lens", "indices", "counts", "cu_inputs", "cu_tapes")
+INTEGERS = (
+    "read_mask", "bank_lens", "indices", "counts", "cu_inputs", "cu_tapes", "keep", "source",
+)  # fmt: skip
 COTANGENT = "cotangent"
 """The name by which a case gives the strides of the gradients of an op's results."""
 
@@ -21,7 +29,8 @@ _DTYPES = ("float32", "float32", "bfloat16", "float16", "float64")
 _SLOW = ("triton", "cuda")
 # Of scores that float32 rounds to whole numbers, no backward can take exponentials once more; and
 # what a LayerNorm is to make of a row that is all rounding is nobody's guess.
-_ILL_CONDITIONED = ("elastic_attention", "add_layer_norm")
+_ATTENTION = ("elastic_attention", "elastic_attention_qkvpacked")
+_ILL_CONDITIONED = (*_ATTENTION, "add_layer_norm")
 
 
 def random_case(rng, backend):
@@ -34,7 +43,7 @@ def random_case(rng, backend):
     if slow and dtype in ("float64", "bfloat16") and rng.random() < 0.9:
         dtype = rng.choice(("float32", "float16"))
     sizes, options = _SIZES[op](rng, slow), _OPTIONS[op](rng)
-    if backend == "cuda" and op == "elastic_attention" and rng.random() < 0.9:
+    if backend == "cuda" and op in _ATTENTION and rng.random() < 0.9:
         dtype, sizes["head_dim"], options["max_rows"] = "float16", 64, True
     if rng.random() < 0.15:
         options["index_dtype"] = "int64"
@@ -153,6 +162,27 @@ def _norm_sizes(rng, slow):
     return {"rows": _size(rng, 40), "dim": max(1, _size(rng, 40 if slow else 300))}
 
 
+def _compact_sizes(rng, slow):
+    large = rng.random() < 0.05
+    batch, most = _size(rng, 4), 400 if large else 12
+    return {
+        "input_lens": [_size(rng, most) for _ in range(batch)],
+        "tape_lens": [_size(rng, most) for _ in range(batch)],
+        "unused": rng.choice((0, 0, 1, 5)),
+        "dim": _size(rng, 3 if large else 40 if slow else 200),
+    }
+
+
+def _accumulate_sizes(rng, slow):
+    large = rng.random() < 0.05
+    most = 300 if large else 20 if slow else 60
+    return {
+        "num_total": _size(rng, most),
+        "num_rows": _size(rng, most),
+        "dim": _size(rng, 3 if large else 40 if slow else 300),
+    }
+
+
 def _select_options(rng):
     return {
         "shared": rng.random() < 0.4,
@@ -200,19 +230,42 @@ def _norm_options(rng):
     }
 
 
+def _compact_options(rng):
+    return {
+        "share": rng.choice((0.0, 0.1, 0.5, 0.9, 1.0)),
+        "capacity": rng.random() < 0.5,
+        "spare": rng.choice((0, 1, 7)),
+    }
+
+
+def _accumulate_options(rng):
+    return {
+        "left_out": rng.choice((0.0, 0.0, 0.3, 1.0)),
+        "ascending": rng.random() < 0.5,
+        "wide_total": rng.random() < 0.3,
+        "total_weights": rng.random() < 0.5,
+    }
+
+
 _SIZES = {
     "tape_select": _select_sizes,
     "tape_read": _select_sizes,
     "tape_gather": _gather_sizes,
-    "elastic_attention": _attention_sizes,
+    **dict.fromkeys(_ATTENTION, _attention_sizes),
     "dual_ffn": _ffn_sizes,
     "add_layer_norm": _norm_sizes,
+    "compact_rows": _compact_sizes,
+    "accumulate_rows": _accumulate_sizes,
+    "accumulate_rows_": _accumulate_sizes,
 }
 _OPTIONS = {
     "tape_select": _select_options,
     "tape_read": _select_options,
     "tape_gather": _gather_options,
-    "elastic_attention": _attention_options,
+    **dict.fromkeys(_ATTENTION, _attention_options),
     "dual_ffn": _ffn_options,
     "add_layer_norm": _norm_options,
+    "compact_rows": _compact_options,
+    "accumulate_rows": _accumulate_options,
+    "accumulate_rows_": _accumulate_options,
 }

@@ -6,6 +6,7 @@ from adatape_kernels.op_types import FFN, wide_dtype
 from fuzz import plain_ops
 from fuzz.op_running import cotangents
 from fuzz.op_tensors import same_bits
+from fuzz.row_judgement import check_accumulated, check_compacted
 from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
 
@@ -16,6 +17,13 @@ _DRAWS, _MORE_DRAWS = 4, 64
 def judge(case, call, results):
     """Raise Fault where results of a valid call of the public function's arguments are wrong."""
     op = case["op"]
+    if op == "compact_rows":
+        check_compacted(call, results, cotangents(case, results))
+        return
+    if op in ("accumulate_rows", "accumulate_rows_"):
+        check_accumulated(call, results)
+    if op == "elastic_attention_qkvpacked":
+        case, call, results = _apart(case, call, results)
     if "indices" in results:
         keys = call["keys"] if op == "tape_select" else call["bank"][..., : call["query"].shape[1]]
         check_selection(call | {"keys": keys}, results)
@@ -31,6 +39,19 @@ def judge(case, call, results):
     except Fault:
         # A few draws may all be small by chance: more of them decide.
         _judge_numbers(case, call, results, _MORE_DRAWS)
+
+
+def _apart(case, call, results):
+    """Return what is the same of `elastic_attention`, of a case in which one tensor is q, k and v.
+
+    So the gradients of the three are judged by the errors of each.
+    """
+    case = {**case, "op": "elastic_attention"}
+    parts = zip("qkv", call["qkv"].unbind(1), strict=True)
+    results = dict(results)
+    if "dqkv" in results:
+        results |= zip(("dq", "dk", "dv"), results.pop("dqkv").unbind(1), strict=True)
+    return case, {**dict(parts), **call}, results
 
 
 def _judge_numbers(case, call, results, draws):
@@ -249,6 +270,16 @@ def _ffn(call, results):
     return function, leaves
 
 
+def _accumulate(call, results):
+    leaves = {n: call[n] for n in ("total", "rows", "weights", "total_weights")}
+
+    def function(leaves, jitter):
+        rest = leaves["weights"], leaves.get("total_weights")
+        return {"sum": plain_ops.accumulate(leaves["total"], leaves["rows"], call["source"], *rest)}
+
+    return function, {n: x for n, x in leaves.items() if x is not None}
+
+
 def _norm(call, results):
     def function(leaves, jitter):
         total, weight, bias = leaves.values()
@@ -267,4 +298,6 @@ _FUNCTIONS = {
     "elastic_attention": _attention,
     "dual_ffn": _ffn,
     "add_layer_norm": _norm,
+    "accumulate_rows": _accumulate,
+    "accumulate_rows_": _accumulate,
 }

@@ -17,6 +17,10 @@ RESULTS = {
     "elastic_attention": ("out",),
     "dual_ffn": ("y",),
     "add_layer_norm": ("total", "normed"),
+    "elastic_attention_qkvpacked": ("out",),
+    "compact_rows": ("packed", "kept_inputs", "kept_tapes", "source"),
+    "accumulate_rows": ("sum",),
+    "accumulate_rows_": ("sum",),
 }
 TORCH_RESULTS = {
     "tape_select": ("weights", "ponder", "indices", "counts"),
@@ -25,6 +29,10 @@ TORCH_RESULTS = {
     "elastic_attention": ("out", "lse"),
     "dual_ffn": ("y", "hidden", "tape_hidden"),
     "add_layer_norm": ("total", "normed", "mean", "rstd"),
+    "elastic_attention_qkvpacked": ("out", "lse"),
+    "compact_rows": RESULTS["compact_rows"],
+    "accumulate_rows": ("sum",),
+    "accumulate_rows_": (),
 }
 DIFFERENTIABLE = {
     "tape_select": ("weights", "ponder"),
@@ -33,6 +41,10 @@ DIFFERENTIABLE = {
     "elastic_attention": ("out",),
     "dual_ffn": ("y",),
     "add_layer_norm": ("total", "normed"),
+    "elastic_attention_qkvpacked": ("out",),
+    "compact_rows": ("packed",),
+    "accumulate_rows": ("sum",),
+    "accumulate_rows_": (),
 }
 _FFN_NAMES = [f"{kind}{name}" for kind in ("", "tape_") for name in FFN._fields]
 _BACKWARD_RESULTS = {
@@ -41,6 +53,9 @@ _BACKWARD_RESULTS = {
     "elastic_attention": ("dq", "dk", "dv"),
     "dual_ffn": ("dx", *(f"d{name}" for name in _FFN_NAMES)),
     "add_layer_norm": ("dx", "dweight", "dbias"),
+    "elastic_attention_qkvpacked": ("dqkv",),
+    "compact_rows": ("ddata",),
+    "accumulate_rows": ("dtotal", "drows", "dweights", "dtotal_weights"),
 }
 
 
@@ -166,7 +181,7 @@ def _with_leaves(call, leaves):
 def _run_public(case, call):
     op = case["op"]
     judgement = judged(op, call, "public")
-    leaves = _leaves(call) if case["gradients"] else {}
+    leaves = _leaves(call) if case["gradients"] and DIFFERENTIABLE[op] else {}
     given = _with_leaves(call, leaves)
     function = getattr(ops, op)
     raw = attempt(judgement, case["backend"], lambda: function(**given))
@@ -193,8 +208,10 @@ def _run_torch(case, call):
     judgement = judged(op, call, "torch")
     forward, backward = (getattr(torch.ops.adatape, n, None) for n in (op, f"{op}_bwd"))
     raw = attempt(judgement, case["backend"], lambda: forward(*call.values()))
-    results = dict(zip(TORCH_RESULTS[op], raw, strict=True))
-    if op == "tape_read" or not case["gradients"] or judgement[0] != "valid":
+    results = dict(zip(TORCH_RESULTS[op], _flat(raw), strict=True))
+    if op == "accumulate_rows_":
+        results["sum"] = call["total"]
+    if op in ("tape_read", "accumulate_rows_") or not case["gradients"] or judgement[0] != "valid":
         return results, judgement
     changed = _change_kept(case, call, results)
     arguments = backward_arguments(op, call, results, cotangents(case, results))
@@ -204,7 +221,10 @@ def _run_torch(case, call):
     grads = attempt(judgement, case["backend"], lambda: backward(*values))
     if changed or any(where == "backward" for _, _, where in case["breakages"]):
         judgement = ("open", "what the backward got is not what the forward gave")
-    results |= zip(_BACKWARD_RESULTS[op], grads, strict=True)
+    results |= zip(_BACKWARD_RESULTS[op], _flat(grads), strict=True)
+    if op == "accumulate_rows" and call["total_weights"] is None:
+        # The gradient of the total is that of the sum, and nobody makes a copy of it.
+        results = {n: x for n, x in results.items() if n not in ("dtotal", "dtotal_weights")}
     return results, judgement
 
 
@@ -225,6 +245,16 @@ def backward_arguments(op, call, results, given):
             saved = {"out": results["out"], "lse": results["lse"]}
             q, k, v, *rest = call.items()
             return {"dout": given["out"], **dict((q, k, v)), **saved, **dict(rest)}
+        case "elastic_attention_qkvpacked":
+            qkv, *rest = call.items()
+            saved = {"out": results["out"], "lse": results["lse"]}
+            return {"dout": given["out"], **dict([qkv]), **saved, **dict(rest)}
+        case "compact_rows":
+            source, rows = results["source"], len(call["data"])
+            return {"dpacked": given["packed"], "source": source, "rows": rows}
+        case "accumulate_rows":
+            before = None if call["total_weights"] is None else call["total"]
+            return {"dsum": given["sum"], **call, "total": before}
         case "dual_ffn":
             rest = {n: call[n] for n in ("num_input_rows", "bounds", "activation", *_FFN_NAMES)}
             saved = {name: results[name] for name in ("hidden", "tape_hidden")}
@@ -261,11 +291,11 @@ def _judged_after_change(op, call, results):
     if op == "tape_read":
         key_dim = call["query"].shape[1]
         values["keys"], op = values["bank"][..., :key_dim], "tape_select"
-    if op == "elastic_attention":
-        q = values["q"]
-        values["lse"] = q.new_zeros(q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype))
+    if op in ("elastic_attention", "elastic_attention_qkvpacked"):
+        out = values["out"]
+        values["lse"] = out.new_zeros(out.shape[1], out.shape[0], dtype=wide_dtype(out.dtype))
     arguments = backward_arguments(op, values, values, grads)
-    for name in ("indices", "counts", "cu_inputs", "cu_tapes"):
+    for name in ("indices", "counts", "cu_inputs", "cu_tapes", "source"):
         if name in arguments and arguments[name].dtype == torch.int64:
             arguments[name] = arguments[name].int()
     status, why = judged(op, arguments, "backward")
@@ -278,6 +308,8 @@ def _plain(value):
 
 def _flat(raw):
     """Return the results one after another; a selection among them is four."""
+    if raw is None:
+        return []
     if isinstance(raw, torch.Tensor):
         return [raw]
     flat = []

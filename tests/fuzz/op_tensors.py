@@ -89,6 +89,16 @@ def _between(x, shape):
     return torch.full(shape, 1 if x.dtype == torch.bool else 10**9, dtype=x.dtype)
 
 
+def between_elements(x):
+    """Return a copy of what lies in a tensor's memory beside its elements."""
+    if not isinstance(x, torch.Tensor) or x.device.type == "meta":
+        return torch.zeros(0)
+    memory = x.detach().as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    beside = torch.ones(memory.shape, dtype=torch.bool)
+    beside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
+    return memory[beside]
+
+
 def contiguous(value):
     """A value with every tensor in it copied to plain strides."""
     if isinstance(value, torch.Tensor):

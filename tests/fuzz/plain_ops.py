@@ -161,6 +161,16 @@ def ffn(x, middle, end, own, of_tape, activation, jitter=EXACT):
     return F.pad(torch.cat(parts), (0, 0, 0, len(x) - end))
 
 
+def accumulate(total, rows, source, weights, total_weights):
+    """The total with weighted rows added to those of its rows that they come from."""
+    used = source >= 0
+    place = source[used].long()
+    before = total[place]
+    if total_weights is not None:
+        before = total_weights[used].unsqueeze(1) * before
+    return total.index_put((place,), before + weights[used].unsqueeze(1) * rows[used])
+
+
 def norm(total, weight, bias, eps, jitter=EXACT):
     """LayerNorm over the features of a sum as it is stored."""
     variance, mean = torch.var_mean(total, -1, correction=0, keepdim=True)

@@ -11,7 +11,7 @@ import pytest
 
 from fuzz.__main__ import main
 from fuzz.byte_mutations import mutated, random_mutations
-from fuzz.lanes import available, make_case
+from fuzz.lanes import SHARES, available, make_case
 from fuzz.minimiser import minimised
 from fuzz.planted_faults import PLANTED
 
@@ -56,7 +56,7 @@ def test_an_unknown_lane_is_refused(capsys):
     assert capsys.readouterr().out.startswith("backends: expected some of ")
 
 
-@pytest.mark.parametrize("lane", ["eager", "cpp", "triton", "cuda", "models", "layouts", "files"])
+@pytest.mark.parametrize("lane", list(SHARES))
 def test_a_seed_decides_every_case(lane):
     if lane in available():
         first, second = ([make_case(lane, 7, n) for n in range(50)] for _ in range(2))

@@ -130,6 +130,7 @@ def sites(cpp):
 
 
 ROOMS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn", "add_layer_norm")
+ROW_ROOMS = ("compact_rows", "accumulate_rows")
 
 
 def tests_of(path):
@@ -151,6 +152,13 @@ def tests_of(path):
         return [of("tape_select_refusals"), of("tape_gather_refusals"), of("tape_read")]
     if "tape_read" in path:
         return [of("tape_read")]
+    if path.endswith("row_checks.py"):
+        return [of(f"{room}_refusals") for room in ROW_ROOMS]
+    if path.endswith("qkvpacked.py"):
+        return [of("attention_qkvpacked_refusals")]
+    for room in ROW_ROOMS:
+        if room in path:
+            return [of(f"{room}_refusals")]
     for room in ROOMS:
         if room in path:
             return [of(f"{room}_refusals"), wrong_arguments]

@@ -6,7 +6,7 @@ import math
 import literal
 import pytest
 import torch
-from checks import assert_same_bits, cannot_raise, has_one_thread, refused
+from checks import assert_same_bits, has_one_thread
 from row_cases import batch_of, gradients
 
 from adatape_kernels import reference
@@ -147,48 +147,6 @@ def test_empty(device, lens, dim, share, capacity):
     assert source.tolist() == [-1] * (capacity or 0)
     packed.sum().backward()
     assert given[0].grad.shape == given[0].shape and not given[0].grad.any()
-
-
-@pytest.mark.runs_no_op
-@pytest.mark.parametrize(
-    ("argument", "value", "parts"),
-    [
-        ("data", torch.zeros(5), ["rows, dim", "(5,)"]),
-        ("data", torch.zeros(5, 4, dtype=torch.int32), ["floating-point", "int32"]),
-        ("keep", torch.ones(4, dtype=torch.bool), ["(5,)", "(4,)"]),
-        ("keep", torch.ones(5), ["bool", "float32"]),
-        ("keep", torch.ones(5, dtype=torch.bool, device="meta"), ["cpu", "meta"]),
-        ("cu_inputs", torch.tensor([0, 2, 1]), ["ascending", "2 then 1"]),
-        ("cu_inputs", torch.tensor([0.0, 2.0, 3.0]), ["int32 or int64", "float32"]),
-        ("cu_tapes", torch.tensor([3, 4]), ["(3,)", "(2,)"]),
-        ("cu_tapes", torch.tensor([2, 4, 5]), ["to be 3", "got 2"]),
-        ("cu_tapes", torch.tensor([3, 4, 6]), ["at most 5", "got 6"]),
-        ("capacity", -1, ["0 or more", "got -1"]),
-        ("capacity", 3, ["at least the 4 rows kept", "got 3"]),
-    ],
-)
-@pytest.mark.absent_if(reason=cannot_raise)
-def test_bad_input_is_refused(device, argument, value, parts):
-    good = {
-        "data": torch.zeros(5, 4),
-        "keep": torch.tensor([True, True, False, True, True]),
-        "cu_inputs": torch.tensor([0, 2, 3]),
-        "cu_tapes": torch.tensor([3, 4, 5]),
-    }
-    with refused(argument, *parts):
-        compact_rows(**{**good, argument: value})
-
-
-@pytest.mark.parametrize(
-    ("numbers", "parts"),
-    [([0, 2, 2], ["got 2 at 2"]), ([0, -1, 3], ["got 3 at 2"]), ([0, 1, 5], ["5 rows", "got 5"])],
-)
-@pytest.mark.absent_if(reason=cannot_raise)
-@pytest.mark.runs_no_op
-def test_a_gradient_whose_source_does_not_ascend_is_refused(device, numbers, parts):
-    source = torch.tensor(numbers, dtype=torch.int32, device=device)
-    with refused("source", *parts):
-        torch.ops.adatape.compact_rows_bwd(torch.zeros(3, 4, device=device), source, 5)
 
 
 @pytest.mark.backends("triton", "cuda")

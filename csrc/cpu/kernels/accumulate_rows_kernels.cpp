@@ -58,7 +58,8 @@ void backward(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count)
       write(drow + c, weight * given, lanes);
     });
     p.dweights[r] = sum(dots);
-    if (!dtotal) continue;
+    // Not by dtotal, which is null where a row has no features.
+    if (!p.total_weights) continue;
     const T* const total = static_cast<const T*>(p.total) + place * p.stride_total;
     const float total_weight = p.total_weights[r];
     Vec total_dots[kChains] = {};
