@@ -71,7 +71,7 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 	$(bin)/adatape-kernels demo $(ARGS)
 
 test: $(ready) $(cuda_host)  ## run the tests
-	$(bin)/pytest -q -n auto $(ARGS)
+	$(bin)/pytest -q -n auto --dist worksteal $(ARGS)
 
 # The tree in which pip built the module has the kernels' objects already.
 serve: $(ready)  ## compile a small model by AOTInductor, and run it from C++

@@ -62,3 +62,14 @@ def has_one_thread(device, backend, **parameters):
 def cannot_raise(device, backend, **parameters):
     """For `absent_if`: a kernel on a GPU leaves bad values unseen; only eager copies them."""
     return "a GPU cannot raise" if device == "cuda" and backend != "eager" else None
+
+
+def opcheck(op, args):
+    """Let torch check an op: for every backend what it writes and returns, tracing for eager.
+
+    Tracing sees no implementation, only the op, and takes nearly all of the time. That what it
+    makes runs on every backend is for the tests that compile.
+    """
+    every = ("test_schema", "test_autograd_registration", "test_faketensor")
+    traced = ("test_aot_dispatch_dynamic",) if current_backend() in (None, "eager") else ()
+    torch.library.opcheck(op, args, test_utils=(*every, *traced))

@@ -165,6 +165,56 @@ def keep_the_interpreter_ready():
         return dtypes[element.name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = prepare_once, dtype_of
+    _keep_the_facts_of_shapes(language.core)
+
+
+def _keep_the_facts_of_shapes(core):
+    """Let Triton's interpreter make the facts of a block's shape once, not for every block.
+
+    Checking a shape, naming it and wrapping each of its numbers took a third of a kernel's time.
+    What it makes of a shape never changes, so blocks may share it.
+    """
+    from triton.language.semantic import TritonSemantic
+
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    broadcast_any = TritonSemantic.broadcast_impl_value
+    shapes, of_shapes, of_tensors = {}, {}, {}
+
+    def block_type(self, element_ty, shape):
+        try:
+            key = element_ty.name, *shape
+            known = of_shapes.get(key)
+        except TypeError:  # a number that is wrapped, and has no hash
+            make_type(self, element_ty, shape)
+            return
+        if known is None:
+            make_type(self, element_ty, shape)
+            self.shape = shapes.setdefault(tuple(self.shape), self.shape)
+            known = of_shapes[key] = {n: x for n, x in vars(self).items() if n != "element_ty"}
+        vars(self).update(known, element_ty=element_ty)
+
+    def tensor(self, handle, type):
+        shape = type.shape if type.is_block() else None
+        known = of_tensors.get(id(shape))
+        if known is None:
+            make_tensor(self, handle, type)
+            # The shape is kept beside its facts, so that no other one gets its number.
+            of_tensors[id(shape)] = shape, self.numel, self.shape
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        _, self.numel, self.shape = known
+
+    def equal(self, other):
+        return core.constexpr(self.values == list(getattr(other, "values", other)))
+
+    def broadcast(semantic, a, b):
+        if a.type.is_block() and b.type.is_block() and a.type.shape is b.type.shape:
+            return a, b
+        return broadcast_any(semantic, a, b)
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    TritonSemantic.broadcast_impl_value = broadcast
+    core.tuple.__eq__ = equal
 
 
 def exponential_of_a_gpu(units):

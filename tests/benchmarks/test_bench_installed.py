@@ -1,6 +1,7 @@
 """The benchmarks as a package: in a clone, and installed from a wheel without the clone."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -88,13 +89,23 @@ def test_the_command_hands_its_arguments_to_the_benchmarks(capsys):
     assert capsys.readouterr().err.startswith("bench: op: expected one of")
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize(
-    "program",
-    ["gpu", "bench_cpu", "reports.result_tables", "reports.compare_results", "audit.triton_audit"],
+    "program", ["gpu", "bench_cpu", "reports.result_tables", "reports.compare_results"]
 )
-def test_the_other_programs_run_by_their_module_names(program):
+def test_the_other_programs_run_by_their_module_names(program, monkeypatch, capsys):
+    """What `python -m` does, in this process, which has imported torch already."""
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"adatape_kernels.benchmarks.{program}", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_the_audit_runs_by_its_module_name():
+    """In a process of its own, as it begins by starting itself again."""
     result = subprocess.run(
-        [sys.executable, "-m", f"adatape_kernels.benchmarks.{program}", "--help"],
+        [sys.executable, "-m", "adatape_kernels.benchmarks.audit.triton_audit", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -5,12 +5,7 @@ import math
 import literal
 import pytest
 import torch
-from checks import (
-    assert_close,
-    assert_low_precision,
-    assert_same_bits,
-    has_one_thread,
-)
+from checks import assert_close, assert_low_precision, assert_same_bits, has_one_thread, opcheck
 from row_cases import addends, gradients, is_float, widened
 
 from adatape_kernels import reference
@@ -223,12 +218,12 @@ def test_where_no_value_is_looked_at_none_does_harm(device, weighted):
 def test_opcheck(device, requires_grad, num_rows, weighted):
     given = addends(device, num_rows=num_rows, weighted=weighted)
     given = [x.nan_to_num(0).requires_grad_(requires_grad) if is_float(x) else x for x in given]
-    torch.library.opcheck(torch.ops.adatape.accumulate_rows.default, tuple(given))
+    opcheck(torch.ops.adatape.accumulate_rows.default, tuple(given))
     if not requires_grad:
-        torch.library.opcheck(torch.ops.adatape.accumulate_rows_.default, tuple(given))
+        opcheck(torch.ops.adatape.accumulate_rows_.default, tuple(given))
         before = given[0] if weighted else None
         args = (torch.randn_like(given[0]), before, *given[1:])
-        torch.library.opcheck(torch.ops.adatape.accumulate_rows_bwd.default, args)
+        opcheck(torch.ops.adatape.accumulate_rows_bwd.default, args)
 
 
 @pytest.mark.compiles

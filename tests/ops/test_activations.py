@@ -7,7 +7,7 @@ import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, assert_low_precision, assert_same_bits, refused
+from checks import assert_close, assert_low_precision, assert_same_bits, opcheck, refused
 from ffn_cases import by_reference, double, gradients, inputs, not_served, other_form_has_it
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,10 +188,10 @@ def test_opcheck(device, activation, on_device):
     bounds = torch.tensor([5, 8], device=device) if on_device else None
     args = (None, 9, bounds) if on_device else (5, 4, bounds)
     parameters = activation, *input_ffn, *tape_ffn
-    torch.library.opcheck(torch.ops.adatape.dual_ffn.default, (x, *args, *parameters))
+    opcheck(torch.ops.adatape.dual_ffn.default, (x, *args, *parameters))
     _, *saved = torch.ops.adatape.dual_ffn.default(x, *args, *parameters)
     back = (dy, x, *(s.detach() for s in saved), args[0], bounds, *parameters)
-    torch.library.opcheck(torch.ops.adatape.dual_ffn_bwd.default, [_detached(a) for a in back])
+    opcheck(torch.ops.adatape.dual_ffn_bwd.default, [_detached(a) for a in back])
 
 
 def _detached(argument):

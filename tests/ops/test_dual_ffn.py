@@ -1,5 +1,6 @@
 """What `dual_ffn` computes."""
 
+import itertools
 import math
 
 import literal
@@ -54,9 +55,22 @@ def test_one_count_on_the_device(device, on_device):
     assert_matches_literal(x, counts[0], input_ffn, tape_ffn, counts[1])
 
 
+@pytest.mark.backends("eager", "cpp", "cuda")
 @given(rows=st.lists(st.integers(0, 6), min_size=3, max_size=3), two=st.booleans())
 def test_any_rows_match_the_literal_loop(device, rows, two):
-    """Input, tape and unused rows, with gradients."""
+    assert_rows_match(device, rows, two)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("two", [True, False], ids=["two", "one"])
+def test_rows_of_each_kind_or_none_match_the_literal_loop(device, two):
+    """The interpreter is slow: here each kind of rows is there or not, and no more."""
+    for rows in itertools.product((0, 5), (0, 3), (0, 2)):
+        assert_rows_match(device, rows, two)
+
+
+def assert_rows_match(device, rows, two):
+    """Compare a call with input, tape and unused rows with the literal loop, gradients too."""
     num_input_rows, num_rows, total = rows[0], sum(rows[:2]), sum(rows)
     x, input_ffn, tape_ffn, dy = inputs(total, device=device)
     given = x, num_input_rows, input_ffn, tape_ffn if two else None

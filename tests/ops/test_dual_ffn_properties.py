@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from checks import assert_same_bits
+from checks import assert_same_bits, opcheck
 from ffn_cases import gradients, inputs, not_served
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,11 +32,11 @@ def test_opcheck(device, on_device, rows, two, requires_grad):
     middle = min(rows, 5) if two else rows
     op = torch.ops.adatape.dual_ffn.default
     if not on_device:
-        torch.library.opcheck(op, op_args(x, middle, rows - middle, None, *ffns))
+        opcheck(op, op_args(x, middle, rows - middle, None, *ffns))
         return
     bounds = torch.tensor([min(middle, 4), min(rows, 7 if two else 4)], device=device)
     split = (None, rows) if two else (rows, 0)
-    torch.library.opcheck(op, op_args(x, *split, bounds, *ffns))
+    opcheck(op, op_args(x, *split, bounds, *ffns))
 
 
 @pytest.mark.compiles
@@ -47,7 +47,7 @@ def test_opcheck_of_the_backward(device, two):
     args = op_args(x, 5 if two else 9, 4 if two else 0, None, *ffns)
     _, hidden, tape_hidden = torch.ops.adatape.dual_ffn.default(*args)
     back = (dy, x, hidden, tape_hidden, args[1], *args[3:])
-    torch.library.opcheck(torch.ops.adatape.dual_ffn_bwd.default, back)
+    opcheck(torch.ops.adatape.dual_ffn_bwd.default, back)
 
 
 @pytest.mark.compiles

@@ -7,7 +7,7 @@ import literal
 import pytest
 import torch
 from attention_cases import by_reference, gradients, layout, most_rows_on, qkv
-from checks import assert_close, assert_low_precision, assert_same_bits
+from checks import assert_close, assert_low_precision, assert_same_bits, opcheck
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -265,10 +265,10 @@ def test_opcheck(device, requires_grad):
     q, k, v, dout = qkv(40, 2, HEAD_DIM, device=device, dtype=torch.float16)
     given = [x.clone().requires_grad_(requires_grad) for x in (q, k, v)]
     args = (*given, *offsets, 33, None)
-    torch.library.opcheck(torch.ops.adatape.elastic_attention.default, args)
+    opcheck(torch.ops.adatape.elastic_attention.default, args)
     out, lse = torch.ops.adatape.elastic_attention(q, k, v, *offsets, 33, None)
     args = (dout, q, k, v, out, lse, *offsets, 33, 0.5)
-    torch.library.opcheck(torch.ops.adatape.elastic_attention_bwd.default, args)
+    opcheck(torch.ops.adatape.elastic_attention_bwd.default, args)
 
 
 @pytest.mark.compiles

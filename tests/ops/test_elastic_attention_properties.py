@@ -14,7 +14,7 @@ from attention_cases import (
     not_served,
     qkv,
 )
-from checks import assert_same_bits, interpreted
+from checks import assert_same_bits, interpreted, opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels import reference
@@ -78,7 +78,7 @@ def test_opcheck(device, batch, requires_grad, max_rows):
     q, k, v, _ = qkv(sum(map(len, rows)) + 1, 2, 4, device=device)
     q, k, v = (x.requires_grad_(requires_grad) for x in (q, k, v))
     args = (q, k, v, cu_inputs, cu_tapes, max_rows, None)
-    torch.library.opcheck(torch.ops.adatape.elastic_attention.default, args)
+    opcheck(torch.ops.adatape.elastic_attention.default, args)
 
 
 @pytest.mark.compiles
@@ -87,7 +87,7 @@ def test_opcheck_of_the_backward(device):
     q, k, v, dout = qkv(15, 2, 4, device=device)
     out, lse = reference.elastic_attention(q, k, v, cu_inputs, cu_tapes)
     args = (dout, q, k, v, out, lse, cu_inputs, cu_tapes, None, 0.5)
-    torch.library.opcheck(torch.ops.adatape.elastic_attention_bwd.default, args)
+    opcheck(torch.ops.adatape.elastic_attention_bwd.default, args)
 
 
 @pytest.mark.compiles

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import INPUT_LENS, TAPE_LENS, layout, not_served
-from checks import assert_close, assert_same_bits
+from checks import assert_close, assert_same_bits, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -175,10 +175,10 @@ def test_opcheck(device, batch):
     cu_inputs, cu_tapes, rows = layout(device, INPUT_LENS[:batch], TAPE_LENS[:batch])
     qkv, dout = projected(sum(map(len, rows)) + 1, 2, 4, device=device)
     args = (qkv.requires_grad_(), cu_inputs, cu_tapes, 9, None)
-    torch.library.opcheck(torch.ops.adatape.elastic_attention_qkvpacked.default, args)
+    opcheck(torch.ops.adatape.elastic_attention_qkvpacked.default, args)
     out, lse = reference.elastic_attention(*qkv.detach().unbind(1), cu_inputs, cu_tapes)
     args = (dout, qkv.detach(), out, lse, cu_inputs, cu_tapes, None, 0.5)
-    torch.library.opcheck(torch.ops.adatape.elastic_attention_qkvpacked_bwd.default, args)
+    opcheck(torch.ops.adatape.elastic_attention_qkvpacked_bwd.default, args)
 
 
 @pytest.mark.compiles

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import assert_same_bits, has_one_thread, interpreted
+from checks import assert_same_bits, has_one_thread, interpreted, opcheck
 from select_cases import OPTIONS, cotangents, gradients
 
 from adatape_kernels import reference
@@ -174,7 +174,7 @@ def test_opcheck(device, num_tape_tokens, limited, requires_grad, batch):
     mask = torch.zeros(batch, 9, dtype=torch.bool, device=device) if limited else None
     lens = torch.full((batch,), 7, dtype=torch.int32, device=device) if limited else None
     args = (query, keys, num_tape_tokens, 2, 1.4, True, "entropy", mask, lens)
-    torch.library.opcheck(torch.ops.adatape.tape_select.default, args)
+    opcheck(torch.ops.adatape.tape_select.default, args)
 
 
 @pytest.mark.compiles
@@ -183,7 +183,7 @@ def test_opcheck_of_the_backward(device, num_tape_tokens):
     query, keys = torch.randn(6, 4, device=device).mT, torch.randn(6, 9, device=device).mT
     sel = tape_select(query, keys, **{**OPTIONS, "num_tape_tokens": num_tape_tokens})
     args = (query, keys, sel.weights, sel.ponder, sel.indices, sel.counts, True, "max")
-    torch.library.opcheck(torch.ops.adatape.tape_select_bwd.default, args)
+    opcheck(torch.ops.adatape.tape_select_bwd.default, args)
 
 
 @pytest.mark.compiles
