@@ -21,9 +21,13 @@ GOOD = dict(
 @pytest.mark.parametrize(
     ("argument", "value", "parts"),
     [
-        ("qkv", torch.zeros(6, 3, 8), ["(rows, 3, num_heads, head_dim)", "(6, 3, 8)"]),
-        ("qkv", torch.zeros(6, 2, 2, 4), ["(rows, 3, num_heads, head_dim)", "(6, 2, 2, 4)"]),
-        ("qkv", torch.zeros(6, 3, 2, 0), ["head_dim at least 1", "(6, 3, 2, 0)"]),
+        ("qkv", torch.zeros(6, 3, 8), ["bits (rows, 3, num_heads, head_dim)", "(6, 3, 8)"]),
+        ("qkv", torch.zeros(6, 2, 2, 4), ["bits (rows, 3, num_heads, head_dim)", "(6, 2, 2, 4)"]),
+        (
+            "qkv",
+            torch.zeros(6, 3, 2, 0),
+            ["16 to 64 bits", "head_dim at least 1", "(6, 3, 2, 0)"],
+        ),
         ("qkv", torch.zeros(6, 3, 2, 4, dtype=torch.int32), ["floating-point", "int32"]),
         ("cu_inputs", torch.zeros(1, 3, dtype=torch.int32), ["(batch + 1,)", "(1, 3)"]),
         ("cu_tapes", torch.tensor([4, 6]), ["(3,)", "(2,)"]),
@@ -52,3 +56,15 @@ def test_bad_values_are_refused(device):
         elastic_attention_qkvpacked(qkv, torch.tensor([0, 5, 4]), torch.tensor([4, 4, 6]))
     with refused("max_rows", "at least 3"):
         elastic_attention_qkvpacked(qkv, GOOD["cu_inputs"], GOOD["cu_tapes"], max_rows=2)
+
+
+@pytest.mark.absent_if(reason=cannot_raise)
+@pytest.mark.runs_no_op
+def test_a_gradient_whose_offsets_are_none_is_refused(device):
+    qkv, out = torch.randn(6, 3, 2, 8), torch.randn(6, 2, 8)
+    descending, cu_tapes = torch.tensor([[0, 5, 4], [4, 4, 6]], dtype=torch.int32).unbind(0)
+    lse = torch.randn(2, 6)
+    with refused("cu_inputs", "ascending"):
+        torch.ops.adatape.elastic_attention_qkvpacked_bwd(
+            out, qkv, out, lse, descending, cu_tapes, None, None
+        )

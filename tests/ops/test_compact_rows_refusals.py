@@ -7,20 +7,27 @@ from checks import cannot_raise, refused
 from adatape_kernels.ops import compact_rows
 
 OP = "compact_rows"
+GOOD = {
+    "data": torch.zeros(5, 4),
+    "keep": torch.tensor([True, True, False, True, True]),
+    "cu_inputs": torch.tensor([0, 2, 3]),
+    "cu_tapes": torch.tensor([3, 4, 5]),
+}
 
 
 @pytest.mark.runs_no_op
 @pytest.mark.parametrize(
     ("argument", "value", "parts"),
     [
-        ("data", torch.zeros(5), ["rows, dim", "(5,)"]),
+        ("data", torch.zeros(5), ["of 16 to 64 bits (rows, dim)", "(5,)"]),
         ("data", torch.zeros(5, 4, dtype=torch.int32), ["floating-point", "int32"]),
-        ("keep", torch.ones(4, dtype=torch.bool), ["(5,)", "(4,)"]),
-        ("keep", torch.ones(5), ["bool", "float32"]),
+        ("keep", torch.ones(4, dtype=torch.bool), ["(5,) like data", "(4,)"]),
+        ("keep", torch.ones(5), ["bool (5,) like data", "float32"]),
         ("keep", torch.ones(5, dtype=torch.bool, device="meta"), ["cpu", "meta"]),
         ("cu_inputs", torch.tensor([0, 2, 1]), ["ascending", "2 then 1"]),
         ("cu_inputs", torch.tensor([0.0, 2.0, 3.0]), ["int32 or int64", "float32"]),
-        ("cu_tapes", torch.tensor([3, 4]), ["(3,)", "(2,)"]),
+        ("cu_tapes", torch.tensor([3, 4]), ["(3,) like cu_inputs", "(2,)"]),
+        ("cu_tapes", torch.tensor([3.0, 4.0, 5.0]), ["int32 or int64", "float32"]),
         ("cu_tapes", torch.tensor([2, 4, 5]), ["to be 3", "got 2"]),
         ("cu_tapes", torch.tensor([3, 4, 6]), ["at most 5", "got 6"]),
         ("capacity", -1, ["0 or more", "got -1"]),
@@ -29,14 +36,14 @@ OP = "compact_rows"
 )
 @pytest.mark.absent_if(reason=cannot_raise)
 def test_bad_input_is_refused(device, argument, value, parts):
-    good = {
-        "data": torch.zeros(5, 4),
-        "keep": torch.tensor([True, True, False, True, True]),
-        "cu_inputs": torch.tensor([0, 2, 3]),
-        "cu_tapes": torch.tensor([3, 4, 5]),
-    }
     with refused(argument, *parts):
-        compact_rows(**{**good, argument: value})
+        compact_rows(**{**GOOD, argument: value})
+
+
+@pytest.mark.parametrize("argument", [*GOOD, "capacity"])
+def test_other_types_are_refused(argument):
+    with refused(argument, error=TypeError):
+        compact_rows(**{**GOOD, argument: 2.5})
 
 
 @pytest.mark.parametrize(
