@@ -30,7 +30,7 @@ GOOD = {
         ("rows", torch.zeros(3, 4, dtype=torch.int32), ["of 16 to 64 bits", "int32"]),
         ("rows", torch.zeros(3, 4, device="meta"), ["cpu", "meta"]),
         ("source", torch.zeros(2, dtype=torch.int32), ["(3,) like rows", "(2,)"]),
-        ("source", torch.zeros(3), ["int32 or int64", "float32"]),
+        ("source", torch.zeros(3), ["int32 or int64 (3,) like rows", "float32"]),
         ("source", torch.tensor([3, -1, 5]), ["-1 to 4", "got 5"]),
         ("source", torch.tensor([3, -2, 0]), ["-1 to 4", "got -2"]),
         ("source", torch.tensor([3, -1, 3]), ["once", "got 3 "]),
