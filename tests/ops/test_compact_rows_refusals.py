@@ -5,6 +5,7 @@ import torch
 from checks import cannot_raise, refused
 
 from adatape_kernels.ops import compact_rows
+from adatape_kernels.ops.op import current_backend, operation
 
 OP = "compact_rows"
 GOOD = {
@@ -56,3 +57,14 @@ def test_a_gradient_whose_source_does_not_ascend_is_refused(device, numbers, par
     source = torch.tensor(numbers, dtype=torch.int32, device=device)
     with refused("source", *parts):
         torch.ops.adatape.compact_rows_bwd(torch.zeros(3, 4, device=device), source, 5)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.runs_no_op
+def test_without_a_capacity_triton_refuses_offsets_that_are_none(device):
+    """Below the dispatcher, which looks at no value there: the number of rows is copied anyway."""
+    forward = operation(OP).implementations[current_backend()].function
+    data, keep, *_ = (x.to(device) for x in GOOD.values())
+    cu_inputs, cu_tapes = torch.tensor([[0, 2, 1], [3, 4, 5]], device=device, dtype=torch.int32)
+    with refused("cu_inputs", "ascending"):
+        forward(data, keep, cu_inputs, cu_tapes, None)

@@ -55,9 +55,9 @@ def compact_rows(
             capacity is too small.
         TypeError: an argument is of another type altogether.
 
-    With a capacity Triton's kernels on a GPU copy nothing to the host, so that no value is refused:
-    offsets move into 0 to rows, and rows beyond the capacity are dropped, which
-    `cu_tapes[-1] > capacity` of the result shows.
+    On a GPU Triton's kernels copy nothing to the host with a capacity, and those in CUDA C++ look
+    at no value at all, so that none is refused: offsets move into 0 to rows, and rows beyond the
+    capacity are dropped, which `cu_tapes[-1] > capacity` of the result shows.
 
     Differentiable in data.
 
