@@ -64,7 +64,7 @@ def test_a_gradient_whose_source_is_none_is_refused(device, numbers):
 
 
 def test_a_gradient_is_refused_while_torch_traces(fresh_compiler):
-    """What it makes of a call in place would drop the gradient without a word."""
+    """By the op itself: a call in place that is traced must not drop a gradient without a word."""
     given = {**GOOD, "total": torch.zeros(5, 4), "rows": torch.ones(3, 4, requires_grad=True)}
     compiled = torch.compile(accumulate_rows_, backend="aot_eager")
     with pytest.raises(NotImplementedError, match="accumulate_rows_: expected tensors that ask"):

@@ -12,7 +12,7 @@ from adatape_kernels import reference
 from adatape_kernels.arguments import check_tensor
 from adatape_kernels.offsets import INTEGERS, as_int32
 from adatape_kernels.op_types import wide_dtype
-from adatape_kernels.ops import fast_autograd, op_checks
+from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.accumulate_rows import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.op import Operation, meta
@@ -100,9 +100,6 @@ def accumulate_rows_(
     Source: SPEC 13.
     """
     _check(total, rows, source, weights, total_weights)
-    given = (total, rows, weights, total_weights)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        raise NotImplementedError(fast_autograd.no_gradients("accumulate_rows_"))
     _IN_PLACE.overload(total, rows, as_int32("source", source), weights, total_weights)
     return total
 
