@@ -244,10 +244,12 @@ class AViTEncoder(ElasticModule):
         check_kind("x", x, ElasticBatch)
         rule = halting or self.halting
         state, means = rule.start(x), []
-        # One entry more than there are rows, for unused rows, whose number is -1.
-        is_class = torch.zeros(x.data.shape[0] + 1, dtype=torch.bool, device=x.device)
-        starts = x.cu_inputs[:-1][x.cu_inputs.diff() > 0]
-        is_class = is_class.index_fill(0, starts.long(), True)
+        # One entry more than there are rows. Until it is cleared it is the beginning of examples
+        # without rows; then it stands for unused rows, whose number is -1.
+        rows = x.data.shape[0]
+        starts = x.cu_inputs[:-1].where(x.cu_inputs.diff() > 0, rows).long()
+        is_class = torch.zeros(rows + 1, dtype=torch.bool, device=x.device)
+        is_class = nn.functional.pad(is_class.index_fill(0, starts, True)[:-1], (0, 1))
         for number, layer in enumerate(self.layers):
             if state.done:
                 means.append(state.total.new_zeros(()))
