@@ -77,6 +77,8 @@ MODEL = {
     "norm_eps": POSITIVE,
     "norm_after_pooling": NO_FLAG,
     "num_registers": WIDTH,
+    "class_token": NO_FLAG,
+    "representation_size": WIDTH,
 }
 IMAGES = {
     **MODEL,
@@ -91,7 +93,8 @@ ENCODER = {
     name: MODEL[name]
     for name in (
         "num_classes dim depth num_heads ffn_dim pooling dropout attention_dropout "
-        "stochastic_depth activation norm_eps norm_after_pooling num_registers"
+        "stochastic_depth activation norm_eps norm_after_pooling num_registers "
+        "class_token representation_size"
     ).split()
 }
 EPSILON = (*NO_NUMBER, 0, 1, -0.1, 1.1, math.inf)
