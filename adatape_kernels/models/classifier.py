@@ -368,6 +368,7 @@ class Classifier(TimmMethods, ABC):
             >>> round(model.charge(model(torch.zeros(2, 3, 32, 32))).item(), 4)  # (4 + 0.193) / 100
             0.0419
         """
+        check_kind("output", output, AdaTapeOutput)
         weight = getattr(self.config, "ponder_weight", None)
         return None if weight is None else weight * output.ponder.sum(1).mean()
 
