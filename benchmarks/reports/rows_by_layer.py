@@ -95,7 +95,12 @@ def draw(path: Path, models: Sequence[dict[str, Any]]) -> None:
         full = found["rows_of_an_image"]
         alive = [count / found["test_images"] for count in found["rows_by_layer"]]
         title = f"{NAMES.get(found['model'], found['model'])}; {found['test_accuracy']:.1%} right"
-        _bars(rows, {"leaves": alive, "masks": layers * [float(full)]}, title, "rows of an image")
+        _bars(
+            rows,
+            {"leaves": alive, "masks": layers * [float(full)]},
+            title,
+            "rows alive, of an image",
+        )
         milliseconds = {form: [step["milliseconds"] for step in found[form]] for form in FORMS}
         total = [sum(milliseconds[form]) for form in FORMS]
         title = f"{found['timed_images']} images: {total[0]:.0f} ms instead of {total[1]:.0f}"
@@ -114,10 +119,10 @@ def _bars(panel: Any, heights: dict[str, list[float]], title: str, unit: str) ->
     for number, form in enumerate(FORMS):
         places = [layer + 1 + (number - 0.5) * width for layer in range(len(heights[form]))]
         bars = panel.bar(places, heights[form], width, linewidth=0.8, **STYLES[form])
-        if form == "leaves":
-            panel.bar_label(
-                bars, [f"{height:.3g}" for height in heights[form]], padding=2, fontsize=8
-            )
+        if form == "masks":
+            continue
+        for text in panel.bar_label(bars, [f"{height:.3g}" for height in heights[form]], padding=2):
+            text.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     panel.set_title(title, loc="left", fontsize=10)
     panel.set_ylabel(unit)
     panel.margins(y=0.12)
@@ -129,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run of train")
     parser.add_argument("--data-dir", type=Path, help="the set's files, as train takes it")
     parser.add_argument("--images", type=int, default=512, help="default: %(default)s, of a batch")
-    parser.add_argument("--repeats", type=int, default=15, help="default: %(default)s, of times")
+    parser.add_argument("--repeats", type=int, default=41, help="default: %(default)s, of times")
     parser.add_argument("--json", type=Path, default=RESULT, help="default: %(default)s")
     parser.add_argument("--png", type=Path, default=PICTURE, help="default: %(default)s")
     given = parser.parse_args(arguments)
