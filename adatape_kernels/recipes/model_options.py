@@ -133,7 +133,8 @@ class ModelOptions:
         ):
             if value is not None:
                 options[field] = value
-        return named.config.of(self.variant or named.variant or f"Ti/{self.patch}", **options)
+        variant = named.variant if self.variant is None else self.variant
+        return named.config.of(f"Ti/{self.patch}" if variant is None else variant, **options)
 
     def _tape_fields(self) -> dict[str, Any]:
         """Return the fields of an AdaTapeViTConfig beside those of any ViT."""
@@ -167,7 +168,8 @@ def check_given(model: object, given: Mapping[str, Any]) -> None:
     reads = issubclass(named.config, AdaTapeViTConfig)
     taken = {field.name for field in fields(named.config)} | {*(TAPE_OPTIONS if reads else ())}
     for name, value in given.items():
-        if name in (*TAPE_OPTIONS, *HALTING_OPTIONS) and name not in taken:
+        of_some = name in (*TAPE_OPTIONS, *HALTING_OPTIONS)
+        if of_some and value is not None and name not in taken:
             raise ValueError(
                 f"{name.replace('_', '-')}: expected none for the model {model}, got {shown(value)}"
             )

@@ -145,6 +145,8 @@ class TrainConfig(ModelOptions):
             raise ValueError(
                 f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
             )
+        of_some = (*HALTING_OPTIONS, "variant", "source")
+        check_given(self.model_name, {name: getattr(self, name) for name in of_some})
         if not self.has_variant:
             for name in SIZES_OF_A_VARIANT:
                 as_integer(option_name(name), getattr(self, name), 1)

@@ -133,3 +133,20 @@ def test_what_contradicts_is_one_line():
     for wrong in (0, -1, 1.5, "48", True):
         with refused("representation_size", str(wrong)):
             scenic.model_config(entries("plain_vit_token", representation_size=wrong)[1])
+
+
+@pytest.mark.parametrize("options", [{"pooling": "mean"}, {"class_token": False}, {}], ids=str)
+def test_the_means_of_an_avit_leave_out_a_class_token_alone(options):
+    gate = {"gate_scale": 2.0, "gate_center": 1.0, "image_size": 32, "patch_size": 8}
+    model = models.AViT(models.AViTConfig(**SMALL, **gate, **options)).double()
+    given = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    tokens = model.embed(given)[0]
+    rows = ak.ElasticBatch.from_padded(tokens)
+    p = model.encoder.gate(
+        model.encoder.halting.start(rows), model.encoder.layers[0](rows).data
+    ).view(3, -1)
+    expected = p[:, model.num_prefix_tokens :].mean()
+    torch.testing.assert_close(model(given).halted.means[0], expected, rtol=1e-12, atol=0)
+    if options:
+        with refused("keep_class_token", "False", "True"):
+            models.AViTConfig(**SMALL, **options, keep_class_token=True)

@@ -49,6 +49,7 @@ class AViT(HaltingClassifier, ImageClassifier):
             FeatureGate(c.gate_scale, c.gate_center),
             Halting.avit(threshold=1 - c.act_epsilon),
             keep_class_token=c.keep_class_token,
+            class_token=c.has_class_token,
             norm_eps=c.norm_eps,
         )
 
