@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from adatape_kernels.models import AdaTapeOutput, HaltedUnits
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 SIZES = ["--patch", "14", "--dim", "16", "--depth", "3", "--heads", "2", "--ffn", "16"]
 SIZES += ["--batch", "20", "--epochs", "1"]
@@ -55,6 +58,14 @@ def test_a_model_trains_resumes_reports_and_loads(mnist, tmp_path, monkeypatch, 
     assert "mean_tape_length" not in metrics[0]
     for picture in ("rows_alive", "costs"):
         assert (out / f"{picture}.png").stat().st_size > 5000
+    if name == "vit":
+        assert rows[-1] == rows[0]
+    else:
+        image = tmp_path / "digit.png"
+        Image.new("L", (28, 28), 200).save(image)
+        capsys.readouterr()
+        assert main(["predict", str(out), str(image)]) == 0
+        assert re.search(r" \((5|[1-9]\d) rows, ", capsys.readouterr().out)
     # A run that has not finished loads as its model too, and goes on.
     (out / "model.safetensors").unlink()
     again = ak.load(out)
