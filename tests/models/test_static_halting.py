@@ -50,8 +50,14 @@ class Static(torch.nn.Module):
         return self.model.named_parameters(*arguments, **options)
 
 
-@pytest.mark.parametrize("regime", ["random", "together", "first"])
-@pytest.mark.parametrize("kind", UNIVERSAL)
+REGIMES = [
+    *((kind, "random") for kind in UNIVERSAL),
+    ("shared", "together"),
+    ("rows leave", "first"),
+]
+
+
+@pytest.mark.parametrize(("kind", "regime"), REGIMES)
 def test_static_equals_leaving(kind, regime):
     model = uvit(regime, **UNIVERSAL[kind])
     compare(model, Static(model), images())
