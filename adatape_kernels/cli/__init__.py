@@ -12,6 +12,7 @@ from adatape_kernels.cli import (
     export_command,
     finetune_command,
     info_command,
+    parity_command,
     predict_command,
     train_command,
     verify_command,
@@ -32,6 +33,7 @@ COMMANDS = (
     demo_command,
     train_command,
     finetune_command,
+    parity_command,
     predict_command,
     export_command,
 )

@@ -1,0 +1,113 @@
+"""The models of the parity table, each with about as many parameters as AdaTape."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adatape_kernels.models import (
+    AdaTapeParity,
+    AdaTapeParityConfig,
+    Classifier,
+    Transformer,
+    TransformerConfig,
+    UniversalTransformer,
+    UniversalTransformerConfig,
+)
+from adatape_kernels.recipes.parity.fixed_query import FixedQueryReader
+
+_DIM, _DEPTH, _HEADS = 96, 2, 4
+# Number of steps that a Universal Transformer may take.
+_UNIVERSAL_STEPS = 6
+# Widths are tried in steps in which each head stays a multiple of 2 wide.
+_WIDTH_STEP = 2 * _HEADS
+_WIDEST = 256
+
+
+def _adatape(length: int, **choices: Any) -> AdaTapeParity:
+    # Two entries are read at a time, of which the better one weighs 0.5 or more: the threshold lets
+    # an example read its whole bank where the two always weigh the same.
+    reads = -(-length // 2)
+    return AdaTapeParity(
+        AdaTapeParityConfig(
+            num_classes=2,
+            dim=_DIM,
+            depth=_DEPTH,
+            num_heads=_HEADS,
+            ffn_dim=2 * _DIM,
+            num_tape_tokens=reads,
+            halt_threshold=reads / 2,
+            topk=min(2, length),
+            seq_len=length,
+            **choices,
+        )
+    )
+
+
+def _without_recursion(length: int) -> AdaTapeParity:
+    model = _adatape(length)
+    reader = model.encoder.readers["0"]
+    # The class alone differs: it has the same parameters and the same choices.
+    reader.__class__ = FixedQueryReader
+    return model
+
+
+def _transformer(length: int, dim: int, ffn_dim: int) -> Transformer:
+    return Transformer(
+        TransformerConfig(
+            num_classes=2,
+            dim=dim,
+            depth=_DEPTH,
+            num_heads=_HEADS,
+            ffn_dim=ffn_dim,
+            seq_len=length,
+        )
+    )
+
+
+def _universal(length: int, dim: int, ffn_dim: int) -> UniversalTransformer:
+    return UniversalTransformer(
+        UniversalTransformerConfig(
+            num_classes=2,
+            dim=dim,
+            depth=_UNIVERSAL_STEPS,
+            num_heads=_HEADS,
+            ffn_dim=ffn_dim,
+            seq_len=length,
+        )
+    )
+
+
+def _as_large(make: Callable[[int, int, int], Classifier]) -> Callable[[int], Classifier]:
+    """Return what makes a model that is as large as AdaTape, by its width and its feed-forward's."""
+
+    def made(length: int) -> Classifier:
+        with torch.device("meta"):
+            size = num_parameters(_adatape(length))
+
+            def distance(dim: int, ffn_dim: int) -> int:
+                return abs(num_parameters(make(length, dim, ffn_dim)) - size)
+
+            widths = range(_WIDTH_STEP, _WIDEST + 1, _WIDTH_STEP)
+            dim = min(widths, key=lambda dim: distance(dim, 2 * dim))
+            near = range(dim, 3 * dim, _WIDTH_STEP)
+            ffn_dim = min(near, key=lambda ffn_dim: distance(dim, ffn_dim))
+        return make(length, dim, ffn_dim)
+
+    return made
+
+
+MODELS: dict[str, Callable[[int], Classifier]] = {
+    "adatape": _adatape,
+    "transformer": _as_large(_transformer),
+    "universal": _as_large(_universal),
+    "adatape-last-read": lambda length: _adatape(length, average_query=False),
+    "adatape-fixed-query": _without_recursion,
+}
+"""What makes each model at a length. The last two are ablations of AdaTape's recursion: a new query
+that is what was read alone, and a query that never moves."""
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Return the number of a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
