@@ -36,8 +36,8 @@ class FixedQueryReader(TapeReader):
         capacity: int | None = None,
     ) -> tuple[ElasticBatch, TapeSelection]:
         """Read and append, as a TapeReader does."""
-        pooling = "token" if self.query == "token" else "mean"
-        values, query, read_mask = self.normalised(bank, x.pool(pooling))
+        pooled = x.pool("token" if self.query == "token" else "mean")
+        values, query, read_mask = self.normalised(bank, pooled)
         selection = self._select(query[:, : self.key_dim], values, read_mask, bank_lens)
         tape, offsets = ops.tape_gather(
             values, selection.indices, selection.weights, selection.counts, capacity=capacity

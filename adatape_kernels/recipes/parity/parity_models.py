@@ -79,7 +79,7 @@ def _universal(length: int, dim: int, ffn_dim: int) -> UniversalTransformer:
 
 
 def _as_large(make: Callable[[int, int, int], Classifier]) -> Callable[[int], Classifier]:
-    """Return what makes a model that is as large as AdaTape, by its width and its feed-forward's."""
+    """Return what makes a model as large as AdaTape, by its width and that of its feed-forward."""
 
     def made(length: int) -> Classifier:
         with torch.device("meta"):

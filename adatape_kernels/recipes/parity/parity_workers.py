@@ -72,31 +72,31 @@ def in_processes(
                 ours, theirs = context.Pipe()
                 run = left.pop(0)
                 arguments = theirs, run, config, tuple(backends)
-                process = context.Process(target=_work, args=arguments, daemon=True)
+                process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 workers[ours] = process, run
             for connection in wait(list(workers)):
                 assert isinstance(connection, Connection)
-                process, run = workers[connection]
+                worker, run = workers[connection]
                 try:
                     message = connection.recv()
                 except EOFError:
-                    process.join()
+                    worker.join()
                     raise RuntimeError(
                         f"{run.stem}: expected to end, got its process ended with exit code "
-                        f"{process.exitcode}"
+                        f"{worker.exitcode}"
                     ) from None
                 if isinstance(message, str):
                     raise RuntimeError(message)
                 yield message
                 if isinstance(message, Finished):
                     del workers[connection]
-                    process.join()
+                    worker.join()
     finally:
-        for process, _ in workers.values():
-            process.kill()
-            process.join()
+        for worker, _ in workers.values():
+            worker.kill()
+            worker.join()
 
 
 def _work(connection: Connection, run: Run, config: ParityConfig, backends: Sequence[str]) -> None:

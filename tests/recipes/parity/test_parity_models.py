@@ -33,7 +33,7 @@ def literal_fixed_read(query, keys, tokens, topk, threshold, hidden):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.4, 99.0])
-@pytest.mark.parametrize("bank_size", [1, 5, 9])
+@pytest.mark.parametrize("bank_size", [2, 5, 9])
 def test_fixed_query_is_the_literal_loop_that_never_moves_it(threshold, bank_size):
     torch.manual_seed(3)
     reader = FixedQueryReader(8, num_tape_tokens=3, topk=2, halt_threshold=threshold, key_split=2)
