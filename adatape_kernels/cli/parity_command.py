@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
         type=_names,
         default=("adatape", "transformer", "universal"),
         metavar="NAME,NAME",
-        help="adatape, transformer, universal, and adatape-last-read and adatape-fixed-query, "
-        "which lack the recursion or a part of it; default: adatape,transformer,universal",
+        help="adatape, transformer, universal, and the ablations adatape-last-read, "
+        "adatape-fixed-query and adatape-one-by-one; default: adatape,transformer,universal",
     )
     add(
         "--seeds",

@@ -24,10 +24,10 @@ _WIDTH_STEP = 2 * _HEADS
 _WIDEST = 256
 
 
-def _adatape(length: int, **choices: Any) -> AdaTapeParity:
-    # Two entries are read at a time, of which the better one weighs 0.5 or more: the threshold lets
-    # an example read its whole bank where the two always weigh the same.
-    reads = -(-length // 2)
+def _adatape(length: int, topk: int = 2, **choices: Any) -> AdaTapeParity:
+    # Of the entries that a step reads the best weighs 1 / topk or more: the threshold lets an
+    # example read its whole bank where they always weigh the same.
+    reads = -(-length // topk)
     return AdaTapeParity(
         AdaTapeParityConfig(
             num_classes=2,
@@ -36,8 +36,8 @@ def _adatape(length: int, **choices: Any) -> AdaTapeParity:
             num_heads=_HEADS,
             ffn_dim=2 * _DIM,
             num_tape_tokens=reads,
-            halt_threshold=reads / 2,
-            topk=min(2, length),
+            halt_threshold=reads / topk,
+            topk=min(topk, length),
             seq_len=length,
             **choices,
         )
@@ -50,6 +50,10 @@ def _without_recursion(length: int) -> AdaTapeParity:
     # The class alone differs: it has the same parameters and the same choices.
     reader.__class__ = FixedQueryReader
     return model
+
+
+def _one_by_one(length: int) -> AdaTapeParity:
+    return _adatape(length, topk=1)
 
 
 def _transformer(length: int, dim: int, ffn_dim: int) -> Transformer:
@@ -103,9 +107,13 @@ MODELS: dict[str, Callable[[int], Classifier]] = {
     "universal": _as_large(_universal),
     "adatape-last-read": lambda length: _adatape(length, average_query=False),
     "adatape-fixed-query": _without_recursion,
+    "adatape-one-by-one": _one_by_one,
 }
-"""What makes each model at a length. The last two are ablations of AdaTape's recursion: a new query
-that is what was read alone, and a query that never moves."""
+"""What makes each model at a length.
+
+The last three are ablations of AdaTape: a new query that is what was read alone, a query that never
+moves, and steps that read one entry instead of two.
+"""
 
 
 def num_parameters(model: torch.nn.Module) -> int:

@@ -9,20 +9,28 @@ from typing import Any
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
+from adatape_kernels.models import AdaTapeParity
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.machine import environment
+from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.parity.parity_bars import ParityBars
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.parity_picture import drawn
-from adatape_kernels.recipes.parity.parity_training import ParityResult
+from adatape_kernels.recipes.parity.parity_training import ParityResult, eval_sequences
 from adatape_kernels.recipes.parity.parity_workers import Progress, in_processes, usable_cores
+from adatape_kernels.recipes.parity.reads_picture import (
+    drawn_reads,
+    pairs_tell_parity,
+    reading_of,
+)
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
 
 REPORT, PICTURE = "report.json", "parity.png"
 _MOST_JOBS = 1024
+_DRAWN_EXAMPLES = 400
 
 
 def run(
@@ -34,9 +42,10 @@ def run(
 ) -> list[ParityResult]:
     """Train what is not trained yet, and write report.json and parity.png into `out`.
 
-    Each run leaves NAME-LENGTH-SEED.json and .safetensors there. A run that is there already, with
-    the same options, is taken as it is; so a table that was interrupted, or that is to be larger,
-    goes on where it ended.
+    reads-LENGTH.png shows what the best AdaTape of a length reads. Each run leaves
+    NAME-LENGTH-SEED.json and .safetensors. A run that is there already, with the same options, is
+    taken as it is; so a table that was interrupted, or that is to be larger, goes on where it
+    ended.
 
     Args:
         out: a folder, made if it is missing.
@@ -94,13 +103,38 @@ def _train_rest(
             done[event.run] = result
             bars.end(event)
             _write_report(out, config, finished())
-    _write_report(out, config, finished())
+    _write_report(out, config, finished(), _draw_reads(out, finished()))
     return finished()
 
 
-def _write_report(out: RunFolder, config: ParityConfig, results: list[ParityResult]) -> None:
+def _draw_reads(out: RunFolder, results: list[ParityResult]) -> dict[str, float]:
+    """Draw what the best AdaTape of each length reads.
+
+    Returns:
+        By length, for how many of the sequences split pairs tell the label.
+    """
+    found: dict[str, float] = {}
+    own = [result for result in results if result.model == "adatape"]
+    for length in dict.fromkeys(result.length for result in own):
+        best = max((r for r in own if r.length == length), key=lambda result: result.accuracy)
+        stem = Run(best.model, best.length, best.seed).stem
+        model = load(out.folder / f"{stem}.safetensors")
+        assert isinstance(model, AdaTapeParity)
+        sequences = eval_sequences(length, _DRAWN_EXAMPLES)
+        out.write(f"reads-{length}.png", drawn_reads(model, sequences))
+        found[str(length)] = pairs_tell_parity(reading_of(model, sequences), sequences.labels)
+    return found
+
+
+def _write_report(
+    out: RunFolder,
+    config: ParityConfig,
+    results: list[ParityResult],
+    pairs: dict[str, float] | None = None,
+) -> None:
     report = {
         "results": [result.entries() for result in results],
+        "pairs_tell_parity": pairs or {},
         "options": asdict(config),
         **environment(),
     }

@@ -32,6 +32,7 @@ def trained(monkeypatch):
             yield Finished(run, made_result(run), b"a model")
 
     monkeypatch.setattr(parity_table, "in_processes", in_processes)
+    monkeypatch.setattr(parity_table, "_draw_reads", lambda out, results: {})
     return begun
 
 
@@ -48,6 +49,8 @@ def test_the_command_end_to_end(tmp_path, capsys):
     ]
     assert {"accuracy", "seconds", "parameters", "steps"} <= report["results"][0].keys()
     assert (out / "parity.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "reads-4.png").read_bytes().startswith(b"\x89PNG")
+    assert 0 <= report["pairs_tell_parity"]["4"] <= 1
     model = ak.load(out / "adatape-4-0.safetensors")
     accuracy, _ = measure(model, eval_sequences(4, 50))
     assert accuracy == report["results"][0]["accuracy"]
