@@ -1,6 +1,7 @@
 """`adatape-kernels parity`: AdaTape and its baselines on the parity task."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from adatape_kernels.cli.options import add_backend, chosen_backend
@@ -44,6 +45,13 @@ def add(commands: Any) -> None:
     ):
         help_text = f"{text}; default: %(default)s"
         add(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
+    add(
+        "--protocol",
+        default="uniform",
+        metavar="NAME",
+        help="uniform symbols, or extrapolate: train where at most half of the symbols are not 0, "
+        "measure where more are; default: %(default)s",
+    )
     add("--jobs", type=int, metavar="N", help="runs at a time, a thread each; default: one a core")
     add_backend(parser)
     parser.set_defaults(run=run)
@@ -62,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from adatape_kernels.recipes.parity import parity_table
     from adatape_kernels.recipes.parity.parity_config import ParityConfig
 
-    names = "lengths", "models", "seeds", "steps", "batch", "lr", "curriculum", "eval_examples"
+    names = [field.name for field in dataclasses.fields(ParityConfig)]
     config = ParityConfig(**{name: getattr(arguments, name) for name in names})
     backends = arguments.backend.split(",") if arguments.backend else ()
     with chosen_backend(arguments.backend):  # which says what is wrong with the names

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.models.value_checks import as_integer, as_number
+from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
 from adatape_kernels.recipes.parity.parity_models import MODELS
 
 MOST_LENGTH = 1024
 MOST_STEPS = 10_000_000
+
+Protocol = Literal["uniform", "extrapolate"]
+"""What is trained and measured on: uniform symbols; or sequences most of whose symbols are 0, up to
+half of them 1 or -1 in training and more than half where they are measured."""
 
 
 class Run(NamedTuple):
@@ -50,6 +54,8 @@ class ParityConfig:
     """Share of the steps in which the sequences grow from length 4 to the whole length."""
     eval_examples: int = 6400
     """Number of fixed sequences that a run is measured on."""
+    protocol: Protocol = "uniform"
+    """What is trained and measured on."""
 
     def __post_init__(self) -> None:
         """Check the values before any work."""
@@ -65,6 +71,12 @@ class ParityConfig:
         self._set("curriculum", as_number("curriculum", self.curriculum))
         if not 0 <= self.curriculum <= 1:
             raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
+        as_choice("protocol", self.protocol, ("uniform", "extrapolate"))
+        if self.protocol == "extrapolate":
+            if self.curriculum:
+                raise ValueError("curriculum: expected 0 with the protocol extrapolate")
+            if min(self.lengths) < 2:
+                raise ValueError("lengths: expected 2 or more with the protocol extrapolate, got 1")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -76,9 +88,9 @@ class ParityConfig:
                 for seed in self.seeds:
                     yield Run(model, length, seed)
 
-    def training(self) -> dict[str, float]:
+    def training(self) -> dict[str, float | str]:
         """Return what decides a run beside its model, its length and its seed."""
-        names = "steps", "batch", "lr", "curriculum", "eval_examples"
+        names = "steps", "batch", "lr", "curriculum", "eval_examples", "protocol"
         return {name: getattr(self, name) for name in names}
 
 

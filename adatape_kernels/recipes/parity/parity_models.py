@@ -24,7 +24,7 @@ _WIDTH_STEP = 2 * _HEADS
 _WIDEST = 256
 
 
-def _adatape(length: int, topk: int = 2, **choices: Any) -> AdaTapeParity:
+def _adatape(length: int, sequence_token: bool, topk: int = 2, **choices: Any) -> AdaTapeParity:
     # Of the entries that a step reads the best weighs 1 / topk or more: the threshold lets an
     # example read its whole bank where they always weigh the same.
     reads = -(-length // topk)
@@ -39,21 +39,25 @@ def _adatape(length: int, topk: int = 2, **choices: Any) -> AdaTapeParity:
             halt_threshold=reads / topk,
             topk=min(topk, length),
             seq_len=length,
+            sequence_token=sequence_token,
             **choices,
         )
     )
 
 
-def _without_recursion(length: int) -> AdaTapeParity:
-    model = _adatape(length)
-    reader = model.encoder.readers["0"]
+def _last_read(length: int, sequence_token: bool) -> AdaTapeParity:
+    return _adatape(length, sequence_token, average_query=False)
+
+
+def _fixed_query(length: int, sequence_token: bool) -> AdaTapeParity:
+    model = _adatape(length, sequence_token)
     # The class alone differs: it has the same parameters and the same choices.
-    reader.__class__ = FixedQueryReader
+    model.encoder.readers["0"].__class__ = FixedQueryReader
     return model
 
 
-def _one_by_one(length: int) -> AdaTapeParity:
-    return _adatape(length, topk=1)
+def _one_by_one(length: int, sequence_token: bool) -> AdaTapeParity:
+    return _adatape(length, sequence_token, topk=1)
 
 
 def _transformer(length: int, dim: int, ffn_dim: int) -> Transformer:
@@ -82,12 +86,12 @@ def _universal(length: int, dim: int, ffn_dim: int) -> UniversalTransformer:
     )
 
 
-def _as_large(make: Callable[[int, int, int], Classifier]) -> Callable[[int], Classifier]:
+def _as_large(make: Callable[[int, int, int], Classifier]) -> Callable[[int, bool], Classifier]:
     """Return what makes a model as large as AdaTape, by its width and that of its feed-forward."""
 
-    def made(length: int) -> Classifier:
+    def made(length: int, sequence_token: bool) -> Classifier:
         with torch.device("meta"):
-            size = num_parameters(_adatape(length))
+            size = num_parameters(_adatape(length, sequence_token))
 
             def distance(dim: int, ffn_dim: int) -> int:
                 return abs(num_parameters(make(length, dim, ffn_dim)) - size)
@@ -101,19 +105,33 @@ def _as_large(make: Callable[[int, int, int], Classifier]) -> Callable[[int], Cl
     return made
 
 
-MODELS: dict[str, Callable[[int], Classifier]] = {
+_MODELS: dict[str, Callable[[int, bool], Classifier]] = {
     "adatape": _adatape,
     "transformer": _as_large(_transformer),
     "universal": _as_large(_universal),
-    "adatape-last-read": lambda length: _adatape(length, average_query=False),
-    "adatape-fixed-query": _without_recursion,
+    "adatape-last-read": _last_read,
+    "adatape-fixed-query": _fixed_query,
     "adatape-one-by-one": _one_by_one,
 }
-"""What makes each model at a length.
+
+MODELS = tuple(_MODELS)
+"""The names of the models.
 
 The last three are ablations of AdaTape: a new query that is what was read alone, a query that never
 moves, and steps that read one entry instead of two.
 """
+
+
+def new_model(name: str, length: int, *, sequence_token: bool = True) -> Classifier:
+    """Return a new model for sequences of a length.
+
+    Args:
+        name: one of MODELS.
+        length: number of symbols of a sequence.
+        sequence_token: whether AdaTape sees the sequence as a token beside its tape. The dense
+            layer that makes the token knows only sequences like those that it was trained on.
+    """
+    return _MODELS[name](length, sequence_token)
 
 
 def num_parameters(model: torch.nn.Module) -> int:

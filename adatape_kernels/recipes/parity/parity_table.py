@@ -103,11 +103,13 @@ def _train_rest(
             done[event.run] = result
             bars.end(event)
             _write_report(out, config, finished())
-    _write_report(out, config, finished(), _draw_reads(out, finished()))
+    _write_report(out, config, finished(), _draw_reads(out, config, finished()))
     return finished()
 
 
-def _draw_reads(out: RunFolder, results: list[ParityResult]) -> dict[str, float]:
+def _draw_reads(
+    out: RunFolder, config: ParityConfig, results: list[ParityResult]
+) -> dict[str, float]:
     """Draw what the best AdaTape of each length reads.
 
     Returns:
@@ -120,7 +122,7 @@ def _draw_reads(out: RunFolder, results: list[ParityResult]) -> dict[str, float]
         stem = Run(best.model, best.length, best.seed).stem
         model = load(out.folder / f"{stem}.safetensors")
         assert isinstance(model, AdaTapeParity)
-        sequences = eval_sequences(length, _DRAWN_EXAMPLES)
+        sequences = eval_sequences(length, _DRAWN_EXAMPLES, config.protocol)
         out.write(f"reads-{length}.png", drawn_reads(model, sequences))
         found[str(length)] = pairs_tell_parity(reading_of(model, sequences), sequences.labels)
     return found
@@ -183,8 +185,8 @@ def table(results: list[ParityResult]) -> str:
     """Return the results as text, a line for each model and length."""
     lines = [
         "",
-        f"{'length':>6}  {'model':20} {'accuracy: mean, least to most':>32} {'seeds':>6} "
-        f"{'seconds':>8} {'parameters':>11}",
+        f"{'length':>6}  {'model':20} {'accuracy: mean, least to most':>32} {'as trained':>11} "
+        f"{'seeds':>6} {'seconds':>8} {'parameters':>11}",
     ]
     for length in dict.fromkeys(result.length for result in results):
         for model in dict.fromkeys(result.model for result in results):
@@ -194,9 +196,10 @@ def table(results: list[ParityResult]) -> str:
             values = [result.accuracy for result in group]
             mean = sum(values) / len(values)
             spread = f"{mean:8.2%}  {min(values):8.2%} to {max(values):8.2%}"
+            trained = sum(result.trained_accuracy for result in group) / len(group)
             seconds = sum(result.seconds for result in group) / len(group)
             lines.append(
-                f"{length:6}  {model:20} {spread:>32} {len(group):6} {seconds:8.0f} "
-                f"{group[0].parameters:11,}"
+                f"{length:6}  {model:20} {spread:>32} {trained:11.2%} {len(group):6} "
+                f"{seconds:8.0f} {group[0].parameters:11,}"
             )
     return "\n".join(lines)

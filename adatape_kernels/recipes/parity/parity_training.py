@@ -12,11 +12,12 @@ from torch import nn
 from adatape_kernels.data.parity_sequences import (
     ParitySequences,
     short_sequences,
+    sparse_sequences,
     uniform_sequences,
 )
 from adatape_kernels.models import Classifier
-from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
-from adatape_kernels.recipes.parity.parity_models import MODELS, num_parameters
+from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
+from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
 from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repeatable
 
 _EVAL_SEED = 20_260_101
@@ -36,6 +37,8 @@ class ParityResult:
     seed: int
     accuracy: float
     """Share of the evaluation sequences whose label is right."""
+    trained_accuracy: float
+    """The same of sequences as they are trained on, which is equal but for `extrapolate`."""
     seconds: float
     """What training took, without evaluation."""
     parameters: int
@@ -51,9 +54,24 @@ class ParityResult:
         return {**asdict(self), "curve": [list(point) for point in self.curve]}
 
 
-def eval_sequences(length: int, count: int) -> ParitySequences:
-    """Return the sequences that every model is measured on, the same for every seed."""
-    return uniform_sequences(count, length, epoch_generator(_EVAL_SEED, length))
+def eval_sequences(
+    length: int, count: int, protocol: Protocol = "uniform", *, as_trained: bool = False
+) -> ParitySequences:
+    """Return the sequences that every model is measured on, the same for every seed.
+
+    Args:
+        length: number of symbols of a sequence.
+        count: number of sequences.
+        protocol: what is measured on.
+        as_trained: whether to take sequences as in training where the protocol tells the two apart.
+    """
+    generator = epoch_generator(_EVAL_SEED, length)
+    if protocol == "uniform":
+        return uniform_sequences(count, length, generator)
+    half = length // 2
+    return sparse_sequences(
+        count, length, (1, half) if as_trained else (half + 1, length), generator
+    )
 
 
 def train(
@@ -71,15 +89,17 @@ def train(
         RuntimeError: the loss is not finite; the error names run and step.
     """
     torch.manual_seed(run.seed)
-    model = MODELS[run.model](run.length)
+    uniform = config.protocol == "uniform"
+    model = new_model(run.model, run.length, sequence_token=uniform)
     # An epoch is a step, for which the plan's learning rate is made.
     plan = TrainPlan(
         1, config.batch, config.lr, weight_decay=0.0, warmup_share=0.1, max_grad_norm=1.0
     )
     optimizer = plan.optimizer(model)
     generator = epoch_generator(run.seed, run.length)
-    evaluation = eval_sequences(run.length, config.eval_examples)
-    some = ParitySequences(*(part[:_CURVE_EXAMPLES] for part in evaluation))
+    evaluation = eval_sequences(run.length, config.eval_examples, config.protocol)
+    as_trained = eval_sequences(run.length, config.eval_examples, config.protocol, as_trained=True)
+    some = ParitySequences(*(part[:_CURVE_EXAMPLES] for part in as_trained))
     every = max(1, config.steps // _CURVE_POINTS)
     curve: list[tuple[int, float, float]] = []
     seconds, losses = 0.0, 0.0
@@ -101,8 +121,16 @@ def train(
                 losses = 0.0
             progress(step + 1, loss, curve[-1][2] if curve else None)
         accuracy, work = measure(model, evaluation)
+        trained_accuracy = accuracy if uniform else measure(model, as_trained)[0]
     return model, ParityResult(
-        *run, accuracy, seconds, num_parameters(model), config.steps, work, tuple(curve)
+        *run,
+        accuracy,
+        trained_accuracy,
+        seconds,
+        num_parameters(model),
+        config.steps,
+        work,
+        tuple(curve),
     )
 
 
@@ -110,6 +138,8 @@ def _training_sequences(
     length: int, step: int, config: ParityConfig, generator: torch.Generator
 ) -> ParitySequences:
     """Return the new sequences of a step, which grow while the curriculum lasts."""
+    if config.protocol == "extrapolate":
+        return sparse_sequences(config.batch, length, (1, length // 2), generator)
     growing = config.curriculum * config.steps
     if step >= growing or length <= _FIRST_LENGTH:
         return uniform_sequences(config.batch, length, generator)

@@ -4,15 +4,20 @@ import pytest
 import torch
 
 import adatape_kernels as ak
+from adatape_kernels.data.parity_sequences import ParitySequences
+from adatape_kernels.models import AdaTapeParityConfig
 from adatape_kernels.recipes.parity.fixed_query import FixedQueryReader
-from adatape_kernels.recipes.parity.parity_models import MODELS, num_parameters
+from adatape_kernels.recipes.parity.parity_models import MODELS, new_model, num_parameters
 
 
-@pytest.mark.parametrize("length", [1, 16, 33, 64])
+@pytest.mark.parametrize("sequence_token", [True, False])
+@pytest.mark.parametrize("length", [1, 33, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_sizes_are_about_equal(name, length):
+def test_sizes_are_about_equal(name, length, sequence_token):
     """Within 2 per cent of AdaTape's: widths are multiples of 8."""
-    model, ours = MODELS[name](length), MODELS["adatape"](length)
+    model, ours = (
+        new_model(each, length, sequence_token=sequence_token) for each in (name, "adatape")
+    )
     assert 0.98 < num_parameters(model) / num_parameters(ours) < 1.02
     assert model(torch.zeros(2, length, 3)).logits.shape == (2, 2)
 
@@ -71,8 +76,39 @@ def test_fixed_query_hides_what_dropout_hides_and_takes_gradients():
 
 
 def test_without_recursion_has_adatapes_parameters():
-    plain, ablated = MODELS["adatape"](8), MODELS["adatape-fixed-query"](8)
+    plain, ablated = (new_model(name, 8) for name in ("adatape", "adatape-fixed-query"))
     shapes = {name: tensor.shape for name, tensor in ablated.state_dict().items()}
     assert {name: tensor.shape for name, tensor in plain.state_dict().items()} == shapes
     assert isinstance(ablated.encoder.readers["0"], FixedQueryReader)
     assert not isinstance(plain.encoder.readers["0"], FixedQueryReader)
+
+
+def test_without_a_sequence_token_a_model_knows_its_tape_alone():
+    """Shorter sequences are taken; the order and whatever is not read change nothing."""
+    torch.manual_seed(0)
+    model = new_model("adatape", 10, sequence_token=False).eval()
+    assert model.sequence_embed is None
+    symbols = torch.randint(-1, 2, (5, 10))
+    inputs = ParitySequences(symbols, symbols[:, 0]).one_hot()
+    logits = model(inputs).logits
+    shuffled = inputs[:, torch.randperm(10)]
+    torch.testing.assert_close(model(shuffled).logits, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.padded()(inputs).logits, logits, atol=1e-4, rtol=1e-4)
+    assert model(inputs[:, :3]).logits.shape == (5, 2)
+    for wrong in (inputs[:, :1], torch.zeros(5, 11, 3), torch.zeros(5, 10, 2), torch.zeros(5, 10)):
+        with pytest.raises(ValueError, match=r"^inputs: expected \(batch, \(2 to 10, 3\)\), got"):
+            model(wrong)
+
+
+@pytest.mark.parametrize("choices", [dict(pooling="mean", query="gap"), dict(bank="learn")])
+def test_without_a_sequence_token_something_must_read_the_sequence(choices):
+    with pytest.raises(ValueError, match=r"^sequence_token: expected True unless"):
+        AdaTapeParityConfig(
+            num_classes=2,
+            dim=8,
+            depth=1,
+            num_heads=2,
+            ffn_dim=8,
+            sequence_token=False,
+            **choices,
+        )

@@ -18,7 +18,7 @@ OPTIONS += ["--eval-examples", "50"]
 
 
 def made_result(run, accuracy=0.5):
-    return ParityResult(*run, accuracy, 1.5, 100, 3, 0.25, ((3, 0.7, accuracy),))
+    return ParityResult(*run, accuracy, 0.75, 1.5, 100, 3, 0.25, ((3, 0.7, accuracy),))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def trained(monkeypatch):
             yield Finished(run, made_result(run), b"a model")
 
     monkeypatch.setattr(parity_table, "in_processes", in_processes)
-    monkeypatch.setattr(parity_table, "_draw_reads", lambda out, results: {})
+    monkeypatch.setattr(parity_table, "_draw_reads", lambda *arguments: {})
     return begun
 
 
@@ -125,6 +125,9 @@ def test_a_process_that_is_killed_is_named(tmp_path):
         (["--lr", "-1"], ["lr: expected a number above 0"]),
         (["--curriculum", "1.5"], ["curriculum: expected 0 to 1, got 1.5"]),
         (["--eval-examples", "0"], ["eval-examples: expected 1 to"]),
+        (["--protocol", "foo"], ["protocol: expected 'uniform' or 'extrapolate'", "'foo'"]),
+        (["--protocol", "extrapolate", "--lengths", "1"], ["lengths: expected 2 or more"]),
+        (["--protocol", "extrapolate", "--curriculum", "1"], ["curriculum: expected 0"]),
         (["--jobs", "0"], ["jobs: expected 1 to"]),
         (["--backend", "cudnn"], ["use_backend: expected one of"]),
     ],

@@ -60,3 +60,23 @@ def test_a_loss_that_is_not_finite_names_run_and_step(monkeypatch):
     monkeypatch.setattr(parity_training, "_step", lambda *a: float("nan"))
     with pytest.raises(RuntimeError, match=r"loss: expected a finite value in adatape-2-0 at"):
         parity_training.train(Run("adatape", 2, 0), CONFIG, silent)
+
+
+@pytest.mark.parametrize("model", ["adatape", "universal"])
+def test_extrapolation_trains_on_few_symbols_and_measures_many(monkeypatch, model):
+    drawn = []
+    real = parity_training.sparse_sequences
+
+    def noted(count, length, ones, generator):
+        drawn.append((count, ones))
+        return real(count, length, ones, generator)
+
+    monkeypatch.setattr(parity_training, "sparse_sequences", noted)
+    config = dataclasses.replace(CONFIG, steps=2, protocol="extrapolate")
+    result = parity_training.train(Run(model, 9, 0), config, silent)[1]
+    assert sorted(set(drawn)) == [(32, (1, 4)), (300, (1, 4)), (300, (5, 9))]
+    assert 0 <= result.trained_accuracy <= 1 and 0 <= result.accuracy <= 1
+    assert not torch.equal(
+        parity_training.eval_sequences(9, 50, "extrapolate").symbols,
+        parity_training.eval_sequences(9, 50, "extrapolate", as_trained=True).symbols,
+    )

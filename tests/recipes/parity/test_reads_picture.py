@@ -7,7 +7,7 @@ import torch
 
 from adatape_kernels.data.parity_sequences import ParitySequences, uniform_sequences
 from adatape_kernels.models import AdaTapeParity
-from adatape_kernels.recipes.parity.parity_models import MODELS
+from adatape_kernels.recipes.parity.parity_models import new_model
 from adatape_kernels.recipes.parity.reads_picture import (
     UNREAD,
     Reading,
@@ -21,7 +21,7 @@ from adatape_kernels.recipes.parity.reads_picture import (
 def test_each_step_reads_what_its_query_finds(average_query):
     """The entries with the highest scores by the query that is reported, among those unread."""
     torch.manual_seed(0)
-    config = dataclasses.replace(MODELS["adatape"](9).config, average_query=average_query)
+    config = dataclasses.replace(new_model("adatape", 9).config, average_query=average_query)
     model = AdaTapeParity(config)
     sequences = uniform_sequences(6, 9, torch.Generator().manual_seed(1))
     reading = reading_of(model, sequences)
@@ -60,6 +60,6 @@ def test_split_pairs_are_counted():
 @pytest.mark.parametrize("length, count", [(1, 1), (2, 3), (9, 40)])
 def test_pictures_of_short_and_few_sequences(length, count):
     sequences = uniform_sequences(count, length, torch.Generator().manual_seed(0))
-    assert drawn_reads(MODELS["adatape"](length), sequences).startswith(b"\x89PNG")
+    assert drawn_reads(new_model("adatape", length), sequences).startswith(b"\x89PNG")
     same = ParitySequences(torch.zeros(2, length, dtype=torch.long), torch.zeros(2).long())
-    assert drawn_reads(MODELS["adatape"](length), same).startswith(b"\x89PNG")
+    assert drawn_reads(new_model("adatape", length), same).startswith(b"\x89PNG")
