@@ -1,12 +1,13 @@
 """Our models in timm's registry: `import adatape_kernels.timm`, then `timm.create_model`.
 
-The names are adatape_vit_SIZE_patchP_224 and, the same models for images of any size,
-adatape_vit_SIZE_patchP, where SIZE is tiny, small, base or large and P is 16 or 32. They give a
-`TimmAdaTape`. There are no pretrained weights.
+The names are KIND_SIZE_patchP_224 and, the same models for images of any size, KIND_SIZE_patchP,
+where KIND is adatape_vit, avit, uvit or u2t, SIZE is tiny, small, base or large, of avit the first
+two, and P is 16 or 32. They give a `TimmAdaTape` or another `TimmClassifier`. There are no
+pretrained weights.
 
     model = timm.create_model("adatape_vit_small_patch16", num_classes=10, bank="input")
 
-Source: SPEC 2 and 6; the sizes are those of Dosovitskiy et al. and Touvron et al.
+Source: SPEC 2, 6, 11 and 12; the sizes are those of Dosovitskiy et al. and Touvron et al.
 """
 
 import functools
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.models.timm_protocol import PonderLoss, TimmAdaTape
-from adatape_kernels.models.vit import AdaTapeViT, AdaTapeViTConfig
+from adatape_kernels.models.factory import ImageModel, image_model, list_models
+from adatape_kernels.models.timm_protocol import PonderLoss, TimmAdaTape, TimmClassifier
+from adatape_kernels.models.vit import AdaTapeViT
 
 try:
     from timm.models import (
@@ -32,9 +34,8 @@ except ImportError as error:
         f"{str(error)!r}; `pip install timm`"
     ) from None
 
-__all__ = ["PonderLoss", "TimmAdaTape"]  # timm adds the names of its entry points
+__all__ = ["PonderLoss", "TimmAdaTape", "TimmClassifier"]  # timm adds the names of its entry points
 
-_SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L"}
 _OPTIONS = {
     "img_size": "image_size",
     "in_chans": "in_channels",
@@ -47,16 +48,30 @@ _OPTIONS = {
 _POOLINGS = {"token": "token", "avg": "mean", "max": "max", "sum": "sum"}
 
 
-def _names(size: str, patch: int) -> tuple[str, str]:
-    return f"adatape_vit_{size}_patch{patch}", f"adatape_vit_{size}_patch{patch}_224"
+# The kinds that this package's `create_model` knows, and how their names begin here. timm has a ViT
+# of its own.
+_KINDS = {"adatape": "adatape_vit", "avit": "avit", "u2t": "u2t", "uvit": "uvit"}
 
 
-_VARIANTS = {
-    name: (letters, patch)
-    for size, letters in _SIZES.items()
-    for patch in (16, 32)
-    for name in _names(size, patch)
-}
+def _variants() -> dict[str, ImageModel]:
+    """Return what each name here stands for."""
+    found = {}
+    for kind, ours in _KINDS.items():
+        for name in list_models(f"{kind}_*_patch*_224*"):
+            whole = name.partition(".")[0]
+            named = image_model(kind)._replace(variant=image_model(whole).variant)
+            entered = f"{ours}{whole.removeprefix(kind)}"
+            found[entered.removesuffix("_224")] = found[entered] = named
+    return found
+
+
+_VARIANTS = _variants()
+
+
+def _prefix(named: ImageModel) -> str:
+    """Return the name of the attribute that is the model itself."""
+    return "adatape" if named.model is AdaTapeViT else "model"
+
 
 default_cfgs = generate_default_cfgs(
     {
@@ -68,10 +83,10 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 0.9,
             "mean": (0.5, 0.5, 0.5),
             "std": (0.5, 0.5, 0.5),
-            "classifier": "adatape.head",
+            "classifier": f"{_prefix(named)}.head",
             "license": "apache-2.0",
         }
-        for name in _VARIANTS
+        for name, named in _VARIANTS.items()
     }
 )
 
@@ -84,21 +99,27 @@ def _build(
     device: Any = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> TimmAdaTape:
-    """Return a model of timm's options and of fields of AdaTapeViTConfig."""
+) -> TimmClassifier:
+    """Return a model of timm's options and of fields of its configuration."""
     given = _our_options(options)
-    letters, patch = _VARIANTS[variant]
+    named = _VARIANTS[variant]
     given["num_classes"] = num_classes or 1
-    if given.get("pooling", "token") != "token":
+    size, _, patch = str(named.variant).partition("/")
+    if named.model is AdaTapeViT and given.get("pooling", "token") != "token":
         given.setdefault("query", "gap")
-    config = AdaTapeViTConfig.of(f"{letters}/{given.pop('patch_size', patch)}", **given)
+    fields: dict[str, Any] = {**named.choices, **given}
+    config = named.config.of(f"{size}/{fields.pop('patch_size', patch)}", **fields)
+    make: Any = named.model
     with torch.device(device or torch.get_default_device()):
-        adatape = AdaTapeViT(config)
-    model = TimmAdaTape(adatape.to(dtype=dtype), drop_rate=drop_rate)
+        made = make(config).to(dtype=dtype)
+    wrap: Any = TimmAdaTape if named.model is AdaTapeViT else TimmClassifier
+    model: TimmClassifier = wrap(made, drop_rate=drop_rate)
     # Where images have another number of channels than those of a checkpoint, timm adapts these.
-    embeddings = [f"adatape.{name}" for name in ("patch_embed", "bank_embed")]
-    traits: Any = {"first_conv": embeddings if config.bank == "input" else embeddings[0]}
-    model._traits = traits
+    convolutions = [
+        f"{_prefix(named)}.{n}" for n in ("patch_embed", "bank_embed") if hasattr(made, n)
+    ]
+    own: Any = model
+    own._traits = {"first_conv": convolutions if len(convolutions) > 1 else convolutions[0]}
     if num_classes == 0:
         model.reset_classifier(0)
     return model
@@ -127,7 +148,7 @@ def _our_options(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _create(variant: str, pretrained: bool = False, **options: Any) -> TimmAdaTape:
+def _create(variant: str, pretrained: bool = False, **options: Any) -> TimmClassifier:
     """Return what timm's entry point of a variant returns."""
     if options.pop("features_only", False):
         raise ValueError("features_only: expected False, as tokens form no map, got True")
@@ -138,20 +159,20 @@ def _create(variant: str, pretrained: bool = False, **options: Any) -> TimmAdaTa
         )
     build = functools.partial(_build, variant)
     model = build_model_with_cfg(build, variant, pretrained, **options)
-    config = model.adatape.config
+    config = model.classifier.config
     size = (config.in_channels, config.image_size, config.image_size)
     model.pretrained_cfg["input_size"] = size  # what timm.data makes images for
     return model
 
 
-def _entry_point(variant: str) -> Callable[..., TimmAdaTape]:
+def _entry_point(variant: str) -> Callable[..., TimmClassifier]:
     """Return the function that timm calls for a variant."""
 
-    def create(pretrained: bool = False, **options: Any) -> TimmAdaTape:
+    def create(pretrained: bool = False, **options: Any) -> TimmClassifier:
         return _create(variant, pretrained, **options)
 
     create.__name__ = create.__qualname__ = variant
-    create.__doc__ = f"Return {variant}; options are those of timm and of AdaTapeViTConfig."
+    create.__doc__ = f"Return {variant}; options are those of timm and of our configuration."
     return create
 
 

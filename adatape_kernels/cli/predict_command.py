@@ -60,13 +60,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _line(found: "Prediction") -> str:
     classes = ", ".join(f"{printable(name)} {share:.1%}" for name, share in found.top)
-    tokens = "token" if found.tape_tokens == 1 else "tokens"
-    return (
-        f"{printable(found.file)}: {classes} "
-        f"({found.tape_tokens} tape {tokens}, {found.milliseconds:.1f} ms)"
-    )
+    work = f"{found.tape_tokens} tape {'token' if found.tape_tokens == 1 else 'tokens'}"
+    if found.rows is not None:
+        work = f"{found.rows} rows"
+    return f"{printable(found.file)}: {classes} ({work}, {found.milliseconds:.1f} ms)"
 
 
 def _json_line(found: "Prediction") -> str:
     top = [{"class": name, "probability": share} for name, share in found.top]
-    return json.dumps({**asdict(found), "top": top})
+    entries = {**asdict(found), "top": top}
+    if found.rows is None:
+        del entries["rows"]
+    return json.dumps(entries)

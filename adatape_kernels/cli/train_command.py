@@ -39,6 +39,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options that decide the curve, by the fields of TrainConfig."""
     model = parser.add_argument_group("model", "by default a small one that suits the set")
+    model.add_argument(
+        "--model",
+        dest="model_name",
+        metavar="NAME",
+        help="adatape, vit, uvit, u2t or avit, or a whole name as list_models() has it; "
+        "default: adatape",
+    )
     model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
     for name, kind, text in (
         ("image-size", int, "imagefolder: side that images are brought to, in pixels"),
@@ -52,6 +59,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("bank-size", int, "number of tokens of a learnable bank"),
         ("topk", int, "number of bank tokens that are merged into a tape token"),
         ("halt-threshold", float, "an image reads on while its halting score is below this"),
+        ("ponder-weight", float, "factor of the ponder loss, which charges reading or halting"),
+        ("act-epsilon", float, "uvit, u2t, avit: what halts has a score above 1 - N"),
+        ("distinct-layers", int, "uvit, u2t: number of layers that take turns; 0 for one a step"),
+        ("gate-scale", float, "avit: factor of a token's first feature in its probability to halt"),
+        ("gate-center", float, "avit: what is taken away from that product"),
+        ("distribution-weight", float, "avit: factor of the distribution loss"),
     ):
         model.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     model.add_argument(
@@ -64,6 +77,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="what the tape is read from: input, the image's own patches, or learn, learned tokens",
     )
+    for name, text in (
+        ("act-level", "uvit, u2t: what halts on its own, example or row"),
+        ("leave", "uvit, u2t: whether rows leave with their example or each at once, as row"),
+    ):
+        model.add_argument(f"--{name}", metavar="KIND", help=text)
     training = parser.add_argument_group("training", "by default what suits the set")
     for name, kind, text in (
         ("epochs", int, "number of passes over the training images"),

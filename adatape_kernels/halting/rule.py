@@ -74,6 +74,7 @@ class Halting:
         check_number("threshold", self.threshold, 0, 1)
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold: expected above 0 and below 1, got {self.threshold}")
+        object.__setattr__(self, "threshold", float(self.threshold))
         for name, known in (
             ("level", ("example", "row")),
             ("update", ("basic", "accumulated")),
@@ -259,6 +260,11 @@ class Halting:
         batch = state.batch
         check_tensor("probabilities", probabilities)
         check_tensor("data", data)
+        if state.of_rows != (self.level == "row"):
+            began = "rows" if state.of_rows else "examples"
+            raise ValueError(
+                f"state: expected one that a rule for {self.level}s began, got one for {began}"
+            )
         if state.done:
             raise ValueError("state: expected one in which something runs, got one that is done")
         units = batch.data.shape[0] if self.level == "row" else batch.batch

@@ -169,6 +169,7 @@ class AViTEncoder(ElasticModule):
         gate: what gives the halting probabilities, called as `FeatureGate.forward` is.
         halting: the rule; None for `Halting.avit()`.
         keep_class_token: whether the first row of each example halts in the last layer only.
+        class_token: whether that row is a class token, which the means of layers leave out.
         norm_eps: epsilon of the final LayerNorm.
 
     Raises:
@@ -194,6 +195,7 @@ class AViTEncoder(ElasticModule):
         halting: Halting | None = None,
         *,
         keep_class_token: bool = False,
+        class_token: bool = True,
         norm_eps: float = NORM_EPS,
     ):
         super().__init__()
@@ -203,13 +205,16 @@ class AViTEncoder(ElasticModule):
         check_number("norm_eps", norm_eps, 0)
         check_kind("gate", gate, nn.Module)
         check_flag("keep_class_token", keep_class_token)
+        check_flag("class_token", class_token)
+        if keep_class_token and not class_token:
+            raise ValueError("keep_class_token: expected False without a class token, got True")
         self.halting = Halting.avit() if halting is None else halting
         check_kind("halting", self.halting, Halting)
         if self.halting.level != "row":
             raise ValueError("halting: expected a rule by which rows halt, got one for examples")
         self.dim = check_size("dim", dim)
         self.gate = gate
-        self.keep_class_token = keep_class_token
+        self.keep_class_token, self.class_token = keep_class_token, class_token
         self.norm = nn.LayerNorm(dim, norm_eps)
 
     def forward(
@@ -222,7 +227,7 @@ class AViTEncoder(ElasticModule):
         """Encode a batch.
 
         Args:
-            x: rows (rows, dim) of the parameters' dtype, the class token first in each example.
+            x: rows (rows, dim) of the parameters' dtype, a class token first in each example.
             apply: how a layer is applied to a batch.
             halting: a rule for this call in the place of the encoder's own.
 
@@ -244,10 +249,13 @@ class AViTEncoder(ElasticModule):
         check_kind("x", x, ElasticBatch)
         rule = halting or self.halting
         state, means = rule.start(x), []
-        # One entry more than there are rows, for unused rows, whose number is -1.
-        is_class = torch.zeros(x.data.shape[0] + 1, dtype=torch.bool, device=x.device)
-        starts = x.cu_inputs[:-1][x.cu_inputs.diff() > 0]
-        is_class = is_class.index_fill(0, starts.long(), True)
+        # One entry more than there are rows. Until it is cleared it is the beginning of examples
+        # without rows; then it stands for unused rows, whose number is -1.
+        rows = x.data.shape[0]
+        starts = x.cu_inputs[:-1].where(x.cu_inputs.diff() > 0, rows).long()
+        is_class = torch.zeros(rows + 1, dtype=torch.bool, device=x.device)
+        if self.class_token:
+            is_class = nn.functional.pad(is_class.index_fill(0, starts, True)[:-1], (0, 1))
         for number, layer in enumerate(self.layers):
             if state.done:
                 means.append(state.total.new_zeros(()))

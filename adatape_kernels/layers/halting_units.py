@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from adatape_kernels.arguments import check_number
 from adatape_kernels.halting import HaltingState
 from adatape_kernels.layers.layer_checks import check_size
+from adatape_kernels.layers.without_autocast import without_autocast
 
 
 class MeanHaltingUnit(nn.Module):
@@ -55,7 +56,7 @@ class MeanHaltingUnit(nn.Module):
         """
         batch, weight = state.batch, self.projection.weight
         # Products would be computed in another dtype under autocast.
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             rows = torch.sigmoid(self.projection(batch.data.to(weight.dtype)))
         return rows.squeeze(1) if state.of_rows else batch.with_data(rows).pool("mean").squeeze(1)
 

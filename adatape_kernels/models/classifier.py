@@ -16,7 +16,7 @@ from adatape_kernels.layers.halting_encoder import ApplyLayer
 from adatape_kernels.models.cross_entropy import cross_entropy
 from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.encoder_config import EncoderConfig
-from adatape_kernels.models.head import NormedHead
+from adatape_kernels.models.head import NormedHead, RepresentedHead, new_head
 from adatape_kernels.models.output import AdaTapeOutput, HaltedUnits, stack_ponder
 from adatape_kernels.models.timm_methods import TimmMethods
 from adatape_kernels.op_types import TapeSelection
@@ -76,17 +76,14 @@ class Classifier(TimmMethods, ABC):
         c = config
         self.num_classes = c.num_classes
         self.encoder = self._new_encoder()
-        self.class_token = nn.Parameter(torch.zeros(1, 1, c.dim)) if c.pooling == "token" else None
+        self.class_token = nn.Parameter(torch.zeros(1, 1, c.dim)) if c.has_class_token else None
         self.registers: nn.Parameter | None = None
         if c.num_registers:
             self.registers = nn.Parameter(torch.empty(1, c.num_registers, c.dim))
             nn.init.normal_(self.registers, std=0.02)
-        self.head = nn.Linear(c.dim, c.num_classes)
+        self.head = new_head(c)
         if c.norm_after_pooling:
             self.encoder.norm = nn.Identity()
-            self.head = NormedHead(c.dim, c.num_classes, c.norm_eps)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def _new_encoder(self) -> nn.Module:
         """Return the encoder, new; its layers are `layers`, and its last LayerNorm is `norm`."""
@@ -300,17 +297,17 @@ class Classifier(TimmMethods, ABC):
         head = self.head
         if not drop_rate and not pre_logits:
             return head(pooled)
-        normed = pooled
-        if self.num_classes == 0:  # `head` is an Identity, or the norm alone
-            normed = head(pooled)
-        elif isinstance(head, NormedHead):
-            normed = head.norm(pooled)
-        normed = F.dropout(normed, drop_rate, self.training)
+        prepared = pooled
+        if self.num_classes == 0:  # `head` is what is left of it without classes
+            prepared = head(pooled)
+        elif isinstance(head, NormedHead | RepresentedHead):
+            prepared = head.prepared(pooled)
+        prepared = F.dropout(prepared, drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
-            return normed
-        if isinstance(head, NormedHead):
-            return F.linear(normed, head.weight, head.bias)
-        return head(normed)
+            return prepared
+        if isinstance(head, NormedHead | RepresentedHead):
+            return F.linear(prepared, head.weight, head.bias)
+        return head(prepared)
 
     def _pool(self, x: ElasticBatch) -> Tensor:
         """Reduce each example's rows to what the head sees, (batch, dim), without registers."""
@@ -371,6 +368,7 @@ class Classifier(TimmMethods, ABC):
             >>> round(model.charge(model(torch.zeros(2, 3, 32, 32))).item(), 4)  # (4 + 0.193) / 100
             0.0419
         """
+        check_kind("output", output, AdaTapeOutput)
         weight = getattr(self.config, "ponder_weight", None)
         return None if weight is None else weight * output.ponder.sum(1).mean()
 
@@ -386,6 +384,8 @@ class Classifier(TimmMethods, ABC):
         sizes = (
             f"depth={c.depth}, dim={c.dim}, num_heads={c.num_heads}, num_classes={c.num_classes}"
         )
+        if c.pooling == "token" and not c.class_token:
+            sizes = f"{sizes}, class_token=False"
         return f"{sizes}, pooling={c.pooling}{self._choices_in_words()}"
 
     def _choices_in_words(self) -> str:

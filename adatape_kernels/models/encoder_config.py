@@ -48,7 +48,7 @@ class EncoderConfig:
     ffn_dim: int
     """Hidden width of the feed-forward for input rows."""
     pooling: Pooling = "token"
-    """What the head sees; with "token" the model has a class token, otherwise none."""
+    """What the head sees; "token" is the class token, or without one the first of the input."""
     dropout: float = 0.0
     """Probability with which training drops an activation or an output of a branch."""
     attention_dropout: float = 0.0
@@ -63,6 +63,10 @@ class EncoderConfig:
     """Whether the last LayerNorm is applied to what the head sees rather than to every row."""
     num_registers: int = 0
     """Learned tokens that follow the class token and that the head does not see."""
+    class_token: bool = True
+    """Whether a model with the pooling "token" has a class token, which is learned, in front."""
+    representation_size: int = 0
+    """Width of a dense layer and tanh before the head; 0 for none."""
 
     def __post_init__(self) -> None:
         """Check every value, so that what is wrong shows here and not in the first step."""
@@ -84,6 +88,18 @@ class EncoderConfig:
         for name in ("num_classes", "dim", "depth", "num_heads", "ffn_dim"):
             self._check_integer(name, 1, MOST_PARAMETERS)
         self._check_integer("num_registers", 0, MOST_TOKENS)
+        as_flag("class_token", self.class_token)
+        if self.num_registers and self.pooling == "token" and not self.class_token:
+            raise ValueError(
+                "num_registers: expected 0 where the head sees the first token of the input, "
+                f"got {self.num_registers}"
+            )
+        self._check_integer("representation_size", 0, MOST_PARAMETERS)
+        if self.representation_size and self.norm_after_pooling:
+            raise ValueError(
+                "representation_size: expected 0 where the last LayerNorm follows pooling, "
+                f"got {self.representation_size}"
+            )
         if self.dim % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of dim = {self.dim}, got {self.num_heads}"
@@ -101,6 +117,20 @@ class EncoderConfig:
         """
         yield "dim, depth, ffn_dim", self._layer_parameters() + self.dim * self.num_classes
         yield "dim, num_registers", self.num_registers * self.dim
+        head = self.representation_size * (self.dim + self.num_classes)
+        yield "dim, num_classes, representation_size", head
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the model has a learned token in front of all others.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> model = ak.models.create_model("vit_tiny_patch16_224", depth=1, pooling="mean")
+            >>> model.config.has_class_token
+            False
+        """
+        return self.pooling == "token" and self.class_token
 
     def _layer_parameters(self) -> int:
         """Return about how many parameters the layers have."""
@@ -152,3 +182,5 @@ class EncoderOptions(TypedDict, total=False):
     norm_eps: float
     norm_after_pooling: bool
     num_registers: int
+    class_token: bool
+    representation_size: int

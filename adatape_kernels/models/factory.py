@@ -78,6 +78,41 @@ def _entries() -> dict[str, _Entry]:
 _MODELS = _entries()
 
 
+class ImageModel(NamedTuple):
+    """What a name of a model of images stands for."""
+
+    model: type[Classifier]
+    """The model's class."""
+    config: type[ViTConfig]
+    """Its configuration's class."""
+    choices: dict[str, Any]
+    """Fields of the configuration that the name decides."""
+    variant: str | None
+    """Size and patch size as `ViTConfig.of` takes them; None of a kind alone, such as "avit"."""
+
+
+def image_model(name: object) -> ImageModel:
+    """Return what a kind, such as "avit", or a whole name of a model of images stands for.
+
+    Raises:
+        ValueError: there is no such kind and no such model of images.
+
+    Example:
+        >>> from adatape_kernels.models.factory import image_model
+        >>> image_model("u2t").choices, image_model("uvit_base_patch32_224").variant
+        ({'distinct_layers': 2}, 'B/32')
+    """
+    if isinstance(name, str) and name in _IMAGE_MODELS:
+        return ImageModel(*_IMAGE_MODELS[name], None)
+    entry = _MODELS.get(name) or _MODELS.get(f"{name}.input") if isinstance(name, str) else None
+    if entry is None or not issubclass(entry.config, ViTConfig):
+        raise ValueError(
+            f"model: expected {', '.join(_IMAGE_MODELS)}, or a model of images as list_models() "
+            f"names it, got {shown(name)}"
+        )
+    return ImageModel(entry.model, entry.config, entry.choices, f"{entry.size}/{entry.patch}")
+
+
 def list_models(filter: str = "") -> list[str]:
     """Return the names that `create_model` knows, in alphabetical order.
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adatape_kernels.layers.without_autocast import without_autocast
+
 # Pairs of lengths whose weights are kept: 12 KiB for a grid of 28 that is made from one of 56.
 _KEPT_PAIRS = 1024
 
@@ -29,7 +31,7 @@ def grid_positions(position: Tensor, own: tuple[int, int], grid: tuple[int, int]
         return position[0]
     front = position.shape[1] - own[0] * own[1]
     # Products would be computed in another dtype under autocast.
-    with torch.autocast(position.device.type, enabled=False):
+    with without_autocast(position.device):
         wide = torch.promote_types(position.dtype, torch.float32)
         patches = position[0, front:].to(wide)
         patches = _matrix(own[0], grid[0], patches) @ patches.unflatten(0, own).flatten(1)

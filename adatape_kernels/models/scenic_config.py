@@ -51,16 +51,26 @@ def model_config(config: Mapping[str, Any]) -> EncoderConfig:
 
 def _plain_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a ViTConfig."""
-    for name, offered in (("positional_embedding", "learned_1d"), ("representation_size", None)):
-        if config.get(name, offered) != offered:
-            raise ValueError(f"config: expected {name} {offered!r}, got {config[name]!r}")
+    offered, represented = "learned_1d", config.get("representation_size")
+    if config.get("positional_embedding", offered) != offered:
+        raise ValueError(
+            f"config: expected positional_embedding {offered!r}, "
+            f"got {config['positional_embedding']!r}"
+        )
+    if represented is not None:
+        if config["kind"] != "vit":
+            raise ValueError(f"config: expected representation_size null, got {represented!r}")
+        as_integer("representation_size", represented, 1)
+    first = config["classifier"] == "0"
     return {
         "num_classes": config["num_classes"],
         "dim": config["hidden_size"],
         "depth": config["num_layers"],
         "num_heads": config["num_heads"],
         "ffn_dim": config["mlp_dim"],
-        "pooling": _pooling(config),
+        "pooling": "token" if first else _pooling(config),
+        "class_token": not first,
+        "representation_size": represented or 0,
         "activation": "gelu_tanh",
         "norm_eps": NORM_EPS,
         "image_size": config["image"],
@@ -70,8 +80,10 @@ def _plain_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
     if config["classifier"] not in _POOLINGS:
+        also = "" if "adatape" in str(config["kind"]) else ", 0"
         raise ValueError(
-            f"config: expected classifier {', '.join(_POOLINGS)}, got {config['classifier']!r}"
+            f"config: expected classifier {', '.join(_POOLINGS)}{also}, "
+            f"got {config['classifier']!r}"
         )
     return cast(Pooling, _POOLINGS[config["classifier"]])
 
@@ -85,6 +97,11 @@ def _uvit_config(config: Mapping[str, Any]) -> UViTConfig:
         return UViTConfig(**fields, act_type="none")
     if not isinstance(act, Mapping):
         raise ValueError(f"config: expected ac_config with entries, or null, got {act!r}")
+    if act["act_type"] == "random":
+        raise ValueError(
+            "act_type: expected basic or accumulated, as JAX alone draws the numbers of random, "
+            "got 'random'"
+        )
     as_choice("act_type", act["act_type"], ("basic", "accumulated"))
     as_choice("act_level", act["act_level"], [*_LEVELS])
     return UViTConfig(

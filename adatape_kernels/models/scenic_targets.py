@@ -88,7 +88,9 @@ def targets_of(config: EncoderConfig) -> Iterator[tuple[str, Target]]:
         'head.weight'
     """
     yield from _dense("output_projection", "head").items()
-    if config.pooling == "token":
+    if config.representation_size:
+        yield from _dense("pre_logits", "head.pre_logits").items()
+    if config.has_class_token:
         yield "cls", Target("class_token", _same)
     if isinstance(config, UViTConfig):
         yield from _of_uvit(config)

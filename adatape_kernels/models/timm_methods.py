@@ -1,13 +1,12 @@
 """The methods and attributes that timm's scripts ask of a ViT, of every model."""
 
 import dataclasses
-from collections import OrderedDict
 from typing import Any, cast
 
 from torch import nn
 
 from adatape_kernels.arguments import check_flag, check_int, shown
-from adatape_kernels.models.head import NormedHead
+from adatape_kernels.models.head import keep_parts, new_head, without_classes
 from adatape_kernels.models.hub import HubModel
 
 _POOLINGS = {"token": "token", "mean": "avg", "max": "max", "sum": "sum"}
@@ -69,20 +68,11 @@ class TimmMethods(HubModel):
                 f"got {shown(global_pool)}"
             )
         like = next(self.encoder.parameters())
-        config, norm = self.config, getattr(self.head, "norm", None)
-        head: Any
-        if num_classes == 0:
-            head = nn.Identity() if norm is None else nn.Sequential(OrderedDict(norm=norm))
-        else:
-            self.config = dataclasses.replace(config, num_classes=num_classes)
-            head = nn.Linear(config.dim, num_classes)
-            if norm is not None:
-                head = NormedHead(config.dim, num_classes, config.norm_eps)
-            head.to(like.device, like.dtype)
-            for parameter in (head.weight, head.bias):
-                nn.init.zeros_(parameter)
-            if norm is not None:
-                head.norm = norm
+        head: Any = without_classes(self.head)
+        if num_classes:
+            self.config = dataclasses.replace(self.config, num_classes=num_classes)
+            head = new_head(self.config).to(like.device, like.dtype)
+            keep_parts(head, self.head)
         own: Any = self
         own.head = head.train(self.training)
         if num_classes != self.num_classes:
@@ -152,17 +142,29 @@ class TimmMethods(HubModel):
 
     @property
     def num_features(self) -> int:
-        """Width of a token; `embed_dim` and `head_hidden_size` are the same, by timm's names.
+        """Width of a token; `embed_dim` is the same, by another of timm's names.
 
         Example:
             >>> import adatape_kernels as ak
             >>> model = ak.models.create_model("vit_tiny_patch16_224", depth=1)
-            >>> model.num_features, model.embed_dim, model.head_hidden_size
-            (192, 192, 192)
+            >>> model.num_features, model.embed_dim
+            (192, 192)
         """
         return self.config.dim
 
-    embed_dim = head_hidden_size = num_features
+    embed_dim = num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the head's linear layer sees, which `forward_head` gives as pre_logits.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> small = {"depth": 1, "representation_size": 64}
+            >>> ak.models.create_model("vit_tiny_patch16_224", **small).head_hidden_size
+            64
+        """
+        return self.config.representation_size or self.config.dim
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -173,7 +175,7 @@ class TimmMethods(HubModel):
             >>> ak.models.create_model("vit_tiny_patch16_224", depth=1).num_prefix_tokens
             1
         """
-        return self.config.num_registers + (self.config.pooling == "token")
+        return self.config.num_registers + self.config.has_class_token
 
     @property
     def global_pool(self) -> str:

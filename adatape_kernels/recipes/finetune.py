@@ -11,11 +11,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import load
 from adatape_kernels.data.printable import printable
+from adatape_kernels.models import AdaTapeViTConfig
 from adatape_kernels.models.value_checks import as_flag, as_integer
 from adatape_kernels.recipes import checkpoint, model_loading, pictures, train
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
@@ -77,6 +78,9 @@ class FinetunePlan:
         bank = self.options.get("bank")
         if bank is not None:
             raise ValueError(f"bank: expected none, as both kinds are compared, got {shown(bank)}")
+        model = self.options.get("model_name", "adatape")
+        if model != "adatape":
+            raise ValueError(f"model: expected adatape, which is compared, got {shown(model)}")
         if self.options.get("num_tape_tokens") == 0:
             raise ValueError("num-tape-tokens: expected 1 or more, as the control has none, got 0")
         last = self.options.get("seed", 0) + self.seeds - 1
@@ -229,7 +233,7 @@ def _run(out: RunFolder, plan: FinetunePlan) -> FinetuneReport:
     data = load(one.data, plan.data_dir, image_size=one.image_size, seed=one.split)
     start = _read_source(file, plan.kind_options("plain", 0))
     vits = {
-        kind: config.vit_config(data.num_classes, start.config.in_channels)
+        kind: cast(AdaTapeViTConfig, config.vit_config(data.num_classes, start.config.in_channels))
         for kind, config in zip(KINDS, configs, strict=True)
     }
     found = report(start, data, vits, runs)

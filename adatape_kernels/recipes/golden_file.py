@@ -94,7 +94,7 @@ def check_model(arrays: NpzFile, config: AdaTapeViTConfig | AdaTapeParityConfig)
     else:
         example = (config.seq_len, config.element_dim)
         rows, bank = 1, config.seq_len
-    rows += config.pooling == "token"
+    rows += config.has_class_token
     positions = rows + reads * config.num_tape_tokens
     batch = _axes(arrays, "inputs", 1 + len(example))[0]
     as_integer("num_tape_tokens", reads * config.num_tape_tokens, 1, MOST_TAPE_TOKENS)
@@ -130,7 +130,7 @@ def check_baseline(arrays: NpzFile, config: ViTConfig) -> None:
     params = arrays.below("params/")
     scenic.check_params(params, config)
     example = (config.image_size, config.image_size, config.in_channels)
-    rows = config.num_patches + (config.pooling == "token")
+    rows = config.num_patches + config.has_class_token
     batch = _axes(arrays, "inputs", 4)[0]
     param_shapes = {name: params.header(name).shape for name in params}
     shapes = {
@@ -145,6 +145,9 @@ def check_baseline(arrays: NpzFile, config: ViTConfig) -> None:
         units = (batch, rows) if config.act_level == "row" else (batch,)
         names = ("n_steps", "ponder_times", "remainders")
         shapes |= {**dict.fromkeys(names, units), "ponder_loss": ()}
+        steps = _axes(arrays, "halting_scores", 1 + len(units))[0]
+        as_integer("halting_scores: steps", steps, 1, config.depth)
+        shapes |= dict.fromkeys(("halting_scores", "halting_probability"), (steps, *units))
     _check_headers(arrays, shapes)
     widths = 4 * config.dim + 2 * config.ffn_dim
     embedding = config.dim * config.in_channels * config.patch_size**2

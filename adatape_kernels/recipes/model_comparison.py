@@ -7,7 +7,7 @@ import torch
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
-from adatape_kernels.models import AdaTape, AdaTapeOutput
+from adatape_kernels.models import AdaTape, AdaTapeOutput, ImageClassifier
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.machine import attention_backend
@@ -38,13 +38,15 @@ class ModelComparison:
     max_abs_logit_difference: float
     """Largest difference between the two models' logits, over the compared images."""
     images_that_read_differently: int
-    """Number of compared images for which the two models read different bank tokens."""
+    """Number of compared images for which the two models read different bank tokens, or halt after
+    different layers."""
     forward_seconds: dict[str, measure.Timing]
     """Time of a forward pass over the compared images."""
     train_step_seconds: dict[str, measure.Timing]
     """Time of a forward and backward pass over the compared images."""
     rows: dict[str, int]
-    """Number of rows that a layer behind every read computes, over the compared images."""
+    """Number of rows over the compared images: of an AdaTape those that a layer behind every read
+    computes, of another model those of all layers together."""
     flops: dict[str, int]
     """Floating-point operations of the products of a forward pass."""
     peak_bytes: dict[str, int]
@@ -53,6 +55,8 @@ class ModelComparison:
     """Name of the backend that served the elastic model's attention."""
     images_by_tape_length: list[int]
     """Entry n is the number of images of the whole test set that read n tape tokens."""
+    rows_by_layer: list[int] | None = None
+    """Number of rows that each layer computes over the whole test set; None of an AdaTape."""
 
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json.
@@ -61,6 +65,8 @@ class ModelComparison:
         the name with the suffix _p20_p80.
         """
         entries = asdict(self)
+        if self.rows_by_layer is None:
+            del entries["rows_by_layer"]
         for name in ("forward_seconds", "train_step_seconds"):
             timings = entries.pop(name)
             entries[name] = {kind: t["median"] for kind, t in timings.items()}
@@ -83,7 +89,7 @@ class ModelComparison:
 
 
 def compare(
-    model: AdaTape, data: ImageSet, normalise: Normaliser, rounds: int
+    model: AdaTape | ImageClassifier, data: ImageSet, normalise: Normaliser, rounds: int
 ) -> tuple[ModelComparison, AdaTapeOutput]:
     """Set an elastic model beside the padded one on the same weights.
 
@@ -100,17 +106,18 @@ def compare(
 
     Raises:
         ValueError: rounds is no positive integer.
-        TypeError: the model is no AdaTape, or data no ImageSet.
+        TypeError: the model is neither an AdaTape nor one of images, or data is no ImageSet.
     """
     as_integer("rounds", rounds, 1)
-    check_kind("model", model, AdaTape)
+    if not isinstance(model, AdaTape):
+        check_kind("model", model, ImageClassifier)
     check_kind("data", data, ImageSet)
     every = predict(model, data.test_images, normalise)
     sample = evenly_spaced(len(data.test_labels), COMPARED_IMAGES)
     images = normalise(unit_range(data.test_images[sample]))
     labels = data.test_labels[sample]
-    padded = model.padded()
-    models = {"elastic": model, "padded": padded}
+    models: dict[str, Any] = {"elastic": model}
+    padded = models["padded"] = models["elastic"].padded()
 
     def forward(kind: str) -> AdaTapeOutput:
         with torch.no_grad():
@@ -126,6 +133,8 @@ def compare(
     same = torch.ones(len(images), dtype=torch.bool)
     for a, b in zip(elastic.reads, other.reads, strict=True):
         same &= (a.indices == b.indices).flatten(1).all(1)
+    if elastic.halted is not None and other.halted is not None:
+        same &= (elastic.halted.steps == other.halted.steps).reshape(len(images), -1).all(1)
     forwards = {kind: lambda kind=kind: forward(kind) for kind in models}
     forward_seconds = measure.seconds(forwards, rounds)
     flops = {kind: measure.flops(run) for kind, run in forwards.items()}
@@ -134,9 +143,18 @@ def compare(
     train_step_seconds = measure.seconds(steps, rounds)
     peak_bytes = {kind: measure.peak_bytes(run) for kind, run in steps.items()}
     padded.eval()
-    inputs = len(images) * model.embed(images[:1])[0].shape[1]
-    possible = len(images) * model.config.num_tape_tokens * len(elastic.reads)
-    lengths = every.tape_lens.bincount(minlength=model.config.num_tape_tokens + 1)
+    if isinstance(model, AdaTape):
+        inputs = len(images) * model.embed(images[:1])[0].shape[1]
+        tape_tokens = model.config.num_tape_tokens
+        possible = len(images) * tape_tokens * len(elastic.reads)
+        rows = {"elastic": inputs + int(elastic.tape_lens.sum()), "padded": inputs + possible}
+        by_layer = None
+    else:
+        tape_tokens = 0
+        rows = {"elastic": sum(rows_by_layer(model, elastic))}
+        rows["padded"] = len(images) * rows_of_image(model) * model.config.depth
+        by_layer = rows_by_layer(model, every)
+    lengths = every.tape_lens.bincount(minlength=tape_tokens + 1)
     comparison = ModelComparison(
         test_accuracy=accuracy(every, data.test_labels),
         compared_images=len(images),
@@ -144,10 +162,30 @@ def compare(
         images_that_read_differently=int((~same).sum()),
         forward_seconds=forward_seconds,
         train_step_seconds=train_step_seconds,
-        rows={"elastic": inputs + int(elastic.tape_lens.sum()), "padded": inputs + possible},
+        rows=rows,
         flops=flops,
         peak_bytes=peak_bytes,
         attention_backend=backend,
         images_by_tape_length=lengths.tolist(),
+        rows_by_layer=by_layer,
     )
     return comparison, every
+
+
+def rows_by_layer(model: ImageClassifier, output: AdaTapeOutput) -> list[int]:
+    """Return how many rows each layer computed, of a model that reads no tape.
+
+    Args:
+        model: the model.
+        output: what it returned for images of its own size.
+    """
+    depth = model.config.depth
+    if output.halted is None:
+        return depth * [len(output) * rows_of_image(model)]
+    rows = output.halted.rows_per_step
+    return [*rows, *(depth - len(rows)) * [0]]
+
+
+def rows_of_image(model: ImageClassifier) -> int:
+    """Return how many rows an image of the model's own size has before any layer."""
+    return model.config.num_patches + model.num_prefix_tokens

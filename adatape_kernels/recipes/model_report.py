@@ -7,7 +7,7 @@ from typing import Any
 from adatape_kernels.data.image_set import ImageSet, Normaliser
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.models import AdaTapeViTConfig, ImageClassifier
 from adatape_kernels.models.model_file import FILE, serialised
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.machine import environment
@@ -20,7 +20,7 @@ REPORT = "report.json"
 
 def write_report(
     out: RunFolder,
-    model: AdaTapeViT,
+    model: ImageClassifier,
     data: ImageSet,
     normalise: Normaliser,
     entries: dict[str, Any],
@@ -47,7 +47,9 @@ def write_report(
     content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
     out.write(FILE, content)
     # Only a bank that is made of the image has tokens that can be shown in it.
-    patch = model.config.bank_patch_size if model.config.bank == "input" else None
+    config, patch = model.config, None
+    if isinstance(config, AdaTapeViTConfig) and config.bank == "input":
+        patch = config.bank_patch_size
     pictures.draw_all(out, data, output, comparison, patch)
     print(table(comparison))
     print(f"pictures, report and model: {printable(out.folder)}{os.sep}")
@@ -57,12 +59,17 @@ def write_report(
 def table(comparison: ModelComparison) -> str:
     """Return the comparison as text."""
     batch = f"{comparison.compared_images} test images, one batch"
+    differ = "read" if comparison.rows_by_layer is None else "halted"
+    work = f"images x tape tokens           {_describe(comparison.images_by_tape_length)}"
+    if comparison.rows_by_layer is not None:
+        rows = ", ".join(f"{rows:,d}" for rows in comparison.rows_by_layer)
+        work = f"rows computed by each layer    {rows}"
     lines = [
         "",
         f"test accuracy                  {comparison.test_accuracy:8.2%}",
         f"largest difference of logits   {comparison.max_abs_logit_difference:8.1e}"
-        f"   ({comparison.images_that_read_differently} images read differently)",
-        f"images x tape tokens           {_describe(comparison.images_by_tape_length)}",
+        f"   ({comparison.images_that_read_differently} images {differ} differently)",
+        work,
         "",
         f"{batch:30} {'elastic':>10} {'padded':>10} {'padded/elastic':>15}",
     ]

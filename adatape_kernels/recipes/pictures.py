@@ -60,6 +60,7 @@ def draw_all(
     """Write heatmap.png, tape_lengths.png, shortest_longest.png and costs.png into `out`.
 
     The first and the third, which show places in the image, are there for a bank of patches alone.
+    Of a model that reads no tape rows_alive.png is in the place of tape_lengths.png.
 
     Args:
         out: what writes into the folder.
@@ -75,10 +76,11 @@ def draw_all(
     # font lacks, which is drawn as a box, is no reason for a warning.
     with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figures = {
-            "tape_lengths": tape_lengths(comparison.images_by_tape_length),
-            "costs": cost_shares(comparison.costs()),
-        }
+        figures = {"costs": cost_shares(comparison.costs())}
+        if comparison.rows_by_layer is None:
+            figures["tape_lengths"] = tape_lengths(comparison.images_by_tape_length)
+        else:
+            figures["rows_alive"] = rows_alive(comparison.rows_by_layer, len(output))
         if bank_patch_size is not None:
             side = data.test_images[torch.zeros(1, dtype=torch.long)].shape[-1] // bank_patch_size
             read = patches_read(output, side)
@@ -200,6 +202,22 @@ def tape_lengths(images_by_tape_length: list[int]) -> Any:
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Each image reads as much as it needs")
+    return figure
+
+
+def rows_alive(rows_by_layer: list[int], images: int) -> Any:
+    """Draw how many rows of an image each layer computes, on average over the test images."""
+    figure, ((axis,),) = _axes(1, 1, 6, 3.6)
+    rows, layers = [count / images for count in rows_by_layer], range(1, len(rows_by_layer) + 1)
+    bars = axis.bar(layers, rows, color=_ELASTIC)
+    axis.axhline(rows[0], color=_PADDED, linestyle="--")
+    axis.bar_label(bars, [f"{count:.3g}" for count in rows], padding=3)
+    axis.set(
+        xlabel="layer", ylabel="rows of an image", xticks=layers[:: -(-len(rows) // _MOST_TICKS)]
+    )
+    axis.margins(y=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("Rows leave when they have halted (dashed: all rows)")
     return figure
 
 

@@ -29,6 +29,8 @@ class Prediction:
     """Number of tape tokens that the image read."""
     milliseconds: float
     """Time of the model on this image alone; decoding is not in it."""
+    rows: int | None = None
+    """Number of rows that all layers computed together, of a model whose rows halt."""
 
     @property
     def best(self) -> str:
@@ -87,6 +89,7 @@ class Predictor:
             tuple((self.class_names[i], share) for i, share in shares),
             int(output.tape_lens[0]),
             milliseconds,
+            None if output.halted is None else sum(output.halted.rows_per_step),
         )
 
 

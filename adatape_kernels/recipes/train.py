@@ -1,4 +1,4 @@
-"""Training of AdaTape on an image set from local files, with checkpoints and a report."""
+"""Training on an image set from local files, with checkpoints and a report."""
 
 import contextlib
 import csv
@@ -17,14 +17,14 @@ from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeViT
+from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.machine import attention_backend
-from adatape_kernels.recipes.model_comparison import ModelComparison
+from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
@@ -48,16 +48,18 @@ _SHOWN_CHARACTERS = 200
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
+_TAPE, _ROWS = "mean_tape_length", "mean_rows"
 METRICS = (
     "epoch",
     "train_loss",
     "train_accuracy",
     "test_accuracy",
-    "mean_tape_length",
+    _TAPE,
     "images_per_second",
     "learning_rate",
 )
-"""Columns of metrics.csv, and the entries of each epoch's history in a checkpoint, in order."""
+"""Columns of metrics.csv, and the entries of each epoch's history in a checkpoint, in order; of a
+model that reads no tape the fifth is "mean_rows", that an image has in all layers together."""
 
 
 def run(
@@ -159,6 +161,7 @@ def _run(
     environment = _environment(data_dir, backend)
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
+    columns = _columns(config)
     if saved is not None:
         _check_facts(folder, saved, facts, steps)
         checkpoint.restore(folder, saved.tensors, model, optimizer)
@@ -178,13 +181,13 @@ def _run(
             writing,
             Checkpoint(done, done * steps, asdict(config), facts, rows, environment, tensors),
         )
-        writing.write("metrics.csv", _metrics_csv(rows))
+        writing.write("metrics.csv", _metrics_csv(rows, columns))
 
     checkpoint.remove_leftovers(writing)
     if saved is None:
         save(history)
     else:
-        writing.write("metrics.csv", _metrics_csv(history))
+        writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
         output = predict(model, data.test_images, normalise)
@@ -193,7 +196,7 @@ def _run(
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
             "test_accuracy": accuracy(output, data.test_labels),
-            "mean_tape_length": output.tape_lens.double().mean().item(),
+            **_work(model, output),
             "images_per_second": result.images_per_second,
             "learning_rate": result.learning_rate,
         }
@@ -221,6 +224,18 @@ def _run(
         ) from None
 
 
+def _columns(config: TrainConfig) -> tuple[str, ...]:
+    """Return METRICS, in which rows stand for tape tokens where the model reads none."""
+    return METRICS if config.reads else tuple(_ROWS if name == _TAPE else name for name in METRICS)
+
+
+def _work(model: ImageClassifier, output: AdaTapeOutput) -> dict[str, float]:
+    """Return the metric of how much a model computes for an image, on average."""
+    if isinstance(model, AdaTapeViT):
+        return {_TAPE: output.tape_lens.double().mean().item()}
+    return {_ROWS: sum(rows_by_layer(model, output)) / len(output)}
+
+
 def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
     """Return the line that is printed before training: the images, and how they become steps."""
     images = len(data.train_labels)
@@ -237,7 +252,7 @@ def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
     return f"{line} (chosen by the set's size; --batch sets another)" if chosen else line
 
 
-def _try_step(model: AdaTapeViT, images: Tensor) -> None:
+def _try_step(model: ImageClassifier, images: Tensor) -> None:
     """Compute a gradient that nobody uses, so that what no backend serves shows before training."""
     with torch.random.fork_rng(devices=[]):
         model.train()
@@ -269,7 +284,7 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
     try:
         config = saved.config if saved.format > 1 else with_present_names(saved.config)
         saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
-        _check_history(saved.history, saved.config["epochs"])
+        _check_history(saved.history, saved.config)
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
     for name, value in options.items():
@@ -290,15 +305,16 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
     return saved
 
 
-def _check_history(history: Sequence[Any], epochs: int) -> None:
-    """Raise ValueError unless each entry holds the metrics of an epoch, of so many at most."""
+def _check_history(history: Sequence[Any], config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each entry holds the metrics of an epoch of a run."""
+    epochs, columns = config["epochs"], _columns(TrainConfig.of_saved(config))
     if len(history) > epochs:
         raise ValueError(f"history: expected up to {epochs} epochs, got {len(history)}")
     for number, row in enumerate(history, start=1):
-        if type(row) is not dict or tuple(row) != METRICS:
-            raise ValueError(f"history: expected {', '.join(METRICS)} for each epoch, got others")
+        if type(row) is not dict or tuple(row) != columns:
+            raise ValueError(f"history: expected {', '.join(columns)} for each epoch, got others")
         as_integer("history: epoch", row["epoch"], number, number)
-        for name in METRICS:
+        for name in columns:
             if not math.isfinite(as_number(f"history: {name}", row[name])):
                 raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
 
@@ -362,10 +378,10 @@ def _note_differences(saved: Checkpoint, environment: Mapping[str, Any]) -> None
             )
 
 
-def _metrics_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
     """Return the content of metrics.csv."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
@@ -373,8 +389,9 @@ def _metrics_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _line(row: Mapping[str, Any], epochs: int) -> str:
     """Return the line that is printed after an epoch."""
+    work = f"tape tokens {row[_TAPE]:.2f}" if _TAPE in row else f"rows {row[_ROWS]:.1f}"
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, "
         f"train {row['train_accuracy']:.2%}, test {row['test_accuracy']:.2%}, "
-        f"tape tokens {row['mean_tape_length']:.2f}, {row['images_per_second']:,.0f} images/s"
+        f"{work}, {row['images_per_second']:,.0f} images/s"
     )

@@ -10,11 +10,17 @@ import torch
 from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AdaTapeViTOptions
-from adatape_kernels.models.config import BankKind
+from adatape_kernels.models import AViTConfig
 from adatape_kernels.models.encoder_config import MOST_PARAMETERS
+from adatape_kernels.models.factory import image_model
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
-from adatape_kernels.op_types import ACTIVATIONS, Activation
+from adatape_kernels.op_types import ACTIVATIONS
+from adatape_kernels.recipes.model_options import (
+    HALTING_OPTIONS,
+    SIZES_OF_A_VARIANT,
+    ModelOptions,
+    check_given,
+)
 from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
 from adatape_kernels.recipes.train_defaults import (
     DEFAULT_BATCH,
@@ -25,52 +31,30 @@ from adatape_kernels.recipes.train_defaults import (
     FINE_TUNING,
     FIXED_SIDES,
     LEAST_STEPS,
+    OF_A_MODEL,
 )
 from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
 
 # Most numbers that the images of a batch consist of: 16 GiB in float32.
 _MOST_BATCH_VALUES = 1 << 32
 
-_SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
-
 # Names that options have in checkpoints of version 0.1, by which such a run still resumes.
 _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
 # Options that version 0.1 did not have, whose defaults are what it did.
 _NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
+# Options that runs of a checkpoint's present format may lack, whose defaults are what they did.
+_ADDED_NAMES = ("model_name", *HALTING_OPTIONS)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ModelOptions):
     """What decides the curve, by the names of the command's options; saved with a checkpoint.
 
-    Make one with `of`, which fills in defaults. Sizes of the model that are None are those of
-    `variant`.
+    Make one with `of`, which fills in defaults.
     """
 
     data: str
     """Name of the image set."""
-    image_size: int
-    """Side of an image in pixels."""
-    variant: str | None
-    """A ViT's size and patch size, as `adatape_vit` takes it."""
-    patch: int | None
-    """Side of an input patch in pixels."""
-    bank_patch: int
-    """Side of a bank patch in pixels."""
-    dim: int | None
-    """Width of a token."""
-    depth: int | None
-    """Number of encoder layers."""
-    heads: int | None
-    """Number of attention heads."""
-    ffn: int | None
-    """Hidden width of the feed-forward for input rows."""
-    num_tape_tokens: int
-    """Most tape tokens that an image reads; 0 for a ViT that has neither bank nor tape."""
-    topk: int
-    """Number of bank tokens that are merged into one tape token."""
-    halt_threshold: float
-    """An image reads on while its halting score is below this."""
     epochs: int
     """Number of passes over the training images."""
     batch: int | None
@@ -86,16 +70,8 @@ class TrainConfig:
     drop_rest: bool
     """Whether an epoch leaves out the images that do not fill a last batch. No option sets it: it
     is the case in runs of version 0.1 only, which go on as they began."""
-    activation: Activation
-    """That of the feed-forward for input rows."""
-    bank: BankKind
-    """What the tape is read from: patches of the image, "input", or learned tokens, "learn"."""
-    bank_size: int
-    """Number of tokens of a learnable bank."""
     split_seed: int | None
     """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
-    source: SourceFacts | None
-    """Of a model that began with pretrained parameters, what their file decides."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
@@ -112,13 +88,21 @@ class TrainConfig:
         name = _known_set(options.get("data"))
         _check_names(options)
         given = {key: value for key, value in options.items() if value is not None}
+        model = given.get("model_name", DEFAULTS["model_name"])
+        named = image_model(model)
+        check_given(model, {**given, "source": source})
         defaults = {**DEFAULTS, **DEFAULT_MODELS[name], **DEFAULT_TRAINING[name]}
+        defaults |= OF_A_MODEL.get(model, {})
+        if "bank" in named.choices:
+            defaults["bank"] = named.choices["bank"]
+        if named.config is AViTConfig:
+            defaults["activation"] = AViTConfig.activation
         if name in FIXED_SIDES:
             defaults["image_size"] = FIXED_SIDES[name]
         if source is not None:
             defaults |= _of_source(source, given, defaults)
-        elif "variant" in given:
-            defaults |= dict.fromkeys(_SIZES_OF_A_VARIANT)
+        elif "variant" in given or named.variant is not None:
+            defaults |= dict.fromkeys(SIZES_OF_A_VARIANT)
         return cls(**{**defaults, **given}).checked()
 
     @classmethod
@@ -129,6 +113,7 @@ class TrainConfig:
             ValueError: a field is missing, unknown or out of range.
         """
         _check_names(saved)
+        saved = {**{name: DEFAULTS[name] for name in _ADDED_NAMES}, **saved}
         for field in fields(cls):
             if field.name not in saved:
                 raise ValueError(f"{option_name(field.name)}: expected a value, got none")
@@ -160,8 +145,10 @@ class TrainConfig:
             raise ValueError(
                 f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
             )
-        if self.variant is None:
-            for name in _SIZES_OF_A_VARIANT:
+        of_some = (*HALTING_OPTIONS, "variant", "source")
+        check_given(self.model_name, {name: getattr(self, name) for name in of_some})
+        if not self.has_variant:
+            for name in SIZES_OF_A_VARIANT:
                 as_integer(option_name(name), getattr(self, name), 1)
         self.with_batch_for(1).plan()
         # The numbers of classes and channels come from the images, and any fit any model.
@@ -207,52 +194,6 @@ class TrainConfig:
         """The seed of the split and of the choice of images under a `limit`."""
         return self.seed if self.split_seed is None else self.split_seed
 
-    def model(
-        self, num_classes: int, in_channels: int, source: SourceFile | None = None
-    ) -> AdaTapeViT:
-        """Return a new model, with the source's parameters if there is one.
-
-        Raises:
-            ValueError: sizes do not fit.
-        """
-        config = self.vit_config(num_classes, in_channels)
-        return AdaTapeViT(config) if source is None else source.model(config)
-
-    def vit_config(self, num_classes: int, in_channels: int) -> AdaTapeViTConfig:
-        """Return the model's configuration. Raises ValueError where sizes do not fit."""
-        options: AdaTapeViTOptions = {
-            "bank_patch_size": self.bank_patch,
-            "num_tape_tokens": self.num_tape_tokens,
-            "topk": self.topk,
-            "halt_threshold": self.halt_threshold,
-            "key_split": 2,
-            "pooling": "mean",
-            "query": "gap",
-            "image_size": self.image_size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "activation": self.activation,
-            "bank": self.bank,
-            "bank_size": self.bank_size,
-        }
-        if self.num_tape_tokens == 0:
-            options |= {"bank": "learn", "read_layers": ()}  # which needs no parameters
-        if self.source is not None:
-            options |= self.source.fields()
-        if self.dim is not None:
-            options["dim"] = self.dim
-        if self.depth is not None:
-            options["depth"] = self.depth
-        if self.heads is not None:
-            options["num_heads"] = self.heads
-        if self.ffn is not None:
-            options["ffn_dim"] = self.ffn
-        if self.patch is not None:
-            options["patch_size"] = self.patch
-        return AdaTapeViTConfig.of(
-            f"Ti/{self.patch}" if self.variant is None else self.variant, **options
-        )
-
     def augmentation(self) -> Augment:
         """Return how training images are changed, in ways that leave their classes as they are."""
         # The pieces of Fashion-MNIST are all centred, so that a large shift only makes them harder.
@@ -292,7 +233,7 @@ def _of_source(
 
 def option_name(field: str) -> str:
     """Return the command's option for a field of TrainConfig, without the leading dashes."""
-    return field.replace("_", "-")
+    return "model" if field == "model_name" else field.replace("_", "-")
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,8 +253,10 @@ def check_option(field: str, value: object) -> Any:
         ValueError: the value's type or range is not that of the field, whatever the others are.
     """
     name, kind = option_name(field), _KINDS[field]
-    if kind in (int | None, str | None) and value is None:
+    if value is None and (field in HALTING_OPTIONS or kind in (int | None, str | None)):
         return None
+    if field in _OF_ANY_SIZE:  # the model's configuration knows their ranges
+        return as_number(name, value)
     if kind in (int, int | None):
         least, most = _RANGES.get(field, (1, MOST_PARAMETERS))
         return as_integer(name, as_integer(name, value, least), least, most)
@@ -329,6 +272,10 @@ def check_option(field: str, value: object) -> Any:
         as_choice(name, value, ACTIVATIONS)
     elif field == "bank":
         as_choice(name, value, ("input", "learn"))
+    elif field in ("act_level", "leave"):
+        as_choice(name, value, ("example", "row"))
+    elif field == "model_name":
+        image_model(value)
     elif field == "source":
         if value is not None and not isinstance(value, SourceFacts):
             raise ValueError(f"{name}: expected what a file decides, or none, got {shown(value)}")
@@ -343,7 +290,15 @@ _RANGES = {
     "split_seed": (0, (1 << 32) - 1),
     "epochs": (1, MOST_EPOCHS),
     "num_tape_tokens": (0, MOST_PARAMETERS),
+    "distinct_layers": (0, MOST_PARAMETERS),
 }
+_OF_ANY_SIZE = (
+    "act_epsilon",
+    "gate_scale",
+    "gate_center",
+    "ponder_weight",
+    "distribution_weight",
+)
 
 
 def _known_set(name: object) -> str:

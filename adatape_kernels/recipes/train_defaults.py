@@ -6,6 +6,7 @@ FIXED_SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32}
 """The side in pixels, of the image sets whose images all have one size."""
 
 DEFAULTS: dict[str, Any] = {
+    "model_name": "adatape",
     "variant": None,
     "num_tape_tokens": 8,
     "topk": 4,
@@ -21,8 +22,20 @@ DEFAULTS: dict[str, Any] = {
     "bank_size": 1000,
     "split_seed": None,
     "source": None,
+    "act_epsilon": None,
+    "act_level": None,
+    "leave": None,
+    "distinct_layers": None,
+    "gate_scale": None,
+    "gate_center": None,
+    "ponder_weight": None,
+    "distribution_weight": None,
 }
 """Of every image set."""
+
+OF_A_MODEL: dict[str, dict[str, Any]] = {"avit": {"gate_center": 4.0}}
+"""Of a small model of a kind. An A-ViT's own gate is for DeiT's parameters: where a model begins
+with new ones, whose features are small, it is so far closed that its gradient vanishes."""
 
 FINE_TUNING: dict[str, Any] = {"epochs": 10, "lr": 5e-4}
 """What suits a model that begins with pretrained parameters."""

@@ -20,9 +20,9 @@ from torch.optim import AdamW, Optimizer
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
-from adatape_kernels.models import AdaTape, AdaTapeOutput
+from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
-from adatape_kernels.op_types import TapeSelection
+from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
 
 Augment = Callable[[Tensor, Generator], Tensor]
@@ -131,7 +131,7 @@ class EpochResult:
 
 
 def train(
-    model: AdaTape,
+    model: Classifier,
     data: ImageSet,
     plan: TrainPlan,
     normalise: Normaliser,
@@ -202,7 +202,7 @@ def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
 
 
 def _train_epoch(
-    model: AdaTape,
+    model: Classifier,
     data: ImageSet,
     plan: TrainPlan,
     normalise: Normaliser,
@@ -216,7 +216,7 @@ def _train_epoch(
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
-    start, seen, loss_sum, right, tape_tokens = time.perf_counter(), 0, 0.0, 0, 0
+    start, seen, loss_sum, right, work = time.perf_counter(), 0, 0.0, 0, 0
     for step in range(per_epoch):
         batch = order[step * plan.batch :][: plan.batch]
         labels = data.train_labels[batch]
@@ -237,12 +237,17 @@ def _train_epoch(
         seen += len(batch)
         loss_sum += loss.item() * len(batch)
         right += int((output.logits.argmax(1) == labels).sum())
-        tape_tokens += int(output.tape_lens.sum())
+        if output.halted is None:
+            work += int(output.tape_lens.sum())
+        else:
+            work += sum(output.halted.rows_per_step)
         bar.set_postfix(
-            epoch=f"{epoch + 1}/{plan.epochs}",
-            loss=f"{loss_sum / seen:.2f}",
-            accuracy=f"{right / seen:.1%}",
-            tape_tokens=f"{tape_tokens / seen:.1f}",
+            {
+                "epoch": f"{epoch + 1}/{plan.epochs}",
+                "loss": f"{loss_sum / seen:.2f}",
+                "accuracy": f"{right / seen:.1%}",
+                "tape_tokens" if output.halted is None else "rows": f"{work / seen:.1f}",
+            },
             refresh=False,
         )
         bar.update(len(batch))
@@ -250,7 +255,7 @@ def _train_epoch(
     return EpochResult(epoch + 1, loss_sum / seen, right / seen, speed, rate)
 
 
-def predict(model: AdaTape, images: Images, normalise: Normaliser) -> AdaTapeOutput:
+def predict(model: Classifier, images: Images, normalise: Normaliser) -> AdaTapeOutput:
     """Return a model's output for all images, computed in evaluation mode and in batches.
 
     Args:
@@ -266,15 +271,7 @@ def predict(model: AdaTape, images: Images, normalise: Normaliser) -> AdaTapeOut
             for batch in torch.arange(len(images)).split(PREDICT_BATCH)
         ]
     model.train(was_training)
-    return AdaTapeOutput(
-        torch.cat([output.logits for output in outputs]),
-        torch.cat([output.tape_lens for output in outputs]),
-        torch.cat([output.ponder for output in outputs]),
-        tuple(
-            TapeSelection(*(torch.cat(parts) for parts in zip(*selections, strict=True)))
-            for selections in zip(*(output.reads for output in outputs), strict=True)
-        ),
-    )
+    return joined(outputs)
 
 
 def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:

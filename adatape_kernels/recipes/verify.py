@@ -4,6 +4,7 @@
 computed.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.ops.op import NotServed, Ran, record
 from adatape_kernels.recipes.full_precision import without_tf32
 from adatape_kernels.recipes.golden_file import check_baseline, check_model, check_read
+from adatape_kernels.recipes.halting_record import HaltingRecord, recording
 
 OUTPUT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
@@ -196,8 +198,19 @@ def _verify_baseline(arrays: NpzFile, config: Mapping[str, Any]) -> tuple[bool, 
         ("ponder_loss", cost.mean()),
     ):
         comparisons.append(_compare(name, values, arrays[name], OUTPUT_TOLERANCE))
-    comparisons += run.gradients(cost.sum())
-    return np.array_equal(halted.steps.cpu().numpy(), arrays["n_steps"]), comparisons
+    counts_agree = np.array_equal(halted.steps.cpu().numpy(), arrays["n_steps"])
+    record = run.record
+    assert record is not None
+    for name, steps in (
+        ("halting_scores", record.scores()),
+        ("halting_probability", record.sums()),
+    ):
+        # Of runs that stop after different numbers of steps the first steps can be compared.
+        theirs = arrays[name]
+        counts_agree &= len(steps) == len(theirs)
+        common = min(len(steps), len(theirs))
+        comparisons.append(_compare(name, steps[:common], theirs[:common], OUTPUT_TOLERANCE))
+    return counts_agree, [*comparisons, *run.gradients(cost.sum())]
 
 
 class _Run:
@@ -210,7 +223,12 @@ class _Run:
         self.model = scenic.load(params, config).to(torch.get_default_device()).eval()
         self.inputs = _leaf(arrays["inputs"])
         given = self.inputs.permute(0, 3, 1, 2) if self.inputs.dim() == 4 else self.inputs
-        self.output: AdaTapeOutput = self.model(given)
+        self.record: HaltingRecord | None = None
+        with contextlib.ExitStack() as recorded:
+            unit = getattr(self.model.encoder, "unit", None)
+            if unit is not None:
+                self.record = recorded.enter_context(recording(unit))
+            self.output: AdaTapeOutput = self.model(given)
 
     def gradients(self, cost: Tensor | None) -> list[Comparison]:
         """Compare the gradients of the file's objective, which charges a cost if there is one."""

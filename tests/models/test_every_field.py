@@ -77,6 +77,8 @@ MODEL = {
     "norm_eps": POSITIVE,
     "norm_after_pooling": NO_FLAG,
     "num_registers": WIDTH,
+    "class_token": NO_FLAG,
+    "representation_size": WIDTH,
 }
 IMAGES = {
     **MODEL,
@@ -91,7 +93,8 @@ ENCODER = {
     name: MODEL[name]
     for name in (
         "num_classes dim depth num_heads ffn_dim pooling dropout attention_dropout "
-        "stochastic_depth activation norm_eps norm_after_pooling num_registers"
+        "stochastic_depth activation norm_eps norm_after_pooling num_registers "
+        "class_token representation_size"
     ).split()
 }
 EPSILON = (*NO_NUMBER, 0, 1, -0.1, 1.1, math.inf)
@@ -128,9 +131,22 @@ PLAN = {
     "seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "drop_rest": NO_FLAG,
 }
-OPTIONAL = {"variant", "batch", "limit", "split_seed", "source"}
+# Of these AdaTape has the ponder weight alone, so that every value of the others is refused.
+HALTING = {
+    "act_epsilon": (*EPSILON, 0.5),
+    "act_level": (*NO_WORD, "row"),
+    "leave": (*NO_WORD, "row"),
+    "distinct_layers": (*NO_INTEGER, -1, 1),
+    "gate_scale": (*FINITE, 1.0),
+    "gate_center": (*FINITE, 1.0),
+    "ponder_weight": FACTOR,
+    "distribution_weight": (*FACTOR, 1.0),
+}
+OPTIONAL = {"variant", "batch", "limit", "split_seed", "source", *HALTING}
 TRAINING = {
     "data": NO_WORD,
+    "model_name": (*NO_WORD, "transformer_tiny", "vit_tiny_patch8_224"),
+    **HALTING,
     "image_size": COUNT,
     "variant": (*NO_WORD[1:], 0, False, [], "Ti/0", "Ti/٣", "Ti/" + 5000 * "9", "Ti/4.0"),
     "patch": COUNT,
@@ -173,7 +189,7 @@ TABLES = {
     TrainPlan: (PLAN, {"epochs": 1, "batch": 8, "learning_rate": 1e-3}),
 }
 CASES = [(kind, name) for kind, (table, _) in TABLES.items() for name in table]
-SHOWN = {"learning_rate": "lr", "weight_decay": "weight-decay"}
+SHOWN = {"learning_rate": "lr", "weight_decay": "weight-decay", "model_name": "model"}
 # Where sizes are too large together, the line names all that could be smaller.
 TOGETHER = {"dim", "depth", "ffn_dim", "bank_size", "tape_mlp_dim", "image_size", "patch_size"}
 TOGETHER |= {"seq_len", "element_dim", "num_registers"}
@@ -208,12 +224,13 @@ def test_a_field_refuses_what_it_cannot_be(kind, name):
 @pytest.mark.parametrize("name", TRAINING)
 def test_an_option_of_training_refuses_what_it_cannot_be(name, data):
     whole = dataclasses.asdict(TrainConfig.of({"data": data}))
+    shown = SHOWN.get(name, name).replace("-", "_")
     for value in TRAINING[name]:
         if value is not None:
-            expect_one_line(lambda v=value: TrainConfig.of({"data": data, name: v}), name)
+            expect_one_line(lambda v=value: TrainConfig.of({"data": data, name: v}), shown)
         if value is not None or name not in OPTIONAL:
             # A configuration that was read from a file has all fields, and null for some.
-            expect_one_line(lambda v=value: TrainConfig(**{**whole, name: v}).check(), name)
+            expect_one_line(lambda v=value: TrainConfig(**{**whole, name: v}).check(), shown)
 
 
 @pytest.mark.parametrize(

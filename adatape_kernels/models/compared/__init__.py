@@ -4,6 +4,7 @@ Each is a `Classifier` and returns what AdaTape returns.
 """
 
 from adatape_kernels.models.compared.avit import AViT
+from adatape_kernels.models.compared.halting_classifier import HaltingClassifier
 from adatape_kernels.models.compared.halting_config import (
     AViTConfig,
     AViTOptions,
@@ -27,6 +28,7 @@ __all__ = [
     "AViT",
     "AViTConfig",
     "AViTOptions",
+    "HaltingClassifier",
     "PaddedClassifier",
     "SequenceClassifier",
     "Transformer",

@@ -3,22 +3,19 @@
 from torch import Tensor
 
 from adatape_kernels.arguments import check_flag, check_kind
-from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import Halting, distribution_loss
 from adatape_kernels.layers import AViTEncoder, FeatureGate
-from adatape_kernels.layers.halting_encoder import ApplyLayer
-from adatape_kernels.models.classifier import Encoded
 from adatape_kernels.models.compared.avit_public_code import PublicCodeAViT
+from adatape_kernels.models.compared.halting_classifier import HaltingClassifier
 from adatape_kernels.models.compared.halting_config import AViTConfig
 from adatape_kernels.models.compared.padded_classifier import PaddedClassifier
-from adatape_kernels.models.compared.universal import encoded_of, halted_by
 from adatape_kernels.models.image_classifier import ImageClassifier
 from adatape_kernels.models.model_file import saved_with
 from adatape_kernels.models.output import AdaTapeOutput
 
 
 @saved_with(AViTConfig)
-class AViT(ImageClassifier):
+class AViT(HaltingClassifier, ImageClassifier):
     """A ViT each of whose tokens halts when its first feature says so, and leaves.
 
     Args:
@@ -52,26 +49,9 @@ class AViT(ImageClassifier):
             FeatureGate(c.gate_scale, c.gate_center),
             Halting.avit(threshold=1 - c.act_epsilon),
             keep_class_token=c.keep_class_token,
+            class_token=c.has_class_token,
             norm_eps=c.norm_eps,
         )
-
-    def encode_rows(
-        self, tokens: ElasticBatch, apply: ApplyLayer, *, masked: bool = False
-    ) -> Encoded:
-        """Encode embedded rows, applying the layers in a way of the caller's own.
-
-        Args:
-            tokens, apply, masked: as in `Classifier.encode_rows`.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> model = ak.models.create_model("avit_tiny_patch16_224", image_size=32, depth=3)
-            >>> tokens = model.embed_elastic(torch.zeros(2, 3, 32, 32)).tokens
-            >>> encoded = model.encode_rows(tokens, lambda layer, rows, state: layer(rows))
-            >>> encoded.halted.means.shape
-            torch.Size([3])
-        """
-        return encoded_of(halted_by(self.encoder, tokens, apply, masked))
 
     def charge(self, output: AdaTapeOutput) -> Tensor | None:
         """Return the ponder loss and the distribution loss, weighted, a scalar.

@@ -11,8 +11,8 @@ from adatape_kernels.halting import HaltingState
 from adatape_kernels.layers import AViTEncoder, ElasticEncoderLayer, Halted
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.classifier import Encoded
+from adatape_kernels.models.compared.halting_classifier import encoded_of
 from adatape_kernels.models.compared.padded_classifier import PaddedClassifier, padded_rows
-from adatape_kernels.models.compared.universal import encoded_of
 from adatape_kernels.models.padded_layer import add_branch, attend_padded, feed_forward_padded
 
 _HALTED_KEY = -1000.0

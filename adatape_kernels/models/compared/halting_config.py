@@ -197,7 +197,7 @@ class AViTConfig(ViTConfig):
     gate_center: float = 30.0
     """What is taken away from that product before the sigmoid."""
     keep_class_token: bool = False
-    """Whether the first row of each example runs to the last layer."""
+    """Whether the class token runs to the last layer."""
     ponder_weight: float = 5e-4
     """The factor of the ponder loss, the mean of N + R, within the loss."""
     distribution_weight: float = 1e-3
@@ -213,6 +213,8 @@ class AViTConfig(ViTConfig):
             if abs(getattr(self, name)) == float("inf"):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         as_flag("keep_class_token", self.keep_class_token)
+        if self.keep_class_token and not self.has_class_token:
+            raise ValueError("keep_class_token: expected False without a class token, got True")
         self._check_factor("ponder_weight")
         self._check_factor("distribution_weight")
         self._check_number("distribution_center")

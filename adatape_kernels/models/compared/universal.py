@@ -1,17 +1,11 @@
 """Models whose examples, or rows, halt after the step that is enough for them: UViT and its kin."""
 
-import dataclasses
 from abc import ABC
-from typing import cast
-
-from torch import nn
 
 from adatape_kernels.arguments import check_kind
-from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import Halting
-from adatape_kernels.layers import ElasticEncoderLayer, Halted, UniversalEncoder
-from adatape_kernels.layers.halting_encoder import ApplyLayer
-from adatape_kernels.models.classifier import Classifier, Encoded
+from adatape_kernels.layers import ElasticEncoderLayer, UniversalEncoder
+from adatape_kernels.models.compared.halting_classifier import HaltingClassifier
 from adatape_kernels.models.compared.halting_config import (
     UniversalConfig,
     UniversalTransformerConfig,
@@ -21,27 +15,9 @@ from adatape_kernels.models.compared.padded_classifier import PaddedClassifier
 from adatape_kernels.models.compared.sequences import SequenceClassifier
 from adatape_kernels.models.image_classifier import ImageClassifier
 from adatape_kernels.models.model_file import saved_with
-from adatape_kernels.models.output import HaltedUnits
 
 
-def encoded_of(halted: Halted) -> Encoded:
-    """Return what an encoder returned whose examples or rows halt, example by example."""
-    state = halted.state
-    if state is None:
-        return Encoded(halted.batch)
-    initial, ponder = state.initial, (state.updates + state.remainders).unsqueeze(1)
-    steps, remainders = state.updates, state.remainders
-    if state.of_rows:
-        ponder = initial.with_data(ponder).pool("mean")
-        steps, remainders = (
-            initial.with_data(values.unsqueeze(1)).to_padded(initial.max_rows)[0].squeeze(2)
-            for values in (steps, remainders)
-        )
-    units = HaltedUnits(steps, remainders, halted.means, state.rows_per_step)
-    return Encoded(halted.batch, (), ponder, units)
-
-
-class UniversalModel(Classifier, ABC):
+class UniversalModel(HaltingClassifier, ABC):
     """A classifier whose examples, or rows, halt, and leave the batch (ACT).
 
     Args:
@@ -91,24 +67,6 @@ class UniversalModel(Classifier, ABC):
         new.stochastic_depth, new.rescale_kept = self.config.stochastic_depth, False
         return new
 
-    def encode_rows(
-        self, tokens: ElasticBatch, apply: ApplyLayer, *, masked: bool = False
-    ) -> Encoded:
-        """Encode embedded rows, applying the layers in a way of the caller's own.
-
-        Args:
-            tokens, apply, masked: as in `Classifier.encode_rows`.
-
-        Example:
-            >>> import torch, adatape_kernels as ak
-            >>> model = ak.models.create_model("uvit_tiny_patch16_224", image_size=32, depth=5)
-            >>> tokens = model.embed_elastic(torch.zeros(2, 3, 32, 32)).tokens
-            >>> encoded = model.encode_rows(tokens, lambda layer, rows, state: layer(rows))
-            >>> encoded.halted.steps.tolist()
-            [4, 4]
-        """
-        return encoded_of(halted_by(self.encoder, tokens, apply, masked))
-
     def padded(self) -> PaddedClassifier:
         """Return the eager, padded and masked model on the same parameters.
 
@@ -120,14 +78,6 @@ class UniversalModel(Classifier, ABC):
             True
         """
         return PaddedClassifier(self)
-
-
-def halted_by(encoder: nn.Module, tokens: ElasticBatch, apply: ApplyLayer, masked: bool) -> Halted:
-    """Return what an encoder with a rule of halting makes of rows, with the rule masked or not."""
-    rule = cast(Halting | None, encoder.halting)
-    if rule is not None and masked:
-        rule = dataclasses.replace(rule, masked=True)
-    return cast(Halted, encoder(tokens, apply=apply, halting=rule))
 
 
 @saved_with(UViTConfig)

@@ -139,6 +139,7 @@ def build(source: SourceViT, new_head: bool, options: Mapping[str, Any]) -> AdaT
         raise ValueError("pooling: expected 'mean' or 'max' without a class token, got 'token'")
     prefix = sum(tensors[name].shape[1] for name in ("cls_token", "reg_token") if name in tensors)
     known["pooling"], known["num_registers"] = pooling, prefix - (pooling == "token")
+    known["class_token"], known["representation_size"] = True, 0
     known.setdefault("image_size", options.get("image_size", None))
     if known["image_size"] is None:
         known["image_size"] = known["patch_size"] * _grid(tensors, prefix)

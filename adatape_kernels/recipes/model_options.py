@@ -1,0 +1,181 @@
+"""The options of `train` that decide the model: which one, its sizes, its tape and its halting."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from adatape_kernels.arguments import shown
+from adatape_kernels.models import AdaTapeViTConfig, ImageClassifier, ViTConfig
+from adatape_kernels.models.compared.halting_config import HaltingLevel
+from adatape_kernels.models.config import BankKind
+from adatape_kernels.models.factory import image_model
+from adatape_kernels.op_types import Activation
+from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
+
+SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
+"""The sizes that a variant, or a whole name of a model, decides."""
+TAPE_OPTIONS = ("num_tape_tokens", "topk", "halt_threshold", "bank", "bank_size", "bank_patch")
+"""Options of models that read a tape, which others do not take."""
+HALTING_OPTIONS = (
+    "act_epsilon",
+    "act_level",
+    "leave",
+    "distinct_layers",
+    "gate_scale",
+    "gate_center",
+    "ponder_weight",
+    "distribution_weight",
+)
+"""Options that are fields of some models' configurations; None for what the model has anyway."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What decides the model, by the names of the command's options.
+
+    Sizes that are None are those of `variant` or, where `model_name` is a whole one, of that name.
+    """
+
+    model_name: str
+    """A kind of model of images, such as "avit", or a whole name of `list_models()`."""
+    image_size: int
+    """Side of an image in pixels."""
+    variant: str | None
+    """A ViT's size and patch size, as `adatape_vit` takes it."""
+    patch: int | None
+    """Side of an input patch in pixels."""
+    bank_patch: int
+    """Side of a bank patch in pixels."""
+    dim: int | None
+    """Width of a token."""
+    depth: int | None
+    """Number of encoder layers."""
+    heads: int | None
+    """Number of attention heads."""
+    ffn: int | None
+    """Hidden width of the feed-forward for input rows."""
+    num_tape_tokens: int
+    """Most tape tokens that an image reads; 0 for a ViT that has neither bank nor tape."""
+    topk: int
+    """Number of bank tokens that are merged into one tape token."""
+    halt_threshold: float
+    """An image reads on while its halting score is below this."""
+    activation: Activation
+    """That of the feed-forward for input rows."""
+    bank: BankKind
+    """What the tape is read from: patches of the image, "input", or learned tokens, "learn"."""
+    bank_size: int
+    """Number of tokens of a learnable bank."""
+    act_epsilon: float | None
+    """What halts has a score above 1 - act_epsilon."""
+    act_level: HaltingLevel | None
+    """What halts on its own in a universal model: an image, "example", or each token, "row"."""
+    leave: HaltingLevel | None
+    """When tokens of a universal model leave: with all others of their image, or each at once."""
+    distinct_layers: int | None
+    """Number of a universal model's layers that take turns; 0 for one a step."""
+    gate_scale: float | None
+    """The factor of a token's first feature in an A-ViT's halting probability."""
+    gate_center: float | None
+    """What is taken away from that product before the sigmoid."""
+    ponder_weight: float | None
+    """The factor of the ponder loss within the loss."""
+    distribution_weight: float | None
+    """The factor of an A-ViT's distribution loss within the loss."""
+    source: SourceFacts | None
+    """Of a model that began with pretrained parameters, what their file decides."""
+
+    @property
+    def has_variant(self) -> bool:
+        """Whether sizes that are None have a value, by a variant or by the model's whole name."""
+        return self.variant is not None or image_model(self.model_name).variant is not None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the model is an AdaTape."""
+        return issubclass(image_model(self.model_name).config, AdaTapeViTConfig)
+
+    def model(
+        self, num_classes: int, in_channels: int, source: SourceFile | None = None
+    ) -> ImageClassifier:
+        """Return a new model, with the source's parameters if there is one.
+
+        Raises:
+            ValueError: sizes do not fit.
+        """
+        config, make = self.vit_config(num_classes, in_channels), image_model(self.model_name).model
+        if source is not None and isinstance(config, AdaTapeViTConfig):
+            return source.model(config)
+        made: Any = make
+        return made(config)
+
+    def vit_config(self, num_classes: int, in_channels: int) -> ViTConfig:
+        """Return the model's configuration. Raises ValueError where values do not fit."""
+        named = image_model(self.model_name)
+        options: dict[str, Any] = {
+            **named.choices,
+            "image_size": self.image_size,
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "activation": self.activation,
+        }
+        if self.reads:
+            options |= self._tape_fields()
+        if self.source is not None:
+            options |= self.source.fields()
+        for field, value in (
+            ("dim", self.dim),
+            ("depth", self.depth),
+            ("num_heads", self.heads),
+            ("ffn_dim", self.ffn),
+            ("patch_size", self.patch),
+            *((name, getattr(self, name)) for name in HALTING_OPTIONS),
+        ):
+            if value is not None:
+                options[field] = value
+        variant = named.variant if self.variant is None else self.variant
+        return named.config.of(f"Ti/{self.patch}" if variant is None else variant, **options)
+
+    def _tape_fields(self) -> dict[str, Any]:
+        """Return the fields of an AdaTapeViTConfig beside those of any ViT."""
+        fields = {
+            "bank_patch_size": self.bank_patch,
+            "num_tape_tokens": self.num_tape_tokens,
+            "topk": self.topk,
+            "halt_threshold": self.halt_threshold,
+            "key_split": 2,
+            "pooling": "mean",
+            "query": "gap",
+            "bank": self.bank,
+            "bank_size": self.bank_size,
+        }
+        if self.num_tape_tokens == 0:
+            fields |= {"bank": "learn", "read_layers": ()}  # which needs no parameters
+        return fields
+
+
+def check_given(model: object, given: Mapping[str, Any]) -> None:
+    """Check that options that are given are those of a model.
+
+    Args:
+        model: a kind or a name, as `ModelOptions.model_name` has it.
+        given: values by option; other options than those of tapes and of halting are ignored.
+
+    Raises:
+        ValueError: the model is unknown, or does not take one of the options.
+    """
+    named = image_model(model)
+    reads = issubclass(named.config, AdaTapeViTConfig)
+    taken = {field.name for field in fields(named.config)} | {*(TAPE_OPTIONS if reads else ())}
+    for name, value in given.items():
+        of_some = name in (*TAPE_OPTIONS, *HALTING_OPTIONS)
+        if of_some and value is not None and name not in taken:
+            raise ValueError(
+                f"{name.replace('_', '-')}: expected none for the model {model}, got {shown(value)}"
+            )
+    if named.variant is not None and given.get("variant") is not None:
+        raise ValueError(
+            f"variant: expected none beside the model {model}, got {shown(given['variant'])}"
+        )
+    if not reads and given.get("source") is not None:
+        raise ValueError(f"source: expected none for the model {model}, got one")
