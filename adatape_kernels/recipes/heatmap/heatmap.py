@@ -4,7 +4,8 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adatape_kernels.arguments import check_path, shown
-from adatape_kernels.data import ImageSet
+from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.image_set import Images, evenly_spaced, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.data.spoiled_images import blurred, noisy
@@ -46,6 +47,20 @@ _EXAMPLES = 12
 _MEAN_IMAGES = 200
 
 
+@dataclass(frozen=True)
+class _Spoiled:
+    """Images that are made worse when they are used."""
+
+    images: Images
+    spoil: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self.spoil(unit_range(self.images[indices]))
+
+
 class _Looked(NamedTuple):
     """A model, its images, and what it says of them."""
 
@@ -70,7 +85,7 @@ def run(
         out: a folder, made if it is missing.
         images: image files whose reads are drawn in place of those of some test images.
         beside: folders of further runs, drawn beside the first; their images are their own.
-        data_dir: the image set's folder; None for where it was.
+        data_dir: the folder of the first run's images; None for where they were.
 
     Returns:
         What report.json holds.
@@ -85,11 +100,17 @@ def run(
     pictures.require("heatmap")
     check_output_folder(folder)
     first = _look(source, data_dir)
-    others = [_look(each, data_dir) for each in beside]
+    others = [_look(each, None) for each in beside]
+    for each in [first, *others] if others else []:
+        if _side(each.model) is None:
+            raise ValueError(
+                f"beside: expected runs whose bank is the image's patches, got {each.name}"
+            )
     files = [check_path("images", file) for file in images]
-    drawn = _examples(first, files)
+    with pictures.plain_settings():
+        drawn = _examples(first, files)
     folder.mkdir(parents=True, exist_ok=True)
-    with lenient_output(), claim(folder) as writing:
+    with lenient_output(), claim(folder) as writing, pictures.plain_settings():
         report: dict[str, Any] = {
             "run": printable(source),
             "images": len(first.data.test_labels),
@@ -118,10 +139,17 @@ def _look(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | Non
             f"run: expected that of an AdaTape of images that reads, got {printable(folder)}, "
             f"a {type(model).__name__}"
         )
-    assert model.preprocessing is not None
     data = images_of_run(folder, None if data_dir is None else Path(data_dir))
-    output = predict(model, data.test_images, model.preprocessing.normaliser)
+    output = predict(model, data.test_images, _normaliser(model))
     return _Looked(folder.name or "run", model, data, output)
+
+
+def _normaliser(model: AdaTapeViT) -> Normaliser:
+    """Return what a model was trained with. Raises ValueError where that is not known."""
+    known = model.preprocessing
+    if known is None:
+        raise ValueError("run: expected a model with its preprocessing, got one without")
+    return Normaliser(known.mean, known.std)
 
 
 def _side(model: AdaTapeViT) -> int | None:
@@ -182,24 +210,13 @@ def _mean(images: Images, chosen: Tensor) -> Tensor | None:
 def _draw_lengths(out: RunFolder, looked: _Looked) -> dict[str, Any]:
     """Measure tapes of clean, noisy and blurred images; draw and return their mean lengths."""
     data, output = looked.data, looked.output
-    assert looked.model.preprocessing is not None
-    normaliser = looked.model.preprocessing.normaliser
+    normaliser = _normaliser(looked.model)
     generator = epoch_generator(_SPOILED_SEED, 0)
 
-    class Spoiled:
-        def __init__(self, spoil: Any):
-            self.spoil = spoil
-
-        def __len__(self) -> int:
-            return len(data.test_labels)
-
-        def __getitem__(self, indices: Tensor) -> Tensor:
-            return self.spoil(unit_range(data.test_images[indices]))
-
-    with_noise = predict(
-        looked.model, Spoiled(lambda x: noisy(x, NOISE, generator)), normaliser
-    ).tape_lens
-    with_blur = predict(looked.model, Spoiled(lambda x: blurred(x, BLUR)), normaliser).tape_lens
+    with_noise, with_blur = (
+        predict(looked.model, _Spoiled(data.test_images, spoil), normaliser).tape_lens
+        for spoil in (lambda x: noisy(x, NOISE, generator), lambda x: blurred(x, BLUR))
+    )
     right = output.logits.argmax(1) == data.test_labels
     losses = functional.cross_entropy(output.logits.float(), data.test_labels, reduction="none")
     lengths = LengthsRead(
@@ -227,7 +244,10 @@ def _examples(looked: _Looked, files: Sequence[Path]) -> Any:
         return None
     if files:
         inputs = torch.cat([preprocessing.file(file) for file in files])
-        mean, std = (torch.tensor(x).view(-1, 1, 1) for x in preprocessing.normaliser_values)
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
         pixels = [(image * std + mean).clamp(0, 1) for image in inputs]
         titles = [pictures.drawn_name(file.name) for file in files]
         with torch.no_grad():
@@ -248,10 +268,7 @@ def _draw_beside(out: RunFolder, looked: Sequence[_Looked]) -> list[dict[str, An
     panels, entries = [], []
     for each in looked:
         side = _side(each.model)
-        if side is None:
-            raise ValueError(
-                f"beside: expected runs whose bank is the image's patches, got {each.name}"
-            )
+        assert side is not None
         labels = each.data.test_labels
         places = places_read(each.output.reads[0], labels, each.data.num_classes, side)
         mean = _mean(each.data.test_images, torch.arange(len(labels)))
@@ -267,7 +284,10 @@ def _draw_beside(out: RunFolder, looked: Sequence[_Looked]) -> list[dict[str, An
 
 def _write(out: RunFolder, name: str, figure: Any) -> None:
     content = io.BytesIO()
-    figure.savefig(content, dpi=130)
+    # A glyph that the font lacks is drawn as a box, which is no reason for a warning.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.savefig(content, dpi=130)
     out.write(f"{name}.png", content.getvalue())
 
 

@@ -73,10 +73,9 @@ def draw_steps(places: PlacesRead) -> Any:
     figure, axes = axes_of(rows, columns, max(5, 1.5 * columns), 1.9 * rows + 0.7)
     for axis in axes.flat:
         axis.axis("off")
-    heat = None
     for number, step in enumerate(steps):
         axis = axes.flat[number]
-        heat = axis.imshow(places.by_step[step].numpy(), cmap=_COLOURS, vmin=0)
+        axis.imshow(places.by_step[step].numpy(), cmap=_COLOURS, vmin=0)
         titled(axis, f"step {step + 1}\n{int(places.images_by_step[step]):,} images")
     figure.suptitle("Where each step reads; each picture on a scale of its own, dark is often")
     return figure
@@ -110,9 +109,7 @@ def draw_examples(
     return figure
 
 
-def _draw_patch(
-    axis: Any, index: int, step: int, height: float, width: float, side: int
-) -> None:
+def _draw_patch(axis: Any, index: int, step: int, height: float, width: float, side: int) -> None:
     """Outline a patch, and write the number of its step into it."""
     from matplotlib.patches import Rectangle
 

@@ -130,7 +130,7 @@ def mean_of(lengths: Tensor) -> float:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Return Pearson's correlation of two float or integer tensors (n,), NaN where one is constant."""
+    """Return Pearson's correlation of two tensors (n,), NaN where one is constant."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     scale = (a.square().sum() * b.square().sum()).sqrt()
     return (a @ b / scale).item() if scale > 0 else torch.nan
