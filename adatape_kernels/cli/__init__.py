@@ -11,7 +11,9 @@ from adatape_kernels.cli import (
     demo_command,
     export_command,
     finetune_command,
+    heatmap_command,
     info_command,
+    parity_command,
     predict_command,
     train_command,
     verify_command,
@@ -32,6 +34,8 @@ COMMANDS = (
     demo_command,
     train_command,
     finetune_command,
+    heatmap_command,
+    parity_command,
     predict_command,
     export_command,
 )

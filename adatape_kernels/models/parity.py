@@ -10,6 +10,7 @@ from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.encoder_config import MOST_TOKENS, MOST_VALUES
 from adatape_kernels.models.model_file import saved_with
+from adatape_kernels.models.value_checks import as_flag
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class AdaTapeParityConfig(AdaTapeConfig):
     """Number of elements of a sequence."""
     element_dim: int = 3
     """Number of features of an element, which is a one-hot symbol."""
+    sequence_token: bool = True
+    """Whether a token stands for the whole sequence. Without it the class token is the only input,
+    the model knows a sequence through its tape alone, and sequences may be shorter than seq_len."""
 
     def _check_values(self) -> None:
         super()._check_values()
@@ -40,17 +44,25 @@ class AdaTapeParityConfig(AdaTapeConfig):
         self._check_integer("element_dim", 1, MOST_VALUES // self.seq_len)
         if self.bank == "input" and self.seq_len < self.topk:
             raise ValueError(f"topk: expected at most seq_len = {self.seq_len}, got {self.topk}")
+        as_flag("sequence_token", self.sequence_token)
+        if not self.sequence_token and (self.pooling, self.bank) != ("token", "input"):
+            raise ValueError(
+                "sequence_token: expected True unless pooling is 'token' and bank 'input', "
+                f"got False with {self.pooling!r} and {self.bank!r}"
+            )
 
     def _parameters(self) -> Iterator[tuple[str, int]]:
         yield from super()._parameters()
-        yield "dim, seq_len, element_dim", self.dim * (self.seq_len + 1) * self.element_dim
+        elements = self.seq_len + 1 if self.sequence_token else 1
+        yield "dim, seq_len, element_dim", self.dim * elements * self.element_dim
 
 
 @saved_with(AdaTapeParityConfig)
 class AdaTapeParity(AdaTape):
     """A classifier of sequences (batch, seq_len, element_dim).
 
-    One token stands for the whole sequence; single elements reach the model through the tape.
+    One token stands for the whole sequence, unless the configuration leaves it out; single elements
+    reach the model through the tape.
 
     Args:
         config: sizes and choices.
@@ -78,7 +90,9 @@ class AdaTapeParity(AdaTape):
     def __init__(self, config: AdaTapeParityConfig):
         check_kind("config", config, AdaTapeParityConfig)
         super().__init__(config)
-        self.sequence_embed = nn.Linear(config.seq_len * config.element_dim, config.dim)
+        self.sequence_embed: nn.Linear | None = None
+        if config.sequence_token:
+            self.sequence_embed = nn.Linear(config.seq_len * config.element_dim, config.dim)
         if config.bank == "input":
             self.pre_bank = nn.Linear(config.element_dim, config.dim)
 
@@ -89,11 +103,12 @@ class AdaTapeParity(AdaTape):
         """Flatten each sequence into one token, and make each element a bank token.
 
         Args:
-            inputs: (batch, seq_len, element_dim).
+            inputs: (batch, seq_len, element_dim), or shorter without a sequence token.
 
         Returns:
-            Input tokens (batch, 1 (+ 1), dim), with the class token where the model has one, and
-            the bank (batch, seq_len, dim) or None where it is learnable.
+            Input tokens (batch, 1 (+ 1), dim), with the class token where the model has one and the
+            sequence's where it has that; and the bank (batch, seq_len, dim), None where it is
+            learnable.
 
         Raises:
             TypeError: inputs is no tensor.
@@ -108,12 +123,20 @@ class AdaTapeParity(AdaTape):
             >>> tokens.shape, bank.shape
             (torch.Size([5, 2, 24]), torch.Size([5, 40, 24]))
         """
-        shape = (self.config.seq_len, self.config.element_dim)
         check_kind("inputs", inputs, Tensor)
-        if inputs.dim() != 3 or inputs.shape[1:] != shape:
-            raise ValueError(f"inputs: expected (batch, {shape}), got {tuple(inputs.shape)}")
-        tokens = self.with_class_token(self.sequence_embed(inputs.flatten(1)).unsqueeze(1))
-        if self.config.bank == "learn":
+        c = self.config
+        least = c.seq_len if self.sequence_embed is not None else c.topk
+        length, features = inputs.shape[1:] if inputs.dim() == 3 else (0, 0)
+        if not least <= length <= c.seq_len or features != c.element_dim:
+            lengths = c.seq_len if least == c.seq_len else f"{least} to {c.seq_len}"
+            raise ValueError(
+                f"inputs: expected (batch, ({lengths}, {c.element_dim})), got {tuple(inputs.shape)}"
+            )
+        tokens = inputs.new_zeros(len(inputs), 0, c.dim)
+        if self.sequence_embed is not None:
+            tokens = self.sequence_embed(inputs.flatten(1)).unsqueeze(1)
+        tokens = self.with_class_token(tokens)
+        if c.bank == "learn":
             return tokens, None
         # The product with a one-hot element is a row of the weights plus zeros, which rounds
         # nothing: equal elements give bank rows of equal bits, wherever they stand.

@@ -1,7 +1,9 @@
 """Pictures of what a model read: which patches, how many, and at what cost."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,12 +72,7 @@ def draw_all(
         bank_patch_size: side in pixels of the patches that the model's bank is made of; None where
             it is made of something else, or where there is no bank.
     """
-    import matplotlib
-
-    # Settings of the user, such as text by way of TeX, could make names fail; and a glyph that the
-    # font lacks, which is drawn as a box, is no reason for a warning.
-    with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with plain_settings():
         figures = {"costs": cost_shares(comparison.costs())}
         if comparison.rows_by_layer is None:
             figures["tape_lengths"] = tape_lengths(comparison.images_by_tape_length)
@@ -90,6 +87,20 @@ def draw_all(
             content = io.BytesIO()
             figure.savefig(content, dpi=130)
             out.write(f"{name}.png", content.getvalue())
+
+
+@contextlib.contextmanager
+def plain_settings() -> Iterator[None]:
+    """Draw as matplotlib does by itself, and without warnings.
+
+    Settings of the user, such as text by way of TeX, could make names fail; and a glyph that the
+    font lacks, which is drawn as a box, is no reason for a warning.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def drawn_name(name: str, words: str = "") -> str:
@@ -115,7 +126,7 @@ def _width(line: str) -> float:
     return TextToPath().get_text_width_height_descent(line, font, ismath=False)[0]
 
 
-def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def axes_of(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """Return a figure of a size in inches and its axes (rows, columns).
 
     The figure knows no window system and is known to nobody else, so that it goes when it is done.
@@ -126,7 +137,7 @@ def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _title(axis: Any, text: str) -> None:
+def titled(axis: Any, text: str) -> None:
     """Put a text with names of users above a picture; `$` is a letter there like any other."""
     axis.set_title(text, fontsize=_TEXT_SIZE, parse_math=False)
 
@@ -149,16 +160,16 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
     panels = [(name, chosen) for name, chosen in panels if len(chosen)][:_MOST_CLASSES]
     panels.append(("all", torch.arange(len(labels))))
     rows = -(-len(panels) // 4)
-    figure, axes = _axes(rows, 8, 13, 1.8 * rows + 0.5)
+    figure, axes = axes_of(rows, 8, 13, 1.8 * rows + 0.5)
     for axis in axes.flat:
         axis.axis("off")
     for panel, (title, chosen) in enumerate(panels):
         row, column = divmod(panel, 4)
         mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
         some = chosen[torch.arange(0, len(chosen), -(-len(chosen) // _MEAN_IMAGES))]
-        mean_axis.imshow(_shown(unit_range(data.test_images[some]).mean(0)), cmap="gray")
-        _title(mean_axis, title)
-        _title(heat_axis, "patches read")
+        mean_axis.imshow(shown_image(unit_range(data.test_images[some]).mean(0)), cmap="gray")
+        titled(mean_axis, title)
+        titled(heat_axis, "patches read")
         image = heat_axis.imshow(
             read[chosen].float().mean(0).numpy(), cmap="viridis", vmin=0, vmax=1
         )
@@ -171,14 +182,14 @@ def heatmap(data: ImageSet, read: Tensor) -> Any:
     return figure
 
 
-def _shown(image: Tensor) -> Any:
+def shown_image(image: Tensor) -> Any:
     """Return an image (channels, height, width) as matplotlib shows it."""
     return image.permute(1, 2, 0).squeeze(2).numpy()
 
 
 def tape_lengths(images_by_tape_length: list[int]) -> Any:
     """Draw how many test images read each number of tape tokens."""
-    figure, ((axis,),) = _axes(1, 1, 6, 3.6)
+    figure, ((axis,),) = axes_of(1, 1, 6, 3.6)
     counts = images_by_tape_length
     bars = axis.bar(range(len(counts)), counts, color=_ELASTIC)
     axis.axvline(len(counts) - 1, color=_PADDED, linestyle="--")
@@ -207,7 +218,7 @@ def tape_lengths(images_by_tape_length: list[int]) -> Any:
 
 def rows_alive(rows_by_layer: list[int], images: int) -> Any:
     """Draw how many rows of an image each layer computes, on average over the test images."""
-    figure, ((axis,),) = _axes(1, 1, 6, 3.6)
+    figure, ((axis,),) = axes_of(1, 1, 6, 3.6)
     rows, layers = [count / images for count in rows_by_layer], range(1, len(rows_by_layer) + 1)
     bars = axis.bar(layers, rows, color=_ELASTIC)
     axis.axhline(rows[0], color=_PADDED, linestyle="--")
@@ -239,12 +250,12 @@ def shortest_longest(
     score = output.tape_lens + output.ponder.sum(1) / (1 + output.ponder.sum(1))
     order = score.argsort()
     columns = min(columns, len(order))
-    figure, axes = _axes(2, columns, max(7, 1.5 * columns), 4.3)
+    figure, axes = axes_of(2, columns, max(7, 1.5 * columns), 4.3)
     margin, width = 0.06 - 0.5, bank_patch_size - 0.12
     for axis_row, chosen in zip(axes, (order[:columns], order[-columns:].flip(0)), strict=True):
         images = unit_range(data.test_images[chosen])
         for axis, pixels, image in zip(axis_row, images, chosen.tolist(), strict=True):
-            axis.imshow(_shown(pixels), cmap="gray")
+            axis.imshow(shown_image(pixels), cmap="gray")
             axis.axis("off")
             for y, x in read[image].nonzero().tolist():
                 corner = (x * bank_patch_size + margin, y * bank_patch_size + margin)
@@ -254,7 +265,7 @@ def shortest_longest(
             taken_for = drawn_name(data.class_names[guess], "taken for ")
             wrong = "" if label == guess else f"\n{taken_for}"
             tokens = int(output.tape_lens[image])
-            _title(axis, f"{name}{wrong}\n{tokens} {'token' if tokens == 1 else 'tokens'}")
+            titled(axis, f"{name}{wrong}\n{tokens} {'token' if tokens == 1 else 'tokens'}")
     figure.suptitle("The shortest tapes (above) and the longest (below); outlined: patches read")
     return figure
 
@@ -263,7 +274,7 @@ def cost_shares(costs: list[Cost]) -> Any:
     """Draw each cost of the elastic model as a share of that of the padded model."""
     costs = costs[::-1]  # bars are drawn from the bottom upwards
     shares = [cost.elastic / cost.padded for cost in costs]
-    figure, ((axis,),) = _axes(1, 1, 7, 3.6)
+    figure, ((axis,),) = axes_of(1, 1, 7, 3.6)
     bars = axis.barh([cost.label for cost in costs], shares, color=_ELASTIC)
     texts = [
         f"{share:.2f}  ({cost.elastic / cost.unit:,.4g} : {cost.padded / cost.unit:,.4g})"

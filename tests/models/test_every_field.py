@@ -176,7 +176,7 @@ SIZES = {"num_classes": 10, "dim": 24, "depth": 1, "num_heads": 2, "ffn_dim": 32
 TABLES = {
     AdaTapeConfig: (MODEL, SIZES),
     AdaTapeViTConfig: (IMAGES, {**SIZES, "image_size": 16, "patch_size": 8, "bank_patch_size": 4}),
-    AdaTapeParityConfig: (SEQUENCES, SIZES),
+    AdaTapeParityConfig: ({**SEQUENCES, "sequence_token": NO_FLAG}, SIZES),
     EncoderConfig: (ENCODER, SIZES),
     ViTConfig: ({**ENCODER, **PIXELS}, {**SIZES, "image_size": 16, "patch_size": 8}),
     TransformerConfig: ({**ENCODER, **ELEMENTS}, SIZES),

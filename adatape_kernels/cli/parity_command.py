@@ -1,0 +1,78 @@
+"""`adatape-kernels parity`: AdaTape and its baselines on the parity task."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from adatape_kernels.cli.options import add_backend, chosen_backend
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "parity", help="train AdaTape and its baselines on the parity task, into one table"
+    )
+    add = parser.add_argument
+    add(
+        "--lengths",
+        type=_integers,
+        default=(16, 32, 64),
+        metavar="N,N",
+        help="numbers of symbols of a sequence; default: 16,32,64",
+    )
+    add(
+        "--models",
+        type=_names,
+        default=("adatape", "transformer", "universal"),
+        metavar="NAME,NAME",
+        help="adatape, transformer, universal, and the ablations adatape-last-read, "
+        "adatape-fixed-query and adatape-one-by-one; default: adatape,transformer,universal",
+    )
+    add(
+        "--seeds",
+        type=_integers,
+        default=(0, 1, 2),
+        metavar="N,N",
+        help="each is a run of each model at each length; default: 0,1,2",
+    )
+    add("--out", default="adatape-parity", metavar="FOLDER", help="default: %(default)s")
+    for name, kind, default, text in (
+        ("steps", int, 2500, "number of steps of a run"),
+        ("batch", int, 256, "number of new sequences in a step"),
+        ("lr", float, 1e-3, "the highest learning rate"),
+        ("curriculum", float, 0.0, "share of the steps in which sequences grow to their length"),
+        ("eval-examples", int, 6400, "number of fixed sequences that a run is measured on"),
+    ):
+        help_text = f"{text}; default: %(default)s"
+        add(f"--{name}", type=kind, default=default, metavar="N", help=help_text)
+    add(
+        "--protocol",
+        default="uniform",
+        metavar="NAME",
+        help="uniform symbols, or extrapolate: train where at most half of the symbols are not 0, "
+        "measure where more are; default: %(default)s",
+    )
+    add("--jobs", type=int, metavar="N", help="runs at a time, a thread each; default: one a core")
+    add_backend(parser)
+    parser.set_defaults(run=run)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train the table, or what is missing of it."""
+    from adatape_kernels.recipes.parity import parity_table
+    from adatape_kernels.recipes.parity.parity_config import ParityConfig
+
+    names = [field.name for field in dataclasses.fields(ParityConfig)]
+    config = ParityConfig(**{name: getattr(arguments, name) for name in names})
+    backends = arguments.backend.split(",") if arguments.backend else ()
+    with chosen_backend(arguments.backend):  # which says what is wrong with the names
+        parity_table.run(arguments.out, config, jobs=arguments.jobs, backends=backends)
+    return 0

@@ -1,0 +1,205 @@
+"""The command `parity`: all runs of the table, one after another, each kept when it is done."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adatape_kernels.arguments import shown
+from adatape_kernels.data.printable import printable
+from adatape_kernels.models import AdaTapeParity
+from adatape_kernels.models.value_checks import as_integer
+from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.machine import environment
+from adatape_kernels.recipes.model_loading import load
+from adatape_kernels.recipes.output_folder import check_output_folder
+from adatape_kernels.recipes.parity.parity_bars import ParityBars
+from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
+from adatape_kernels.recipes.parity.parity_picture import drawn
+from adatape_kernels.recipes.parity.parity_training import ParityResult, eval_sequences
+from adatape_kernels.recipes.parity.parity_workers import Progress, in_processes, usable_cores
+from adatape_kernels.recipes.parity.reads_picture import (
+    drawn_reads,
+    pairs_tell_parity,
+    reading_of,
+)
+from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
+from adatape_kernels.recipes.terminal import lenient_output
+
+REPORT, PICTURE = "report.json", "parity.png"
+_MOST_JOBS = 1024
+_DRAWN_EXAMPLES = 400
+
+
+def run(
+    out: str | os.PathLike[str],
+    config: ParityConfig,
+    *,
+    jobs: int | None = None,
+    backends: Sequence[str] = (),
+) -> list[ParityResult]:
+    """Train what is not trained yet, and write report.json and parity.png into `out`.
+
+    reads-LENGTH.png shows what the best AdaTape of a length reads. Each run leaves
+    NAME-LENGTH-SEED.json and .safetensors. A run that is there already, with the same options, is
+    taken as it is; so a table that was interrupted, or that is to be larger, goes on where it
+    ended.
+
+    Args:
+        out: a folder, made if it is missing.
+        config: which runs there are, and how each is trained.
+        jobs: number of runs at a time, each in a process with one thread; None for one a core.
+        backends: the backend that serves the ops, and those that serve what it does not; the
+            fastest by default.
+
+    Returns:
+        The results of all runs, in their order.
+
+    Raises:
+        ValueError: `out` cannot be made or written, another process writes into it, or it holds a
+            run that was trained in another way; the error names the file. Or jobs is below 1.
+        OSError: a file cannot be written.
+        RuntimeError: a package of the extra `demo` is missing, a loss is not finite, or a process
+            was ended.
+    """
+    folder = folder_argument("out", out)
+    jobs = usable_cores() if jobs is None else as_integer("jobs", jobs, 1, _MOST_JOBS)
+    pictures.require("parity")
+    check_output_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lenient_output(), claim(folder) as run_folder:
+        done = {each: _finished(folder, each, config) for each in config.runs()}
+        results = _train_rest(run_folder, config, done, jobs, backends)
+        print(table(results))
+        print(f"report, picture and models: {printable(folder)}{os.sep}")
+        return results
+
+
+def _train_rest(
+    out: RunFolder,
+    config: ParityConfig,
+    done: dict[Run, ParityResult | None],
+    jobs: int,
+    backends: Sequence[str],
+) -> list[ParityResult]:
+    """Train the runs that have no result, with a bar for the table and one for each run."""
+
+    def finished() -> list[ParityResult]:
+        return [result for result in done.values() if result is not None]
+
+    left = [each for each, result in done.items() if result is None]
+    with ParityBars(len(done), len(finished()), config.steps) as bars:
+        for event in in_processes(left, config, jobs, backends):
+            if isinstance(event, Progress):
+                bars.move(event)
+                continue
+            stem, result = event.run.stem, event.result
+            out.write(f"{stem}.safetensors", event.model)
+            out.write(
+                f"{stem}.json", _json({"training": config.training(), "result": result.entries()})
+            )
+            done[event.run] = result
+            bars.end(event)
+            _write_report(out, config, finished())
+    _write_report(out, config, finished(), _draw_reads(out, config, finished()))
+    return finished()
+
+
+def _draw_reads(
+    out: RunFolder, config: ParityConfig, results: list[ParityResult]
+) -> dict[str, float]:
+    """Draw what the best AdaTape of each length reads.
+
+    Returns:
+        By length, for how many of the sequences split pairs tell the label.
+    """
+    found: dict[str, float] = {}
+    own = [result for result in results if result.model == "adatape"]
+    for length in dict.fromkeys(result.length for result in own):
+        best = max((r for r in own if r.length == length), key=lambda result: result.accuracy)
+        stem = Run(best.model, best.length, best.seed).stem
+        model = load(out.folder / f"{stem}.safetensors")
+        assert isinstance(model, AdaTapeParity)
+        sequences = eval_sequences(length, _DRAWN_EXAMPLES, config.protocol)
+        out.write(f"reads-{length}.png", drawn_reads(model, sequences))
+        found[str(length)] = pairs_tell_parity(reading_of(model, sequences), sequences.labels)
+    return found
+
+
+def _write_report(
+    out: RunFolder,
+    config: ParityConfig,
+    results: list[ParityResult],
+    pairs: dict[str, float] | None = None,
+) -> None:
+    report = {
+        "results": [result.entries() for result in results],
+        "pairs_tell_parity": pairs or {},
+        "options": asdict(config),
+        **environment(),
+    }
+    out.write(REPORT, _json(report))
+    out.write(PICTURE, drawn(results))
+
+
+def _json(entries: dict[str, Any]) -> bytes:
+    return (json.dumps(entries, indent=2) + "\n").encode()
+
+
+def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | None:
+    """Return the result that a folder has of a run, or None.
+
+    Raises:
+        ValueError: the file is none of ours, or the run was trained in another way.
+    """
+    file = folder / f"{each.stem}.json"
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{file}: expected the result of a run, got {error.strerror}") from None
+    try:
+        entries = json.loads(content)
+        training, result = entries["training"], dict(entries["result"])
+        curve = tuple((int(n), float(loss), float(a)) for n, loss, a in result.pop("curve"))
+        found = ParityResult(**result, curve=curve)
+        fits = (found.model, found.length, found.seed) == each
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{file}: expected the result of {each.stem}, got another content")
+    expected = config.training()
+    for name, value in expected.items():
+        if training.get(name) != value:
+            raise ValueError(
+                f"{name.replace('_', '-')}: expected {shown(training.get(name))}, as in {file}, "
+                f"got {shown(value)}"
+            )
+    return found
+
+
+def table(results: list[ParityResult]) -> str:
+    """Return the results as text, a line for each model and length."""
+    lines = [
+        "",
+        f"{'length':>6}  {'model':20} {'accuracy: mean, least to most':>32} {'as trained':>11} "
+        f"{'seeds':>6} {'seconds':>8} {'parameters':>11}",
+    ]
+    for length in dict.fromkeys(result.length for result in results):
+        for model in dict.fromkeys(result.model for result in results):
+            group = [r for r in results if (r.model, r.length) == (model, length)]
+            if not group:
+                continue
+            values = [result.accuracy for result in group]
+            mean = sum(values) / len(values)
+            spread = f"{mean:8.2%}  {min(values):8.2%} to {max(values):8.2%}"
+            trained = sum(result.trained_accuracy for result in group) / len(group)
+            seconds = sum(result.seconds for result in group) / len(group)
+            lines.append(
+                f"{length:6}  {model:20} {spread:>32} {trained:11.2%} {len(group):6} "
+                f"{seconds:8.0f} {group[0].parameters:11,}"
+            )
+    return "\n".join(lines)

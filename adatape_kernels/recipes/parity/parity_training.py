@@ -1,0 +1,181 @@
+"""One run of the parity table: training from a seed, and the accuracy on fixed sequences."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adatape_kernels.data.parity_sequences import (
+    ParitySequences,
+    short_sequences,
+    sparse_sequences,
+    uniform_sequences,
+)
+from adatape_kernels.models import Classifier
+from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
+from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
+from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repeatable
+
+_EVAL_SEED = 20_260_101
+_EVAL_BATCH = 400
+_CURVE_POINTS = 25
+_FIRST_LENGTH = 4
+# Sequences that a point of the curve is measured on, of those that the result is.
+_CURVE_EXAMPLES = 1600
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """What came out of a run."""
+
+    model: str
+    length: int
+    seed: int
+    accuracy: float
+    """Share of the evaluation sequences whose label is right."""
+    trained_accuracy: float
+    """The same of sequences as they are trained on, which is equal but for `extrapolate`."""
+    seconds: float
+    """What training took, without evaluation."""
+    parameters: int
+    steps: int
+    """Number of steps of the optimizer."""
+    work_per_example: float
+    """Tape tokens that an evaluation sequence reads, or steps that it takes, on average."""
+    curve: tuple[tuple[int, float, float], ...]
+    """Steps behind, training loss since the last point, and accuracy on some of the sequences."""
+
+    def entries(self) -> dict[str, Any]:
+        """Return what report.json holds of it."""
+        return {**asdict(self), "curve": [list(point) for point in self.curve]}
+
+
+def eval_sequences(
+    length: int, count: int, protocol: Protocol = "uniform", *, as_trained: bool = False
+) -> ParitySequences:
+    """Return the sequences that every model is measured on, the same for every seed.
+
+    Args:
+        length: number of symbols of a sequence.
+        count: number of sequences.
+        protocol: what is measured on.
+        as_trained: whether to take sequences as in training where the protocol tells the two apart.
+    """
+    generator = epoch_generator(_EVAL_SEED, length)
+    if protocol == "uniform":
+        return uniform_sequences(count, length, generator)
+    half = length // 2
+    return sparse_sequences(
+        count, length, (1, half) if as_trained else (half + 1, length), generator
+    )
+
+
+def train(
+    run: Run, config: ParityConfig, progress: Callable[[int, float, float | None], None]
+) -> tuple[Classifier, ParityResult]:
+    """Train one model.
+
+    Args:
+        run: which one.
+        config: how.
+        progress: called behind each step with the number of steps, the loss, and the last accuracy
+            that was measured.
+
+    Raises:
+        RuntimeError: the loss is not finite; the error names run and step.
+    """
+    torch.manual_seed(run.seed)
+    uniform = config.protocol == "uniform"
+    model = new_model(run.model, run.length, sequence_token=uniform)
+    # An epoch is a step, for which the plan's learning rate is made.
+    plan = TrainPlan(
+        1, config.batch, config.lr, weight_decay=0.0, warmup_share=0.1, max_grad_norm=1.0
+    )
+    optimizer = plan.optimizer(model)
+    generator = epoch_generator(run.seed, run.length)
+    evaluation = eval_sequences(run.length, config.eval_examples, config.protocol)
+    as_trained = eval_sequences(run.length, config.eval_examples, config.protocol, as_trained=True)
+    some = ParitySequences(*(part[:_CURVE_EXAMPLES] for part in as_trained))
+    every = max(1, config.steps // _CURVE_POINTS)
+    curve: list[tuple[int, float, float]] = []
+    seconds, losses = 0.0, 0.0
+    with repeatable():
+        for step in range(config.steps):
+            start = time.perf_counter()
+            sequences = _training_sequences(run.length, step, config, generator)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate_at(step, config.steps)
+            loss = _step(model, sequences, optimizer, plan.max_grad_norm)
+            if not math.isfinite(loss):
+                raise RuntimeError(
+                    f"loss: expected a finite value in {run.stem} at step {step}, got {loss}"
+                )
+            losses += loss
+            seconds += time.perf_counter() - start
+            if (step + 1) % every == 0:
+                curve.append((step + 1, losses / every, measure(model, some)[0]))
+                losses = 0.0
+            progress(step + 1, loss, curve[-1][2] if curve else None)
+        accuracy, work = measure(model, evaluation)
+        trained_accuracy = accuracy if uniform else measure(model, as_trained)[0]
+    return model, ParityResult(
+        *run,
+        accuracy,
+        trained_accuracy,
+        seconds,
+        num_parameters(model),
+        config.steps,
+        work,
+        tuple(curve),
+    )
+
+
+def _training_sequences(
+    length: int, step: int, config: ParityConfig, generator: torch.Generator
+) -> ParitySequences:
+    """Return the new sequences of a step, which grow while the curriculum lasts."""
+    if config.protocol == "extrapolate":
+        return sparse_sequences(config.batch, length, (1, length // 2), generator)
+    growing = config.curriculum * config.steps
+    if step >= growing or length <= _FIRST_LENGTH:
+        return uniform_sequences(config.batch, length, generator)
+    share = step / growing
+    longest = round(_FIRST_LENGTH * (length / _FIRST_LENGTH) ** share)
+    return short_sequences(config.batch, length, longest, generator)
+
+
+def _step(
+    model: Classifier,
+    sequences: ParitySequences,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+) -> float:
+    """Take a step of the optimizer; return the loss before it."""
+    loss = model.loss(model(sequences.one_hot()), sequences.labels)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return loss.item()
+
+
+def measure(model: Classifier, sequences: ParitySequences) -> tuple[float, float]:
+    """Return a model's accuracy and its mean work, tape tokens or steps, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    right, work = 0, 0.0
+    with torch.no_grad():
+        for start in range(0, len(sequences.labels), _EVAL_BATCH):
+            part = ParitySequences(*(x[start : start + _EVAL_BATCH] for x in sequences))
+            output = model(part.one_hot())
+            right += int((output.logits.argmax(1) == part.labels).sum())
+            if output.halted is not None:
+                work += output.halted.steps.float().sum().item()
+            else:
+                work += output.tape_lens.float().sum().item()
+    model.train(was_training)
+    return right / len(sequences.labels), work / len(sequences.labels)
