@@ -188,7 +188,7 @@ class TapeReader(ElasticModule):
         capacity: int | None,
     ) -> tuple[Tensor, Tensor, TapeSelection]:
         """Return tape, offsets and selection, as `ops.tape_read` does."""
-        if self._may_copy_rows_of(bank):
+        if self._may_copy_rows_of(bank, query):
             bank = recomputed(cast(Tensor, bank))
         options: Any = {
             "num_tape_tokens": self.num_tape_tokens,
@@ -234,16 +234,18 @@ class TapeReader(ElasticModule):
             >>> reader.reads_little_of(3, 100), reader.reads_little_of(3, 10)
             (True, False)
         """
-        return is_plain(self.bank_norm, nn.LayerNorm) and is_worth_it(
-            batch, bank_size, self.num_tape_tokens, self.topk
+        return (
+            is_plain(self.bank_norm, nn.LayerNorm)
+            and type(self).normalised is TapeReader.normalised
+            and "normalised" not in self.__dict__
+            and is_worth_it(batch, bank_size, self.num_tape_tokens, self.topk)
         )
 
-    def _may_copy_rows_of(self, bank: Any) -> bool:
+    def _may_copy_rows_of(self, bank: Any, query: Tensor) -> bool:
         return (
             type(bank) in (Tensor, nn.Parameter)
             and bank.dim() == 3
-            and type(self).normalised is TapeReader.normalised
-            and "normalised" not in self.__dict__
+            and any(each.requires_grad for each in (bank, query, *self.bank_norm.parameters()))
             and self.reads_little_of(bank.shape[0], bank.shape[1])
         )
 

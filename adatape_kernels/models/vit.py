@@ -219,7 +219,10 @@ class AdaTapeViT(AdaTape, ImageClassifier):
             and cuts_patches(self.bank_embed, c.bank_patch_size)
             and is_plain(self.pre_bank, nn.Linear)
         )
-        return as_written and all(
+        if not as_written:
+            return False
+        sources = (inputs, self.bank_position, self.bank_embed.weight, self.pre_bank.weight)
+        return any(each.requires_grad for each in sources) and all(
             type(reader) is TapeReader
             and is_bare(reader)
             and reader.reads_little_of(len(inputs), c.bank_tokens)
