@@ -2,10 +2,18 @@
 
 import contextlib
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adatape_kernels.layers import TapeReader
+from adatape_kernels.layers import TapeReader, recomputed_bank
+
+
+@pytest.fixture
+def of_any_size(monkeypatch):
+    """Let small banks do what otherwise pays for large ones only."""
+    for name in ("LEAST_ELEMENTS", "LEAST_FROM_PATCHES_ON_CPU"):
+        monkeypatch.setattr(recomputed_bank, name, 1)
 
 
 class _Names(TorchDispatchMode):

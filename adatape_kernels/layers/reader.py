@@ -11,7 +11,9 @@ from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.layer_checks import check_rate, check_size
 from adatape_kernels.layers.recomputed_bank import (
     RecomputedBank,
-    is_worth_it,
+    is_large,
+    plain_backward_pass,
+    reads_little,
     recomputed,
     rows_of_selection,
 )
@@ -221,32 +223,33 @@ class TapeReader(ElasticModule):
             capacity=capacity,
         )
 
-    def reads_little_of(self, batch: int, bank_size: int) -> bool:
+    def may_recompute(self, bank_size: int) -> bool:
         """Return whether banks of such a size may come as a `RecomputedBank`.
 
         Args:
-            batch: number of examples.
             bank_size: number of entries of each example's bank.
 
         Example:
             >>> import adatape_kernels as ak
             >>> reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=2.0)
-            >>> reader.reads_little_of(3, 100), reader.reads_little_of(3, 10)
+            >>> reader.may_recompute(100), reader.may_recompute(10)
             (True, False)
         """
         return (
-            is_plain(self.bank_norm, nn.LayerNorm)
+            plain_backward_pass()
+            and reads_little(bank_size, self.num_tape_tokens, self.topk)
+            and is_plain(self.bank_norm, nn.LayerNorm)
             and type(self).normalised is TapeReader.normalised
             and "normalised" not in self.__dict__
-            and is_worth_it(batch, bank_size, self.num_tape_tokens, self.topk)
         )
 
     def _may_copy_rows_of(self, bank: Any, query: Tensor) -> bool:
         return (
             type(bank) in (Tensor, nn.Parameter)
             and bank.dim() == 3
+            and is_large(bank.numel(), bank.device.type, from_patches=False)
             and any(each.requires_grad for each in (bank, query, *self.bank_norm.parameters()))
-            and self.reads_little_of(bank.shape[0], bank.shape[1])
+            and self.may_recompute(bank.shape[1])
         )
 
     def normalised(

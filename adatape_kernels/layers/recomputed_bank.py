@@ -14,8 +14,13 @@ from torch import Tensor
 
 from adatape_kernels.ops.fast_autograd import reverse_mode_alone
 
-_READS_THAT_PAY = 0.5
-"""The largest share of a bank that is worth being made twice; docs/gpu-performance.md has why."""
+# docs/gpu-performance.md has the arithmetic behind these, and docs/design.md what was measured.
+LARGEST_SHARE = 1 / 3
+"""The largest share of a bank that is made twice."""
+LEAST_ELEMENTS = 1 << 22
+"""The smallest bank of a batch, in elements, of which rows are made twice."""
+LEAST_FROM_PATCHES_ON_CPU = 1 << 17
+"""The same where a processor makes the rows from patches: fewer, as no launches are to be saved."""
 
 
 class RecomputedBank(NamedTuple):
@@ -62,16 +67,27 @@ def rows_of_selection(indices: Tensor, bank_size: int) -> tuple[Tensor, Tensor]:
     return places.clamp(min=0), places >= 0
 
 
-def is_worth_it(batch: int, bank_size: int, num_tape_tokens: int, topk: int) -> bool:
-    """Return whether a read takes so little of its bank that rows are better made twice.
-
-    It says no where what differentiates is not autograd's reverse mode, and in an exported program.
-    """
+def reads_little(bank_size: int, num_tape_tokens: int, topk: int) -> bool:
+    """Return whether a read takes so small a share of its bank that its rows may be made twice."""
     rows = topk * min(num_tape_tokens, bank_size // topk)
-    return (
-        torch.is_grad_enabled()
-        and batch > 0
-        and 0 < rows <= _READS_THAT_PAY * bank_size
-        and not torch.compiler.is_exporting()
-        and reverse_mode_alone()
-    )
+    return 0 < rows <= LARGEST_SHARE * bank_size
+
+
+def is_large(elements: int, device_type: str, *, from_patches: bool) -> bool:
+    """Return whether the bank of a batch is so large that making rows twice pays.
+
+    Args:
+        elements: of the whole bank.
+        device_type: where it lies.
+        from_patches: whether the gradient passes what makes the bank, or ends in the bank.
+    """
+    few = from_patches and device_type == "cpu"
+    return elements >= (LEAST_FROM_PATCHES_ON_CPU if few else LEAST_ELEMENTS)
+
+
+def plain_backward_pass() -> bool:
+    """Return whether autograd records, and its reverse mode is all that differentiates.
+
+    In an exported program, which is there to be run forward, a bank is read as it is.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting() and reverse_mode_alone()

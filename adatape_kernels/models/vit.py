@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, TapeReader
-from adatape_kernels.layers.recomputed_bank import RecomputedBank, examples_of
+from adatape_kernels.layers.recomputed_bank import RecomputedBank, examples_of, is_large
 from adatape_kernels.layers.torch_modules import is_bare, is_plain
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
@@ -209,6 +209,8 @@ class AdaTapeViT(AdaTape, ImageClassifier):
         plain = type(inputs) in (Tensor, nn.Parameter) and inputs.dim() == 4
         if not plain or c.bank == "learn" or not c.read_layers:
             return False
+        if not is_large(len(inputs) * c.bank_tokens * c.dim, inputs.device.type, from_patches=True):
+            return False
         as_written = (
             cls.embed is AdaTapeViT.embed
             and cls.embed_elastic is ImageClassifier.embed_elastic
@@ -223,9 +225,7 @@ class AdaTapeViT(AdaTape, ImageClassifier):
             return False
         sources = (inputs, self.bank_position, self.bank_embed.weight, self.pre_bank.weight)
         return any(each.requires_grad for each in sources) and all(
-            type(reader) is TapeReader
-            and is_bare(reader)
-            and reader.reads_little_of(len(inputs), c.bank_tokens)
+            type(reader) is TapeReader and is_bare(reader) and reader.may_recompute(c.bank_tokens)
             for _, reader in encoder.stages()
             if reader is not None
         )

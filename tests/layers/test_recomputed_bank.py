@@ -3,12 +3,13 @@
 import pytest
 import torch
 from checks import assert_close, assert_same_bits
-from reading_paths import all_entries, largest_saved, makes_rows_again
+from reading_paths import all_entries, largest_saved, makes_rows_again, of_any_size
 from torch import nn
 
 import adatape_kernels as ak
 
-BATCH, BANK, DIM = 4, 40, 12
+pytestmark = pytest.mark.usefixtures(of_any_size.__name__)
+BATCH, BANK, DIM = 4, 50, 12
 OPTIONS = dict(num_tape_tokens=4, topk=3, halt_threshold=1.2, key_split=2)
 VARIANTS = {
     "plain": {},
@@ -149,7 +150,7 @@ class Changed(ak.layers.TapeReader):
 
 
 UNSUITED = {
-    "more than half is read": lambda r: setattr(r, "num_tape_tokens", 7) or r,
+    "more than a third is read": lambda r: setattr(r, "num_tape_tokens", 6) or r,
     "nothing is read": lambda r: setattr(r, "num_tape_tokens", 0) or r,
     "another norm": lambda r: setattr(r, "bank_norm", nn.Identity()) or r,
     "a subclass": lambda r: setattr(r, "__class__", Changed) or r,
@@ -172,6 +173,14 @@ def test_modes_without_a_backward_pass_make_nothing_twice():
     shared, none = bank[0], given(batch=0)
     assert not makes_rows_again(read, reader, data, shared)
     assert not makes_rows_again(read, reader, *none)
+
+
+def test_small_banks_and_large_ones(monkeypatch):
+    monkeypatch.undo()
+    reader, (data, bank) = build(torch.float32), given(torch.float32)
+    large = torch.zeros(BATCH, 1 + (1 << 22) // (BATCH * DIM), DIM, requires_grad=True)
+    assert not makes_rows_again(read, reader, data, bank)
+    assert makes_rows_again(read, reader, data, large)
 
 
 def test_torch_func_and_forward_mode_agree():

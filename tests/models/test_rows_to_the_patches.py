@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 from checks import assert_close, assert_same_bits, refused
-from reading_paths import all_entries, largest_saved, makes_rows_again
+from reading_paths import all_entries, largest_saved, makes_rows_again, of_any_size
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adatape_kernels as ak
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 
+pytestmark = pytest.mark.usefixtures(of_any_size.__name__)
 BATCH, SIZE = 4, 32
 BASE = AdaTapeViTConfig(
     num_classes=5,
@@ -206,9 +207,16 @@ def test_data_parallel_training_finds_every_gradient(tmp_path):
         dist.destroy_process_group()
 
 
+def test_the_default_model_s_bank_is_large_enough_and_a_small_one_s_is_not(monkeypatch):
+    monkeypatch.undo()
+    model = ak.models.adatape_vit("Ti/16", depth=1)
+    assert makes_rows_again(model, torch.zeros(1, 3, 224, 224))
+    assert not makes_rows_again(build(), images(build()))
+
+
 @pytest.mark.compiles
 def test_one_graph_of_a_training_step(fresh_compiler):
-    model = build()
+    model = build(depth=1)
     x = images(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     output, ours = results(model, x, run=compiled)

@@ -72,7 +72,7 @@ def test_no_examples(device):
 
 @pytest.mark.parametrize("dtype", [torch.float64])
 def test_gradcheck(device, dtype):
-    query, bank, options = given(device, dtype, 2)
+    query, bank, options = given(device, dtype, 1)
 
     def read(query, bank):
         tape, _, selection = again(query, bank, **options)
