@@ -17,7 +17,7 @@ from adatape_kernels.ops.fast_autograd import reverse_mode_alone
 # docs/gpu-performance.md has the arithmetic behind these, and docs/design.md what was measured.
 LARGEST_SHARE = 1 / 3
 """The largest share of a bank that is made twice."""
-LEAST_ELEMENTS = 1 << 22
+LEAST_ELEMENTS = 1 << 23
 """The smallest bank of a batch, in elements, of which rows are made twice."""
 LEAST_FROM_PATCHES_ON_CPU = 1 << 17
 """The same where a processor makes the rows from patches: fewer, as no launches are to be saved."""

@@ -178,7 +178,7 @@ def test_modes_without_a_backward_pass_make_nothing_twice():
 def test_small_banks_and_large_ones(monkeypatch):
     monkeypatch.undo()
     reader, (data, bank) = build(torch.float32), given(torch.float32)
-    large = torch.zeros(BATCH, 1 + (1 << 22) // (BATCH * DIM), DIM, requires_grad=True)
+    large = torch.zeros(BATCH, 1 + (1 << 23) // (BATCH * DIM), DIM, requires_grad=True)
     assert not makes_rows_again(read, reader, data, bank)
     assert makes_rows_again(read, reader, data, large)
 
@@ -199,9 +199,8 @@ def test_torch_func_and_forward_mode_agree():
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("capacity", [None, 20])
-def test_compiled_gradients(capacity, fresh_compiler):
-    reader, (data, bank) = build(), given()
+def test_compiled_gradients(fresh_compiler):
+    reader, (data, bank), capacity = build(), given(), 20
     compiled = torch.compile(reader, fullgraph=True, backend="aot_eager")
     with largest_saved() as sizes:
         actual, found = gradients(compiled, data, bank, capacity=capacity)
