@@ -22,6 +22,7 @@ from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.layer_checks import check_rate, check_size
 from adatape_kernels.layers.reader import TapeReader
+from adatape_kernels.layers.recomputed_bank import RecomputedBank
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm
@@ -338,7 +339,7 @@ class ElasticEncoder(ElasticModule):
     def forward(
         self,
         x: Rows,
-        bank: Tensor | None = None,
+        bank: Tensor | RecomputedBank | None = None,
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,

@@ -1,6 +1,6 @@
 """Reading a tape from a bank of tokens and appending it to each example (SPEC 2 to 5)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,19 @@ from adatape_kernels import ops
 from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
 from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.layer_checks import check_rate, check_size
+from adatape_kernels.layers.recomputed_bank import (
+    RecomputedBank,
+    is_large,
+    plain_backward_pass,
+    reads_little,
+    recomputed,
+    rows_of_selection,
+)
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
-from adatape_kernels.layers.torch_modules import NORM_EPS, xavier_linear
+from adatape_kernels.layers.torch_modules import NORM_EPS, is_plain, xavier_linear
 from adatape_kernels.op_types import LossType, TapeSelection
 from adatape_kernels.ops.reading_checks import MAX_TOPK
+from adatape_kernels.ops.tape_read import tape_read_again
 
 QueryType = Literal["token", "gap"]
 """What a read looks for: the class token, or the mean over the example's rows."""
@@ -119,7 +128,7 @@ class TapeReader(ElasticModule):
     def forward(
         self,
         x: Rows,
-        bank: Tensor | None = None,
+        bank: Tensor | RecomputedBank | None = None,
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,
@@ -159,19 +168,8 @@ class TapeReader(ElasticModule):
             [4, 2]
         """
         batch = as_batch(x, self.dim)
-        values, query, read_mask = self.normalised(bank, batch.pool(_POOLING[self.query]))
-        tape, offsets, selection = ops.tape_read(
-            query[:, : self.key_dim],
-            values,
-            num_tape_tokens=self.num_tape_tokens,
-            topk=self.topk,
-            halt_threshold=self.halt_threshold,
-            average_query=self.average_query,
-            loss_type=self.loss_type,
-            read_mask=read_mask,
-            bank_lens=bank_lens,
-            capacity=capacity,
-        )
+        query = batch.pool(_POOLING[self.query])
+        tape, offsets, selection = self._read(bank, query, bank_lens, capacity)
         tape = tape.to(batch.data.dtype)
         if self.tape_mlp is not None:
             tape = self.tape_mlp(tape)
@@ -183,6 +181,76 @@ class TapeReader(ElasticModule):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def _read(
+        self,
+        bank: Tensor | RecomputedBank | None,
+        query: Tensor,
+        bank_lens: Tensor | None,
+        capacity: int | None,
+    ) -> tuple[Tensor, Tensor, TapeSelection]:
+        """Return tape, offsets and selection, as `ops.tape_read` does."""
+        if self._may_copy_rows_of(bank, query):
+            bank = recomputed(cast(Tensor, bank))
+        options: Any = {
+            "num_tape_tokens": self.num_tape_tokens,
+            "topk": self.topk,
+            "halt_threshold": self.halt_threshold,
+            "average_query": self.average_query,
+            "loss_type": self.loss_type,
+            "bank_lens": bank_lens,
+        }
+        if not isinstance(bank, RecomputedBank):
+            values, query, read_mask = self.normalised(bank, query)
+            keys = query[:, : self.key_dim]
+            return ops.tape_read(keys, values, **options, read_mask=read_mask, capacity=capacity)
+        entries = self._checked(bank.entries, query)
+        query, read_mask = self._regularised(query, entries)
+        with torch.no_grad():
+            values = self.bank_norm(entries)
+        query = self.bank_norm(query).to(values.dtype)[:, : self.key_dim]
+        with torch.no_grad():
+            keys = values[..., : self.key_dim]
+            selection = ops.tape_select(query, keys, **options, read_mask=read_mask)
+        rows = self.bank_norm(bank.rows(*rows_of_selection(selection.indices, entries.shape[1])))
+        return tape_read_again(
+            query,
+            rows,
+            values,
+            selection,
+            average_query=self.average_query,
+            loss_type=self.loss_type,
+            capacity=capacity,
+        )
+
+    def may_recompute(self, bank_size: int) -> bool:
+        """Return whether banks of such a size may come as a `RecomputedBank`.
+
+        Args:
+            bank_size: number of entries of each example's bank.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=2.0)
+            >>> reader.may_recompute(100), reader.may_recompute(10)
+            (True, False)
+        """
+        return (
+            plain_backward_pass()
+            and reads_little(bank_size, self.num_tape_tokens, self.topk)
+            and is_plain(self.bank_norm, nn.LayerNorm)
+            and type(self).normalised is TapeReader.normalised
+            and "normalised" not in self.__dict__
+        )
+
+    def _may_copy_rows_of(self, bank: Any, query: Tensor) -> bool:
+        return (
+            type(bank) in (Tensor, nn.Parameter)
+            and bank.dim() == 3
+            and is_large(bank.numel(), bank.device.type, from_patches=False)
+            and any(each.requires_grad for each in (bank, query, *self.bank_norm.parameters()))
+            and self.may_recompute(bank.shape[1])
+        )
 
     def normalised(
         self, bank: Tensor | None, query: Tensor
@@ -208,7 +276,13 @@ class TapeReader(ElasticModule):
             >>> bank.shape, query.shape, mask
             (torch.Size([30, 8]), torch.Size([2, 8]), None)
         """
-        bank = self.tape_tokens if bank is None else bank
+        bank = self._checked(self.tape_tokens if bank is None else bank, query)
+        query, read_mask = self._regularised(query, bank)
+        values, query = self.bank_norm(bank), self.bank_norm(query)
+        return values, query.to(values.dtype), read_mask
+
+    def _checked(self, bank: Tensor | None, query: Tensor) -> Tensor:
+        """Return the bank, which has to fit the query."""
         if bank is None:
             raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
         check_tensor("bank", bank)
@@ -218,14 +292,17 @@ class TapeReader(ElasticModule):
                 f"bank: expected ([{query.shape[0]},] bank_size, {query.shape[1]}), "
                 f"got {tuple(bank.shape)}"
             )
+        return bank
+
+    def _regularised(self, query: Tensor, bank: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the query and the mask of hidden entries; in training both are random."""
         if self.training and self.query_noise > 0:
             query = query + self.query_noise * torch.randn_like(query)
         read_mask = None
         if self.training and self.bank_dropout > 0:
             chance = torch.rand(query.shape[0], bank.shape[-2], device=query.device)
             read_mask = chance < self.bank_dropout
-        values, query = self.bank_norm(bank), self.bank_norm(query)
-        return values, query.to(values.dtype), read_mask
+        return query, read_mask
 
     def extra_repr(self) -> str:
         """Return how much is read and when reading stops, as a printed module shows it.

@@ -3,8 +3,12 @@
 from abc import ABC
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from adatape_kernels.arguments import check_kind
+from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, TapeReader
+from adatape_kernels.layers.recomputed_bank import RecomputedBank
 from adatape_kernels.models.classifier import Classifier, Encoded
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.embedding import ModelInputs
@@ -112,7 +116,7 @@ class AdaTape(Classifier, ABC):
             >>> encoded.batch.input_lens.tolist(), len(encoded.reads)
             ([5, 5], 1)
         """
-        tokens, bank, bank_lens = self.embed_elastic(inputs)
+        tokens, bank, bank_lens = self._embed_to_read(inputs)
         encoder = self.encoder
         if not self._checkpoints:
             return Encoded(*encoder(tokens, bank, bank_lens=bank_lens, capacity=capacity))
@@ -125,6 +129,12 @@ class AdaTape(Classifier, ABC):
                 reads.append(selection)
             x = self._apply_layer(layer, x)
         return Encoded(x.with_data(encoder.norm(x.data)), tuple(reads))
+
+    def _embed_to_read(
+        self, inputs: ModelInputs
+    ) -> tuple[ElasticBatch, Tensor | RecomputedBank | None, Tensor | None]:
+        """Return what `embed_elastic` does, of which the bank may be one that is recomputed."""
+        return self.embed_elastic(inputs)
 
     def _unscaled(self) -> tuple[str, ...]:
         readers = self.encoder.readers

@@ -201,3 +201,13 @@ def embedded(
 def patches(config: ViTConfig, size: int) -> nn.Conv2d:
     """Return the convolution that makes a token of every patch of `size` pixels square."""
     return nn.Conv2d(config.in_channels, config.dim, size, stride=size)
+
+
+def cuts_patches(convolution: nn.Conv2d, size: int) -> bool:
+    """Return whether a convolution is as `patches` makes it, and so a product of each patch."""
+    c, side = convolution, (size, size)
+    return (
+        (c.kernel_size, c.stride, c.padding, c.dilation) == (side, side, (0, 0), (1, 1))
+        and c.groups == 1
+        and not c.transposed
+    )

@@ -1,20 +1,32 @@
 """AdaTape on images: a ViT that reads a tape of image patches or of learned tokens (SPEC 2, 6)."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind
+from adatape_kernels.elastic import ElasticBatch
+from adatape_kernels.layers import ElasticEncoder, TapeReader
+from adatape_kernels.layers.recomputed_bank import RecomputedBank, examples_of, is_large
+from adatape_kernels.layers.torch_modules import is_bare, is_plain
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
-from adatape_kernels.models.embedding import padded_banks
-from adatape_kernels.models.image_classifier import ImageClassifier, embedded, patches
+from adatape_kernels.models.embedding import ModelInputs, padded_banks
+from adatape_kernels.models.image_classifier import (
+    ImageClassifier,
+    cuts_patches,
+    embedded,
+    patches,
+)
 from adatape_kernels.models.image_config import ViTConfig, ViTOptions
 from adatape_kernels.models.model_file import saved_with
+from adatape_kernels.op_types import wide_dtype
 
 if TYPE_CHECKING:  # Python has Unpack and Self from 3.11 on, this package runs from 3.10 on
     from typing_extensions import Self, Unpack
@@ -174,8 +186,63 @@ class AdaTapeViT(AdaTape, ImageClassifier):
         tokens, _ = super().embed(inputs)
         if self.config.bank == "learn":
             return tokens, None
-        bank = self.bank_embed(inputs).flatten(2).mT + self.bank_position
-        return tokens, self.pre_bank(bank)
+        return tokens, self._bank_of(inputs)
+
+    def _bank_of(self, inputs: Tensor) -> Tensor:
+        return self.pre_bank(self.bank_embed(inputs).flatten(2).mT + self.bank_position)
+
+    def _embed_to_read(
+        self, inputs: ModelInputs
+    ) -> tuple[ElasticBatch, Tensor | RecomputedBank | None, Tensor | None]:
+        """Return tokens, bank and lengths; the bank is recomputed from the patches if that pays."""
+        if not isinstance(inputs, Tensor) or not self._may_recompute(inputs):
+            return self.embed_elastic(inputs)
+        tokens, _ = super().embed(inputs)
+        with torch.no_grad():
+            entries = self._bank_of(inputs)
+        bank = RecomputedBank(entries, functools.partial(self._bank_rows, inputs))
+        return ElasticBatch.from_padded(tokens), bank, None
+
+    def _may_recompute(self, inputs: Tensor) -> bool:
+        """Return whether the readers read little, and nothing but our own code makes the bank."""
+        c, cls, own, encoder = self.config, type(self), self.__dict__, self.encoder
+        plain = type(inputs) in (Tensor, nn.Parameter) and inputs.dim() == 4
+        if not plain or c.bank == "learn" or not c.read_layers:
+            return False
+        if not is_large(len(inputs) * c.bank_tokens * c.dim, inputs.device.type, from_patches=True):
+            return False
+        as_written = (
+            cls.embed is AdaTapeViT.embed
+            and cls.embed_elastic is ImageClassifier.embed_elastic
+            and not ("embed" in own or "embed_elastic" in own)
+            and type(encoder) is ElasticEncoder
+            and is_bare(encoder)
+            and is_plain(self.bank_embed, nn.Conv2d)
+            and cuts_patches(self.bank_embed, c.bank_patch_size)
+            and is_plain(self.pre_bank, nn.Linear)
+        )
+        if not as_written:
+            return False
+        sources = (inputs, self.bank_position, self.bank_embed.weight, self.pre_bank.weight)
+        return any(each.requires_grad for each in sources) and all(
+            type(reader) is TapeReader and is_bare(reader) and reader.may_recompute(c.bank_tokens)
+            for _, reader in encoder.stages()
+            if reader is not None
+        )
+
+    def _bank_rows(self, inputs: Tensor, places: Tensor, read: Tensor) -> Tensor:
+        """Return the bank's rows at places (batch, rows), zero patches where nothing was read."""
+        size = self.config.bank_patch_size
+        columns = inputs.shape[3] // size
+        grid = inputs.unflatten(3, (columns, size)).unflatten(2, (-1, size))
+        row, column = places // columns, places % columns
+        patches = grid[examples_of(places), :, row, :, column]
+        patches = patches.flatten(2).where(read.unsqueeze(2), 0)
+        weight, bias = self.bank_embed.weight.flatten(1), self.bank_embed.bias
+        # An entry's position is added in many examples, whose gradients are summed in this dtype.
+        positions = self.bank_position[0].to(wide_dtype(self.bank_position.dtype))
+        positions = F.embedding(places, positions).to(self.bank_position.dtype)
+        return self.pre_bank(F.linear(patches, weight, bias) + positions)
 
     def _grid_step(self) -> int:
         c = self.config

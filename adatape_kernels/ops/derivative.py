@@ -39,9 +39,20 @@ class Derivative:
         self.plain_torch = plain_torch
 
     def attach(
-        self, run: Callable[..., Any], *, composed: bool = False, in_place: bool = False
+        self,
+        run: Callable[..., Any],
+        *,
+        composed: bool = False,
+        carrying: bool = True,
+        in_place: bool = False,
     ) -> None:
-        """Register it with torch, for an op whose function below autograd is `run`."""
+        """Register it with torch, for an op whose function below autograd is `run`.
+
+        Args:
+            run: serves a call.
+            composed, in_place: as in `fast_autograd.attach`.
+            carrying: whether there is an op that runs under the choices it is given.
+        """
         fast_autograd.attach(
             self.library,
             self.name,
@@ -49,7 +60,7 @@ class Derivative:
             self._on_its_backends,
             self._noting_backends,
             plain_torch=self._by_plain_torch,
-            instead=None if composed else functools.partial(carried_choice.carrying, self.name),
+            instead=functools.partial(carried_choice.carrying, self.name) if carrying else None,
             composed=composed,
             in_place=in_place,
         )

@@ -65,6 +65,16 @@ def transforms_active() -> bool:
     return active is not None and active()
 
 
+def reverse_mode_alone() -> bool:
+    """Return whether no transform of torch.func and no forward mode is at work.
+
+    True in a graph that `torch.compile` traces, which makes its own way through both.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return getattr(forward_ad, "_current_level", -1) < 0 and not transforms_active()
+
+
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function in a form that `torch.compile` leaves alone, with all that it calls.
 

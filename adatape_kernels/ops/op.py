@@ -253,12 +253,18 @@ class Composition:
         _compositions[self.name] = self
 
     def differentiable(
-        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        plain_torch: fast_autograd.PlainTorch | None = None,
     ) -> None:
-        """Give the op its derivative, as `Operation.differentiable` does."""
+        """Give the op its derivative, as `Operation.differentiable` does.
+
+        Without `plain_torch`, forward mode and torch.func see the ops that this one calls.
+        """
         derivative = Derivative(self.name, self._library, _choice)
-        derivative.set(backward, setup_context, None)
-        derivative.attach(self.function, composed=True)
+        derivative.set(backward, setup_context, plain_torch)
+        derivative.attach(self.function, composed=plain_torch is None, carrying=False)
 
 
 def use_backend(

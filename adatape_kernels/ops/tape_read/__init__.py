@@ -7,6 +7,9 @@ to the bank's width and added to the values' gradient: two more banks that are w
 which a read touches a few rows. Here one op writes the bank's gradient, once. Of 256 banks of 784
 entries of 384 features in bfloat16 it writes 154 MB, and moves some 30 MB for what was read; the
 composition moves about 770 MB where the keys are as wide as the entries.
+
+`tape_read_again` is for a bank whose rows can be made anew: its gradient goes to copies of the rows
+that were read, and nothing as large as the bank is written or kept for the backward pass.
 """
 
 from typing import Any
@@ -180,6 +183,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(
     ctx: Any, dtape: Tensor | None, dweights: Tensor | None, dponder: Tensor | None, *rest: Any
 ) -> tuple:
+    """Return the gradients of query and bank, and of what stands for the bank's rows alike."""
     query, bank, weights, indices, counts = ctx.saved_tensors
     dweights = torch.zeros_like(weights) if dweights is None else dweights
     dponder = weights.new_zeros(len(query)) if dponder is None else dponder
@@ -251,3 +255,104 @@ def _flops_bwd(
 ) -> int:
     """As the gradients of `tape_gather` and of `tape_select` count theirs."""
     return 4 * int(counts.sum()) * indices.shape[2] * bank.shape[-1]
+
+
+def tape_read_again(
+    query: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    selection: TapeSelection,
+    *,
+    average_query: bool,
+    loss_type: LossType,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, TapeSelection]:
+    """Return what `tape_read` does of a selection that was made, differentiable in copied rows.
+
+    Args:
+        query: as in `tape_read`, which the selection was made with.
+        rows: (batch, steps · topk, dim), for the first steps of each example the bank's entries
+            that were selected, in their order, as `rows_of_selection` says; finite numbers of any
+            kind where nothing was.
+        bank: (batch, bank_size, dim), without a gradient.
+        selection: that of `tape_select` by the bank's keys, without a gradient.
+        average_query, loss_type, capacity: as in `tape_read`.
+
+    Returns:
+        As `tape_read`. The values are those of the bank; the rows are for the gradient alone.
+
+    Differentiable in query and rows, through tape, weights and ponder.
+
+    Source: SPEC 3 and 4.
+    """
+    check_capacity(capacity)
+    indices, weights, counts, ponder = selection
+    tape, weights, ponder, offsets = _READ_AGAIN.overload(
+        query, rows, bank, indices, weights, ponder, counts, average_query, loss_type, capacity
+    )
+    return tape, offsets, TapeSelection(indices, weights, counts, ponder)
+
+
+def _compose_again(
+    query: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    ponder: Tensor,
+    counts: Tensor,
+    average_query: bool,
+    loss_type: str,
+    capacity: int | None,
+) -> tuple[Tensor, ...]:
+    tape, offsets = torch.ops.adatape.tape_gather(bank, indices, weights, counts, capacity)
+    return tape, weights.clone(), ponder.clone(), offsets
+
+
+_READ_AGAIN = Composition(
+    "tape_read_again(Tensor query, Tensor rows, Tensor bank, Tensor indices, Tensor weights, "
+    "Tensor ponder, Tensor counts, bool average_query, str loss_type, SymInt? capacity) "
+    "-> (Tensor tape, Tensor read_weights, Tensor read_ponder, Tensor offsets)",
+    _compose_again,
+)
+
+
+def _places(indices: Tensor) -> Tensor:
+    """Return where `rows` has each entry that was read, int32 of the shape of indices."""
+    batch, num_tape_tokens, topk = indices.shape
+    places = torch.arange(num_tape_tokens * topk, dtype=torch.int32, device=indices.device)
+    return places.view(1, num_tape_tokens, topk).repeat(batch, 1, 1)
+
+
+def _setup_context_again(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, rows, _, indices, _, _, counts, ctx.average_query, ctx.loss_type, _ = inputs
+    _, weights, _, _ = output  # not those of the inputs, which have no derivative
+    ctx.save_for_backward(query, rows, weights, _places(indices), counts)
+    ctx.set_materialize_grads(False)
+
+
+def _plain_torch_again(inputs: tuple, output: tuple) -> tuple:
+    query, rows, _, indices, _, _, counts, average_query, loss_type, _ = inputs
+    keys, places = rows[..., : query.shape[1]], _places(indices)
+    weights, ponder = reference.read_along(query, keys, places, counts, average_query, loss_type)
+    tape, _ = reference.tape_gather(rows, places, weights, counts, capacity=len(output[0]))
+    return tape, weights, ponder, None
+
+
+_READ_AGAIN.differentiable(_backward, _setup_context_again, _plain_torch_again)
+
+
+@flop_formula(torch.ops.adatape.tape_read_again, get_raw=True)
+def _flops_again(
+    query: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    ponder: Tensor,
+    counts: Tensor,
+    *options: Any,
+    **names: Any,
+) -> int:
+    """As `tape_gather` counts them."""
+    return 2 * int(counts.sum()) * indices.shape[2] * bank.shape[-1]
