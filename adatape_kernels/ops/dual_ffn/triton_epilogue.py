@@ -69,7 +69,7 @@ def forward(
     bounds = None if bounds is None else bounds.contiguous()
     max_rows = (max_input_rows, max_tape_rows)
     hidden, act = triton_up.forward(x, max_rows, bounds, activation, parameters, sliced=True)
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     for part, a in zip(slices(*max_rows, bounds, activation, parameters), act, strict=False):
         torch.addmm(part.ffn.b2, a, part.ffn.w2.mT, out=y[part.rows])
         if part.bounds is not None:
@@ -91,7 +91,7 @@ def backward(
     bounds = None if bounds is None else bounds.contiguous()
     hiddens = dense(hidden), dense(tape_hidden)
     ups = triton_up.backward(dy, hiddens, bounds, activation, parameters, sliced=True)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(*x.shape)
     grads: list[Tensor] = []
     max_rows = len(hidden), len(tape_hidden)
     parts = slices(*max_rows, bounds, activation, parameters)
