@@ -33,11 +33,11 @@ class UpTiles(NamedTuple):
 
 def up_tiles(x: Tensor, w2: Sequence[Tensor], device: DeviceFacts) -> UpTiles:
     """Return the tiles for rows of x that meet these second weights on this device."""
-    return _tiles_of(x.dtype, tuple(w.shape for w in w2), device)
+    return tiles_of(x.dtype, tuple(w.shape for w in w2), device)
 
 
 @functools.lru_cache(maxsize=256)
-def _tiles_of(dtype: torch.dtype, shapes: tuple[torch.Size, ...], device: DeviceFacts) -> UpTiles:
+def tiles_of(dtype: torch.dtype, shapes: tuple[torch.Size, ...], device: DeviceFacts) -> UpTiles:
     """Return the tiles, by dtype, by device, and by whether 16 divides all widths.
 
     Otherwise each element of a row is read by itself, and wide tiles would spill registers.
