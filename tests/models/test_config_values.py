@@ -16,6 +16,7 @@ from adatape_kernels.recipes.train_loop import TrainPlan
 GOOD = {"num_classes": 10, "dim": 24, "depth": 3, "num_heads": 2, "ffn_dim": 32}
 POSITIVE = ("num_classes", "dim", "depth", "num_heads", "ffn_dim", "topk", "key_split", "bank_size")
 NOT_NEGATIVE = ("tape_ffn_dim", "num_tape_tokens", "tape_mlp_dim", "num_registers")
+NOT_NEGATIVE += ("representation_size",)
 NUMBERS = ("halt_threshold", "query_noise", "ponder_weight", "dropout", "attention_dropout")
 NUMBERS += ("stochastic_depth", "bank_dropout", "norm_eps")
 SHARES = ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout")
@@ -23,7 +24,7 @@ SHARES = ("dropout", "attention_dropout", "stochastic_depth", "bank_dropout")
 
 def test_no_field_is_forgotten():
     others = {"bank", "average_query", "loss_type", "query", "read_layers", "pooling"}
-    others |= {"activation", "norm_after_pooling"}
+    others |= {"activation", "norm_after_pooling", "class_token"}
     names = {field.name for field in dataclasses.fields(AdaTapeConfig)}
     assert names == others | {*POSITIVE, *NOT_NEGATIVE, *NUMBERS}
 

@@ -89,7 +89,7 @@ ACT |= {"act_halting_bias_init": -1.0, "act_loss_weight": 0.01}
         ({"ac_config": 3}, "config"),
         (
             {"ac_config": {**ACT, "act_type": "random"}},
-            "act_type: expected basic or accumulated, as",
+            "act_type",
         ),
         ({"ac_config": {**ACT, "act_level": "token"}}, "act_level"),
         ({"ac_config": {**ACT, "act_epsilon": 1.5}}, "act_epsilon"),
