@@ -210,7 +210,7 @@ def arguments(tmp_path, *more):
         (["--dtype", "int8"], "dtype: expected one of "),
         (["--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
         (["--threads", "0"], "threads: expected 1 or more, got 0"),
-        (["--shape", "B=1"], "shape: expected one op to go with it, got 9"),
+        (["--shape", "B=1"], "shape: expected one op to go with it, got 11"),
         (["tape_select", "--shape", "B=0"], "shape: expected a whole number from 1 on for B"),
         (["tape_select", "--shape", "Z=1"], "shape: expected B=… M=… "),
         (["tape_select", "--shape", "M=3 k=5"], "shape: expected M from k = 5 on, got 3"),
