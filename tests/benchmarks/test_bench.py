@@ -28,7 +28,7 @@ TINY = {
     "elastic_attention": "B=3 N=5-9 T=3 H=2 d=8",
     "compact_rows": "B=3 N=5 D=16 kept=50",
     "accumulate_rows": "B=3 N=5 D=16 kept=50",
-    "halting": "model=avit V=Ti/112 B=2 halted=50",
+    "halting": "model=avit V=Ti/56 B=2 halted=50",
     "dual_ffn": "B=3 N=5 T=3 D=16 F=32 G=16",
     "model": "V=Ti/112 B=2 T=3 k=2 bank=learn M=40 tape=skewed",
     "image_sizes": "V=Ti/16 B=3 N=2-7 T=3 k=2",

@@ -15,7 +15,7 @@ from adatape_kernels.benchmarks.reports import result_tables
 from adatape_kernels.ops.op import record
 from adatape_kernels.recipes.measure import Timing
 
-SHAPES = (TINY["halting"], "model=uvit V=Ti/112 B=5 halted=uniform")
+SHAPES = (TINY["halting"], "model=uvit V=Ti/56 B=5 halted=uniform")
 
 
 def given(text, training=False):
