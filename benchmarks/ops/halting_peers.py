@@ -65,8 +65,9 @@ class _Scores(NamedTuple):
     updates: Tensor
 
     @classmethod
-    def none(cls, shape: tuple[int, ...]) -> "_Scores":
-        return cls(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape))
+    def none(cls, shape: tuple[int, ...], device: torch.device) -> "_Scores":
+        zeros = torch.zeros(shape, device=device)
+        return cls(zeros, zeros, zeros)
 
     def step(
         self, p: Tensor, threshold: float, running: Tensor | None, last: bool
@@ -101,9 +102,9 @@ def _masked_avit(
 ) -> tuple[Tensor, Tensor]:
     batch, seqlen, _ = x.shape
     total, means = torch.zeros_like(x, dtype=torch.float32), []
-    scores = _Scores.none((batch, seqlen))
-    every = torch.arange(batch * seqlen)
-    running = torch.ones(batch, seqlen, dtype=torch.bool)
+    scores = _Scores.none((batch, seqlen), x.device)
+    every = torch.arange(batch * seqlen, device=x.device)
+    running = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
     for number, layer in enumerate(layers):
         # An example none of whose rows runs sees itself, since a softmax over nothing is NaN.
         keys = running | ~running.any(1, keepdim=True)
@@ -123,11 +124,11 @@ def _indexed_avit(
     batch, seqlen, dim = x.shape
     x = x.flatten(0, 1)
     total, means = torch.zeros_like(x, dtype=torch.float32), []
-    scores = _Scores.none((len(x),))
-    place = torch.arange(len(x))
+    scores = _Scores.none((len(x),), x.device)
+    place = torch.arange(len(x), device=x.device)
     for number, layer in enumerate(layers):
         if not len(place):
-            means.append(torch.zeros(()))
+            means.append(total.new_zeros(()))
             continue
         x = _layer_of_ragged_rows(layer, x, place // seqlen, batch)
         p = unit(x, place)
@@ -147,7 +148,7 @@ def _layer_of_ragged_rows(
     """Apply a layer to rows, of which those of an example lie together; attention is padded."""
     attention = layer.self_attn
     lens = example.bincount(minlength=batch)
-    exists = torch.arange(int(lens.max())) < lens.unsqueeze(1)
+    exists = torch.arange(int(lens.max()), device=x.device) < lens.unsqueeze(1)
     qkv = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
     padded = qkv.new_zeros(*exists.shape, qkv.shape[1]).index_put((exists,), qkv)
     q, k, v = padded.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -161,8 +162,9 @@ def _masked_uvit(
     config: Any, layers: list[ElasticEncoderLayer], unit: HaltingUnit, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     batch, seqlen, _ = x.shape
-    total, scores = torch.zeros_like(x, dtype=torch.float32), _Scores.none((batch,))
-    every, running = torch.arange(batch), torch.ones(batch, dtype=torch.bool)
+    total, scores = torch.zeros_like(x, dtype=torch.float32), _Scores.none((batch,), x.device)
+    every = torch.arange(batch, device=x.device)
+    running = torch.ones(batch, dtype=torch.bool, device=x.device)
     for layer in layers:
         p = unit(x, every)
         x = encode_padded(layer, x, None, seqlen)
@@ -176,8 +178,8 @@ def _indexed_uvit(
     config: Any, layers: list[ElasticEncoderLayer], unit: HaltingUnit, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     batch, seqlen, _ = x.shape
-    total, scores = torch.zeros_like(x, dtype=torch.float32), _Scores.none((batch,))
-    place = torch.arange(batch)
+    total, scores = torch.zeros_like(x, dtype=torch.float32), _Scores.none((batch,), x.device)
+    place = torch.arange(batch, device=x.device)
     for layer in layers:
         if not len(place):
             break
