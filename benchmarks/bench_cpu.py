@@ -1,6 +1,7 @@
 """Measures the CPU kernels beside the goals that they were given.
 
     python -m adatape_kernels.benchmarks.bench_cpu --quick
+    python -m adatape_kernels.benchmarks.bench_cpu --only halting      about twelve minutes
 
 The cases are those of bench_<op>.py, with the peers that a goal names. What counts are ratios of
 medians, and the last column says which goals are met.
@@ -18,15 +19,19 @@ from adatape_kernels.benchmarks.harness import ceilings, command, records
 from adatape_kernels.benchmarks.harness.cases import OURS, BenchmarkCase, Effort, run
 from adatape_kernels.benchmarks.harness.suites import Suite, for_products
 from adatape_kernels.benchmarks.ops import (
+    bench_compact_rows,
     bench_dispatch,
     bench_dual_ffn,
     bench_elastic_attention,
+    bench_halting,
     bench_model,
     bench_tape_read,
 )
+from adatape_kernels.benchmarks.ops.bench_halting import HaltingInputs
 from adatape_kernels.benchmarks.ops.bench_model import ModelInputs
 
 DISPATCH_LIMIT = 20e-6
+MASKED, INDEXED, COPY = "masked", "x[mask]", "copy_ (anchor)"
 
 
 class CpuGoal(NamedTuple):
@@ -73,11 +78,29 @@ def goals(whole_models: bool) -> Iterator[CpuGoal]:
     for dtype in for_products("cpu"):
         shape = "B=16 N=197 T=10"
         yield CpuGoal(bench_dual_ffn.SUITE, shape, "forward+backward", dtype, {"sliced": 1.0})
+    for dtype in for_products("cpu"):
+        for shape in bench_compact_rows.SUITE.shapes("cpu").default:
+            yield CpuGoal(bench_compact_rows.SUITE, shape, "forward", dtype, {COPY: 0.6})
     models = ("V=S/16 B=8 T=10 k=5 tau=2", "V=B/32 B=8 T=64 k=2 tau=8 bank=learn")
     for shape in models if whole_models else ():
         for direction in bench_model.SUITE.directions:
             # The ratio that is asked for follows from the rows that are saved.
             yield CpuGoal(bench_model.SUITE, shape, direction, torch.float32, {"padded": 0.95})
+    for shape, dtype in halting_cases() if whole_models else ():
+        for direction in bench_halting.SUITE.directions:
+            # Here too rows are saved. The other peer has no goal, and is recorded at small batches.
+            small = bench_halting.SUITE.parse(shape).B <= 8
+            goal = {MASKED: 0.9, INDEXED: 0.0} if small else {MASKED: 0.9}
+            yield CpuGoal(bench_halting.SUITE, shape, direction, dtype, goal)
+
+
+def halting_cases() -> Iterator[tuple[str, torch.dtype]]:
+    """Yield the shapes and dtypes in which halting models have goals: large batches in float32."""
+    selection = bench_halting.SUITE.shapes("cpu")
+    for shape in (*selection.default, *selection.scaling):
+        for dtype in for_products("cpu"):
+            if dtype == torch.float32 or bench_halting.SUITE.parse(shape).B <= 8:
+                yield shape, dtype
 
 
 def outcomes(
@@ -90,7 +113,13 @@ def outcomes(
         took = ours.median_s or float("inf")
         yield GoalOutcome(f"{name}: {took * 1e6:.1f} us, goal 20 us", DISPATCH_LIMIT / took, 1.0)
     for peer, ratio in goal.ratios.items():
-        asked = ratio * saved_rows(case.inputs()) if goal.suite is bench_model.SUITE else ratio
+        if ratio == 0:
+            continue
+        asked = ratio
+        if goal.suite is bench_model.SUITE:
+            asked *= saved_rows(case.inputs())
+        elif goal.suite is bench_halting.SUITE:
+            asked = halting_goal(case.inputs(), ratio)
         for quantity in ("median_s", "peak_bytes") if case.peaks else ("median_s",):
             mine, theirs = (getattr(row, quantity) for row in (ours, rows[peer]))
             found = theirs / mine if mine and theirs else 0.0
@@ -107,6 +136,12 @@ def saved_rows(given: ModelInputs) -> float:
     return padded / (inputs + given.tape_rows)
 
 
+def halting_goal(given: HaltingInputs, ratio: float) -> float:
+    """Return the ratio that is asked for, by the rows that are spared; 1 / 1.05 if none are."""
+    share = bench_halting.computed_share(given)
+    return 1 / 1.05 if share == 1 else ratio / share
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print every goal with what was reached, and record the rows.
 
@@ -114,11 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions, no whole models")
+    parser.add_argument("--only", metavar="OP", help="the goals of one op, whole models included")
     parser.add_argument("--out", type=Path, default=records.DEFAULT_OUT, help=command.OUT_HELP)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
+        if arguments.only is not None:
+            command.suites([arguments.only])
         path = records.destination(arguments.out, "cpu")
     except ValueError as error:
         print(f"bench_cpu: {error}", file=sys.stderr)
@@ -127,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: list[GoalOutcome] = []
     recorded = set()
     print(f"{'case / peer':104} {'ratio':>7} {'goal':>7}")
-    for goal in goals(whole_models=not arguments.quick):
+    for goal in goals(whole_models=not arguments.quick or arguments.only is not None):
+        if arguments.only not in (None, goal.suite.op):
+            continue
         if goal.dtype not in recorded:
             recorded.add(goal.dtype)
             records.append(path, ceilings.measured("cpu", goal.dtype, effort.quick).rows)

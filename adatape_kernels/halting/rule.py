@@ -243,13 +243,13 @@ class Halting:
         if self.masked or self.static or self.leave != self.level:
             # What has halted and stays may come to hold anything, and 0 · inf would be NaN.
             taken = data.where(state.rows_that_run.unsqueeze(1), 0)
-        total = ops.accumulate_rows(
-            state.total,
-            taken,
-            state.origin,
-            weights,
-            total_weights=1 - weights if self.update == "basic" else None,
-        )
+        total_weights = 1 - weights if self.update == "basic" else None
+        if self.masked:
+            total = _with_all_rows_added(state.total, taken, weights, total_weights)
+        else:
+            total = ops.accumulate_rows(
+                state.total, taken, state.origin, weights, total_weights=total_weights
+            )
         after = after.after(total, data)
         if not self.masked:
             after = after.without_halted(self.leave == "row")
@@ -288,3 +288,11 @@ class Halting:
             if bool(wrong.any()):
                 value = float(probabilities[wrong][0])
                 raise ValueError(f"probabilities: expected 0 to 1, got {value}")
+
+
+def _with_all_rows_added(
+    total: Tensor, rows: Tensor, weights: Tensor, total_weights: Tensor | None
+) -> Tensor:
+    """Do in plain torch what `ops.accumulate_rows` does where each row stays in its place."""
+    before = total if total_weights is None else total_weights.unsqueeze(1) * total
+    return before + weights.unsqueeze(1) * rows.to(total.dtype)

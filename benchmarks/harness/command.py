@@ -30,7 +30,9 @@ OPS = (
     "elastic_attention",
     "dual_ffn",
     "compact_rows",
+    "accumulate_rows",
     "model",
+    "halting",
     "image_sizes",
     "dispatch",
 )

@@ -32,6 +32,9 @@ LEGEND = {
     "model's own, is left out",
     "V": "size and patch of the ViT, as S/16",
     "kept": "percent of the rows that are kept",
+    "model": "avit (tokens halt) or uvit (examples halt)",
+    "halted": "percent of the layers that tokens or examples are spared on average, or uniform: as "
+    "many run one layer as two, and so on to all",
     "op": "the op that is called",
 }
 """The meaning of each letter of a shape, the same as in the definition (SPEC)."""

@@ -21,6 +21,9 @@ LEAST_ROUNDS = 3
 SLOW_SECONDS = 0.1
 """A run that takes longer is warm after one turn."""
 
+VERY_SLOW_SECONDS = 1.0
+"""A run that takes longer is warm when it has been checked, so that its first turn counts."""
+
 
 def interleaved(
     runs: Mapping[str, Sequence[Run]], device_type: str, *, rounds: int, seconds: float
@@ -36,18 +39,21 @@ def interleaved(
     sample = _sample_cuda if device_type == "cuda" else _sample_cpu
     rotations = {name: itertools.cycle(turns) for name, turns in runs.items()}
     repeats = {}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, turns in runs.items():
         once = sample(rotations[name], len(turns))
         if once < SLOW_SECONDS:
             once = sample(rotations[name], len(turns))
+        elif once > VERY_SLOW_SECONDS:
+            samples[name].append(once)
         repeats[name] = max(1, min(1000, round(SAMPLE_SECONDS[device_type] / once)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for name, rotation in rotations.items():
-            samples[name].append(sample(rotation, repeats[name]))
+            if len(samples[name]) <= done:
+                samples[name].append(sample(rotation, repeats[name]))
     return {name: Timing.of(times) for name, times in samples.items()}
 
 

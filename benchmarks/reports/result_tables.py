@@ -5,8 +5,10 @@
 Each CSV file of the folder gets a page NAME.md with every case, and plots NAME-rows.png,
 NAME-batch.png and NAME-bank.png of what was measured at several sizes. In the README a table of
 ours beside the best peer replaces what stands between <!-- table: NAME SELECTION --> and
-<!-- /table -->. SELECTION is a list of cases with semicolons between them; each names some of an
-op, a direction, a dtype and parts of a shape, as `tape_select forward M=784; model forward B=8`.
+<!-- /table -->, and one of ours beside every peer what stands between
+<!-- peers: NAME SELECTION --> and <!-- /peers -->; other files may have such tables too. SELECTION
+is a list of cases with semicolons between them; each names some of an op, a direction, a dtype and
+parts of a shape, as `tape_select forward M=784; model forward B=8`.
 """
 
 import argparse
@@ -24,10 +26,10 @@ from adatape_kernels.benchmarks.harness.suites import legend
 from adatape_kernels.benchmarks.reports import scaling_plots
 
 EXIT_UNREADABLE = 2
-ANCHORS = ("dense ViT, same rows", "static ViT, mean length")
+ANCHORS = ("dense ViT, same rows", "static ViT, mean length", "copy_ (anchor)")
 """These compute something else: they stand in the tables, but never as the best peer."""
 
-_MARKED = re.compile(r"(<!-- table: ([^\n]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (table|peers): ([^\n]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 class Entry(NamedTuple):
@@ -98,13 +100,32 @@ def summary(cases: Entries) -> str:
     return "\n".join(lines)
 
 
-def explanation(cases: Iterable[CaseKey]) -> str:
-    """Return a line that explains the columns of `summary` and the letters in its shapes."""
-    letters = [part.partition("=")[0] for case in cases for part in case.shape.split()]
-    return (
-        "*of the limit*: the time that the machine's own copy and product would allow, over ours. "
-        f"{'; '.join(legend(letters))}."
+def beside_peers(cases: Entries) -> str:
+    """Return a Markdown table of the times of all peers over ours, a line a case."""
+    timed = {
+        case: {name: entry for name, entry in found.items() if entry.ratio}
+        for case, found in cases.items()
+    }
+    peers = dict.fromkeys(
+        name for found in timed.values() for name in found if not name.startswith(OURS)
     )
+    columns = ["direction", "dtype", "shape", "ours, ms", "", *(f"{name} / ours" for name in peers)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for case, found in timed.items():
+        row = cases[case][OURS].row
+        ratios = (f"{found[name].ratio:.2f}" if name in found else "" for name in peers)
+        cells = [case.direction, case.dtype, case.shape, _ms(row), row.note, *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def explanation(cases: Iterable[CaseKey], *, limit: bool = True) -> str:
+    """Return a line that explains the columns of a table and the letters in its shapes."""
+    letters = [part.partition("=")[0] for case in cases for part in case.shape.split()]
+    start = (
+        "*of the limit*: the time that the machine's own copy and product would allow, over ours. "
+    )
+    return f"{start if limit else ''}{'; '.join(legend(letters))}."
 
 
 def _best(found: Iterable[Entry], graph: bool) -> tuple[Entry | None, Entry | None]:
@@ -196,13 +217,15 @@ def fill(text: str, tables: dict[str, Entries], folder: PurePath) -> str:
     """
 
     def made(match: re.Match) -> str:
-        name, _, selection = match[2].partition(" ")
+        name, _, selection = match[3].partition(" ")
         if name not in tables:
             raise ValueError(f"table: expected one of {', '.join(tables)}, got {name!r}")
         cases = selected(tables[name], selection)
         page_link = f"[{name}]({(folder / name).as_posix()}.md)"
-        below = f"{explanation(cases)} Every case and provider: {page_link}."
-        return f"{match[1]}{summary(cases)}\n\n{below}\n{match[3]}"
+        best = match[2] == "table"
+        below = f"{explanation(cases, limit=best)} Every case and provider: {page_link}."
+        table = summary(cases) if best else beside_peers(cases)
+        return f"{match[1]}{table}\n\n{below}\n{match[4]}"
 
     return _MARKED.sub(made, text)
 
@@ -216,12 +239,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=records.DEFAULT_OUT,
         help="folder of CSV files; default: %(default)s",
     )
-    parser.add_argument("--readme", type=Path, help="file with marked tables; default: none")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        action="append",
+        default=[],
+        help="file with marked tables; may be repeated; default: none",
+    )
     arguments = parser.parse_args(argv)
     try:
         tables = _write_pages(arguments.results)
-        if arguments.readme is not None:
-            _fill_readme(arguments.readme, tables, arguments.results)
+        for readme in arguments.readme:
+            _fill_readme(readme, tables, arguments.results)
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return EXIT_UNREADABLE
