@@ -1,21 +1,28 @@
-"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq.
+"""The gradients of `elastic_attention` in Triton: one program a tile, dq first, then dk and dv.
 
-So no sum crosses programs, and bits repeat, at the price of seven products where five would do.
-A kernel of five adds dq up in float32 in memory, by atomics. For 256 examples of 207 rows with 6
-heads of 64 such a one, in tiles of 128 × 128, computes 5 · 256 · 256 products of rows where ours
-computes 7 · 256 · 224, 1.2 times as many (1.4 times for 256 rows); it moves about 610 MB of memory
-where ours moves 370, and about 770 MB in the L2 cache where ours moves 850.
+So no sum crosses programs, and bits repeat. dq of a tile comes from its queries and all keys, dk
+and dv from its keys and all queries: three products and four. Where tensor cores multiply, the
+tile's own rows, queries and keys at once, go into all three sums by five products. A kernel of five
+for all rows adds dq up in float32 in memory, by atomics. For 256 examples with 6 heads of 64, such
+a one in tiles of 128 × 128 computes 5 · 256 · 256 products of rows for an example of 207 or of 256
+rows; ours computes 1.17 and 1.3 times as many, and for 577 rows 1.3 times. Of 207 rows it moves
+about 610 MB of memory where ours moves 370.
 
 Two tiles of 32 rows are under way while one is computed. Tiles of 64 × 64 would wait for half as
 many products, but take 255 registers a thread, which leaves room for two programs a multiprocessor
-of 9.0, not three.
+of 9.0, not three. One pass that keeps dk and dv of 256 keys would take five products and no
+atomics, but eight warps' 128 of 255 registers for these sums alone: one program a multiprocessor,
+for an example of 50 rows too, or one form for each length.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adatape_kernels.ops.device_facts import facts_of
 from adatape_kernels.ops.elastic_attention.triton_primitives import (
     Tile,
     find_tile,
@@ -26,7 +33,7 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     store_tile,
     tile_rows,
 )
-from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import (
     ALIGNMENT,
     compiled_for,
@@ -61,6 +68,29 @@ def _elastic_attention_delta_kernel(
     tl.store(delta_ptr + head * rows + row, delta, rows_m.exists)
 
 
+@triton.jit
+def _probabilities(a, b, lse, exists, scale_log2):
+    """Return the softmax of a · bᵀ, queries by keys or keys by queries, from the queries' lse.
+
+    Where no query or no key exists its row is zero, whose product with infinity is NaN.
+    """
+    scores = tl.dot(a, tl.trans(b), input_precision="ieee") * scale_log2
+    return tl.where(exists, tl.exp2(scores - lse), 0.0)
+
+
+@triton.jit
+def _score_gradients(p, a, b, delta, exists):
+    """Return the gradient of the scores: p · (a · bᵀ - delta), a and b being dout and values."""
+    ds = p * (tl.dot(a, tl.trans(b), input_precision="ieee") - delta)
+    return tl.where(exists, ds, 0.0)
+
+
+@triton.jit
+def _beside(number, own, BLOCK: tl.constexpr):
+    """Return the example's row that has a number when a tile's own rows are left out."""
+    return number + tl.where(number < own, 0, BLOCK)
+
+
 @compiled_for(aligned=("dout_ptr", "q_ptr", "k_ptr", "v_ptr", "dq_ptr", "dk_ptr", "dv_ptr"))
 def _elastic_attention_bwd_kernel(
     dout_ptr,
@@ -92,8 +122,9 @@ def _elastic_attention_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OWN_ONCE: tl.constexpr,
 ):
-    """dk and dv of a tile as keys, from all queries; then dq of the same tile, from all keys."""
+    """dq of a tile from all keys, and dk and dv of the same rows from all queries."""
     log2_e: tl.constexpr = 1.4426950408889634
     number, head = tl.program_id(0) // num_heads, (tl.program_id(0) % num_heads).to(tl.int64)
     example, tile, place = find_tile(number, cu_inputs_ptr, cu_tapes_ptr, rows, batch, BLOCK_M)
@@ -104,13 +135,11 @@ def _elastic_attention_bwd_kernel(
     dqs = dq_ptr + head * HEAD_DIM, stride_gm
     dks = dk_ptr + head * HEAD_DIM, stride_gm
     dvs = dv_ptr + head * HEAD_DIM, stride_gm
-    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if example == batch:  # unused rows
         store_tile(dqs, rows_m, columns, dq, VECTOR)
-        store_tile(dks, rows_m, columns, dk, VECTOR)
-        store_tile(dvs, rows_m, columns, dv, VECTOR)
+        store_tile(dks, rows_m, columns, dq, VECTOR)
+        store_tile(dvs, rows_m, columns, dq, VECTOR)
         return
     douts = dout_ptr + tl.multiple_of(head * stride_dh, VECTOR), stride_dm
     queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
@@ -118,39 +147,81 @@ def _elastic_attention_bwd_kernel(
     values = v_ptr + tl.multiple_of(head * stride_vh, VECTOR), stride_vn
     lse_ptr += head * rows
     delta_ptr += head * rows
+    scale_log2 = scale * log2_e
+
+    # dq, from the keys of other tiles.
+    q = load_tile(queries, rows_m, columns, VECTOR)
+    dout = load_tile(douts, rows_m, columns, VECTOR)
+    lse = tl.load(lse_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None] * log2_e
+    delta = tl.load(delta_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None]
+    own = tile * BLOCK_M
+    skipped: tl.constexpr = BLOCK_M if OWN_ONCE else 0
+    others = tl.maximum(place.num_rows - skipped, own)
+    for i in tl.range(0, others, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, _beside(i, own, skipped), BLOCK_N)
+        k_n = load_tile(keys, rows_n, columns, VECTOR)
+        v_n = load_tile(values, rows_n, columns, VECTOR)
+        p = _probabilities(
+            q, k_n, lse, rows_n.exists, scale_log2
+        )  # (BLOCK_M queries, BLOCK_N keys)
+        ds = _score_gradients(p, dout, v_n, delta, rows_n.exists)
+        dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
 
     k = load_tile(keys, rows_m, columns, VECTOR)
     v = load_tile(values, rows_m, columns, VECTOR)
-    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
-        rows_n = tile_rows(place, start, BLOCK_N)
+    if OWN_ONCE:
+        # Queries come again, as keeping them through the loop would take registers.
+        q_own = load_tile(queries, rows_m, columns, VECTOR, AGAIN=True)
+        dout_own = load_tile(douts, rows_m, columns, VECTOR, AGAIN=True)
+        exists = rows_m.exists[:, None] & rows_m.exists
+        p_own = _probabilities(q_own, k, lse, exists, scale_log2)
+        dv = tl.dot(tl.trans(p_own.to(dout_own.dtype)), dout_own, input_precision="ieee")
+        ds_own = _score_gradients(p_own, dout_own, v, delta, exists).to(q_own.dtype)
+        dq = tl.dot(ds_own, k, dq, input_precision="ieee")
+    # ptxas spills a few registers if narrow heads are stored here, or wide ones at the end.
+    if BLOCK_D > 64 or not OWN_ONCE:
+        store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
+    if OWN_ONCE:
+        dk = tl.dot(tl.trans(ds_own), q_own, input_precision="ieee")
+    else:
+        dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    # dk and dv, from the queries of other tiles.
+    for i in tl.range(0, others, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, _beside(i, own, skipped), BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)
         dout_n = load_tile(douts, rows_n, columns, VECTOR)
         lse_n = tl.load(lse_ptr + rows_n.row, rows_n.exists, other=0.0) * log2_e
         delta_n = tl.load(delta_ptr + rows_n.row, rows_n.exists, other=0.0)
-        scores = tl.dot(k, tl.trans(q_n), input_precision="ieee") * (scale * log2_e)
-        # Where there is no query its row is zero, whose product with an infinite key is NaN.
-        p = tl.where(rows_n.exists, tl.exp2(scores - lse_n), 0.0)  # (BLOCK_M keys, BLOCK_N queries)
+        p = _probabilities(
+            k, q_n, lse_n, rows_n.exists, scale_log2
+        )  # (BLOCK_M keys, BLOCK_N queries)
         dv = tl.dot(p.to(dout_n.dtype), dout_n, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout_n), input_precision="ieee") - delta_n)
-        ds = tl.where(rows_n.exists, ds, 0.0)
+        ds = _score_gradients(p, v, dout_n, delta_n, rows_n.exists)
         dk = tl.dot(ds.to(q_n.dtype), q_n, dk, input_precision="ieee")
     store_tile(dks, rows_m, columns, dk * scale, VECTOR)
     store_tile(dvs, rows_m, columns, dv, VECTOR)
+    if BLOCK_D <= 64 and OWN_ONCE:
+        store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
 
-    q = load_tile(queries, rows_m, columns, VECTOR)
-    dout = load_tile(douts, rows_m, columns, VECTOR)
-    lse = tl.load(lse_ptr + rows_m.row, rows_m.exists, other=float("inf"))[:, None] * log2_e
-    delta = tl.load(delta_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None]
-    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
-        rows_n = tile_rows(place, start, BLOCK_N)
-        k_n = load_tile(keys, rows_n, columns, VECTOR)
-        v_n = load_tile(values, rows_n, columns, VECTOR)
-        scores = tl.dot(q, tl.trans(k_n), input_precision="ieee") * (scale * log2_e)
-        p = tl.exp2(tl.where(rows_n.exists, scores, float("-inf")) - lse)  # (BLOCK_M, BLOCK_N keys)
-        ds = p * (tl.dot(dout, tl.trans(v_n), input_precision="ieee") - delta)
-        ds = tl.where(rows_n.exists, ds, 0.0)
-        dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
-    store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
+
+@functools.cache
+def _options(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> dict[str, Any]:
+    """Choose what the backward kernel is compiled with; bits follow dtype and head_dim alone.
+
+    168 registers leave room for three programs of four warps on a multiprocessor, where ptxas would
+    take more; heads of 64 need more except on 9.0. For wide heads of float32 it would spill a few
+    to have fewer than 128.
+    """
+    options = options_of(dtype, head_dim, backward=True)
+    # Without tensor cores a tile's own rows, taken at once, would fill the registers.
+    options = options | {"OWN_ONCE": dtype != torch.float32, "maxnreg": None}
+    if dtype == torch.float32:
+        options["maxnreg"] = 128 if head_dim > 64 else None
+    elif head_dim <= 32 or (head_dim <= 64 and capability[0] == 9):
+        options["maxnreg"] = 168
+    return options
 
 
 # Features of a program that sums out · dout, in at most so many rows.
@@ -218,7 +289,7 @@ def _write_gradients(
     """
     dq, dk, dv = gradients
     rows, num_heads, head_dim = q.shape
-    options = options_of(q.dtype, head_dim, backward=True)
+    options = _options(q.dtype, head_dim, facts_of(q.device).capability)
     dout, q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (dout, q, k, v))
     out, lse = dense(out), lse.contiguous()
     (stride_dm, stride_dh, _), (stride_qm, stride_qh, _) = dout.stride(), q.stride()

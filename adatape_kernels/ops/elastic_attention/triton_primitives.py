@@ -34,21 +34,17 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
 
     VECTOR are the elements of the widest access by which heads of this width can be read.
 
-    float32 goes without tensor cores. Three products of tf32 parts would do, with at most 1.5 times
-    the error of torch's float32 by an emulation that rounds sums toward zero, as tensor cores do.
-    They are 2.5 to 5 times the rate of float32's own products on 8.0, 9.0 and 10.0, but two thirds
-    to a third of it on 8.6, 8.9 and 12.0. Heads of 64 then take up to 255 registers a thread; those
-    of 128 spill. Operands within 2⁻¹² of the largest number would become NaN.
+    float32 goes without tensor cores: by three products of TF32 parts its gradients would have up
+    to 12 times the error of torch's float32, and large numbers would become NaN. The page about
+    GPUs' performance has the numbers.
     """
     if dtype == torch.float32:  # operands in registers
         block_m, block_n = 32, 32 if head_dim <= 64 else 16
         num_warps = 4 if head_dim <= 32 else 8
-        num_stages = 2
     else:
         block_m = 32 if backward and head_dim > 128 else 64
         block_n = 32 if backward or head_dim <= 16 or head_dim > 128 else 64
         num_warps = 4 if head_dim <= 64 else 8
-        num_stages = 3 if head_dim <= 128 else 2
     return {
         "HEAD_DIM": head_dim,
         "VECTOR": math.gcd(ALIGNMENT // dtype.itemsize, head_dim),
@@ -56,7 +52,7 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": num_warps,
-        "num_stages": num_stages,
+        "num_stages": 3 if head_dim <= 128 else 2,
     }
 
 
@@ -144,13 +140,29 @@ def tile_rows(place, start, BLOCK: tl.constexpr, FULL: tl.constexpr = False):
 
 
 @triton.jit
-def load_tile(matrix, rows, columns, VECTOR: tl.constexpr, ZEROS: tl.constexpr = True):
-    """Load rows of a matrix (pointer, stride); what does not exist is zero, or undefined."""
+def load_tile(
+    matrix,
+    rows,
+    columns,
+    VECTOR: tl.constexpr,
+    ZEROS: tl.constexpr = True,
+    AGAIN: tl.constexpr = False,
+):
+    """Load rows of a matrix (pointer, stride); what does not exist is zero, or undefined.
+
+    What a program loads AGAIN has another policy of eviction, without which the compiler would take
+    both loads for one and keep its result.
+    """
     ptr, stride = matrix
     offs_d, mask_d = columns
     ptrs = ptr + tl.multiple_of(rows.row * stride, VECTOR)[:, None] + offs_d
     mask = rows.exists[:, None] & mask_d
-    return tl.load(ptrs, mask, other=0.0) if ZEROS else tl.load(ptrs, mask)
+    policy: tl.constexpr = "evict_last" if AGAIN else ""
+    if ZEROS:
+        x = tl.load(ptrs, mask, other=0.0, eviction_policy=policy)
+    else:
+        x = tl.load(ptrs, mask, eviction_policy=policy)
+    return x
 
 
 @triton.jit
