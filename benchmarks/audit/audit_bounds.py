@@ -109,7 +109,7 @@ BOUNDS = (
     Bound("_elastic_attention_bwd_kernel", MODELS, (90, 100), blocks=3),
     Bound("_elastic_attention_bwd_kernel", NARROW_HEADS, blocks=3),
     Bound("_elastic_attention_fwd_kernel", FP32_HEADS, in_flight=2),
-    Bound("_elastic_attention_bwd_kernel", FP32_HEADS, in_flight=4),
+    Bound("_elastic_attention_bwd_kernel", r"^(8|24|32|64)" + FP32_HEADS, in_flight=4),
     # The grouped products are persistent: one wave, whose tiles are always on their way.
     *(
         Bound(f"_dual_ffn_{name}_kernel", "^384 × .*grouped, (bf16|fp16)", LARGE, **kept)

@@ -1,6 +1,7 @@
 """Gradients of a tile of rows that are queries and keys of one another, in half precision.
 
-Triton's backward kernel takes these rows apart from all others, by products of its own.
+Triton's backward kernel takes these rows apart from all others, by products of its own, except on
+compute capability 9.0.
 """
 
 import math
@@ -10,10 +11,20 @@ import torch
 from attention_cases import by_reference, gradients, layout, not_served, qkv
 from checks import assert_close, assert_same_bits
 
-from adatape_kernels.ops import elastic_attention
+from adatape_kernels.ops import device_facts, elastic_attention
 
 OP = "elastic_attention"
 pytestmark = pytest.mark.absent_if(reason=not_served)
+
+
+@pytest.fixture(autouse=True)
+def other_than_9_0(monkeypatch):
+    """Let what stands in for a GPU be of another compute capability."""
+    other = device_facts.EMULATED._replace(capability=(8, 0))
+    monkeypatch.setattr(device_facts, "EMULATED", other)
+    device_facts.facts_of.cache_clear()
+    yield
+    device_facts.facts_of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16])
@@ -31,6 +42,18 @@ def test_poison_in_a_tile_that_is_not_full(device, tensor, number, dtype):
         for a, e in zip(actual, expected, strict=True):
             assert_close(a, e, 3e-3)
             assert a[other].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 48, 160])
+def test_gradients_are_as_close_as_eager_s(device, head_dim, dtype):
+    """For examples of one tile and of several, the last of them full or not."""
+    cu_inputs, cu_tapes, _ = layout(device, [64, 60, 128, 1], [0, 10, 9, 0])
+    given = qkv(280, 1, head_dim, device=device, dtype=dtype)
+    actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    expected = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
