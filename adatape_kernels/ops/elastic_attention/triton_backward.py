@@ -218,8 +218,6 @@ def _options(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> 
     """
     own_once = dtype != torch.float32 and capability[0] != 9
     options = options_of(dtype, head_dim, backward=True)
-    if dtype == torch.float32 and head_dim > 64:  # ptxas spills a few with more tiles under way
-        options = {**options, "num_stages": 2}
     return {
         **options,
         "OWN_ONCE": own_once,
