@@ -1,12 +1,10 @@
 """The gradients of `elastic_attention` in Triton: one program a tile, dq first, then dk and dv.
 
-So no sum crosses programs, and bits repeat. dq of a tile comes from its queries and all keys, dk
-and dv from its keys and all queries: three products and four. In half precision, except on 9.0, the
-tile's own rows, queries and keys at once, go into all three sums by five products. A kernel of five
-for all rows adds dq up in float32 in memory, by atomics. For 256 examples with 6 heads of 64, such
-a one in tiles of 128 × 128 computes 5 · 256 · 256 products of rows for an example of 207 or of 256
-rows; ours computes 1.17 and 1.3 times as many, on 9.0 1.22 and 1.4 times. Of 207 rows it moves
-about 610 MB of memory where ours moves 370.
+So no sum crosses programs, and bits repeat, at the price of seven products where five would do. A
+kernel of five adds dq up in float32 in memory, by atomics. For 256 examples of 207 rows with 6
+heads of 64 such a one, in tiles of 128 × 128, computes 5 · 256 · 256 products of rows where ours
+computes 7 · 256 · 224, 1.2 times as many (1.4 times for 256 rows); it moves about 610 MB of memory
+where ours moves 370. The page about GPUs' performance has what forms of fewer products would cost.
 
 Two tiles of 32 rows are under way while one is computed. Tiles of 64 × 64 would wait for half as
 many products, but take 255 registers a thread, which leaves room for two programs a multiprocessor
@@ -15,14 +13,11 @@ atomics, but eight warps' 128 of 255 registers for these sums alone: one program
 for an example of 50 rows too, or one form for each length.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops.device_facts import facts_of
 from adatape_kernels.ops.elastic_attention.triton_primitives import (
     Tile,
     find_tile,
@@ -85,12 +80,6 @@ def _score_gradients(p, a, b, delta, exists):
     return tl.where(exists, ds, 0.0)
 
 
-@triton.jit
-def _beside(number, own, BLOCK: tl.constexpr):
-    """Return the example's row that has a number when a tile's own rows are left out."""
-    return number + tl.where(number < own, 0, BLOCK)
-
-
 @compiled_for(aligned=("dout_ptr", "q_ptr", "k_ptr", "v_ptr", "dq_ptr", "dk_ptr", "dv_ptr"))
 def _elastic_attention_bwd_kernel(
     dout_ptr,
@@ -122,7 +111,6 @@ def _elastic_attention_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OWN_ONCE: tl.constexpr,
 ):
     """dq of a tile from all keys, and dk and dv of the same rows from all queries."""
     log2_e: tl.constexpr = 1.4426950408889634
@@ -149,80 +137,36 @@ def _elastic_attention_bwd_kernel(
     delta_ptr += head * rows
     scale_log2 = scale * log2_e
 
-    # dq, from the keys of other tiles.
     q = load_tile(queries, rows_m, columns, VECTOR)
     dout = load_tile(douts, rows_m, columns, VECTOR)
     lse = tl.load(lse_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None] * log2_e
     delta = tl.load(delta_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None]
-    own = tile * BLOCK_M
-    skipped: tl.constexpr = BLOCK_M if OWN_ONCE else 0
-    others = tl.maximum(place.num_rows - skipped, own)
-    for i in tl.range(0, others, BLOCK_N, disable_licm=True):
-        rows_n = tile_rows(place, _beside(i, own, skipped), BLOCK_N)
+    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N)
         k_n = load_tile(keys, rows_n, columns, VECTOR)
         v_n = load_tile(values, rows_n, columns, VECTOR)
-        p = _probabilities(
-            q, k_n, lse, rows_n.exists, scale_log2
-        )  # (BLOCK_M queries, BLOCK_N keys)
+        p = _probabilities(q, k_n, lse, rows_n.exists, scale_log2)  # queries by keys
         ds = _score_gradients(p, dout, v_n, delta, rows_n.exists)
         dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
 
+    store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
+
     k = load_tile(keys, rows_m, columns, VECTOR)
     v = load_tile(values, rows_m, columns, VECTOR)
-    if OWN_ONCE:
-        # Queries come again, as keeping them through the loop would take registers.
-        q_own = load_tile(queries, rows_m, columns, VECTOR, AGAIN=True)
-        dout_own = load_tile(douts, rows_m, columns, VECTOR, AGAIN=True)
-        exists = rows_m.exists[:, None] & rows_m.exists
-        p_own = _probabilities(q_own, k, lse, exists, scale_log2)
-        dv = tl.dot(tl.trans(p_own.to(dout_own.dtype)), dout_own, input_precision="ieee")
-        ds_own = _score_gradients(p_own, dout_own, v, delta, exists).to(q_own.dtype)
-        dq = tl.dot(ds_own, k, dq, input_precision="ieee")
-    # ptxas spills a few registers if narrow heads are stored here, or wide ones at the end.
-    if BLOCK_D > 64 or not OWN_ONCE:
-        store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
-    if OWN_ONCE:
-        dk = tl.dot(tl.trans(ds_own), q_own, input_precision="ieee")
-    else:
-        dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-
-    # dk and dv, from the queries of other tiles.
-    for i in tl.range(0, others, BLOCK_N, disable_licm=True):
-        rows_n = tile_rows(place, _beside(i, own, skipped), BLOCK_N)
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)
         dout_n = load_tile(douts, rows_n, columns, VECTOR)
         lse_n = tl.load(lse_ptr + rows_n.row, rows_n.exists, other=0.0) * log2_e
         delta_n = tl.load(delta_ptr + rows_n.row, rows_n.exists, other=0.0)
-        p = _probabilities(
-            k, q_n, lse_n, rows_n.exists, scale_log2
-        )  # (BLOCK_M keys, BLOCK_N queries)
+        p = _probabilities(k, q_n, lse_n, rows_n.exists, scale_log2)  # keys by queries
         dv = tl.dot(p.to(dout_n.dtype), dout_n, dv, input_precision="ieee")
         ds = _score_gradients(p, v, dout_n, delta_n, rows_n.exists)
         dk = tl.dot(ds.to(q_n.dtype), q_n, dk, input_precision="ieee")
     store_tile(dks, rows_m, columns, dk * scale, VECTOR)
     store_tile(dvs, rows_m, columns, dv, VECTOR)
-    if BLOCK_D <= 64 and OWN_ONCE:
-        store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
-
-
-@functools.cache
-def _options(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> dict[str, Any]:
-    """Choose what the backward kernel is compiled with; no example's bits follow its batch.
-
-    Taken at once, a tile's own rows would fill the registers without tensor cores, and on 9.0 they
-    would make ptxas wait behind each product of the whole kernel.
-
-    168 registers leave room for three programs of four warps on a multiprocessor, where ptxas would
-    take more.
-    """
-    own_once = dtype != torch.float32 and capability[0] != 9
-    options = options_of(dtype, head_dim, backward=True)
-    return {
-        **options,
-        "OWN_ONCE": own_once,
-        "maxnreg": 168 if own_once and head_dim <= 32 else None,
-    }
 
 
 # Features of a program that sums out · dout, in at most so many rows.
@@ -290,7 +234,7 @@ def _write_gradients(
     """
     dq, dk, dv = gradients
     rows, num_heads, head_dim = q.shape
-    options = _options(q.dtype, head_dim, facts_of(q.device).capability)
+    options = options_of(q.dtype, head_dim, backward=True)
     dout, q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (dout, q, k, v))
     out, lse = dense(out), lse.contiguous()
     (stride_dm, stride_dh, _), (stride_qm, stride_qh, _) = dout.stride(), q.stride()
@@ -341,5 +285,7 @@ def _write_gradients(
         num_heads=num_heads,
         batch=batch,
         scale=scale,
+        # ptxas would spill two registers to have fewer than 97 on 10.0.
+        maxnreg=128 if q.dtype != torch.float32 and head_dim <= 16 else None,
         **options,
     )

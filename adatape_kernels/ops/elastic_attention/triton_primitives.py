@@ -143,29 +143,13 @@ def tile_rows(place, start, BLOCK: tl.constexpr, FULL: tl.constexpr = False):
 
 
 @triton.jit
-def load_tile(
-    matrix,
-    rows,
-    columns,
-    VECTOR: tl.constexpr,
-    ZEROS: tl.constexpr = True,
-    AGAIN: tl.constexpr = False,
-):
-    """Load rows of a matrix (pointer, stride); what does not exist is zero, or undefined.
-
-    What a program loads AGAIN has another policy of eviction, without which the compiler would take
-    both loads for one and keep its result.
-    """
+def load_tile(matrix, rows, columns, VECTOR: tl.constexpr, ZEROS: tl.constexpr = True):
+    """Load rows of a matrix (pointer, stride); what does not exist is zero, or undefined."""
     ptr, stride = matrix
     offs_d, mask_d = columns
     ptrs = ptr + tl.multiple_of(rows.row * stride, VECTOR)[:, None] + offs_d
     mask = rows.exists[:, None] & mask_d
-    policy: tl.constexpr = "evict_last" if AGAIN else ""
-    if ZEROS:
-        x = tl.load(ptrs, mask, other=0.0, eviction_policy=policy)
-    else:
-        x = tl.load(ptrs, mask, eviction_policy=policy)
-    return x
+    return tl.load(ptrs, mask, other=0.0) if ZEROS else tl.load(ptrs, mask)
 
 
 @triton.jit

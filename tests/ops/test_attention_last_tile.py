@@ -1,8 +1,4 @@
-"""Gradients of a tile of rows that are queries and keys of one another, in half precision.
-
-Triton's backward kernel takes these rows apart from all others, by products of its own, except on
-compute capability 9.0.
-"""
+"""Gradients of examples whose last tile of rows is not full, in half precision."""
 
 import math
 
@@ -11,20 +7,10 @@ import torch
 from attention_cases import by_reference, gradients, layout, not_served, qkv
 from checks import assert_close, assert_same_bits
 
-from adatape_kernels.ops import device_facts, elastic_attention
+from adatape_kernels.ops import elastic_attention
 
 OP = "elastic_attention"
 pytestmark = pytest.mark.absent_if(reason=not_served)
-
-
-@pytest.fixture(autouse=True)
-def other_than_9_0(monkeypatch):
-    """Let what stands in for a GPU be of another compute capability."""
-    other = device_facts.EMULATED._replace(capability=(8, 0))
-    monkeypatch.setattr(device_facts, "EMULATED", other)
-    device_facts.facts_of.cache_clear()
-    yield
-    device_facts.facts_of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16])
