@@ -231,7 +231,7 @@ def key_gradients(
     vector = config["VECTOR"]
     query, keys = with_dense_rows(query), with_dense_rows(keys, vector)
     strides = bank_strides(keys, vector)
-    dquery = query.new_empty(query.shape)
+    dquery = query.new_empty(*query.shape)
     launch(
         _tape_select_bwd_kernel,
         (batch,),

@@ -23,24 +23,22 @@ class GatherOffsets(NamedTuple):
 
     offsets: Tensor
     """(batch + 1,) int32."""
-    status: Tensor
-    """(2,) int32: the number of rows, and 1 where a count or an entry is corrupt."""
+    status: Tensor | None
+    """(2,) int32: the number of rows, and 1 where a count or an entry is corrupt; if asked for."""
 
 
-def offsets_of(
-    counts: Tensor, indices: Tensor, bank_size: int, *, check_indices: bool
-) -> GatherOffsets:
-    """Sum the counts (batch,), and look for corrupt ones; and for corrupt indices, if asked to."""
+def offsets_of(counts: Tensor, indices: Tensor, bank_size: int, *, checked: bool) -> GatherOffsets:
+    """Sum the counts (batch,); `checked` says to look for corrupt counts and indices, too."""
     batch, num_tape_tokens, topk = indices.shape
-    found = GatherOffsets(counts.new_empty(batch + 1), counts.new_zeros(2))
-    checks = num_blocks(indices.numel(), _BLOCK) if check_indices else 0
+    offsets, status = counts.new_empty(batch + 1), counts.new_zeros(2) if checked else None
+    checks = num_blocks(indices.numel(), _BLOCK) if checked else 0
     launch(
         _tape_gather_offsets_kernel,
         (1 + checks,),
         counts_ptr=counts.contiguous(),
         indices_ptr=indices,
-        offsets_ptr=found.offsets,
-        status_ptr=found.status,
+        offsets_ptr=offsets,
+        status_ptr=status,
         batch=batch,
         num_tape_tokens=num_tape_tokens,
         bank_size=bank_size,
@@ -48,7 +46,7 @@ def offsets_of(
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    return found
+    return GatherOffsets(offsets, status)
 
 
 @compiled_for()
@@ -65,7 +63,8 @@ def _tape_gather_offsets_kernel(
 ):
     """Sum the counts in program 0, and check the entries that are read in the others, if any.
 
-    The status is the total, and 1 where a count or an entry is corrupt; it comes as zeros.
+    The status is the total, and 1 where a count or an entry is corrupt; it comes as zeros, or is
+    None where nobody asks.
     """
     offs = tl.arange(0, BLOCK)
     corrupt = tl.zeros((BLOCK,), tl.int1)
@@ -79,7 +78,8 @@ def _tape_gather_offsets_kernel(
             tl.store(offsets_ptr + 1 + start + offs, total + tl.cumsum(count, 0), mask)
             total += tl.sum(count, 0)
             corrupt |= count != given
-        tl.store(status_ptr, total)
+        if status_ptr is not None:
+            tl.store(status_ptr, total)
     else:
         reads = (tl.program_id(0) - 1).to(tl.int64) * BLOCK + offs
         token = (reads // TOPK).to(tl.int32)
@@ -88,7 +88,8 @@ def _tape_gather_offsets_kernel(
         mask &= token % num_tape_tokens < tl.load(counts_ptr + example, mask, other=0)
         entry = tl.load(indices_ptr + reads, mask, other=0)
         corrupt = mask & ((entry < 0) | (entry >= bank_size))
-    tl.atomic_max(status_ptr + 1, tl.max(corrupt.to(tl.int32), 0), sem="relaxed")
+    if status_ptr is not None:
+        tl.atomic_max(status_ptr + 1, tl.max(corrupt.to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit

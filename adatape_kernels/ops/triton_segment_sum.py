@@ -28,8 +28,10 @@ _BLOCK_N, _BLOCK_SEGMENT = 8, 4
 _PART = 16
 # Partial sums that a program adds up together.
 _BLOCK_PARTS = 8
-# Features of a program's block: a warp's lanes then move 16 bytes at a time.
-_BLOCK_D = 256
+# Features of a program's block: a warp's lanes then move 16 bytes at a time. Of rows that are read
+# element by element a lane would need an address and a mask for each of 32 elements of a shared
+# bank's block, more registers than ptxas allots it.
+_BLOCK_D, _BLOCK_D_BY_ELEMENT = 256, 128
 
 
 def segment_sum(
@@ -108,10 +110,13 @@ def _sum_segments(
     """
     width = rows.shape[1]
     # As many parts behind the first one of their segment are there at most.
-    further = max(len(entries) - 1, 0) // _PART
+    further = max(entries.shape[0] - 1, 0) // _PART
     out = rows.new_empty(bank_size, width, dtype=dtype)
     partial = rows.new_empty(2, further + 1, width, dtype=torch.float32)
-    blocks = num_blocks(width, _BLOCK_D)
+    lead_dim = 0 if leading is None else leading.shape[1]
+    vector = elements_per_access(rows) if leading is None else elements_per_access(rows, leading)
+    block_d = _BLOCK_D if vector > 1 else _BLOCK_D_BY_ELEMENT
+    blocks = num_blocks(width, block_d)
     places = dict(
         partial_ptr=partial,
         out_ptr=out,
@@ -122,9 +127,7 @@ def _sum_segments(
         further=further,
         width=width,
     )
-    options = dict(PART=_PART, BLOCK_D=_BLOCK_D, num_warps=1)
-    lead_dim = 0 if leading is None else leading.shape[1]
-    kinds = (rows,) if leading is None else (rows, leading)
+    options = dict(PART=_PART, BLOCK_D=block_d, num_warps=1)
     launch(
         _segment_sum_shared_kernel,
         (bank_size + further, blocks),
@@ -134,7 +137,7 @@ def _sum_segments(
         leading_ptr=leading,
         stride_r=rows.stride(0),
         lead_dim=lead_dim,
-        VECTOR=elements_per_access(*kinds),
+        VECTOR=vector,
         BLOCK_N=_BLOCK_SEGMENT,
         **places,
         **options,

@@ -30,10 +30,10 @@ def segments_in_order(entries: Tensor, bank_size: int) -> SegmentOrder:
 
 def segments_in_any_order(entries: Tensor, bank_size: int) -> SegmentOrder:
     """Count each entry's contributions; within a segment they stand as they were counted."""
-    counts = entries.new_zeros(bank_size + 1)
-    ranks, order = (entries.new_empty(len(entries)) for _ in range(2))
-    grid = (num_blocks(len(entries), _BLOCK_COUNTS),)
-    sizes = dict(num_contributions=len(entries), bank_size=bank_size)
+    counts, number = entries.new_zeros(bank_size + 1), entries.shape[0]
+    ranks, order = entries.new_empty(number), entries.new_empty(number)
+    grid = (num_blocks(number, _BLOCK_COUNTS),)
+    sizes = dict(num_contributions=number, bank_size=bank_size)
     options = dict(BLOCK=_BLOCK_COUNTS, num_warps=4)
     launch(
         _count_contributions_kernel,

@@ -99,6 +99,13 @@ class ReadPlaces(NamedTuple):
     """The row of the tape; -1 where the tape ends before it."""
 
 
+def no_places_yet(indices: Tensor) -> ReadPlaces:
+    """Return room for the places of these reads (batch, num_tape_tokens, topk)."""
+    batch, num_tape_tokens, topk = indices.shape
+    reads = num_tape_tokens * topk
+    return ReadPlaces(indices.new_empty(batch, reads), indices.new_empty(batch, reads))
+
+
 class OwnBankGradient(NamedTuple):
     """The gradient of the examples' own banks, of whose entries no example reads one twice."""
 
@@ -131,9 +138,11 @@ def weight_gradients(
     """
     batch, num_tape_tokens, topk = indices.shape
     bank_size, dim = bank.shape[-2:]
-    dweights = indices.new_empty(indices.shape, dtype=torch.float32)
+    dweights = indices.new_empty(*indices.shape, dtype=torch.float32)
     places, own = (to, None) if isinstance(to, ReadPlaces) else (None, to)
-    keys = bank if own is None else bank[..., : own.key_dim]
+    vector = elements_per_access(bank, dtape)
+    if own is not None and own.key_dim % vector:
+        vector = 1
     strides = bank_strides(bank)
     launch(
         _tape_gather_bwd_kernel,
@@ -155,9 +164,9 @@ def weight_gradients(
         bank_size=bank_size,
         dim=dim,
         key_dim=0 if own is None else own.key_dim,
-        num_rows=len(dtape),
+        num_rows=dtape.shape[0],
         TOPK=topk,
-        VECTOR=elements_per_access(bank, dtape, keys),
+        VECTOR=vector,
         BLOCK_D=BLOCK_D,
         **_block(topk),
     )

@@ -119,7 +119,7 @@ def _ffn(
     hidden: int,
     tape_hidden: int,
     activation: str,
-    products: str,
+    products: str | None,
     dtype: torch.dtype,
     inputs: int = 50_000,
     tapes: int = 2_000,
@@ -298,7 +298,7 @@ def _small_model() -> None:
     _gather((256, 784, 384), 256, dtype)
     _read((256, 784, 384), 384, 256, dtype)
     _attention(64, dtype)
-    _ffn(384, 1536, 384, "gelu_tanh", "cublas", dtype, 256 * 197, 256 * 10)
+    _ffn(384, 1536, 384, "gelu_tanh", None, dtype, 256 * 197, 256 * 10)
     _add_layer_norm(384, dtype, rows)
 
 
@@ -309,7 +309,7 @@ def _base_model() -> None:
     _gather((10_000, 768), 256, dtype, 64, 2)
     _read((10_000, 768), 768, 256, dtype, 64, 2)
     _attention(64, dtype, num_heads=12, rows=114)
-    _ffn(768, 3072, 768, "gelu_tanh", "cublas", dtype, 256 * 50, 256 * 64)
+    _ffn(768, 3072, 768, "gelu_tanh", None, dtype, 256 * 50, 256 * 64)
     _add_layer_norm(768, dtype, rows)
 
 

@@ -25,6 +25,8 @@ class Card:
     memory: float
     l2: float
     products: float
+    arch: int
+    """Compute capability, as occupancy.CHIPS has it."""
 
     def floor(self, work: CountedWork) -> float:
         """Return the least seconds that the data sheet allows for this work."""
@@ -43,12 +45,12 @@ class Card:
         )
 
 
-H200 = Card("H200", 4.8e12, 5.7e12, 989e12)
+H200 = Card("H200", 4.8e12, 5.7e12, 989e12, 90)
 CARDS = (
-    Card("A100", 2.04e12, 4.5e12, 312e12),
-    Card("L4", 0.30e12, 1.8e12, 121e12),
-    Card("H100", 3.35e12, 5.7e12, 989e12),
+    Card("A100", 2.04e12, 4.5e12, 312e12, 80),
+    Card("L4", 0.30e12, 1.8e12, 121e12, 89),
+    Card("H100", 3.35e12, 5.7e12, 989e12, 90),
     H200,
-    Card("B200", 8.0e12, 10e12, 2250e12),
+    Card("B200", 8.0e12, 10e12, 2250e12, 100),
 )
 """A100 and H100 are the SXM forms, with 80 GB."""

@@ -277,8 +277,9 @@ def lines(quick: bool) -> Iterator[RooflineLine]:
     yield from reading(32, 10_000, 768, 768, 2, 4, shared=True)
     for products in ("grouped", "cublas"):
         yield from feed_forwards(8 * 197, 8 * 10, 384, 1536, 768, products)
-    yield from feed_forwards(16 * 197, 16 * 10, 384, 1536, 384, "cublas", repeats=16)
-    yield from feed_forwards(16 * 50, 16 * 64, 768, 3072, 768, "cublas", repeats=16)
+    for products in ("cublas", "epilogue"):
+        yield from feed_forwards(16 * 197, 16 * 10, 384, 1536, 384, products, repeats=16)
+        yield from feed_forwards(16 * 50, 16 * 64, 768, 3072, 768, products, repeats=16)
     yield from norms(256 * 207, 384)
     yield from norms(256 * 114, 768)
     for kept in (0.25, 0.75):

@@ -71,7 +71,9 @@ class _WorkCounter(TorchDispatchMode):
         return result
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        places = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64).ravel()
+        # Masks of integers would choose elements by their number; a descriptor's is a memory view.
+        exists = np.broadcast_to(np.asarray(mask).astype(bool), pointers.shape)
+        places = pointers[exists].astype(np.int64)
         self.work.accessed += places.size * size
         self.sectors.append(np.unique(places // SECTOR))
 
@@ -90,21 +92,21 @@ def counting() -> Iterator[CountedWork]:
     add, dot = builder.create_atomic_rmw, builder.create_dot
     run = interpreter.GridExecutor.__call__
 
-    def counted_load(pointers, mask, *rest):
+    def counted_load(pointers, mask, *rest, **options):
         counter.access(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **options)
 
-    def counted_store(pointers, value, mask, *rest):
+    def counted_store(pointers, value, mask, *rest, **options):
         counter.access(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
-        return store(pointers, value, mask, *rest)
+        return store(pointers, value, mask, *rest, **options)
 
-    def counted_add(operation, pointers, value, mask, *rest):
+    def counted_add(operation, pointers, value, mask, *rest, **options):
         counter.access(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
-        return add(operation, pointers, value, mask, *rest)
+        return add(operation, pointers, value, mask, *rest, **options)
 
-    def counted_dot(a, b, d, *rest):
+    def counted_dot(a, b, d, *rest, **options):
         counter.work.flops += 2 * a.data.size * b.data.shape[-1]
-        return dot(a, b, d, *rest)
+        return dot(a, b, d, *rest, **options)
 
     def counted_run(self, *args, **options):
         counter.interpreting = True

@@ -13,6 +13,7 @@ from adatape_kernels.benchmarks.harness import ceilings, labels, records, timing
 from adatape_kernels.benchmarks.harness.labels import ANY_BACKEND
 from adatape_kernels.benchmarks.harness.records import CaseKey, ResultRow
 from adatape_kernels.ops.device_facts import here
+from adatape_kernels.ops.dual_ffn.products import recorded_forms
 from adatape_kernels.ops.op import (
     BACKENDS,
     NotServed,
@@ -229,7 +230,7 @@ def _attempt(
 ) -> Attempt:
     """Run a provider once, under the dispatcher's record, and compare its results and its label."""
     try:
-        with record() as ran:
+        with record() as ran, recorded_forms() as forms:
             runs = make()
             returned = runs[0]()
         found = [x.detach() for x in prepared[0].results(returned)]
@@ -240,17 +241,20 @@ def _attempt(
             fault = case.agree(found, expected, case.tolerance or TOLERANCE[case.dtype])
             if fault is not None:
                 return Attempt(name, "wrong", fault, [])
-        return Attempt(name, "ok", _note(provider, prepared[0], ran), runs)
+        return Attempt(name, "ok", _note(provider, prepared[0], ran, forms), runs)
     except (Skipped, NotServed) as reason:
         return Attempt(name, "skipped", records.first_line(reason), [])
     except Exception as error:  # Whatever a peer does, the others are still measured.
         return Attempt(name, "failed", f"{type(error).__name__}: {records.first_line(error)}", [])
 
 
-def _note(provider: Provider, prepared: Prepared, ran: Sequence[Ran]) -> str:
-    """Say which backend served where the provider's name does not, and what the peer adds."""
+def _note(provider: Provider, prepared: Prepared, ran: Sequence[Ran], forms: Sequence[str]) -> str:
+    """Say which backend served where the provider's name does not, and what the peer adds.
+
+    Where Triton served `dual_ffn` it says in which form.
+    """
     served = labels.served_by(ran) if provider.backend == ANY_BACKEND else ""
-    return "; ".join(filter(None, [prepared.note, served]))
+    return "; ".join(filter(None, [prepared.note, served, labels.in_forms(forms)]))
 
 
 def ours(

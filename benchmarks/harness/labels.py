@@ -32,6 +32,12 @@ def difference(ran: Iterable[Ran], label: str | None, measured_ops: Sequence[str
     return None
 
 
+def in_forms(forms: Iterable[str]) -> str:
+    """Return in words which forms of `dual_ffn` in Triton served, if any did."""
+    names = " and ".join(sorted(set(forms)))
+    return f"dual_ffn: {names}" if names else ""
+
+
 def served_by(ran: Iterable[Ran]) -> str:
     """Return in words which backend served, and which op where there were several backends."""
     ops_of: dict[str, list[str]] = {}

@@ -14,9 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adatape_kernels.benchmarks.audit.cards import CARDS, H200
+import torch
+
+from adatape_kernels.benchmarks.audit.cards import CARDS, H200, Card
+from adatape_kernels.benchmarks.audit.occupancy import CHIPS
 from adatape_kernels.benchmarks.audit.work_counter import CountedWork
 from adatape_kernels.benchmarks.harness import records
+from adatape_kernels.ops.device_facts import DeviceFacts
+from adatape_kernels.ops.dual_ffn import triton_epilogue
+from adatape_kernels.ops.dual_ffn.triton_epilogue import SavedBytes
 
 COUNTED = Path(__file__).parents[1] / "audit/roofline.csv"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -109,9 +115,20 @@ class CountedModel:
     gather: str
     reads: int
     """The batch's examples and steps over those of the read that was counted."""
+    second_weights: tuple[tuple[int, int], ...]
+    """Shapes of the second weights of `dual_ffn`."""
 
-    def stages(self, ops: dict[tuple[str, str], CountedOp]) -> list[Stage]:
-        """Return the stages of its forward pass, in their order."""
+    def form(self, card: Card) -> str:
+        """Return the form of `dual_ffn` that serves a forward pass in bfloat16 on a card."""
+        chip = CHIPS[card.arch]
+        capability = divmod(card.arch, 10)
+        facts = DeviceFacts(card.name, chip.shared_per_block, chip.multiprocessors, capability)
+        shapes = tuple(torch.Size(shape) for shape in self.second_weights)
+        pays = triton_epilogue.pays_on(facts, torch.bfloat16, shapes, SavedBytes.FORWARD)
+        return "epilogue" if pays else "cublas"
+
+    def stages(self, ops: dict[tuple[str, str], CountedOp], form: str) -> list[Stage]:
+        """Return the stages of its forward pass, in their order, with `dual_ffn` in a form."""
         batch, patches = 256, (224 // self.patch) ** 2
         tokens = batch * patches
         rows = batch * (patches + 1 + self.num_tape_tokens)
@@ -146,7 +163,7 @@ class CountedModel:
             ours("attention", "elastic_attention", self.attention, 12),
             Stage("attention's product", 12, *_product(rows, self.dim, self.dim)),
             ours("sum and norm", "add_layer_norm", self.norm, 24),
-            ours("feed-forwards", "dual_ffn", self.feed_forward, 12),
+            ours("feed-forwards", "dual_ffn", f"{self.feed_forward}, {form}", 12),
             Stage("head", 1, *_product(batch, self.dim, 1000)),
         ]
         return found
@@ -158,46 +175,54 @@ MODELS = (
         "V=S/16 B=256 T=10 k=5 bank=input M=10000 tau=2 tape=tau",
         *(384, 16, 784, 8, 10),
         "B=256, 207 rows, 6 heads of 64",
-        "50432 + 2560 rows, 384 × 1536, 384, cublas",
+        "50432 + 2560 rows, 384 × 1536, 384",
         "52992 rows, D=384",
         "B=256, input-driven, M=784, K=384, k=5, T=10",
         "B=256, input-driven, M=784, D=384, k=5, T=10",
         1,
+        ((384, 1536), (384, 384)),
     ),
     CountedModel(
         "B/32, learnable bank, T=64",
         "V=B/32 B=256 T=64 k=2 bank=learn M=10000 tau=8 tape=tau",
         *(768, 32, 10_000, 0, 64),
         "B=256, 114 rows, 12 heads of 64",
-        "12800 + 16384 rows, 768 × 3072, 768, cublas",
+        "12800 + 16384 rows, 768 × 3072, 768",
         "29184 rows, D=768",
         "B=32, learnable, M=10000, K=768, k=2, T=4",
         "B=32, learnable, M=10000, D=768, k=2, T=4",
         8 * 16,
+        ((768, 3072), (768, 768)),
     ),
 )
 
 
 def model_table(model: CountedModel, ops: dict[tuple[str, str], CountedOp]) -> str:
     """Return a model's forward pass, stage by stage, and its sum."""
-    stages = model.stages(ops)
-    rows = []
-    for stage in stages:
+    columns = []
+    for card in CARDS:
+        form = model.form(card)
+        stages = model.stages(ops, form)
         cells = [
             f"{_microseconds(stage.times * card.floor(stage.needed))} / "
             f"{_microseconds(stage.times * card.predicted(stage.ours))}"
-            for card in CARDS
+            + (f" ({form})" if stage.name == "feed-forwards" else "")
+            for stage in stages
         ]
-        rows.append([stage.name, str(stage.times), *cells])
-    sums = [
-        f"**{sum(s.times * card.floor(s.needed) for s in stages) * 1e3:.2f} / "
-        f"{sum(s.times * card.predicted(s.ours) for s in stages) * 1e3:.2f} ms**"
-        for card in CARDS
+        floor = sum(stage.times * card.floor(stage.needed) for stage in stages)
+        predicted = sum(stage.times * card.predicted(stage.ours) for stage in stages)
+        columns.append([*cells, f"**{floor * 1e3:.2f} / {predicted * 1e3:.2f} ms**"])
+    *rows, sums = map(list, zip(*columns, strict=True))
+    rows = [
+        [stage.name, str(stage.times), *cells] for stage, cells in zip(stages, rows, strict=True)
     ]
     rows.append(["**sum**", "", *sums])
     header = ["stage", "times", *(card.name for card in CARDS)]
     return f"{model.name}\n\n{_table(header, rows)}"
 
+
+FORM_OF_RESULTS = "cublas"
+"""The form of `dual_ffn` in the rows of benchmarks/results, which are older than "epilogue"."""
 
 MEASURED: tuple[tuple[str, str, str, tuple[str, str]], ...] = (
     (
@@ -216,7 +241,7 @@ MEASURED: tuple[tuple[str, str, str, tuple[str, str]], ...] = (
         "dual_ffn",
         "forward",
         "B=256 N=197 T=10 tape=uniform D=384 F=1536 G=384",
-        ("dual_ffn", "50432 + 2560 rows, 384 × 1536, 384, cublas"),
+        ("dual_ffn", f"50432 + 2560 rows, 384 × 1536, 384, {FORM_OF_RESULTS}"),
     ),
 )
 """Rows of the H200 in bfloat16, and the counted line that each compares with.
@@ -241,16 +266,17 @@ def measured_table(rows: Iterable[records.ResultRow], ops: dict[tuple[str, str],
 
     for op, direction, shape, counted in MEASURED:
         line = ops[counted]
-        for provider, name in (("ours [graph]", "Triton"), ("ours cuda [graph]", "C++")):
+        triton = f"Triton, {FORM_OF_RESULTS}" if op == "dual_ffn" else "Triton"
+        for provider, name in (("ours [graph]", triton), ("ours cuda [graph]", "C++")):
             seconds = taken.get((op, direction, shape, provider))
             what = f"{op}, {name}, {shape}"
             add(what, H200.floor(line.needed), H200.predicted(line.ours), seconds)
     for model in MODELS:
-        stages = model.stages(ops)
+        stages = model.stages(ops, FORM_OF_RESULTS)
         seconds = taken.get(("model", "forward", model.measured, "ours, capacity [graph]"))
         floor = sum(stage.times * H200.floor(stage.needed) for stage in stages)
         predicted = sum(stage.times * H200.predicted(stage.ours) for stage in stages)
-        add(f"model, {model.name}", floor, predicted, seconds)
+        add(f"model, feed-forwards by {FORM_OF_RESULTS}, {model.name}", floor, predicted, seconds)
     header = ["case", "floor, ms", "predicted, ms", "measured, ms", "measured / predicted"]
     return _table(header, lines)
 

@@ -41,7 +41,7 @@ def test_attention_s_counted_line_is_four_tensors_and_two_products():
 
 @pytest.mark.parametrize("model", page.MODELS, ids=lambda model: model.name)
 def test_a_model_needs_what_its_stages_need(model):
-    stages = model.stages(OPS)
+    stages = model.stages(OPS, "cublas")
     assert {stage.times for stage in stages} == {1, 12, 24}
     flops = sum(stage.times * stage.needed.flops for stage in stages)
     rows = 256 * ((224 // model.patch) ** 2 + 1 + model.num_tape_tokens)
@@ -60,3 +60,15 @@ def test_an_unknown_table_is_refused(capsys, tmp_path):
     assert "gpu: expected one of ops, models, measured, got 'other'" in capsys.readouterr().err
     with refused("gpu", "ops, models, measured", "'other'"):
         page.fill(path.read_text(), page.COUNTED, page.RESULTS)
+
+
+def test_the_page_names_the_form_of_dual_ffn_that_serves_on_each_card():
+    small, base = page.MODELS
+    forms = {card.name: (small.form(card), base.form(card)) for card in CARDS}
+    on_hopper = ("epilogue", "cublas")
+    assert forms == {
+        **dict.fromkeys(("A100", "L4", "B200"), ("cublas", "cublas")),
+        **dict.fromkeys(("H100", "H200"), on_hopper),
+    }
+    (row,) = re.findall(r"\| feed-forwards \|.*", page.model_table(small, OPS))
+    assert re.findall(r"\((\w+)\)", row) == [forms[card.name][0] for card in CARDS]

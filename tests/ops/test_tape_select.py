@@ -122,9 +122,10 @@ def small_tiles(request, monkeypatch):
     """Several tiles in a small bank, where a kernel has tiles."""
     config = triton_tiled_bank.tiled_bank_config
 
-    def smaller(dtype, shape, topk):
+    def smaller(dtype, shape, topk, capability):
         tiles = 1 << (-(-shape[-2] // request.param) - 1).bit_length()
-        return {**config(dtype, shape, topk), "BLOCK_M": request.param, "NUM_TILES": tiles}
+        sizes = {"BLOCK_M": request.param, "NUM_TILES": tiles}
+        return {**config(dtype, shape, topk, capability), **sizes}
 
     monkeypatch.setattr(triton_tiled_bank, "tiled_bank_config", smaller)
     monkeypatch.setattr(triton_forward, "MOST_ENTRIES", 0)

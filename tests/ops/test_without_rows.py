@@ -1,4 +1,4 @@
-"""Calls without rows, examples, heads, widths or tape tokens: results, first and second gradients."""
+"""Calls without rows, examples, heads, widths or tape tokens: results and both derivatives."""
 
 import pytest
 import torch

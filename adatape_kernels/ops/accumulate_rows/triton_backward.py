@@ -90,12 +90,12 @@ def accumulate_rows_bwd(
     """Launch the kernel."""
     dsum, rows = with_dense_rows(dsum), with_dense_rows(rows)
     num_rows, dim = rows.shape
-    drows, dweights = rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+    drows, dweights = rows.new_empty(*rows.shape), weights.new_empty(*weights.shape)
     dtotal, dtotal_weights = dsum.new_empty(0, dim), weights.new_empty(0)
     if total is not None and total_weights is not None:
         total, total_weights = with_dense_rows(total), total_weights.contiguous()
-        dtotal = dsum.new_empty(dsum.shape).copy_(dsum)
-        dtotal_weights = weights.new_empty(weights.shape)
+        dtotal = dsum.new_empty(*dsum.shape).copy_(dsum)
+        dtotal_weights = weights.new_empty(*weights.shape)
     else:
         total = total_weights = None
     launch(

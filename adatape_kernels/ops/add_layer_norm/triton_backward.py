@@ -91,7 +91,8 @@ def add_layer_norm_bwd(
     total = dense(total)
     options = tile(dim)
     parts = min(num_blocks(num_rows, options["BLOCK_M"]), _MAX_PARTS)
-    dweights, dbiases = (total.new_empty(parts, dim, dtype=torch.float32) for _ in range(2))
+    dweights = total.new_empty(parts, dim, dtype=torch.float32)
+    dbiases = total.new_empty(parts, dim, dtype=torch.float32)
     dx = total.new_empty(num_rows, dim)
     launch(
         _add_layer_norm_bwd_kernel,

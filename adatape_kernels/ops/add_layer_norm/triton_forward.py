@@ -68,7 +68,8 @@ def add_layer_norm(
     num_rows, dim = x.shape
     x, branch = with_dense_rows(x), with_dense_rows(branch)
     total, normed = x.new_empty(num_rows, dim), x.new_empty(num_rows, dim)
-    mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    mean = x.new_empty(num_rows, dtype=torch.float32)
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
     options = tile(dim)
     launch(
         _add_layer_norm_fwd_kernel,

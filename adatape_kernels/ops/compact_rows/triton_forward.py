@@ -137,7 +137,7 @@ def compact_rows(
         # A kernel that failed leaves any number here, which no size may follow beyond the rows.
         num_packed = min(max(int(before[num_rows]), 0), num_rows)
     packed, source = data.new_empty(num_packed, dim), order.new_empty(num_packed)
-    kept_inputs, kept_tapes = (x.new_empty(x.shape) for x in (cu_inputs, cu_tapes))
+    kept_inputs, kept_tapes = (x.new_empty(x.shape[0]) for x in (cu_inputs, cu_tapes))
     rows_to_visit = max(num_packed, cu_inputs.shape[0])
     launch(
         _compact_rows_copy_kernel,

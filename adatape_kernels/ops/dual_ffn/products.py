@@ -1,6 +1,7 @@
 """Which form the products of `dual_ffn` have in Triton: `ffn_products`."""
 
 import contextlib
+from collections.abc import Iterator
 
 from adatape_kernels.ops.carried_choice import carry
 from adatape_kernels.ops.choice import Choice, Chosen
@@ -17,6 +18,27 @@ carry("ffn_products", chosen, gives_way=False)
 def chosen_products() -> str | None:
     """Return the form that `ffn_products` asks for on this thread, or None."""
     return chosen.value
+
+
+_recorders: list[list[str]] = kept("form_recorders", list)
+
+
+def note_form(form: str) -> None:
+    """Tell all who record it which form serves a call, forward or backward."""
+    for recorder in _recorders:
+        recorder.append(form)
+
+
+@contextlib.contextmanager
+def recorded_forms() -> Iterator[list[str]]:
+    """Collect which form served each call in Triton, of every thread, in their order."""
+    ran: list[str] = []
+    _recorders.append(ran)
+    try:
+        yield ran
+    finally:
+        # By identity: two records that hold the same are equal.
+        del _recorders[next(i for i, other in enumerate(_recorders) if other is ran)]
 
 
 def ffn_products(name: str | None) -> contextlib.AbstractContextManager[None]:

@@ -140,7 +140,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run two products for each kind of rows; returns y and both pre-activations."""
     bounds = None if bounds is None else bounds.contiguous()
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     hiddens = []
     for part in slices(max_input_rows, max_tape_rows, bounds, activation, parameters):
         rows, ffn = part.rows, part.ffn
@@ -180,7 +180,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Run the products' gradients; returns the gradients of x and of the parameters."""
     hidden, tape_hidden = dense(hidden), dense(tape_hidden)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(*x.shape)
     grads: list[Tensor] = []
     parts = slices(len(hidden), len(tape_hidden), bounds, activation, parameters)
     for part, h in zip(parts, (hidden, tape_hidden), strict=False):
@@ -190,7 +190,7 @@ def backward(
             unused = unused_rows(part.rows, part.bounds)
             dy_rows, x_rows = dy_rows.masked_fill(unused, 0), x_rows.masked_fill(unused, 0)
         dact = dy_rows @ part.ffn.w2
-        act, dhidden = dact.new_empty(dact.shape), h.new_empty(h.shape)
+        act, dhidden = dact.new_empty(*dact.shape), h.new_empty(*h.shape)
         db1 = h.new_empty(num_blocks(len(h), CHUNK), h.shape[1], dtype=torch.float32)
         launch(
             _dual_ffn_act_bwd_kernel,

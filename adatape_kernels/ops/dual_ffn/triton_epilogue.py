@@ -7,15 +7,16 @@ dx = dhidden · w1,  dw1, dw2, db2                torch's, for each kind
 """
 
 import enum
+import functools
 
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops.device_facts import facts_of
+from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.dual_ffn import triton_up
-from adatape_kernels.ops.dual_ffn.parameters import Parameters, as_ffns
+from adatape_kernels.ops.dual_ffn.parameters import Parameters
 from adatape_kernels.ops.dual_ffn.triton_cublas import slices, unused_rows
-from adatape_kernels.ops.dual_ffn.triton_up import up_tiles
+from adatape_kernels.ops.dual_ffn.triton_up import tiles_of
 from adatape_kernels.ops.triton_specialization import dense
 
 _MEMORY_SHARE = 0.87
@@ -48,13 +49,19 @@ def pays(x: Tensor, parameters: Parameters, saved: SavedBytes) -> bool:
     the same, 128 × 128, and so is their tail. With few rows a launch a kind of rows is saved too.
     One block a multiprocessor cannot store while it multiplies: then nothing is saved.
     """
-    device = facts_of(x.device)
-    input_ffn, tape_ffn = as_ffns(parameters)
-    widths = [ffn.w2 for ffn in (input_ffn, tape_ffn) if ffn is not None]
-    if up_tiles(x, widths, device).blocks == 1:
+    shapes = tuple(w2.shape for w2 in parameters[2::4] if w2 is not None)
+    return pays_on(facts_of(x.device), x.dtype, shapes, saved)
+
+
+@functools.lru_cache(maxsize=256)
+def pays_on(
+    device: DeviceFacts, dtype: torch.dtype, w2: tuple[torch.Size, ...], saved: SavedBytes
+) -> bool:
+    """Return the same for second weights (dim, width) of these shapes on a device."""
+    if tiles_of(dtype, w2, device).blocks == 1:
         return False  # so it is on all GPUs but those of compute capability 9.0
     saved_flops = saved * _FLOPS_PER_BYTE / _MEMORY_SHARE
-    return 2 * x.shape[1] * _SLOWER <= saved_flops
+    return 2 * w2[0][0] * _SLOWER <= saved_flops
 
 
 def forward(
@@ -69,7 +76,7 @@ def forward(
     bounds = None if bounds is None else bounds.contiguous()
     max_rows = (max_input_rows, max_tape_rows)
     hidden, act = triton_up.forward(x, max_rows, bounds, activation, parameters, sliced=True)
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     for part, a in zip(slices(*max_rows, bounds, activation, parameters), act, strict=False):
         torch.addmm(part.ffn.b2, a, part.ffn.w2.mT, out=y[part.rows])
         if part.bounds is not None:
@@ -91,7 +98,7 @@ def backward(
     bounds = None if bounds is None else bounds.contiguous()
     hiddens = dense(hidden), dense(tape_hidden)
     ups = triton_up.backward(dy, hiddens, bounds, activation, parameters, sliced=True)
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(*x.shape)
     grads: list[Tensor] = []
     max_rows = len(hidden), len(tape_hidden)
     parts = slices(*max_rows, bounds, activation, parameters)

@@ -1,5 +1,6 @@
 """`dual_ffn` in Triton: a call goes to one of three forms (products.py)."""
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from adatape_kernels.ops.device_facts import DeviceFacts
 from adatape_kernels.ops.dual_ffn import triton_cublas, triton_epilogue, triton_grouped
 from adatape_kernels.ops.dual_ffn.parameters import Parameters
-from adatape_kernels.ops.dual_ffn.products import chosen_products
+from adatape_kernels.ops.dual_ffn.products import chosen_products, note_form
 from adatape_kernels.ops.dual_ffn.triton_epilogue import SavedBytes
 from adatape_kernels.ops.triton_runtime import kernel
 
@@ -32,11 +33,14 @@ def _backward_limits(
     return _serves(num_input_rows)
 
 
-def _form(x: Tensor, parameters: Parameters, saved: SavedBytes) -> Any:
-    """Return the form of a call whose host knows where to cut the rows."""
-    name = chosen_products()
+def _form(
+    x: Tensor, num_input_rows: int | None, parameters: Parameters, saved: SavedBytes
+) -> ModuleType:
+    """Return the form that serves a call, and note it."""
+    name = "grouped" if num_input_rows is None else chosen_products()
     if name is None:
         name = "epilogue" if triton_epilogue.pays(x, parameters, saved) else "cublas"
+    note_form(name)
     return _FORMS[name]
 
 
@@ -53,11 +57,9 @@ def forward(
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and both pre-activations."""
-    if num_input_rows is None:
-        return triton_grouped.forward(x, len(x), max_tape_rows, bounds, activation, parameters)
-    return _form(x, parameters, SavedBytes.FORWARD).forward(
-        x, num_input_rows, max_tape_rows, bounds, activation, parameters
-    )
+    form = _form(x, num_input_rows, parameters, SavedBytes.FORWARD)
+    max_input_rows = x.shape[0] if num_input_rows is None else num_input_rows
+    return form.forward(x, max_input_rows, max_tape_rows, bounds, activation, parameters)
 
 
 @kernel(_backward_limits)
@@ -72,7 +74,5 @@ def backward(
     *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of the parameters."""
-    if num_input_rows is None:
-        return triton_grouped.backward(dy, x, hidden, tape_hidden, bounds, activation, parameters)
-    form = _form(x, parameters, SavedBytes.BACKWARD)
+    form = _form(x, num_input_rows, parameters, SavedBytes.BACKWARD)
     return form.backward(dy, x, hidden, tape_hidden, bounds, activation, parameters)

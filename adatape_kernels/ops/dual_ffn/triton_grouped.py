@@ -70,7 +70,7 @@ def forward(
         x, max_rows, bounds, activation, parameters, sliced=False
     )
     _, _, w2, b2 = pairs(parameters)
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     launch(
         _dual_ffn_down_kernel,
         (_num_programs(x.device),),
@@ -102,7 +102,7 @@ def backward(
     dhidden, act, db1 = triton_up.backward(
         dy, hiddens, bounds, activation, parameters, sliced=False
     )
-    dx, tiles = x.new_empty(x.shape), _tiles(x, w2)
+    dx, tiles = x.new_empty(*x.shape), _tiles(x, w2)
     rows = _row_arguments(x, (len(hidden), len(tape_hidden)), bounds)
     launch(
         _dual_ffn_down_kernel,

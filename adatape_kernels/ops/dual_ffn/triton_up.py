@@ -1,5 +1,6 @@
 """Launches of the first product of `dual_ffn` with what follows it (triton_up_kernel.py)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,23 +32,31 @@ class UpTiles(NamedTuple):
 
 
 def up_tiles(x: Tensor, w2: Sequence[Tensor], device: DeviceFacts) -> UpTiles:
+    """Return the tiles for rows of x that meet these second weights on this device."""
+    return tiles_of(x.dtype, tuple(w.shape for w in w2), device)
+
+
+@functools.lru_cache(maxsize=256)
+def tiles_of(dtype: torch.dtype, shapes: tuple[torch.Size, ...], device: DeviceFacts) -> UpTiles:
     """Return the tiles, by dtype, by device, and by whether 16 divides all widths.
 
     Otherwise each element of a row is read by itself, and wide tiles would spill registers.
     """
-    divided = all(size % 16 == 0 for w in w2 for size in w.shape)
-    if x.dtype == torch.float32:
-        num_warps = 4 if divided else 8
-        options = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=num_warps, num_stages=3)
+    divided = all(size % 16 == 0 for shape in shapes for size in shape)
+    if dtype == torch.float32:
+        block_m, num_warps = (64, 4) if divided else (32, 8)
+        options = dict(BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=16, num_warps=num_warps, num_stages=3)
         return UpTiles(options, blocks=1, descriptors=False)
+    # Where one block walks the tiles a thread may have all the registers that it can name. Unless
+    # it is told so, ptxas spills a few to make room for a second block, which does not come.
     if not divided:
         options = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
-        return UpTiles(options, blocks=1, descriptors=False)
+        return UpTiles(dict(**options, maxnreg=255), blocks=1, descriptors=False)
     options = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     if device.capability < (9, 0):
-        return UpTiles(options, blocks=1, descriptors=False)
+        return UpTiles(dict(**options, maxnreg=255), blocks=1, descriptors=False)
     if device.capability[0] != 9 or device.shared_memory_per_block < 227 * KIB:
-        return UpTiles(options, blocks=1, descriptors=True)
+        return UpTiles(dict(**options, maxnreg=255), blocks=1, descriptors=True)
     # Two blocks of 112 KiB and 256 times 128 registers fit a multiprocessor. Code for 10.0 would
     # spill in so few.
     return UpTiles(dict(**options, maxnreg=128), blocks=2, descriptors=True)
@@ -85,13 +94,14 @@ def forward(
     end of the buffer, may be unused.
     """
     x, (w1, b1, w2, _) = dense(x), pairs(parameters)
-    hidden = _pair(x.new_empty(n, len(w)) for n, w in zip(max_rows, w1, strict=True))
-    act = _pair(x.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
+    inputs, tapes = max_rows
+    hidden = x.new_empty(inputs, w1[0].shape[0]), x.new_empty(tapes, w1[1].shape[0])
+    act = x.new_empty(inputs, w2[0].shape[1]), x.new_empty(tapes, w2[1].shape[1])
     tiles = up_tiles(x, w2, facts_of(x.device))
     descriptors = _no_descriptors
     if tiles.descriptors and len(x):
         block_m, block_n, block_k = _blocks(tiles)
-        tape_w1 = w1[1].view(2, len(w1[1]) // 2, x.shape[1])
+        tape_w1 = w1[1].view(2, w1[1].shape[0] // 2, x.shape[1])
         descriptors = _descriptors(
             (x, [block_m, block_k]),
             (w1[0], [block_n, block_k]),
@@ -131,9 +141,9 @@ def backward(
     Unused rows of dhidden and of act are zero if `sliced`, as above, and else undefined.
     """
     dy, (_, _, w2, _) = dense(dy), pairs(parameters)
-    max_rows = (len(hidden[0]), len(hidden[1]))
-    act = _pair(dy.new_empty(n, w.shape[1]) for n, w in zip(max_rows, w2, strict=True))
-    dhidden = _pair(h.new_empty(h.shape) for h in hidden)
+    max_rows = inputs, tapes = hidden[0].shape[0], hidden[1].shape[0]
+    act = dy.new_empty(inputs, w2[0].shape[1]), dy.new_empty(tapes, w2[1].shape[1])
+    dhidden = dy.new_empty(*hidden[0].shape), dy.new_empty(*hidden[1].shape)
     tiles = up_tiles(dy, w2, facts_of(dy.device))
     block_m, block_n, block_k = _blocks(tiles)
     # The sums of dhidden over the rows of each row of tiles, added up below in their order.
@@ -145,7 +155,7 @@ def backward(
         w_block = [block_k, block_n]
         descriptors = _descriptors((dy, [block_m, block_k]), (w2[0], w_block), (w2[1], w_block))
     # Each kind by itself: for both at once the registers of two blocks do not suffice.
-    for inputs in (True, False) if w2[1].shape[1] else (True,):
+    for of_inputs in (True, False) if w2[1].shape[1] else (True,):
         _launch(
             dy,
             max_rows,
@@ -158,8 +168,8 @@ def backward(
             act_ptrs=act,
             **descriptors,
             ACTIVATION=activation,
-            INPUTS=inputs,
-            TAPES=not inputs,
+            INPUTS=of_inputs,
+            TAPES=not of_inputs,
             BACKWARD=True,
             SLICED=sliced,
         )

@@ -7,7 +7,7 @@ from adatape_kernels.ops.triton_reading import offsets_of
 from adatape_kernels.ops.triton_runtime import kernel
 from adatape_kernels.ops.triton_segment_sum import segment_sum
 from adatape_kernels.ops.triton_specialization import with_dense_rows
-from adatape_kernels.ops.triton_weight_gradients import ReadPlaces, weight_gradients
+from adatape_kernels.ops.triton_weight_gradients import no_places_yet, weight_gradients
 
 
 @kernel()
@@ -17,15 +17,14 @@ def tape_gather_bwd(
     """Launch the kernels; the bank's gradient is summed in a fixed order if torch asks for it."""
     bank_size = bank.shape[-2]
     if indices.numel() == 0 or bank.numel() == 0:
-        return bank.new_zeros(bank.shape), weights.new_zeros(weights.shape)
+        return bank.new_zeros(*bank.shape), weights.new_zeros(*weights.shape)
     dtape, bank, indices = with_dense_rows(dtape), with_dense_rows(bank), indices.contiguous()
-    offsets, _ = offsets_of(counts, indices, bank_size, check_indices=False)
-    batch, num_tape_tokens, topk = indices.shape
-    reads = ReadPlaces(*(indices.new_empty(batch, num_tape_tokens * topk) for _ in range(2)))
+    offsets, _ = offsets_of(counts, indices, bank_size, checked=False)
+    reads = no_places_yet(indices)
     dweights = weight_gradients(dtape, bank, indices, offsets, reads)
     dbank = segment_sum(
         dtape,
-        reads.entries.flatten() if bank.dim() == 2 else reads.entries,
+        reads.entries.view(-1) if bank.dim() == 2 else reads.entries,
         bank_size,
         bank.dtype,
         row_of=reads.row_of,

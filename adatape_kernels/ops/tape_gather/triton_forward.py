@@ -61,9 +61,9 @@ def tape_gather(
     batch, num_tape_tokens, topk = indices.shape
     bank_size, dim = bank.shape[-2:]
     bank, indices, weights = with_dense_rows(bank), indices.contiguous(), weights.contiguous()
-    offsets, status = offsets_of(counts, indices, bank_size, check_indices=capacity is None)
-    num_rows = capacity
-    if num_rows is None:
+    offsets, status = offsets_of(counts, indices, bank_size, checked=capacity is None)
+    num_rows = 0 if capacity is None else capacity
+    if status is not None:
         num_rows, corrupt = status.tolist()
         if corrupt:
             check_reads(bank, indices, counts, capacity)

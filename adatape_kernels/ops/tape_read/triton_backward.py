@@ -15,7 +15,7 @@ from adatape_kernels.ops.triton_segment_sum import segment_sum
 from adatape_kernels.ops.triton_specialization import with_dense_rows
 from adatape_kernels.ops.triton_weight_gradients import (
     OwnBankGradient,
-    ReadPlaces,
+    no_places_yet,
     weight_gradients,
 )
 
@@ -34,22 +34,21 @@ def tape_read_bwd(
     loss_type: str,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; a shared bank's gradient is summed in order if torch asks for it."""
-    batch, num_tape_tokens, topk = indices.shape
     bank_size, key_dim = bank.shape[-2], query.shape[1]
     if indices.numel() == 0:
-        return query.new_zeros(query.shape), bank.new_zeros(bank.shape)
+        return query.new_zeros(*query.shape), bank.new_zeros(*bank.shape)
     dtape, bank, indices = with_dense_rows(dtape), with_dense_rows(bank), indices.contiguous()
     keys, weights, dweights = bank[..., :key_dim], weights.contiguous(), dweights.contiguous()
-    offsets, _ = offsets_of(counts, indices, bank_size, check_indices=False)
+    offsets, _ = offsets_of(counts, indices, bank_size, checked=False)
     chosen = indices, counts, average_query, loss_type
     if bank.dim() == 3:
-        dbank = bank.new_zeros(bank.shape)
+        dbank = bank.new_zeros(*bank.shape)
         own = OwnBankGradient(dbank, key_dim, weights)
         dweights = weight_gradients(dtape, bank, indices, offsets, own, given=dweights)
         tape = TapeGradient(dtape, weights, offsets)
         dquery = key_gradients(query, keys, dweights, dponder, *chosen, dbank, "store", tape)
         return dquery, dbank
-    reads = ReadPlaces(*(indices.new_empty(batch, num_tape_tokens * topk) for _ in range(2)))
+    reads = no_places_yet(indices)
     dweights = weight_gradients(dtape, bank, indices, offsets, reads, given=dweights)
     dkeys = query.new_empty(indices.numel(), key_dim, dtype=torch.float32)
     dquery = key_gradients(query, keys, dweights, dponder, *chosen, dkeys, "list")

@@ -24,6 +24,7 @@ import functools
 import torch
 from torch import Tensor
 
+from adatape_kernels.ops.device_facts import facts_of
 from adatape_kernels.ops.tape_select.outputs import SelectOutputs
 from adatape_kernels.ops.tape_select.triton_primitives import (
     entry_of,
@@ -173,7 +174,9 @@ def _tape_select_fwd_merge_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def tiled_bank_config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
+def tiled_bank_config(
+    dtype: torch.dtype, shape: torch.Size, topk: int, capability: tuple[int, int]
+) -> dict:
     """Tile sizes and warps for keys of this shape; how a score is summed depends on no batch.
 
     A long key meets 64 examples at a time, so that all keys come from the L2 cache four times for
@@ -186,6 +189,10 @@ def tiled_bank_config(dtype: torch.dtype, shape: torch.Size, topk: int) -> dict:
         block_b = 64 if key_dim > 128 and split else 16
         block_m, num_warps = 128, 8 if block_b == 64 else 4
         block_k = min(max(width, 16), 32) if split else 16
+        # The parts of 32 features of a query in float16 take four registers more than there are
+        # for four programs a multiprocessor, in code for these. Its own loads are narrower so.
+        if dtype == torch.float16 and block_b == 16 and capability in ((8, 0), (10, 0)):
+            block_k = 16
     else:
         block_b, block_m, num_warps = 1, 256, 8
         block_k = min(max(width, vector), 4 * vector)
@@ -219,7 +226,8 @@ def select_from_tiles(
     """Launch the kernels; those of an example that has halted return at once."""
     (batch, key_dim), bank_size = query.shape, keys.shape[-2]
     _, num_tape_tokens, topk = outputs.weights.shape
-    config = tiled_bank_config(keys.dtype, keys.shape, topk)
+    capability = facts_of(keys.device).capability
+    config = tiled_bank_config(keys.dtype, keys.shape, topk, capability)
     tiles, vector = num_blocks(bank_size, config["BLOCK_M"]), config["VECTOR"]
     strides = bank_strides(keys, vector)
     bank = dict(
