@@ -106,7 +106,6 @@ BOUNDS = (
     ),
     Bound("_elastic_attention_bwd_kernel", MODELS, LARGE, blocks=3),
     Bound("_elastic_attention_fwd_kernel", r"^(8|24|32|64) a head, fp32$", in_flight=2),
-    Bound("_elastic_attention_bwd_kernel", r"^(8|24|32) a head, fp32$", in_flight=4),
     # The grouped products are persistent: one wave, whose tiles are always on their way.
     *(
         Bound(f"_dual_ffn_{name}_kernel", "^384 × .*grouped, (bf16|fp16)", LARGE, **kept)

@@ -41,8 +41,8 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
     if dtype == torch.float32:  # operands in registers
         block_m, block_n = 32, 32 if head_dim <= 64 else 16
         num_warps = 4 if head_dim <= 32 else 8
-        # Where a block may have 99 KiB, wider tiles under way would leave room for one program.
-        num_stages = 3 if head_dim <= (32 if backward else 64) else 2
+        # Where a block may have 99 KiB, more tiles under way would leave room for one program.
+        num_stages = 3 if head_dim <= 64 and not backward else 2
     else:
         block_m = 32 if backward and head_dim > 128 else 64
         block_n = 32 if backward or head_dim <= 16 or head_dim > 128 else 64
