@@ -39,7 +39,8 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
     GPUs' performance has the numbers.
     """
     if dtype == torch.float32:  # operands in registers
-        block_m, block_n = 32, 32 if head_dim <= 64 else 16
+        narrow = backward and head_dim <= 32  # tiles of 32 × 32 would fill all 255 registers
+        block_m, block_n = 32, 16 if narrow or head_dim > 64 else 32
         num_warps = 4 if head_dim <= 32 else 8
         # Where a block may have 99 KiB, more tiles under way would leave room for one program.
         num_stages = 3 if head_dim <= 64 and not backward else 2
