@@ -104,7 +104,8 @@ BOUNDS = (
     Bound(
         "_elastic_attention_bwd_kernel", MODELS, blocks=2, in_flight=4, wide=90, products=("bf16",)
     ),
-    Bound("_elastic_attention_bwd_kernel", MODELS, (90, 100), blocks=3),
+    Bound("_elastic_attention_bwd_kernel", MODELS, LARGE, blocks=3),
+    Bound("_elastic_attention_fwd_kernel", r"^(8|24|32|64) a head, fp32$", in_flight=2),
     # The grouped products are persistent: one wave, whose tiles are always on their way.
     *(
         Bound(f"_dual_ffn_{name}_kernel", "^384 × .*grouped, (bf16|fp16)", LARGE, **kept)

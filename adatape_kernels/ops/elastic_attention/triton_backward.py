@@ -1,14 +1,16 @@
-"""The gradients of `elastic_attention` in Triton: one program a tile, dk and dv first, then dq.
+"""The gradients of `elastic_attention` in Triton: one program a tile, dq first, then dk and dv.
 
-So no sum crosses programs, and bits repeat, at the price of seven products where five would do.
-A kernel of five adds dq up in float32 in memory, by atomics. For 256 examples of 207 rows with 6
+So no sum crosses programs, and bits repeat, at the price of seven products where five would do. A
+kernel of five adds dq up in float32 in memory, by atomics. For 256 examples of 207 rows with 6
 heads of 64 such a one, in tiles of 128 × 128, computes 5 · 256 · 256 products of rows where ours
 computes 7 · 256 · 224, 1.2 times as many (1.4 times for 256 rows); it moves about 610 MB of memory
-where ours moves 370, and about 770 MB in the L2 cache where ours moves 850.
+where ours moves 370. The page about GPUs' performance has what forms of fewer products would cost.
 
 Two tiles of 32 rows are under way while one is computed. Tiles of 64 × 64 would wait for half as
 many products, but take 255 registers a thread, which leaves room for two programs a multiprocessor
-of 9.0, not three.
+of 9.0, not three. One pass that keeps dk and dv of 256 keys would take five products and no
+atomics, but eight warps' 128 of 255 registers for these sums alone: one program a multiprocessor,
+for an example of 50 rows too, or one form for each length.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from adatape_kernels.ops.elastic_attention.triton_primitives import (
     store_tile,
     tile_rows,
 )
-from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl
+from adatape_kernels.ops.triton_runtime import kernel, launch, num_blocks, tl, triton
 from adatape_kernels.ops.triton_specialization import (
     ALIGNMENT,
     compiled_for,
@@ -61,6 +63,23 @@ def _elastic_attention_delta_kernel(
     tl.store(delta_ptr + head * rows + row, delta, rows_m.exists)
 
 
+@triton.jit
+def _probabilities(a, b, lse, exists, scale_log2):
+    """Return the softmax of a · bᵀ, queries by keys or keys by queries, from the queries' lse.
+
+    Where no query or no key exists its row is zero, whose product with infinity is NaN.
+    """
+    scores = tl.dot(a, tl.trans(b), input_precision="ieee") * scale_log2
+    return tl.where(exists, tl.exp2(scores - lse), 0.0)
+
+
+@triton.jit
+def _score_gradients(p, a, b, delta, exists):
+    """Return the gradient of the scores: p · (a · bᵀ - delta), a and b being dout and values."""
+    ds = p * (tl.dot(a, tl.trans(b), input_precision="ieee") - delta)
+    return tl.where(exists, ds, 0.0)
+
+
 @compiled_for(aligned=("dout_ptr", "q_ptr", "k_ptr", "v_ptr", "dq_ptr", "dk_ptr", "dv_ptr"))
 def _elastic_attention_bwd_kernel(
     dout_ptr,
@@ -93,7 +112,7 @@ def _elastic_attention_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of a tile as keys, from all queries; then dq of the same tile, from all keys."""
+    """dq of a tile from all keys, and dk and dv of the same rows from all queries."""
     log2_e: tl.constexpr = 1.4426950408889634
     number, head = tl.program_id(0) // num_heads, (tl.program_id(0) % num_heads).to(tl.int64)
     example, tile, place = find_tile(number, cu_inputs_ptr, cu_tapes_ptr, rows, batch, BLOCK_M)
@@ -104,13 +123,11 @@ def _elastic_attention_bwd_kernel(
     dqs = dq_ptr + head * HEAD_DIM, stride_gm
     dks = dk_ptr + head * HEAD_DIM, stride_gm
     dvs = dv_ptr + head * HEAD_DIM, stride_gm
-    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if example == batch:  # unused rows
         store_tile(dqs, rows_m, columns, dq, VECTOR)
-        store_tile(dks, rows_m, columns, dk, VECTOR)
-        store_tile(dvs, rows_m, columns, dv, VECTOR)
+        store_tile(dks, rows_m, columns, dq, VECTOR)
+        store_tile(dvs, rows_m, columns, dq, VECTOR)
         return
     douts = dout_ptr + tl.multiple_of(head * stride_dh, VECTOR), stride_dm
     queries = q_ptr + tl.multiple_of(head * stride_qh, VECTOR), stride_qm
@@ -118,39 +135,38 @@ def _elastic_attention_bwd_kernel(
     values = v_ptr + tl.multiple_of(head * stride_vh, VECTOR), stride_vn
     lse_ptr += head * rows
     delta_ptr += head * rows
+    scale_log2 = scale * log2_e
+
+    q = load_tile(queries, rows_m, columns, VECTOR)
+    dout = load_tile(douts, rows_m, columns, VECTOR)
+    lse = tl.load(lse_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None] * log2_e
+    delta = tl.load(delta_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None]
+    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
+        rows_n = tile_rows(place, start, BLOCK_N)
+        k_n = load_tile(keys, rows_n, columns, VECTOR)
+        v_n = load_tile(values, rows_n, columns, VECTOR)
+        p = _probabilities(q, k_n, lse, rows_n.exists, scale_log2)  # queries by keys
+        ds = _score_gradients(p, dout, v_n, delta, rows_n.exists)
+        dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
+
+    store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
 
     k = load_tile(keys, rows_m, columns, VECTOR)
     v = load_tile(values, rows_m, columns, VECTOR)
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
         rows_n = tile_rows(place, start, BLOCK_N)
         q_n = load_tile(queries, rows_n, columns, VECTOR)
         dout_n = load_tile(douts, rows_n, columns, VECTOR)
         lse_n = tl.load(lse_ptr + rows_n.row, rows_n.exists, other=0.0) * log2_e
         delta_n = tl.load(delta_ptr + rows_n.row, rows_n.exists, other=0.0)
-        scores = tl.dot(k, tl.trans(q_n), input_precision="ieee") * (scale * log2_e)
-        # Where there is no query its row is zero, whose product with an infinite key is NaN.
-        p = tl.where(rows_n.exists, tl.exp2(scores - lse_n), 0.0)  # (BLOCK_M keys, BLOCK_N queries)
+        p = _probabilities(k, q_n, lse_n, rows_n.exists, scale_log2)  # keys by queries
         dv = tl.dot(p.to(dout_n.dtype), dout_n, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout_n), input_precision="ieee") - delta_n)
-        ds = tl.where(rows_n.exists, ds, 0.0)
+        ds = _score_gradients(p, v, dout_n, delta_n, rows_n.exists)
         dk = tl.dot(ds.to(q_n.dtype), q_n, dk, input_precision="ieee")
     store_tile(dks, rows_m, columns, dk * scale, VECTOR)
     store_tile(dvs, rows_m, columns, dv, VECTOR)
-
-    q = load_tile(queries, rows_m, columns, VECTOR)
-    dout = load_tile(douts, rows_m, columns, VECTOR)
-    lse = tl.load(lse_ptr + rows_m.row, rows_m.exists, other=float("inf"))[:, None] * log2_e
-    delta = tl.load(delta_ptr + rows_m.row, rows_m.exists, other=0.0)[:, None]
-    for start in tl.range(0, place.num_rows, BLOCK_N, disable_licm=True):
-        rows_n = tile_rows(place, start, BLOCK_N)
-        k_n = load_tile(keys, rows_n, columns, VECTOR)
-        v_n = load_tile(values, rows_n, columns, VECTOR)
-        scores = tl.dot(q, tl.trans(k_n), input_precision="ieee") * (scale * log2_e)
-        p = tl.exp2(tl.where(rows_n.exists, scores, float("-inf")) - lse)  # (BLOCK_M, BLOCK_N keys)
-        ds = p * (tl.dot(dout, tl.trans(v_n), input_precision="ieee") - delta)
-        ds = tl.where(rows_n.exists, ds, 0.0)
-        dq = tl.dot(ds.to(k_n.dtype), k_n, dq, input_precision="ieee")
-    store_tile(dqs, rows_m, columns, dq * scale, VECTOR)
 
 
 # Features of a program that sums out · dout, in at most so many rows.
@@ -269,5 +285,7 @@ def _write_gradients(
         num_heads=num_heads,
         batch=batch,
         scale=scale,
+        # ptxas would spill two registers to have fewer than 97 on 10.0.
+        maxnreg=128 if q.dtype != torch.float32 and head_dim <= 16 else None,
         **options,
     )

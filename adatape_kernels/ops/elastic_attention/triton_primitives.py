@@ -34,16 +34,16 @@ def options_of(dtype: torch.dtype, head_dim: int, *, backward: bool) -> dict[str
 
     VECTOR are the elements of the widest access by which heads of this width can be read.
 
-    float32 goes without tensor cores. Three products of tf32 parts would do, with at most 1.5 times
-    the error of torch's float32 by an emulation that rounds sums toward zero, as tensor cores do.
-    They are 2.5 to 5 times the rate of float32's own products on 8.0, 9.0 and 10.0, but two thirds
-    to a third of it on 8.6, 8.9 and 12.0. Heads of 64 then take up to 255 registers a thread; those
-    of 128 spill. Operands within 2⁻¹² of the largest number would become NaN.
+    float32 goes without tensor cores: by three products of TF32 parts its gradients would have up
+    to 12 times the error of torch's float32, and large numbers would become NaN. The page about
+    GPUs' performance has the numbers.
     """
     if dtype == torch.float32:  # operands in registers
-        block_m, block_n = 32, 32 if head_dim <= 64 else 16
+        narrow = backward and head_dim <= 32  # tiles of 32 × 32 would fill all 255 registers
+        block_m, block_n = 32, 16 if narrow or head_dim > 64 else 32
         num_warps = 4 if head_dim <= 32 else 8
-        num_stages = 2
+        # Where a block may have 99 KiB, more tiles under way would leave room for one program.
+        num_stages = 3 if head_dim <= 64 and not backward else 2
     else:
         block_m = 32 if backward and head_dim > 128 else 64
         block_n = 32 if backward or head_dim <= 16 or head_dim > 128 else 64
