@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import measure, pictures
 from adatape_kernels.recipes.budget.budget_picture import drawn
+from adatape_kernels.recipes.budget.budget_result import BudgetResult
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
@@ -28,25 +29,6 @@ from adatape_kernels.recipes.train_loop import accuracy, predict
 REPORT, PICTURE = "report.json", "budget.png"
 MOST_TAPE = 1 << 20
 _TIMED_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class BudgetResult:
-    """What a model does within limits."""
-
-    halt_threshold: float
-    num_tape_tokens: int
-    accuracy: float
-    """Share of the test images that are classified right."""
-    mean_tape_tokens: float
-    mean_rows: float
-    """Rows that a layer behind every read computes for an image, on average."""
-    flops: float
-    """Floating-point operations of the products of a forward pass, an image."""
-    images_per_second: float
-    """By the median time of a batch."""
-    images_per_second_p20_p80: tuple[float, float]
-    """By the 80th and the 20th percentile of the times."""
 
 
 def run(

@@ -2,12 +2,10 @@
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adatape_kernels.recipes.budget.budget_result import BudgetResult
 from adatape_kernels.recipes.pictures import axes_of, plain_settings
-
-if TYPE_CHECKING:
-    from adatape_kernels.recipes.budget.budget import BudgetResult
 
 # Colours that the colour-blind tell apart; marks and lines differ in black and white too.
 _STYLES: tuple[tuple[str, str, Any], ...] = (
@@ -19,7 +17,7 @@ _STYLES: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def drawn(results: Sequence["BudgetResult"]) -> bytes:
+def drawn(results: Sequence[BudgetResult]) -> bytes:
     """Return the picture as PNG: accuracy against FLOPs and against images per second.
 
     Each longest tape is a line, along which the threshold grows; each threshold stands beside its
@@ -63,7 +61,7 @@ def drawn(results: Sequence["BudgetResult"]) -> bytes:
     return content.getvalue()
 
 
-def _labels(results: Sequence["BudgetResult"]) -> dict[tuple[float, float], str]:
+def _labels(results: Sequence[BudgetResult]) -> dict[tuple[float, float], str]:
     """Return the text beside each place, (MFLOP, accuracy in %), of results that may coincide."""
     thresholds: dict[tuple[float, float], list[float]] = {}
     for r in results:
