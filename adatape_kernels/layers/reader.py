@@ -297,6 +297,7 @@ class TapeReader(ElasticModule):
             plain_backward_pass()
             and reads_little(bank_size, self.num_tape_tokens, self.topk)
             and is_plain(self.bank_norm, nn.LayerNorm)
+            and self.bank_norm.eps > 0  # the rows where nothing was read are zero before the norm
             and type(self).normalised is TapeReader.normalised
             and "normalised" not in self.__dict__
         )
@@ -305,9 +306,11 @@ class TapeReader(ElasticModule):
         return (
             type(bank) in (Tensor, nn.Parameter)
             and bank.dim() == 3
-            and is_large(bank.numel(), bank.device.type, from_patches=False)
+            and plain_backward_pass()
             and any(each.requires_grad for each in (bank, query, *self.bank_norm.parameters()))
             and self.may_recompute(bank.shape[1])
+            # The last question: a compiler makes its answer a condition on the batch.
+            and is_large(bank.numel(), bank.device.type, from_patches=False)
         )
 
     def normalised(
