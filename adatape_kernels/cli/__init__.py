@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from adatape_kernels._build import VERSION
 from adatape_kernels.cli import (
+    budget_command,
     check_command,
     demo_command,
     export_command,
@@ -34,6 +35,7 @@ COMMANDS = (
     demo_command,
     train_command,
     finetune_command,
+    budget_command,
     heatmap_command,
     parity_command,
     predict_command,

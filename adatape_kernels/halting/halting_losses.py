@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adatape_kernels.arguments import check_kind, check_number, check_tensor
 from adatape_kernels.halting.state import HaltingState
+from adatape_kernels.op_types import wide_dtype
 
 _SHARE_BEFORE_CENTER = 0.98
 _LEAST_SHARE = 0.01
@@ -75,9 +76,14 @@ def distribution_loss(means: Tensor, center: float) -> Tensor:
     if center <= 1:
         raise ValueError(f"center: expected more than 1, got {center}")
     density = [math.exp(-((layer - center) ** 2) / 2) for layer in range(1, means.shape[0] + 1)]
-    before = sum(density[: math.ceil(center) - 1])
-    scale = _SHARE_BEFORE_CENTER / before
-    target = torch.tensor([scale * value for value in density], dtype=means.dtype).to(means.device)
-    least = torch.finfo(means.dtype).tiny
-    share = (means / means.sum().clamp(min=least)).clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
-    return (target * (target.log() - share.log())).mean().clamp(min=0)
+    scale = _SHARE_BEFORE_CENTER / sum(density[: math.ceil(center) - 1])
+    target = [scale * value for value in density]
+    # A layer far from the center has a target of 0, also where only its dtype rounds it to that;
+    # t · ln t is 0 there. The sum of these is a constant.
+    entropy = sum(value * math.log(value) for value in target if value > 0)
+    wide = means.to(wide_dtype(means.dtype))
+    least = torch.finfo(wide.dtype).tiny
+    share = (wide / wide.sum().clamp(min=least)).clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
+    weights = torch.tensor(target, dtype=wide.dtype).to(means.device)
+    loss = (entropy - (weights * share.log()).sum()) / means.shape[0]
+    return loss.clamp(min=0).to(means.dtype)

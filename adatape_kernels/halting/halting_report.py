@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def report(function: Callable[..., Any], *arguments: Any, repeats: int = 3) -> H
         if len(events) != len(counted):
             raise ValueError(
                 f"function: expected one that takes the same steps each time, got "
-                f"{len(counted)} and {len(events)}"
+                f"{_steps_of(counted)} and {_steps_of(events)}"
             )
     steps: list[StepReport] = []
     rows = 0
@@ -137,6 +137,11 @@ def report(function: Callable[..., Any], *arguments: Any, repeats: int = 3) -> H
         rows += event.initial_rows
         steps.append(StepReport(len(steps) + 1, before.examples, event.rows, flops, 1e3 * seconds))
     return HaltingReport(tuple(steps), rows)
+
+
+def _steps_of(events: Sequence[_Event]) -> int:
+    """Return the number of steps among events, which are beginnings of loops otherwise."""
+    return sum(not event.begins for event in events)
 
 
 def _run(

@@ -163,7 +163,13 @@ class Halting:
             [0.0, 0.0]
         """
         check_kind("batch", batch, ElasticBatch)
-        state = HaltingState.before(batch, of_rows=self.level == "row", static=self.static)
+        state = HaltingState.before(
+            batch,
+            of_rows=self.level == "row",
+            leave=self.leave,
+            masked=self.masked,
+            static=self.static,
+        )
         tell(state)
         return state
 
@@ -202,7 +208,7 @@ class Halting:
         """
         check_kind("state", state, HaltingState)
         check_flag("last", last)
-        self._check_step(state, probabilities, data)
+        self.check_step(state, probabilities, data)
         return self.advance(state, probabilities, data, last=last)
 
     def advance(
@@ -226,18 +232,21 @@ class Halting:
         p = probabilities.to(state.total.dtype)
         score, runs = state.of_units(state.all_scores), state.of_units(state.all_running)
         reached = score + p
-        halts = reached > self.threshold
+        # The dtype may round a threshold to 1, which no score exceeds. What exceeds the threshold
+        # exceeds the largest number below 1 as well, and the other way round.
+        threshold = min(self.threshold, 1 - torch.finfo(reached.dtype).eps / 2)
+        halts = reached > threshold
         if last and self.force_halt:
             halts = torch.ones_like(halts)
         weights = torch.where(halts, 1 - score, p)
         if not self.weighs_at_threshold:
-            weights = weights.where(halts | (reached < self.threshold), 0)
+            weights = weights.where(halts | (reached < threshold), 0)
         weights, halts = weights.where(runs, 0), halts & runs
         after = state.with_units(
             score=torch.where(halts, 1, reached.where(runs, score)),
             remainders=torch.where(halts, 1 - score, state.of_units(state.all_remainders)),
             updates=state.of_units(state.all_updates) + runs.to(torch.int32),
-            running=runs & ~halts & (reached < self.threshold),
+            running=runs & ~halts & (reached < threshold),
         )
         taken, weights = data, state.of_rows_of_batch(weights)
         if self.masked or self.static or self.leave != self.level:
@@ -256,7 +265,18 @@ class Halting:
         tell(after)
         return after
 
-    def _check_step(self, state: HaltingState, probabilities: Tensor, data: Tensor) -> None:
+    def check_step(self, state: HaltingState, probabilities: Tensor, data: Tensor) -> None:
+        """Raise what `step` raises.
+
+        Args:
+            state, probabilities, data: as for `step`.
+
+        Example:
+            >>> import torch, adatape_kernels as ak
+            >>> rule = ak.halting.Halting.act()
+            >>> state = rule.start(ak.ElasticBatch.from_padded(torch.ones(2, 3, 4)))
+            >>> rule.check_step(state, torch.tensor([0.5, 1.0]), state.batch.data)
+        """
         batch = state.batch
         check_tensor("probabilities", probabilities)
         check_tensor("data", data)
@@ -265,6 +285,12 @@ class Halting:
             raise ValueError(
                 f"state: expected one that a rule for {self.level}s began, got one for {began}"
             )
+        ours, theirs = (
+            f"leave={each.leave!r}, masked={each.masked}, static={each.static}"
+            for each in (self, state)
+        )
+        if ours != theirs:
+            raise ValueError(f"state: expected one of a rule with {ours}, got one with {theirs}")
         if state.done:
             raise ValueError("state: expected one in which something runs, got one that is done")
         units = batch.data.shape[0] if self.level == "row" else batch.batch
@@ -284,7 +310,9 @@ class Halting:
                     f"{name}: expected a tensor on {batch.device}, got {tensor.device}"
                 )
         if can_be_seen(probabilities):
-            wrong = ~((probabilities >= 0) & (probabilities <= 1))
+            # What has halted, and rows that belong to nobody, may have any.
+            runs = state.of_units(state.all_running)
+            wrong = runs & ~((probabilities >= 0) & (probabilities <= 1))
             if bool(wrong.any()):
                 value = float(probabilities[wrong][0])
                 raise ValueError(f"probabilities: expected 0 to 1, got {value}")

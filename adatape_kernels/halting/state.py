@@ -27,6 +27,8 @@ class HaltingState:
         of_rows: whether units are rows.
         static: whether buffers keep their sizes.
         rows_per_step: how many rows each step computed, unused ones included.
+        leave: the rule's, when rows leave.
+        masked: whether nothing leaves, and what has halted is masked.
 
     Example:
         >>> import torch, adatape_kernels as ak
@@ -50,14 +52,24 @@ class HaltingState:
     all_updates: Tensor
     all_running: Tensor
     rows_per_step: tuple[int, ...] = ()
+    leave: str = "example"
+    masked: bool = False
 
     @classmethod
-    def before(cls, batch: ElasticBatch, *, of_rows: bool, static: bool) -> "HaltingState":
+    def before(
+        cls,
+        batch: ElasticBatch,
+        *,
+        of_rows: bool,
+        static: bool,
+        leave: str = "example",
+        masked: bool = False,
+    ) -> "HaltingState":
         """Return the state before the first step.
 
         Args:
             batch: what the first step computes on.
-            of_rows, static: the attributes.
+            of_rows, static, leave, masked: the attributes.
         """
         device, wide = batch.device, wide_dtype(batch.dtype)
         number = torch.arange(batch.batch, device=device)
@@ -71,7 +83,10 @@ class HaltingState:
         total = torch.zeros(batch.data.shape, dtype=wide, device=device)
         updates = torch.zeros(running.shape, dtype=torch.int32, device=device)
         return cls(
-            batch, batch, total, origin, number, of_rows, static, zeros, zeros, updates, running
+            *(batch, batch, total, origin, number, of_rows, static),
+            *(zeros, zeros, updates, running),
+            leave=leave,
+            masked=masked,
         )
 
     def __repr__(self) -> str:

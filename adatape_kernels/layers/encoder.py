@@ -21,7 +21,7 @@ from adatape_kernels.layers.conversion import (
 from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.layer_checks import check_rate, check_size
-from adatape_kernels.layers.reader import TapeReader
+from adatape_kernels.layers.reader import TapeReader, given_limits
 from adatape_kernels.layers.recomputed_bank import RecomputedBank
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 from adatape_kernels.layers.self_attention import ElasticAttention
@@ -343,6 +343,8 @@ class ElasticEncoder(ElasticModule):
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,
+        halt_threshold: float | None = None,
+        num_tape_tokens: int | None = None,
     ) -> tuple[Rows, tuple[TapeSelection, ...]]:
         """Encode a batch.
 
@@ -356,6 +358,7 @@ class ElasticEncoder(ElasticModule):
                 valid; None when all are.
             capacity: tape rows that each read reserves for the whole batch (capacity mode); None
                 computes exactly the rows that are read.
+            halt_threshold, num_tape_tokens: in the place of each reader's own; None leaves them.
 
         Returns:
             The encoded rows in the kind of x, and what each read selected, in the order of the
@@ -382,10 +385,11 @@ class ElasticEncoder(ElasticModule):
         """
         given = as_batch(x, self.dim)
         batch = given.round_rows(self.row_multiple) if self.row_multiple > 1 else given
+        options = {**given_limits(halt_threshold, num_tape_tokens), "capacity": capacity}
         reads = []
         for layer, reader in self.stages():
             if reader is not None:
-                batch, selection = reader(batch, bank, bank_lens=bank_lens, capacity=capacity)
+                batch, selection = reader(batch, bank, bank_lens=bank_lens, **options)
                 reads.append(selection)
             batch = layer(batch)
         y = batch.with_data(self.norm(batch.data))

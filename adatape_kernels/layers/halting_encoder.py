@@ -11,7 +11,7 @@ from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import Halting, HaltingState
 from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.encoder import ElasticEncoderLayer
-from adatape_kernels.layers.halting_units import MeanHaltingUnit
+from adatape_kernels.layers.halting_units import FeatureGate, MeanHaltingUnit
 from adatape_kernels.layers.layer_checks import check_size
 from adatape_kernels.layers.torch_modules import NORM_EPS
 
@@ -111,7 +111,9 @@ class UniversalEncoder(ElasticModule):
             halting: a rule for this call in the place of the encoder's own.
 
         Raises:
-            TypeError: x is no ElasticBatch.
+            TypeError: x is no ElasticBatch, or halting no rule.
+            ValueError: the rule does not fit, or a halting unit of another class returned something
+                else than probabilities.
 
         Example:
             >>> import dataclasses, torch, adatape_kernels as ak
@@ -123,7 +125,7 @@ class UniversalEncoder(ElasticModule):
             [2, 2]
         """
         check_kind("x", x, ElasticBatch)
-        rule = halting or self.halting
+        rule = _rule_of(self.halting, halting, apply)
         if rule is None or self.unit is None:
             for step in range(self.max_steps):
                 x = apply(self._layer(step), x, None)
@@ -135,6 +137,8 @@ class UniversalEncoder(ElasticModule):
             probabilities = self.unit(state)
             data = apply(self._layer(step), state.batch, state).data
             last = step == self.max_steps - 1
+            if type(self.unit) is not MeanHaltingUnit:
+                rule.check_step(state, probabilities, data)
             state = rule.advance(state, probabilities, data, last=last)
         y = state.output
         return Halted(y.with_data(self.norm(y.data)), state, None)
@@ -210,8 +214,7 @@ class AViTEncoder(ElasticModule):
             raise ValueError("keep_class_token: expected False without a class token, got True")
         self.halting = Halting.avit() if halting is None else halting
         check_kind("halting", self.halting, Halting)
-        if self.halting.level != "row":
-            raise ValueError("halting: expected a rule by which rows halt, got one for examples")
+        _check_rows_halt(self.halting)
         self.dim = check_size("dim", dim)
         self.gate = gate
         self.keep_class_token, self.class_token = keep_class_token, class_token
@@ -236,7 +239,9 @@ class AViTEncoder(ElasticModule):
             0 where there were none.
 
         Raises:
-            TypeError: x is no ElasticBatch.
+            TypeError: x is no ElasticBatch, or halting no rule.
+            ValueError: the rule does not fit, or a halting unit of another class returned something
+                else than probabilities.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -247,7 +252,9 @@ class AViTEncoder(ElasticModule):
             (8, 8, 8)
         """
         check_kind("x", x, ElasticBatch)
-        rule = halting or self.halting
+        rule = _rule_of(self.halting, halting, apply)
+        assert rule is not None
+        _check_rows_halt(rule)
         state, means = rule.start(x), []
         # One entry more than there are rows. Until it is cleared it is the beginning of examples
         # without rows; then it stands for unused rows, whose number is -1.
@@ -263,6 +270,8 @@ class AViTEncoder(ElasticModule):
             assert isinstance(layer, ElasticEncoderLayer)
             data = apply(layer, state.batch, state).data
             probabilities = self.gate(state, data)
+            if type(self.gate) is not FeatureGate:
+                rule.check_step(state, probabilities, data)
             class_rows = is_class[state.origin.long()]
             counted = state.rows_that_run & ~class_rows
             total = probabilities.where(counted, 0).sum()
@@ -287,6 +296,29 @@ class AViTEncoder(ElasticModule):
         """
         text = described(self.halting)
         return f"{text}, keep_class_token=True" if self.keep_class_token else text
+
+
+def _rule_of(own: Halting | None, given: Halting | None, apply: ApplyLayer) -> Halting | None:
+    """Return the rule of a call.
+
+    Raises:
+        TypeError: what was given is no rule.
+        ValueError: rows that would leave are to be masked, and the layer would show them to others.
+    """
+    if given is not None:
+        check_kind("halting", given, Halting)
+    rule = own if given is None else given
+    if rule is not None and rule.masked and rule.leave == "row" and apply is apply_layer:
+        raise ValueError(
+            "apply: expected one that hides halted rows, for a masked rule by which rows leave, "
+            "got the default, which shows them"
+        )
+    return rule
+
+
+def _check_rows_halt(rule: Halting) -> None:
+    if rule.level != "row":
+        raise ValueError("halting: expected a rule by which rows halt, got one for examples")
 
 
 def described(rule: Halting | None) -> str:

@@ -1,6 +1,6 @@
 """Reading a tape from a bank of tokens and appending it to each example (SPEC 2 to 5)."""
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,30 @@ QueryType = Literal["token", "gap"]
 """What a read looks for: the class token, or the mean over the example's rows."""
 
 _POOLING: dict[str, Literal["token", "mean"]] = {"token": "token", "gap": "mean"}
+
+
+class ReadBudget(NamedTuple):
+    """What limits a read.
+
+    Example:
+        >>> import adatape_kernels as ak
+        >>> ak.layers.reader.ReadBudget(halt_threshold=2.0, num_tape_tokens=10).num_tape_tokens
+        10
+    """
+
+    halt_threshold: float
+    """An example reads on while its halting score is below this."""
+    num_tape_tokens: int
+    """Most tape tokens that an example reads."""
+
+
+def given_limits(halt_threshold: float | None, num_tape_tokens: int | None) -> dict[str, Any]:
+    """Return those of a read's limits that are not None, as keyword arguments of a reader.
+
+    What is not asked for is not passed on, since a reader of the user's own may not know it.
+    """
+    limits = {"halt_threshold": halt_threshold, "num_tape_tokens": num_tape_tokens}
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 class TapeReader(ElasticModule):
@@ -132,6 +156,8 @@ class TapeReader(ElasticModule):
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,
+        halt_threshold: float | None = None,
+        num_tape_tokens: int | None = None,
     ) -> tuple[Rows, TapeSelection]:
         """Read from the bank and append the tape tokens that were read.
 
@@ -146,6 +172,8 @@ class TapeReader(ElasticModule):
             capacity: number of tape rows to reserve for the whole batch (capacity mode, which
                 never synchronises); None for exactly those that are read, which copies one number
                 to the host.
+            halt_threshold, num_tape_tokens: in the place of the reader's own, for this call; None
+                leaves them.
 
         Returns:
             The batch with the tape appended, and what was read: indices and weights
@@ -156,7 +184,8 @@ class TapeReader(ElasticModule):
 
         Raises:
             TypeError: x is none of these.
-            ValueError: there is no bank, a mask does not match, or as in `ops.tape_read`.
+            ValueError: there is no bank, a mask does not match, num_tape_tokens is negative, or as
+                in `ops.tape_read`.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -169,12 +198,13 @@ class TapeReader(ElasticModule):
         """
         batch = as_batch(x, self.dim)
         query = batch.pool(_POOLING[self.query])
-        tape, offsets, selection = self._read(bank, query, bank_lens, capacity)
+        budget = self.budget(halt_threshold, num_tape_tokens)
+        tape, offsets, selection = self._read(bank, query, bank_lens, capacity, budget)
         tape = tape.to(batch.data.dtype)
         if self.tape_mlp is not None:
             tape = self.tape_mlp(tape)
         exact = capacity is None
-        y = batch.append_tape(tape, offsets, max_tapes=self.num_tape_tokens, exact=exact)
+        y = batch.append_tape(tape, offsets, max_tapes=budget.num_tape_tokens, exact=exact)
         if self.tape_mlp is not None:
             y = y.with_data(y.clear_unused(y.data))
         return in_kind(y, x, batch, appended=True, static=not exact), selection
@@ -188,14 +218,14 @@ class TapeReader(ElasticModule):
         query: Tensor,
         bank_lens: Tensor | None,
         capacity: int | None,
+        budget: "ReadBudget",
     ) -> tuple[Tensor, Tensor, TapeSelection]:
         """Return tape, offsets and selection, as `ops.tape_read` does."""
         if self._may_copy_rows_of(bank, query):
             bank = recomputed(cast(Tensor, bank))
         options: Any = {
-            "num_tape_tokens": self.num_tape_tokens,
             "topk": self.topk,
-            "halt_threshold": self.halt_threshold,
+            **budget._asdict(),
             "average_query": self.average_query,
             "loss_type": self.loss_type,
             "bank_lens": bank_lens,
@@ -223,6 +253,34 @@ class TapeReader(ElasticModule):
             capacity=capacity,
         )
 
+    def budget(
+        self, halt_threshold: float | None = None, num_tape_tokens: int | None = None
+    ) -> "ReadBudget":
+        """Return the reader's own limits, or those that stand in their place.
+
+        Args:
+            halt_threshold, num_tape_tokens: as in `forward`.
+
+        Raises:
+            ValueError: num_tape_tokens is negative, or halt_threshold is NaN.
+            TypeError: one is no number.
+
+        Example:
+            >>> import adatape_kernels as ak
+            >>> reader = ak.layers.TapeReader(8, num_tape_tokens=4, topk=2, halt_threshold=2.0)
+            >>> reader.budget(num_tape_tokens=1)
+            ReadBudget(halt_threshold=2.0, num_tape_tokens=1)
+        """
+        if halt_threshold is None:
+            halt_threshold = self.halt_threshold
+        else:
+            check_number("halt_threshold", halt_threshold, finite=False)
+        if num_tape_tokens is None:
+            num_tape_tokens = self.num_tape_tokens
+        else:
+            num_tape_tokens = check_size("num_tape_tokens", num_tape_tokens, 0)
+        return ReadBudget(halt_threshold, num_tape_tokens)
+
     def may_recompute(self, bank_size: int) -> bool:
         """Return whether banks of such a size may come as a `RecomputedBank`.
 
@@ -239,6 +297,7 @@ class TapeReader(ElasticModule):
             plain_backward_pass()
             and reads_little(bank_size, self.num_tape_tokens, self.topk)
             and is_plain(self.bank_norm, nn.LayerNorm)
+            and self.bank_norm.eps > 0  # the rows where nothing was read are zero before the norm
             and type(self).normalised is TapeReader.normalised
             and "normalised" not in self.__dict__
         )
@@ -247,9 +306,11 @@ class TapeReader(ElasticModule):
         return (
             type(bank) in (Tensor, nn.Parameter)
             and bank.dim() == 3
-            and is_large(bank.numel(), bank.device.type, from_patches=False)
+            and plain_backward_pass()
             and any(each.requires_grad for each in (bank, query, *self.bank_norm.parameters()))
             and self.may_recompute(bank.shape[1])
+            # The last question: a compiler makes its answer a condition on the batch.
+            and is_large(bank.numel(), bank.device.type, from_patches=False)
         )
 
     def normalised(

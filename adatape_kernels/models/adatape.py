@@ -1,13 +1,14 @@
 """The AdaTape model, from tokens to logits and loss; what it is fed is left to its subclasses."""
 
 from abc import ABC
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, TapeReader
+from adatape_kernels.layers.reader import given_limits
 from adatape_kernels.layers.recomputed_bank import RecomputedBank
 from adatape_kernels.models.classifier import Classifier, Encoded
 from adatape_kernels.models.config import AdaTapeConfig
@@ -78,16 +79,27 @@ class AdaTape(Classifier, ABC):
             norm_eps=c.norm_eps,
         )
 
-    def forward(self, inputs: ModelInputs, *, capacity: int | None = None) -> AdaTapeOutput:
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        capacity: int | None = None,
+        halt_threshold: float | None = None,
+        num_tape_tokens: int | None = None,
+    ) -> AdaTapeOutput:
         """Classify a batch.
 
         Args:
             inputs: what the subclass embeds, on the parameters' device and in their dtype.
             capacity: tape rows to reserve for each read, over the whole batch (capacity mode,
                 which never synchronises); None computes exactly the rows that are read.
+            halt_threshold: an example reads on while its halting score is below this, in the place
+                of the configuration's; None leaves that.
+            num_tape_tokens: most tape tokens that a read appends to an example, likewise.
 
         Raises:
-            ValueError: the inputs do not fit the model, or the capacity is too small.
+            ValueError: the inputs do not fit the model, the capacity is too small, or a limit is
+                NaN or negative.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -96,18 +108,32 @@ class AdaTape(Classifier, ABC):
             torch.Size([2, 5])
             >>> model(torch.zeros(2, 3, 8, 8), capacity=20).logits.shape
             torch.Size([2, 5])
+            >>> model(torch.zeros(2, 3, 8, 8), num_tape_tokens=1).tape_lens.tolist()
+            [1, 1]
         """
-        encoded = self.encode(inputs, capacity=capacity)
+        encoded = self.encode(
+            inputs,
+            capacity=capacity,
+            halt_threshold=halt_threshold,
+            num_tape_tokens=num_tape_tokens,
+        )
         return self.output_of(encoded, self.forward_head(encoded.batch))
 
     if TYPE_CHECKING:
         __call__ = forward
 
-    def encode(self, inputs: ModelInputs, *, capacity: int | None = None) -> Encoded:
+    def encode(
+        self,
+        inputs: ModelInputs,
+        *,
+        capacity: int | None = None,
+        halt_threshold: float | None = None,
+        num_tape_tokens: int | None = None,
+    ) -> Encoded:
         """Embed and encode a batch, whose examples read a tape.
 
         Args:
-            inputs, capacity: as for `forward`.
+            inputs, capacity, halt_threshold, num_tape_tokens: as for `forward`.
 
         Example:
             >>> import torch, adatape_kernels as ak
@@ -118,14 +144,16 @@ class AdaTape(Classifier, ABC):
         """
         tokens, bank, bank_lens = self._embed_to_read(inputs)
         encoder = self.encoder
+        options: dict[str, Any] = {"bank_lens": bank_lens, "capacity": capacity}
+        options |= given_limits(halt_threshold, num_tape_tokens)
         if not self._checkpoints:
-            return Encoded(*encoder(tokens, bank, bank_lens=bank_lens, capacity=capacity))
+            return Encoded(*encoder(tokens, bank, **options))
         x, reads = tokens, []
         if encoder.row_multiple > 1:
             x = x.round_rows(encoder.row_multiple)
         for layer, reader in encoder.stages():
             if reader is not None:
-                x, selection = reader(x, bank, bank_lens=bank_lens, capacity=capacity)
+                x, selection = reader(x, bank, **options)
                 reads.append(selection)
             x = self._apply_layer(layer, x)
         return Encoded(x.with_data(encoder.norm(x.data)), tuple(reads))

@@ -370,7 +370,9 @@ class Classifier(TimmMethods, ABC):
         """
         check_kind("output", output, AdaTapeOutput)
         weight = getattr(self.config, "ponder_weight", None)
-        return None if weight is None else weight * output.ponder.sum(1).mean()
+        if weight is None:
+            return None
+        return weight * output.ponder.sum(1).sum() / max(1, len(output.ponder))  # 0 of no examples
 
     def extra_repr(self) -> str:
         """Return the sizes of the model and what it reads by, as a printed model shows them.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data.preprocessing import Preprocessing
@@ -168,6 +168,10 @@ def serialised(
             f"class_names: expected {model.config.num_classes} names, got {len(names)}"
         )
     _check_images(preprocess, model.config)
+    if isinstance(getattr(model, "head", None), nn.Identity):
+        raise ValueError(
+            "model: expected one with its head, got one that reset_classifier(0) took it from"
+        )
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }

@@ -17,6 +17,7 @@ from adatape_kernels import reference
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, ElasticModule, TapeReader
+from adatape_kernels.layers.reader import ReadBudget
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
 from adatape_kernels.models.embedding import Embedded, ModelInputs
@@ -109,11 +110,19 @@ class PaddedAdaTape(ElasticModule):
         self.model = model
         self.select = reference.tape_select if model.bank_repeats_rows else batched_topk_select
 
-    def forward(self, inputs: ModelInputs) -> AdaTapeOutput:
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        halt_threshold: float | None = None,
+        num_tape_tokens: int | None = None,
+    ) -> AdaTapeOutput:
         """Return what the elastic model returns, computed over every position that could exist.
 
         Args:
             inputs: as for the elastic model; examples of many sizes are padded to the longest.
+            halt_threshold, num_tape_tokens: as for the elastic model; every tape is padded to
+                num_tape_tokens.
 
         Raises:
             ValueError: the inputs do not fit the model.
@@ -139,7 +148,8 @@ class PaddedAdaTape(ElasticModule):
         for layer, reader in model.encoder.stages():
             if reader is not None:
                 make_weights(reader)
-                x, selection = self._read(reader, x, bank, bank_lens)
+                budget = reader.budget(halt_threshold, num_tape_tokens)
+                x, selection = self._read(reader, x, bank, bank_lens, budget)
                 reads.append(selection)
             x = replace(x, data=encode_padded(layer, x.data, x.mask, x.num_inputs))
         x = _PaddedTokens(model.encoder.norm(x.data), x.mask, x.num_inputs)
@@ -169,6 +179,7 @@ class PaddedAdaTape(ElasticModule):
         x: _PaddedTokens,
         bank: Tensor | None,
         bank_lens: Tensor | None,
+        budget: ReadBudget,
     ) -> tuple[_PaddedTokens, TapeSelection]:
         pooled = x.pool("token" if reader.query == "token" else "mean")
         values, query, read_mask = reader.normalised(bank, pooled)
@@ -179,9 +190,8 @@ class PaddedAdaTape(ElasticModule):
         selection = self.select(
             query[:, : reader.key_dim],
             values[..., : reader.key_dim],
-            num_tape_tokens=reader.num_tape_tokens,
+            **budget._asdict(),
             topk=reader.topk,
-            halt_threshold=reader.halt_threshold,
             average_query=reader.average_query,
             loss_type=reader.loss_type,
             read_mask=read_mask,
@@ -190,7 +200,7 @@ class PaddedAdaTape(ElasticModule):
         tape = (selection.weights.unsqueeze(2) @ rows).squeeze(2).to(x.data.dtype)
         if reader.tape_mlp is not None:
             tape = reader.tape_mlp(tape)
-        positions = torch.arange(reader.num_tape_tokens, device=tape.device)
+        positions = torch.arange(budget.num_tape_tokens, device=tape.device)
         exists = positions < selection.counts.unsqueeze(1)
         appended = _PaddedTokens(
             torch.cat([x.data, tape], 1), torch.cat([x.mask, exists], 1), x.num_inputs

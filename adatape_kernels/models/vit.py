@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers import ElasticEncoder, TapeReader
-from adatape_kernels.layers.recomputed_bank import RecomputedBank, examples_of, is_large
+from adatape_kernels.layers.recomputed_bank import (
+    RecomputedBank,
+    examples_of,
+    is_large,
+    plain_backward_pass,
+)
 from adatape_kernels.layers.torch_modules import is_bare, is_plain
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
@@ -207,10 +212,9 @@ class AdaTapeViT(AdaTape, ImageClassifier):
         """Return whether the readers read little, and nothing but our own code makes the bank."""
         c, cls, own, encoder = self.config, type(self), self.__dict__, self.encoder
         plain = type(inputs) in (Tensor, nn.Parameter) and inputs.dim() == 4
-        if not plain or c.bank == "learn" or not c.read_layers:
+        if not plain or c.bank == "learn" or not c.read_layers or not plain_backward_pass():
             return False
-        if not is_large(len(inputs) * c.bank_tokens * c.dim, inputs.device.type, from_patches=True):
-            return False
+        position = own["_parameters"].get("bank_position")
         as_written = (
             cls.embed is AdaTapeViT.embed
             and cls.embed_elastic is ImageClassifier.embed_elastic
@@ -220,15 +224,21 @@ class AdaTapeViT(AdaTape, ImageClassifier):
             and is_plain(self.bank_embed, nn.Conv2d)
             and cuts_patches(self.bank_embed, c.bank_patch_size)
             and is_plain(self.pre_bank, nn.Linear)
+            and type(position) in (Tensor, nn.Parameter)
+            and position.shape == (1, c.bank_tokens, c.dim)
         )
         if not as_written:
             return False
-        sources = (inputs, self.bank_position, self.bank_embed.weight, self.pre_bank.weight)
-        return any(each.requires_grad for each in sources) and all(
+        sources = (inputs, position, self.bank_embed.weight, self.pre_bank.weight)
+        if not any(each.requires_grad for each in sources):
+            return False
+        elements, device = len(inputs) * c.bank_tokens * c.dim, inputs.device.type
+        # The size comes last, since a compiler makes its answer a condition on the batch.
+        return all(
             type(reader) is TapeReader and is_bare(reader) and reader.may_recompute(c.bank_tokens)
             for _, reader in encoder.stages()
             if reader is not None
-        )
+        ) and is_large(elements, device, from_patches=True)
 
     def _bank_rows(self, inputs: Tensor, places: Tensor, read: Tensor) -> Tensor:
         """Return the bank's rows at places (batch, rows), zero patches where nothing was read."""

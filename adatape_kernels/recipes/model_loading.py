@@ -13,6 +13,7 @@ from torch import Tensor
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import Normaliser, Preprocessing, digits
 from adatape_kernels.data.printable import printable
+from adatape_kernels.layers.reader import given_limits
 from adatape_kernels.models import AdaTapeConfig, EncoderConfig
 from adatape_kernels.models.model_file import FILE, Description, SavedModel, read
 from adatape_kernels.recipes import checkpoint, demo
@@ -28,6 +29,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     halt_threshold: float | None = None,
+    num_tape_tokens: int | None = None,
     config: EncoderConfig | None = None,
 ) -> SavedModel:
     """Build a trained model from a file that `save` wrote, or from the folder of a run.
@@ -38,7 +40,8 @@ def load(
             last checkpoint counts.
         device: where the model is to be.
         dtype: the floating dtype of its parameters; None for that of the file.
-        halt_threshold: the cost knob of an AdaTape, in place of the model's own; None leaves it.
+        halt_threshold, num_tape_tokens: the cost knobs of an AdaTape, in place of the model's own;
+            None leaves them.
         config: of a file that holds tensors alone, as version 0.1 wrote them; any other file and
             any folder know their own.
 
@@ -76,14 +79,14 @@ def load(
             f"device: expected one that is here, got {shown(device)} ({reason})"
         ) from None
     file, description, tensors = _found(file, config)
-    if halt_threshold is not None:
+    limits = given_limits(halt_threshold, num_tape_tokens)
+    if limits:
         if not isinstance(description.config, AdaTapeConfig):
+            name, value = next(iter(limits.items()))
             raise ValueError(
-                "halt_threshold: expected None for a model that reads no tape, "
-                f"got {shown(halt_threshold)}"
+                f"{name}: expected None for a model that reads no tape, got {shown(value)}"
             )
-        with_threshold = replace(description.config, halt_threshold=halt_threshold)
-        description = replace(description, config=with_threshold)
+        description = replace(description, config=replace(description.config, **limits))
     return description.build(tensors, file).to(device=where, dtype=dtype)
 
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.data import ImageSet, digits, load
+from adatape_kernels.data import ImageSet, Normaliser, digits, load
 from adatape_kernels.data.printable import printable
+from adatape_kernels.models.model_file import SavedModel
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
 
@@ -59,3 +60,11 @@ def _saved_folder(folder: Path, saved: checkpoint.Checkpoint) -> str | None:
             f"got {shown(found)}, which is none"
         )
     return found
+
+
+def normaliser_of(model: SavedModel) -> Normaliser:
+    """Return what a model was trained with. Raises ValueError where that is not known."""
+    known = model.preprocessing
+    if known is None:
+        raise ValueError("run: expected a model with its preprocessing, got one without")
+    return Normaliser(known.mean, known.std)

@@ -255,19 +255,22 @@ def _train_epoch(
     return EpochResult(epoch + 1, loss_sum / seen, right / seen, speed, rate)
 
 
-def predict(model: Classifier, images: Images, normalise: Normaliser) -> AdaTapeOutput:
+def predict(
+    model: Classifier, images: Images, normalise: Normaliser, **limits: Any
+) -> AdaTapeOutput:
     """Return a model's output for all images, computed in evaluation mode and in batches.
 
     Args:
         model: the model, which is left in the mode that it was in.
         images: uint8 or float32.
         normalise: what the model was trained with.
+        limits: halt_threshold and num_tape_tokens, in the place of an AdaTape's own.
     """
     was_training = model.training
     model.eval()
     with torch.no_grad():
         outputs = [
-            model(normalise(unit_range(images[batch])))
+            model(normalise(unit_range(images[batch])), **limits)
             for batch in torch.arange(len(images)).split(PREDICT_BATCH)
         ]
     model.train(was_training)

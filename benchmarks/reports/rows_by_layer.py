@@ -142,9 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, help="the set's files, as train takes it")
     parser.add_argument("--images", type=int, default=512, help="default: %(default)s, of a batch")
     parser.add_argument("--repeats", type=int, default=21, help="default: %(default)s, of times")
-    parser.add_argument("--json", type=Path, default=RESULT, help="default: %(default)s")
-    parser.add_argument("--png", type=Path, default=PICTURE, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=Path(RESULT.name), help="default: %(default)s")
+    parser.add_argument("--png", type=Path, default=Path(PICTURE.name), help="default: %(default)s")
+    parser.add_argument("--record", action="store_true", help="into the repository's own files")
     given = parser.parse_args(arguments)
+    if given.record:
+        given.json, given.png = RESULT, PICTURE
     models = [measure(run, given.data_dir, given.images, given.repeats) for run in given.runs]
     given.json.write_text(json.dumps({"models": models, **environment()}, indent=1) + "\n")
     draw(given.png, models)

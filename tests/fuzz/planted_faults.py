@@ -111,7 +111,7 @@ def main():
 
     def is_worth_it(key):
         # Each smaller hang takes a second, and each smaller hog its memory.
-        run.minimise = 30 if key[1] in MADE_SMALL else 0
+        run.minimise = 100 if key[1] in MADE_SMALL else 0
         return _is_new(key[1:3], {found[1:3] for found in run.smallest})
 
     run.worth = is_worth_it

@@ -1,6 +1,7 @@
 """The gradient of an input-driven bank passes the entries that were read, down to the patches."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -194,17 +195,27 @@ def test_layers_that_are_checkpointed():
     assert_same(results(model, x), expected)
 
 
-def test_data_parallel_training_finds_every_gradient(tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone, which outlives what the test makes with it.
+
+    A wrapped model that held the group last would wait, with Python's lock, for a thread of the
+    group's that wants the lock.
+    """
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = build(halt_threshold=-1.0)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            model.loss(wrapped(images(model)), torch.arange(BATCH)).backward()
-        assert all(p.grad is not None for p in model.parameters())
-    finally:
-        dist.destroy_process_group()
+    yield
+    gc.collect()
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_data_parallel_training_finds_every_gradient():
+    model = build(halt_threshold=-1.0)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        model.loss(wrapped(images(model)), torch.arange(BATCH)).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_the_default_model_s_bank_is_large_enough_and_a_small_one_s_is_not(monkeypatch):

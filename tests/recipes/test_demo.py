@@ -108,18 +108,19 @@ def test_flops_of_both_models_agree_with_a_count_by_hand():
         layer += 2 * 5 * batch * 2 * dim * config.ffn_dim + 2 * tape * 3 * dim * config.tape_ffn_dim
         return embed + config.depth * layer + read + scored
 
+    # A step scores 64 entries, and merges the keys and the values of those that it takes.
     key_dim, topk = dim // config.key_split, config.topk
-    merged, scores = 2 * topk * dim, 2 * 64 * key_dim
+    merged, scores = 2 * topk * dim, 2 * (64 + topk) * key_dim
     assert counted["elastic"] == by_hand(
         tape, sum(n * n for n in lens), merged * tape, scores * tape
     )
-    # The padded model computes every tape token for every example, and merges keys by a product.
+    # The padded model computes every tape token for every example.
     padded = batch * config.num_tape_tokens
     assert counted["padded"] == by_hand(
         padded,
         batch * (5 + config.num_tape_tokens) ** 2,
         merged * padded,
-        (scores + 2 * topk * key_dim) * padded,
+        scores * padded,
     )
 
 

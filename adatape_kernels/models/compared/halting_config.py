@@ -89,8 +89,10 @@ def check_epsilon(config: Any) -> None:
         ValueError: it is no number above 0 and below 1.
     """
     config._check_number("act_epsilon")
-    if not 0 < config.act_epsilon < 1:
-        raise ValueError(f"act_epsilon: expected above 0 and below 1, got {config.act_epsilon}")
+    if not 0 < 1 - config.act_epsilon < 1:
+        raise ValueError(
+            f"act_epsilon: expected above 1.1e-16 and below 1, got {config.act_epsilon}"
+        )
 
 
 class UniversalOptions(EncoderOptions, total=False):

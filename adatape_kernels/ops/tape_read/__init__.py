@@ -235,9 +235,10 @@ def _flops(
     out_val: tuple,
     **kw: Any,
 ) -> int:
-    """A product of the query with every key for each step; one multiply-add a merged feature."""
+    """As `tape_select` and `tape_gather` count theirs."""
     *_, counts = out_val
-    return 2 * int(counts.sum()) * (bank.shape[-2] * query.shape[1] + topk * bank.shape[-1])
+    scored_and_merged = (bank.shape[-2] + topk) * query.shape[1]
+    return 2 * int(counts.sum()) * (scored_and_merged + topk * bank.shape[-1])
 
 
 @flop_formula(torch.ops.adatape.tape_read_bwd, get_raw=True)

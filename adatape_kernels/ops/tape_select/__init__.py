@@ -210,6 +210,6 @@ twice_differentiable(_BACKWARD, _gradients)
 
 @flop_formula(torch.ops.adatape.tape_select, get_raw=True)
 def _flops(query: Tensor, keys: Tensor, *options: Any, out_val: tuple, **names: Any) -> int:
-    """One product of the query with every key of the bank, for each step that an example takes."""
-    _, _, _, counts = out_val
-    return 2 * int(counts.sum()) * keys.shape[-2] * keys.shape[-1]
+    """For each step one product of the query with every key, and one of the keys that it merges."""
+    indices, _, _, counts = out_val
+    return 2 * int(counts.sum()) * (keys.shape[-2] + indices.shape[-1]) * keys.shape[-1]

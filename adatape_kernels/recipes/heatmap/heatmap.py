@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adatape_kernels.arguments import check_path, shown
-from adatape_kernels.data import ImageSet, Normaliser
+from adatape_kernels.data import ImageSet
 from adatape_kernels.data.image_set import Images, evenly_spaced, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.data.spoiled_images import blurred, noisy
@@ -35,7 +35,7 @@ from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
-from adatape_kernels.recipes.run_images import images_of_run
+from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import epoch_generator, predict
 
@@ -140,16 +140,8 @@ def _look(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | Non
             f"a {type(model).__name__}"
         )
     data = images_of_run(folder, None if data_dir is None else Path(data_dir))
-    output = predict(model, data.test_images, _normaliser(model))
+    output = predict(model, data.test_images, normaliser_of(model))
     return _Looked(folder.name or "run", model, data, output)
-
-
-def _normaliser(model: AdaTapeViT) -> Normaliser:
-    """Return what a model was trained with. Raises ValueError where that is not known."""
-    known = model.preprocessing
-    if known is None:
-        raise ValueError("run: expected a model with its preprocessing, got one without")
-    return Normaliser(known.mean, known.std)
 
 
 def _side(model: AdaTapeViT) -> int | None:
@@ -210,7 +202,7 @@ def _mean(images: Images, chosen: Tensor) -> Tensor | None:
 def _draw_lengths(out: RunFolder, looked: _Looked) -> dict[str, Any]:
     """Measure tapes of clean, noisy and blurred images; draw and return their mean lengths."""
     data, output = looked.data, looked.output
-    normaliser = _normaliser(looked.model)
+    normaliser = normaliser_of(looked.model)
     generator = epoch_generator(_SPOILED_SEED, 0)
 
     with_noise, with_blur = (

@@ -9,7 +9,7 @@ import torch
 import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.recipes.heatmap import heatmap
-from adatape_kernels.recipes.run_images import images_of_run
+from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.train_loop import predict
 
 TRAIN = ["train", "--data", "digits", "--epochs", "1", "--limit", "48", "--seed", "3", "--depth"]
@@ -37,8 +37,7 @@ def test_pictures_and_numbers_of_a_bank_of_patches(runs, tmp_path, capsys):
     assert names == {"report.json", "heatmap.png", "steps.png", "examples.png", "lengths.png"}
     report = json.loads((tmp_path / "h" / "report.json").read_text())
     model, data = ak.load(runs / "input"), images_of_run(runs / "input")
-    known = model.preprocessing
-    output = predict(model, data.test_images, heatmap.Normaliser(known.mean, known.std))
+    output = predict(model, data.test_images, normaliser_of(model))
     assert report["lengths"]["mean"] == output.tape_lens.double().mean().item()
     right = output.logits.argmax(1) == data.test_labels
     wrong = output.tape_lens[~right].double().mean().item()
@@ -77,8 +76,7 @@ def test_images_of_a_run_are_those_that_it_was_tested_on(runs):
     data = images_of_run(runs / "input")
     report = json.loads((runs / "input" / "report.json").read_text())
     model = ak.load(runs / "input")
-    normalise = heatmap.Normaliser(model.preprocessing.mean, model.preprocessing.std)
-    logits = predict(model, data.test_images, normalise).logits
+    logits = predict(model, data.test_images, normaliser_of(model)).logits
     right = (logits.argmax(1) == data.test_labels).double().mean().item()
     assert right == report["test_accuracy"]
 

@@ -1,0 +1,1 @@
+"""One trained model at many budgets: what a threshold and a longest tape cost and give."""
