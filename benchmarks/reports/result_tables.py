@@ -205,7 +205,7 @@ def _page_cells(entry: Entry) -> list[str]:
 
 
 def fill(text: str, tables: dict[str, Entries], folder: PurePath) -> str:
-    """Return text with each marked table made anew, and below it its legend and a link to the page.
+    """Return text with each marked table made anew, and below it its legend and where the page is.
 
     Args:
         text: Markdown with markers.
@@ -221,7 +221,10 @@ def fill(text: str, tables: dict[str, Entries], folder: PurePath) -> str:
         if name not in tables:
             raise ValueError(f"table: expected one of {', '.join(tables)}, got {name!r}")
         cases = selected(tables[name], selection)
-        page_link = f"[{name}]({(folder / name).as_posix()}.md)"
+        page = folder / f"{name}.md"
+        page_link = f"[{name}]({page.as_posix()})"
+        if ".." in page.parts:  # a page of the site, which these pages are no part of
+            page_link = f"`{PurePath(*(p for p in page.parts if p != '..')).as_posix()}`"
         best = match[2] == "table"
         below = f"{explanation(cases, limit=best)} Every case and provider: {page_link}."
         table = summary(cases) if best else beside_peers(cases)
