@@ -132,9 +132,10 @@ class AdaTapeParity(AdaTape):
             raise ValueError(
                 f"inputs: expected (batch, ({lengths}, {c.element_dim})), got {tuple(inputs.shape)}"
             )
-        tokens = inputs.new_zeros(len(inputs), 0, c.dim)
         if self.sequence_embed is not None:
             tokens = self.sequence_embed(inputs.flatten(1)).unsqueeze(1)
+        else:
+            tokens = inputs.new_zeros(inputs.shape[0], 0, c.dim)
         tokens = self.with_class_token(tokens)
         if c.bank == "learn":
             return tokens, None

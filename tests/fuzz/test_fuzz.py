@@ -42,7 +42,10 @@ def test_planted_faults_are_found_and_made_small():
     assert sum(gather["sizes"]["counts"]) + gather["options"]["spare"] == 1
     norm = found["add_layer_norm", "signal SIGSEGV"]
     assert norm["sizes"] == {"rows": 2, "dim": 0} and norm["breakages"] == []
-    assert found["elastic_attention", "accepted an invalid call"]["breakages"]
+    # Without the planted fault, what was accepted is refused.
+    accepted = found["elastic_attention", "accepted an invalid call"]
+    ran = run_module("fuzz", "--case", json.dumps(accepted))
+    assert ran.returncode == 0 and "'valid': False" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_a_case_runs_again_by_its_text():

@@ -112,3 +112,13 @@ def test_without_a_sequence_token_something_must_read_the_sequence(choices):
             sequence_token=False,
             **choices,
         )
+
+
+@pytest.mark.parametrize("sequence_token", [True, False])
+def test_a_program_takes_any_batch(sequence_token):
+    from torch.export import Dim, export
+
+    model = new_model("adatape", 8, sequence_token=sequence_token).eval()
+    shapes = ({0: Dim("batch")},)
+    program = export(model, (torch.zeros(3, 8, 3),), dynamic_shapes=shapes, strict=False)
+    assert program.module()(torch.zeros(5, 8, 3)).logits.shape == (5, 2)
