@@ -164,7 +164,9 @@ def _with_last(x):
 
 
 def _as_list(value):
-    return value.tolist() if isinstance(value, torch.Tensor) and value.numel() < 1000 else [value]
+    # Of a tensor without data, as another change may have made it, nothing is known.
+    known = isinstance(value, torch.Tensor) and value.device.type != "meta"
+    return value.tolist() if known and value.numel() < 1000 else [value]
 
 
 _OBJECTS = {

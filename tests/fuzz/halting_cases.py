@@ -114,7 +114,7 @@ def _model_fields(rng, kind):
             "act_epsilon": rng.choice((0.01, 0.3, 0.9)),
             "gate_scale": rng.choice((1.0, 3.0, 0.0)),
             "gate_center": rng.choice((0.0, 1.0, -50.0, 50.0)),
-            "keep_class_token": rng.random() < 0.3,
+            "keep_class_token": fields["pooling"] == "token" and rng.random() < 0.3,
             "ponder_weight": 0.1,
             "distribution_weight": rng.choice((0.0, 0.1)),
             "distribution_center": 1.0,
