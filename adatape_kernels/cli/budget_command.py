@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.cli.options import add_backend, chosen_backend, integers, numbers
 
 
 def add(commands: Any) -> None:
@@ -15,13 +15,13 @@ def add(commands: Any) -> None:
     add("source", metavar="RUN", help="folder of a run of train, or of the demo")
     add(
         "--thresholds",
-        type=_numbers,
+        type=numbers,
         metavar="X,X",
         help="halting thresholds; default: seven from 0 to twice the model's own",
     )
     add(
         "--max-tape",
-        type=_integers,
+        type=integers,
         metavar="N,N",
         help="most tape tokens of a read; default: the model's own",
     )
@@ -30,14 +30,6 @@ def add(commands: Any) -> None:
     add("--out", default="adatape-budget", metavar="FOLDER", help="default: %(default)s")
     add_backend(parser)
     parser.set_defaults(run=run)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def run(arguments: argparse.Namespace) -> int:

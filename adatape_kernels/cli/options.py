@@ -37,6 +37,16 @@ def chosen_backend(text: str | None) -> contextlib.AbstractContextManager[None]:
     return use_backend(name, fallback)
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """Return the integers of a list with commas; raise ValueError, which argparse reports."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Return the numbers of a list with commas; raise ValueError, which argparse reports."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def check_device(name: str) -> None:
     """Raise ValueError unless this is a device that is here."""
     if name not in ("cpu", "cuda"):

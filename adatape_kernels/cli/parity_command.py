@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.cli.options import add_backend, chosen_backend, integers
 
 
 def add(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     add = parser.add_argument
     add(
         "--lengths",
-        type=_integers,
+        type=integers,
         default=(16, 32, 64),
         metavar="N,N",
         help="numbers of symbols of a sequence; default: 16,32,64",
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     )
     add(
         "--seeds",
-        type=_integers,
+        type=integers,
         default=(0, 1, 2),
         metavar="N,N",
         help="each is a run of each model at each length; default: 0,1,2",
@@ -55,10 +55,6 @@ def add(commands: Any) -> None:
     add("--jobs", type=int, metavar="N", help="runs at a time, a thread each; default: one a core")
     add_backend(parser)
     parser.set_defaults(run=run)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _names(text: str) -> tuple[str, ...]:

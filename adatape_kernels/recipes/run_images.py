@@ -30,7 +30,7 @@ def images_of_run(folder: Path, data_dir: Path | None = None) -> ImageSet:
         config = TrainConfig.of_saved(options)
         return load(
             config.data,
-            data_dir or _saved_folder(folder, saved),
+            data_dir or folder_of_images(folder, saved),
             image_size=config.image_size,
             seed=config.split,
         )
@@ -49,8 +49,16 @@ def images_of_run(folder: Path, data_dir: Path | None = None) -> ImageSet:
     return digits(seed)
 
 
-def _saved_folder(folder: Path, saved: checkpoint.Checkpoint) -> str | None:
-    """Return where the images of a run were. Raises ValueError where that is no folder now."""
+def folder_of_images(folder: Path, saved: checkpoint.Checkpoint) -> str | None:
+    """Return where the images of a run were, None of a set without files.
+
+    Args:
+        folder: the run's folder, for errors.
+        saved: the run's checkpoint.
+
+    Raises:
+        ValueError: that is no folder now.
+    """
     found = saved.environment.get("data_dir")
     if found is None:
         return None

@@ -28,6 +28,7 @@ from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_la
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
+from adatape_kernels.recipes.run_images import folder_of_images
 from adatape_kernels.recipes.source_file import SourceFile, sha256_of
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import (
@@ -132,7 +133,7 @@ def _run(
         run_folder = until_the_end.enter_context(claim(folder))
         saved = _saved(folder, options, file)
         config = TrainConfig.of_saved(saved.config)
-        data_dir = data_dir or _saved_data_dir(folder, saved)
+        data_dir = data_dir or folder_of_images(folder, saved)
     else:
         _refuse_to_overwrite(folder)
         if file is not None:
@@ -317,19 +318,6 @@ def _check_history(history: Sequence[Any], config: Mapping[str, Any]) -> None:
         for name in columns:
             if not math.isfinite(as_number(f"history: {name}", row[name])):
                 raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
-
-
-def _saved_data_dir(out: Path, saved: Checkpoint) -> str | None:
-    """Return where the images of a run were."""
-    found = saved.environment.get("data_dir")
-    if found is None:
-        return None
-    if not isinstance(found, str) or not found or "\0" in found or not Path(found).is_dir():
-        raise ValueError(
-            f"data-dir: expected the folder that {out / checkpoint.INDEX} names, "
-            f"got {shown(found)}, which is none"
-        )
-    return found
 
 
 def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: int) -> None:
