@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
         "--curriculum",
         type=float,
         metavar="N",
-        help="share of the steps behind which sequences, which grow from 4 symbols as a model "
+        help="share of the steps behind which sequences, which grow from 8 symbols as a model "
         "learns them, have their length; default: 0 for uniform symbols up to length 32, else 0.5",
     )
     add(

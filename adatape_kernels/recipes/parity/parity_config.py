@@ -52,7 +52,7 @@ class ParityConfig:
     lr: float = 1e-3
     """The highest learning rate."""
     curriculum: float | None = None
-    """Share of the steps behind which the sequences, which grow from length 4 as a model learns
+    """Share of the steps behind which the sequences, which grow from length 8 as a model learns
     them, have the whole length. None is 0 for uniform symbols up to length 32, and else 0.5."""
     eval_examples: int = 6400
     """Number of fixed sequences that a run is measured on."""

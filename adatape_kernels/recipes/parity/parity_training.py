@@ -107,8 +107,7 @@ def train(
     with repeatable():
         for step in range(config.steps):
             start = time.perf_counter()
-            length = growing.at(step)
-            sequences = _training_sequences(run.length, length, config, generator)
+            sequences = _training_sequences(run.length, growing.at(step), config, generator)
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate_at(step, config.steps)
             loss, right = _step(model, sequences, optimizer, plan.max_grad_norm)
@@ -116,7 +115,7 @@ def train(
                 raise RuntimeError(
                     f"loss: expected a finite value in {run.stem} at step {step}, got {loss}"
                 )
-            growing.learn(length, right)
+            growing.learn(right)
             losses += loss
             seconds += time.perf_counter() - start
             if (step + 1) % every == 0:
@@ -148,12 +147,14 @@ def _training_sequences(
         config: what is trained on, and on how many sequences a step.
         generator: where the random numbers come from.
     """
-    if config.protocol == "uniform":
-        return uniform_sequences(config.batch, longest, generator)
-    # A model would rely on symbols that are 0 if all sequences had many of them: some steps have
-    # shorter sequences, down to those without any 0.
-    some = 2 * int(torch.randint(1, longest // 2 + 1, (), generator=generator))
-    return sparse_sequences(config.batch, some, (1, min(some, length // 2)), generator)
+    uniform = config.protocol == "uniform"
+    if uniform and longest == length:
+        return uniform_sequences(config.batch, length, generator)
+    # Half as long up to the longest, and with few symbols up to nothing but symbols that are not 0:
+    # the ones with few symbols are learned first, and no model relies on many zeros.
+    some = 2 * int(torch.randint(max(1, longest // 4), longest // 2 + 1, (), generator=generator))
+    most = some if uniform else min(some, length // 2)
+    return sparse_sequences(config.batch, some, (1, most), generator)
 
 
 def _step(

@@ -57,9 +57,9 @@ def test_extrapolation_trains_on_few_symbols_and_measures_many(monkeypatch, mode
         return real(count, length, ones, generator)
 
     monkeypatch.setattr(parity_training, "sparse_sequences", noted)
-    config = dataclasses.replace(CONFIG, steps=9, protocol="extrapolate", curriculum=0.25)
+    config = dataclasses.replace(CONFIG, steps=2, protocol="extrapolate")
     result = parity_training.train(Run(model, 9, 0), config, silent)[1]
-    assert sorted(set(drawn)) == [(32, (1, 2)), (32, (1, 4)), (300, (1, 4)), (300, (5, 9))]
+    assert sorted(set(drawn)) == [(32, (1, 4)), (300, (1, 4)), (300, (5, 9))]
     assert 0 <= result.trained_accuracy <= 1 and 0 <= result.accuracy <= 1
     assert not torch.equal(
         parity_training.eval_sequences(9, 50, "extrapolate").symbols,
