@@ -115,11 +115,15 @@ def test_shorter_sequences_lack_the_features_of_their_last_symbols(sequence_toke
             model(wrong)
 
 
-def test_keys_are_short_unless_their_width_is_left_alone():
+def test_keys_are_short_without_a_sequence_token():
     for name in MODELS:
         if name.startswith("adatape"):
-            width = new_model(name, 8).encoder.readers["0"].key_dim
-            assert width == (96 if name == "adatape-wide-keys" else 12)
+            with_token, without = (
+                new_model(name, 8, sequence_token=token).encoder.readers["0"].key_dim
+                for token in (True, False)
+            )
+            assert with_token == 96
+            assert without == (96 if name == "adatape-wide-keys" else 12)
 
 
 @pytest.mark.parametrize("choices", [dict(pooling="mean", query="gap"), dict(bank="learn")])
