@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.recipes.run_folder import RunFolder, claim
@@ -36,6 +37,7 @@ _TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
 _SEAL = re.compile(rb'"sha256 of this file": "([0-9a-f]{64})"\n\}\n\Z')
 _SEALED = "sha256 of this file"
 _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
+_AVERAGED, _UPDATES = "averaged.", "updates of averaged"
 
 
 @dataclass(frozen=True)
@@ -267,21 +269,32 @@ def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{file}: expected safetensors, got {reason}") from None
 
 
-def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    model: nn.Module, optimizer: Optimizer, averaged: AveragedModel | None = None
+) -> dict[str, Tensor]:
     """Return copies of the tensors that a run needs to go on, by name.
 
-    They are those of the model, of the optimizer's state, and the state of torch's generator.
+    They are those of the model, of the optimizer's state and of the moving average of the model's
+    parameters, if there is one, and the state of torch's generator.
     """
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+    if averaged is not None:
+        for name, tensor in averaged.module.state_dict().items():
+            tensors[_AVERAGED + name] = tensor
+        tensors[_UPDATES] = averaged.n_averaged
     tensors[_RNG] = torch.get_rng_state()
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def restore(
-    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, optimizer: Optimizer
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: Optimizer,
+    averaged: AveragedModel | None = None,
 ) -> None:
     """Put a checkpoint's tensors into the model, the optimizer and torch's generator.
 
@@ -290,21 +303,21 @@ def restore(
         tensors: as `tensors_of` returned them.
         model: a model of the same configuration.
         optimizer: an AdamW of the model's parameters.
+        averaged: the moving average of the model's parameters, if the run has one.
 
     Raises:
         ValueError: the tensors are those of another model or optimizer.
     """
     weights = _below(tensors, _MODEL)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        ours, theirs = (
-            f"{tuple(found[name].shape)} {found[name].dtype}" if name in found else "none"
-            for found in (expected, weights)
+    _check_like(folder, weights, model)
+    average = _below(tensors, _AVERAGED)
+    if averaged is not None:
+        _check_like(folder, average, averaged.module)
+    updates = tensors.get(_UPDATES)
+    if averaged is not None and (updates is None or updates.shape or updates.dtype != torch.long):
+        raise ValueError(
+            f"{folder / INDEX}: expected a number of updates of the averaged parameters, got none"
         )
-        if ours != theirs:
-            raise ValueError(
-                f"{folder / INDEX}: expected {name} of shape {ours}, as the model has, got {theirs}"
-            )
     state: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
         entries = _below(tensors, f"{_OPTIMIZER}{name}.")
@@ -327,9 +340,34 @@ def restore(
             f"{folder / INDEX}: expected the state of torch's generator, got none that fits"
         ) from None
     model.load_state_dict(weights)
+    if averaged is not None and updates is not None:
+        averaged.module.load_state_dict(average)
+        averaged.n_averaged.copy_(updates)
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def _check_like(folder: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise ValueError unless tensors have the names, shapes and dtypes of a model's."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        ours, theirs = (
+            f"{tuple(found[name].shape)} {found[name].dtype}" if name in found else "none"
+            for found in (expected, tensors)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"{folder / INDEX}: expected {name} of shape {ours}, as the model has, got {theirs}"
+            )
+
+
+def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters that a run would be evaluated with, from those of its checkpoint.
+
+    They are the averaged ones, where the run averages them.
+    """
+    return _below(tensors, _AVERAGED) or _below(tensors, _MODEL)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
