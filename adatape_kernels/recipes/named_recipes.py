@@ -24,18 +24,18 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "fashion-mnist": {
             **_SMALL,
             "dim": 96,
-            "depth": 4,
+            "depth": 6,
             "heads": 3,
             "ffn": 192,
-            "epochs": 24,
+            "epochs": 40,
         },
         "cifar10": {
             **_SMALL,
             "dim": 128,
             "depth": 6,
             "heads": 4,
-            "ffn": 192,
-            "epochs": 24,
+            "ffn": 256,
+            "epochs": 40,
         },
     },
     "imagenet": {
@@ -100,6 +100,7 @@ it.
 """
 
 MODEL_FIELDS: dict[str | None, dict[str, Any]] = {
+    "small": {"tape_ffn_dim": 0},
     "imagenet": {
         "key_split": 6,
         "read_layers": (1,),
@@ -107,11 +108,12 @@ MODEL_FIELDS: dict[str | None, dict[str, Any]] = {
         "tape_mlp_dim": 1536,
         "loss_type": "entropy",
         "average_query": True,
-    }
+    },
 }
 """Fields of an AdaTape's configuration that a recipe decides and that are no options.
 
-Those of "imagenet" are [split_tt], which is the number of heads, [add_tape_token_to_layers],
+Tape tokens of "small" share the feed-forward of the input tokens, as those of "imagenet" do. Those
+of "imagenet" are [split_tt], which is the number of heads, [add_tape_token_to_layers],
 [enc_tt_mlp_dim], [tt_mlp_dim], [act_loss_type] and [complex_query].
 """
 
