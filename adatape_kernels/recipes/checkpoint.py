@@ -25,6 +25,13 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
+from adatape_kernels.recipes.model_tensors import (
+    MODEL,
+    average_tensors,
+    below,
+    check_like,
+    restore_average,
+)
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 
 FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2)}
@@ -36,8 +43,7 @@ _TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
 # The end of checkpoint.json. The SHA-256 is that of the file with zeros in its place.
 _SEAL = re.compile(rb'"sha256 of this file": "([0-9a-f]{64})"\n\}\n\Z')
 _SEALED = "sha256 of this file"
-_MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
-_AVERAGED, _UPDATES = "averaged.", "updates of averaged"
+_OPTIMIZER, _RNG = "optimizer.", "rng"
 
 
 @dataclass(frozen=True)
@@ -277,14 +283,12 @@ def tensors_of(
     They are those of the model, of the optimizer's state and of the moving average of the model's
     parameters, if there is one, and the state of torch's generator.
     """
-    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    tensors = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{_OPTIMIZER}{name}.{key}"] = value
     if averaged is not None:
-        for name, tensor in averaged.module.state_dict().items():
-            tensors[_AVERAGED + name] = tensor
-        tensors[_UPDATES] = averaged.n_averaged
+        tensors |= average_tensors(averaged)
     tensors[_RNG] = torch.get_rng_state()
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
@@ -308,19 +312,13 @@ def restore(
     Raises:
         ValueError: the tensors are those of another model or optimizer.
     """
-    weights = _below(tensors, _MODEL)
-    _check_like(folder, weights, model)
-    average = _below(tensors, _AVERAGED)
+    weights = below(tensors, MODEL)
+    check_like(folder / INDEX, weights, model)
     if averaged is not None:
-        _check_like(folder, average, averaged.module)
-    updates = tensors.get(_UPDATES)
-    if averaged is not None and (updates is None or updates.shape or updates.dtype != torch.long):
-        raise ValueError(
-            f"{folder / INDEX}: expected a number of updates of the averaged parameters, got none"
-        )
+        restore_average(folder / INDEX, tensors, averaged)
     state: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        entries = _below(tensors, f"{_OPTIMIZER}{name}.")
+        entries = _state_of(tensors, f"{_OPTIMIZER}{name}.")
         if entries:
             # AdamW's count of steps is a float32 scalar; its moments are like the parameter.
             like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
@@ -340,43 +338,15 @@ def restore(
             f"{folder / INDEX}: expected the state of torch's generator, got none that fits"
         ) from None
     model.load_state_dict(weights)
-    if averaged is not None and updates is not None:
-        averaged.module.load_state_dict(average)
-        averaged.n_averaged.copy_(updates)
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
 
 
-def _check_like(folder: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raise ValueError unless tensors have the names, shapes and dtypes of a model's."""
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        ours, theirs = (
-            f"{tuple(found[name].shape)} {found[name].dtype}" if name in found else "none"
-            for found in (expected, tensors)
-        )
-        if ours != theirs:
-            raise ValueError(
-                f"{folder / INDEX}: expected {name} of shape {ours}, as the model has, got {theirs}"
-            )
+def _state_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return what the optimizer keeps of a parameter, by the names that AdamW has for it.
 
-
-def weights_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters that a run would be evaluated with, from those of its checkpoint.
-
-    They are the averaged ones, where the run averages them.
+    Only names without a further dot are returned, since the name of one parameter may begin with
+    that of another.
     """
-    return _below(tensors, _AVERAGED) or _below(tensors, _MODEL)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, by the rest of their names.
-
-    Below a parameter of the optimizer's state only names without a further dot are returned, since
-    the name of one parameter may begin with that of another.
-    """
-    found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    if prefix.startswith(_OPTIMIZER):
-        return {name: tensor for name, tensor in found.items() if "." not in name}
-    return found
+    return {name: tensor for name, tensor in below(tensors, prefix).items() if "." not in name}

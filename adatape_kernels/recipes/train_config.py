@@ -157,6 +157,8 @@ class TrainConfig(ModelOptions, TrainingOptions):
             raise ValueError(
                 f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
             )
+        if self.recipe is not None:
+            recipe_values(self.recipe, self.data)
         of_some = (*HALTING_OPTIONS, "variant", "source")
         check_given(self.model_name, {name: getattr(self, name) for name in of_some})
         if not self.has_variant:
