@@ -341,8 +341,7 @@ class Classifier(TimmMethods, ABC):
             labels: (batch,) int64, 0 to num_classes - 1, or -100 where an example does not count;
                 or (batch, num_classes), a probability of each class, of the logits' dtype.
             label_smoothing: the share of the target that is spread over all classes, 0 to 1.
-            kind: "softmax" for the cross entropy of the classes' distribution; "sigmoid" for that
-                of each class by itself, summed over the classes, by which scenic trains.
+            kind: of the cross entropy, that of all classes, "softmax", or of each one, "sigmoid".
 
         Raises:
             ValueError: label_smoothing is out of range, the kind is unknown, or the labels have
