@@ -22,6 +22,11 @@ from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
 from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
+from adatape_kernels.recipes.drawn_thresholds import (
+    ThresholdRange,
+    as_threshold_range,
+    limits_of_steps,
+)
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
 
@@ -58,6 +63,8 @@ class TrainPlan:
     """Decides, with the number of the epoch, the order and the augmentation of the images."""
     drop_rest: bool = False
     """Whether an epoch leaves out the images that do not fill a last batch."""
+    halt_threshold_range: ThresholdRange | None = None
+    """What each step draws its halting threshold from; None for the model's own in all steps."""
 
     def __post_init__(self) -> None:
         """Check the numbers before any training."""
@@ -86,6 +93,9 @@ class TrainPlan:
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
         as_flag("drop_rest", self.drop_rest)
+        limits = self.halt_threshold_range
+        if limits is not None:
+            self._set("halt_threshold_range", as_threshold_range("halt-threshold-range", limits))
 
     def _set(self, name: str, value: object) -> None:
         """Replace a field by an equal value of the type that it is declared with."""
@@ -216,6 +226,7 @@ def _train_epoch(
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
+    limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     start, seen, loss_sum, right, work = time.perf_counter(), 0, 0.0, 0, 0
     for step in range(per_epoch):
         batch = order[step * plan.batch :][: plan.batch]
@@ -223,7 +234,8 @@ def _train_epoch(
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        output = model(normalise(augment(unit_range(data.train_images[batch]), generator)))
+        pixels = normalise(augment(unit_range(data.train_images[batch]), generator))
+        output = model(pixels, **limits[step])
         loss = model.loss(output, labels, label_smoothing=plan.label_smoothing)
         if not loss.isfinite():
             raise RuntimeError(
