@@ -144,7 +144,7 @@ def test_a_run_that_was_saved_without_the_option_goes_on_at_one_threshold():
 def test_pairs_of_numbers_alone_are_a_range():
     assert as_threshold_range("range", [1, 2.5]) == (1.0, 2.5)
     for wrong in (None, "12", [True, 2], [1, None], {1: 2, 3: 4}, [[1, 2]], 3.0):
-        with pytest.raises(ValueError, match="^range: expected"):
+        with pytest.raises(ValueError, match=r"^range: expected"):
             as_threshold_range("range", wrong)
 
 
@@ -155,5 +155,5 @@ def test_a_comparison_keeps_its_range(tmp_path):
     given = {**plan, "options": options}
     assert finetune._saved_plan(tmp_path, given).options["halt_threshold_range"] == [0.5, 4.0]
     given["options"] = {"halt_threshold_range": (0.5, 5.0)}
-    with pytest.raises(ValueError, match="^halt-threshold-range: expected .0.5, 4.0., as in"):
+    with pytest.raises(ValueError, match=r"^halt-threshold-range: expected .0.5, 4.0., as in"):
         finetune._saved_plan(tmp_path, given)
