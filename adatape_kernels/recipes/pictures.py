@@ -116,8 +116,11 @@ def plain_settings() -> Iterator[None]:
 
     installed = {*get_font_names()}
     family = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
-    settings: dict[str, Any] = {**matplotlib.rcParamsDefault, "font.family": family}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context(matplotlib.rcParamsDefault),
+        matplotlib.rc_context({"font.family": family}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
