@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.cli.options import add_backend, chosen_backend, numbers
 from adatape_kernels.op_types import ACTIVATIONS
 
 
@@ -89,6 +89,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):
         model.add_argument(f"--{name}", metavar="KIND", help=text)
     training = parser.add_argument_group("training", "by default what suits the set")
+    training.add_argument(
+        "--halt-threshold-range",
+        type=numbers,
+        metavar="X,X",
+        help="draw the halting threshold of each training step from this range, so that the model "
+        "can be run at any; it is tested at --halt-threshold",
+    )
     for name, kind, text in (
         ("epochs", int, "number of passes over the training images"),
         ("batch", int, "number of images in a step; at most a tenth of the set by default"),

@@ -202,8 +202,9 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
             f"{printable(file)}: expected the plan of a comparison, got {printable(error, 200)}"
         ) from None
     pairs = [(name, given[name], saved[name]) for name in ("source", "source_epochs", "seeds")]
+    before_by_name = given_options(plan.options)  # as JSON has no tuples
     for name, value in given["options"].items():
-        pairs.append((name, value, plan.options.get(name)))
+        pairs.append((name, value, before_by_name.get(name)))
     for name, value, before in pairs:
         if value is not None and value != before:
             raise ValueError(

@@ -15,6 +15,11 @@ from adatape_kernels.models.encoder_config import MOST_PARAMETERS
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS
+from adatape_kernels.recipes.drawn_thresholds import (
+    ThresholdRange,
+    as_threshold_range,
+    check_nominal,
+)
 from adatape_kernels.recipes.model_options import (
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
@@ -49,7 +54,12 @@ _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
 # Options that version 0.1 did not have, whose defaults are what it did.
 _NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
 # Options that runs of a checkpoint's present format may lack, whose defaults are what they did.
-_ADDED_NAMES = ("model_name", *HALTING_OPTIONS, *TRAINING_OPTIONS)
+_ADDED_NAMES = (
+    "model_name",
+    "halt_threshold_range",
+    *HALTING_OPTIONS,
+    *TRAINING_OPTIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ class TrainConfig(ModelOptions, TrainingOptions):
     is the case in runs of version 0.1 only, which go on as they began."""
     split_seed: int | None
     """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
+    halt_threshold_range: ThresholdRange | None
+    """What each training step draws its halting threshold from; None for `halt_threshold` in all
+    steps. Whatever it is, `halt_threshold` is the model's own, and that of every evaluation."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
@@ -164,6 +177,8 @@ class TrainConfig(ModelOptions, TrainingOptions):
         if not self.has_variant:
             for name in SIZES_OF_A_VARIANT:
                 as_integer(option_name(name), getattr(self, name), 1)
+        if self.halt_threshold_range is not None:
+            check_nominal("halt-threshold", self.halt_threshold, self.halt_threshold_range)
         self.with_batch_for(1).plan()
         # The numbers of classes and channels come from the images, and any fit any model.
         self.vit_config(num_classes=1, in_channels=3)
@@ -204,6 +219,7 @@ class TrainConfig(ModelOptions, TrainingOptions):
             drop_rest=self.drop_rest,
             loss=self.loss,
             mixup=self.mixup,
+            halt_threshold_range=self.halt_threshold_range,
         )
 
     def model(
@@ -287,8 +303,10 @@ def check_option(field: str, value: object) -> Any:
     if field in TRAINING_OPTIONS:
         return check_training_option(field, value)
     name, kind = option_name(field), _KINDS[field]
-    if value is None and (field in HALTING_OPTIONS or kind in (int | None, str | None)):
+    if value is None and (field in HALTING_OPTIONS or kind in _MAY_BE_NONE):
         return None
+    if kind == ThresholdRange | None:
+        return as_threshold_range(name, value)
     if field in _OF_ANY_SIZE:  # the model's configuration knows their ranges
         return as_number(name, value)
     if kind in (int, int | None):
@@ -319,6 +337,7 @@ def check_option(field: str, value: object) -> Any:
 
 
 _KINDS: dict[str, Any] = {field.name: field.type for field in fields(TrainConfig)}
+_MAY_BE_NONE = (int | None, str | None, ThresholdRange | None)
 _RANGES = {
     "seed": (0, (1 << 32) - 1),
     "split_seed": (0, (1 << 32) - 1),

@@ -11,6 +11,7 @@ DEFAULTS: dict[str, Any] = {
     "num_tape_tokens": 8,
     "topk": 4,
     "halt_threshold": 2.0,
+    "halt_threshold_range": None,
     "batch": None,
     "lr": 2e-3,
     "weight_decay": 0.05,

@@ -25,6 +25,11 @@ from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.recipes.drawn_thresholds import (
+    ThresholdRange,
+    as_threshold_range,
+    limits_of_steps,
+)
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
 
@@ -65,6 +70,8 @@ class TrainPlan:
     """The cross entropy of the classes' distribution, "softmax", or of each class, "sigmoid"."""
     mixup: float = 0.0
     """Both parameters of the Beta distribution by whose shares images are mixed; 0 for none."""
+    halt_threshold_range: ThresholdRange | None = None
+    """What each step draws its halting threshold from; None for the model's own in all steps."""
 
     def __post_init__(self) -> None:
         """Check the numbers before any training."""
@@ -96,6 +103,9 @@ class TrainPlan:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
         as_flag("drop_rest", self.drop_rest)
         as_choice("loss", self.loss, LOSS_KINDS)
+        limits = self.halt_threshold_range
+        if limits is not None:
+            self._set("halt_threshold_range", as_threshold_range("halt-threshold-range", limits))
 
     def _set(self, name: str, value: object) -> None:
         """Replace a field by an equal value of the type that it is declared with."""
@@ -233,6 +243,7 @@ def _train_epoch(
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
+    limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     start, seen, loss_sum, right, work = time.perf_counter(), 0, 0.0, 0, 0
     for step in range(per_epoch):
         batch = order[step * plan.batch :][: plan.batch]
@@ -247,7 +258,7 @@ def _train_epoch(
         if plan.mixup:
             mixture = Mixture.draw(len(batch), plan.mixup, generator)
             inputs, targets = mixture.images(inputs), mixture.targets(labels, data.num_classes)
-        output = model(inputs)
+        output = model(inputs, **limits[step])
         if plan.mixup:
             targets = targets.to(output.logits.dtype)
         loss = model.loss(output, targets, label_smoothing=plan.label_smoothing, kind=plan.loss)
