@@ -5,7 +5,7 @@ import torch
 
 import adatape_kernels as ak
 from adatape_kernels.data.parity_sequences import ParitySequences
-from adatape_kernels.models import AdaTapeParityConfig
+from adatape_kernels.models import AdaTapeParity, AdaTapeParityConfig
 from adatape_kernels.recipes.parity.fixed_query import FixedQueryReader
 from adatape_kernels.recipes.parity.parity_models import MODELS, new_model, num_parameters
 
@@ -112,6 +112,15 @@ def test_shorter_sequences_lack_the_features_of_their_last_symbols(sequence_toke
     torch.testing.assert_close(model.padded()(inputs).logits, output.logits, atol=1e-4, rtol=1e-4)
     for wrong in (inputs[:, :1], torch.zeros(5, 11, 3), torch.zeros(5, 10, 2), torch.zeros(5, 10)):
         with pytest.raises(ValueError, match=r"^inputs: expected \(batch, \(2 to 10, 3\)\), got"):
+            model(wrong)
+
+
+def test_a_learnable_bank_takes_sequences_down_to_one_symbol():
+    sizes = dict(num_classes=2, dim=8, depth=1, num_heads=2, ffn_dim=8, seq_len=10, topk=3)
+    model = AdaTapeParity(AdaTapeParityConfig(**sizes, bank="learn", bank_size=20)).eval()
+    assert model(torch.zeros(4, 1, 3)).logits.shape == (4, 2)
+    for wrong in (torch.zeros(4, 0, 3), torch.zeros(4, 11, 3)):
+        with pytest.raises(ValueError, match=r"^inputs: expected \(batch, \(1 to 10, 3\)\), got"):
             model(wrong)
 
 
