@@ -92,6 +92,5 @@ class BankStrides(NamedTuple):
 
 def bank_strides(bank: Tensor, elements: int = 1) -> BankStrides:
     """Return the strides of a bank ([batch,] bank_size, width), counted in so many elements."""
-    return BankStrides(
-        bank.stride(0) // elements if bank.dim() == 3 else 0, bank.stride(-2) // elements
-    )
+    *example, entry, _ = bank.stride()
+    return BankStrides(example[0] // elements if example else 0, entry // elements)
