@@ -41,7 +41,7 @@ CHECK_COMPILATIONS = 340
 """Kernels that `check` compiles: a test counts those of its cases."""
 
 CASES_OF_A_KIND = 4
-"""So many cases run of each kind of test (tests/case_sample.py): all would leave too little time."""
+"""So many cases run of each kind of test (tests/case_sample.py): all would take too long."""
 
 TEST_COMPILATIONS, TEST_CASES = 740, 2300
 """Kernels that these cases compile, and how many there are.
