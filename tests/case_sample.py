@@ -1,15 +1,18 @@
 """Which cases `--cases-of-a-kind N` keeps: at most N of each kind, to test a machine in minutes.
 
-A kind is a test, a device, a backend and a dtype, so that every op, backend and test keeps cases.
-Of more than N those are kept that lie evenly among the others, the first and the last included:
-always the same ones.
+A kind is a test, a device, a backend, a dtype, an op and a form of `dual_ffn`, so that none of
+these loses all its cases. Of more than N those are kept that lie evenly among the others, the first
+and the last included: always the same ones.
 """
+
+KIND = ("device", "dtype", "op", "products")
+"""The parameters that make a kind; "device" has the backend with it."""
 
 
 def kind_of(item):
     """What a case has in common with those that may stand for it."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return item.path, item.originalname, parameters.get("device"), parameters.get("dtype")
+    return item.path, item.originalname, *(parameters.get(name) for name in KIND)
 
 
 def sample(items, most):
