@@ -7,6 +7,10 @@ from adatape_kernels.arguments import shown
 _SMALL: dict[str, Any] = {
     "patch": 4,
     "bank_patch": 4,
+    "dim": 96,
+    "depth": 6,
+    "heads": 3,
+    "ffn": 192,
     "num_tape_tokens": 8,
     "topk": 4,
     "loss": "softmax",
@@ -20,25 +24,8 @@ _SMALL: dict[str, Any] = {
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
-        "fashion-mnist": {
-            **_SMALL,
-            "dim": 96,
-            "depth": 6,
-            "heads": 3,
-            "ffn": 192,
-            "epochs": 38,
-            "lr": 2e-3,
-            "random_erasing": 0.25,
-        },
-        "cifar10": {
-            **_SMALL,
-            "dim": 128,
-            "depth": 6,
-            "heads": 4,
-            "ffn": 256,
-            "epochs": 36,
-            "lr": 1e-3,
-        },
+        "fashion-mnist": {**_SMALL, "epochs": 38, "lr": 2e-3, "random_erasing": 0.25},
+        "cifar10": {**_SMALL, "epochs": 52, "lr": 1.5e-3},
     },
     "imagenet": {
         "imagefolder": {
