@@ -120,3 +120,28 @@ def test_no_image_of_the_set_is_shown(runs, tmp_path):
     (read,) = report["reads"]
     assert len(read["centre_share_by_step"]) == len(read["images_by_step"])
     assert report["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_banks_of_different_sizes_are_drawn_in_units_of_their_means():
+    shares = torch.tensor([[0.1, 0.3], [0.0, 0.0]]), torch.full((4, 4), 0.7)
+    panels = [heatmap_pictures.Panel("a", None, share) for share in shares]
+    figure = heatmap_pictures.draw_panels(panels, "title", relative=True)
+    first, second = (axis.images[0].get_array() for axis in figure.axes[:2])
+    assert torch.as_tensor(first).flatten().tolist() == pytest.approx([1, 3, 0, 0])
+    assert torch.as_tensor(second).flatten().tolist() == pytest.approx([1] * 16)
+    assert [axis.get_title() for axis in figure.axes[:2]] == [
+        "a\nup to 3.0 times",
+        "a\nup to 1.0 times",
+    ]
+    assert figure.axes[0].images[0].get_clim() == pytest.approx((0, 3))
+
+
+def test_an_entry_that_two_classes_read_alike_is_theirs_alike():
+    """The first class has three images, the second one; both read entry 0 and their own."""
+    labels = torch.tensor([0, 0, 0, 1])
+    indices = torch.tensor([[[0, 1]], [[0, 1]], [[0, 1]], [[0, 2]]], dtype=torch.int32)
+    weights = torch.ones(4, 1, 2)
+    read = TapeSelection(indices, weights, torch.ones(4).int(), torch.ones(4))
+    figure = heatmap_pictures.draw_entries(entries_read(read, labels, 2, 4), ["a", "b"])
+    shown = torch.as_tensor(figure.axes[1].images[0].get_array())
+    assert shown.tolist() == [[0.5, 1.0, 0.0, 0.0], [0.5, 0.0, 1.0, 0.0]]
