@@ -54,7 +54,7 @@ def check_texts(figure):
         assert not first.overlaps(second)
 
 
-@pytest.mark.parametrize("classes, shown", [(2, True), (10, False), (12, True), (1, False)])
+@pytest.mark.parametrize("classes, shown", [(5, True), (11, False), (1, False)])
 def test_titles_of_classes(classes, shown):
     labels = torch.arange(2 * classes) % classes
     places = places_read(read_of(2 * classes, 2, 3, 64), labels, classes, 8)
@@ -83,7 +83,7 @@ def test_texts_of_lengths():
         assert len(figure.axes[0].patches) == 4  # nothing is known of blurred images
 
 
-@pytest.mark.parametrize("side, images", [(4, 1), (16, 2), (32, 7), (56, 1)])
+@pytest.mark.parametrize("side, images", [(4, 1), (32, 2), (56, 1)])
 def test_a_number_is_no_wider_than_its_patch_or_is_not_there(side, images):
     numbers, read = side <= 32, read_of(images, 11, 1, side * side)
     pixels = [torch.rand(3, 112, 112)] * images
