@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adatape_kernels._build import VERSION
 from adatape_kernels.arguments import check_kind, check_path, shown
@@ -23,6 +22,8 @@ from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
+from adatape_kernels.recipes.devices import chosen_device, device_name, moved
+from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
 from adatape_kernels.recipes.model_report import REPORT, write_report
@@ -70,6 +71,8 @@ def run(
     data_dir: str | Path | None = None,
     source: str | Path | None = None,
     resume: bool = False,
+    device: str | torch.device = "auto",
+    execution: Mapping[str, Any] | None = None,
 ) -> ModelComparison:
     """Train, or go on with a run, and write its report into `out`.
 
@@ -84,7 +87,10 @@ def run(
         data_dir: the image set's folder, as in `data.load`; on resume None is where it was.
         source: a safetensors file with the parameters of a ViT of timm or torchvision, to begin
             with; None for a new model. A run that is resumed no longer needs it.
-        resume: go on from the folder's checkpoint.
+        resume: go on from the folder's checkpoint, on whatever device it was written.
+        device: where to compute, as `devices.chosen_device` has it.
+        execution: values by field of Execution, but for the dtype, which is one of the options;
+            absent or None for what the run was last computed with.
 
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
@@ -93,7 +99,9 @@ def run(
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
     with lenient_output(), contextlib.ExitStack() as until_the_end:
-        return _run(out, options, data_dir, source, resume, until_the_end)
+        where = chosen_device(device)
+        asked = {} if execution is None else execution
+        return _run(out, options, data_dir, source, resume, where, asked, until_the_end)
 
 
 def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
@@ -115,11 +123,14 @@ def _run(
     data_dir: str | Path | None,
     source: str | Path | None,
     resume: bool,
+    device: torch.device,
+    asked: Mapping[str, Any],
     until_the_end: contextlib.ExitStack,
 ) -> ModelComparison:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
+    check_kind("execution", asked, Mapping)
     as_flag("resume", resume)
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
@@ -141,6 +152,7 @@ def _run(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
         config = TrainConfig.of(options, start)
+    execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:
         data = data.limited(config.limit, config.split)
@@ -153,13 +165,16 @@ def _run(
     data.look()
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(config.seed)
-    model = config.model(data.num_classes, len(normalise.mean), start)
+    # Parameters are drawn on the CPU, so that a seed gives the same ones on every device.
+    model = config.model(data.num_classes, len(normalise.mean), start).to(device)
+    execution.check_model(model)
     optimizer = plan.optimizer(model)
-    first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
-    _try_step(model, normalise(unit_range(first[torch.zeros(1, dtype=torch.long)])))
+    first = Subset(data.train_images, torch.arange(min(2, len(data.train_labels))))
+    pixels = normalise(unit_range(first[torch.arange(len(first))]))
+    execution.try_step(model, moved(pixels, device))
     backend = attention_backend(lambda: predict(model, first, normalise))
     facts = data_facts(data, normalise, None if data_dir is None else Path(data_dir))
-    environment = _environment(data_dir, backend)
+    environment = _environment(data_dir, backend, device, execution)
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
     columns = _columns(config)
@@ -191,7 +206,7 @@ def _run(
         writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        output = predict(model, data.test_images, normalise)
+        output = predict(model, data.test_images, normalise, dtype=config.dtype)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,
@@ -216,9 +231,12 @@ def _run(
             epochs_done=len(history),
             title=f"training on {config.data}",
             after_epoch=after_epoch,
+            execution=execution,
         )
         entries = {"config": asdict(config), "data": facts, "metrics": history}
-        return write_report(writing, model, data, normalise, entries, rounds=ROUNDS)
+        return write_report(
+            writing, model, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{folder} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"
@@ -253,15 +271,6 @@ def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
     return f"{line} (chosen by the set's size; --batch sets another)" if chosen else line
 
 
-def _try_step(model: ImageClassifier, images: Tensor) -> None:
-    """Compute a gradient that nobody uses, so that what no backend serves shows before training."""
-    with torch.random.fork_rng(devices=[]):
-        model.train()
-        labels = torch.zeros(len(images), dtype=torch.long)
-        model.loss(model(images), labels).backward()
-        model.zero_grad()
-
-
 def _refuse_to_overwrite(out: Path) -> None:
     """Raise ValueError unless a folder is absent, or empty but for what a killed start has left."""
     names = {inner.name for inner in out.iterdir()} if out.exists() else set()
@@ -286,6 +295,7 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
         config = saved.config if saved.format > 1 else with_present_names(saved.config)
         saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
         _check_history(saved.history, saved.config)
+        Execution.of_run(saved.config["dtype"], {}, saved.environment)
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
     for name, value in options.items():
@@ -344,21 +354,26 @@ def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: 
         )
 
 
-def _environment(data_dir: str | Path | None, backend: str) -> dict[str, Any]:
+def _environment(
+    data_dir: str | Path | None, backend: str, device: torch.device, execution: Execution
+) -> dict[str, Any]:
     """Return what the last bits of the curve depend on, and where the images are."""
     return {
         "adatape_kernels": VERSION,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "backend": backend,
+        "device": device_name(device),
+        **execution.entries(),
         "data_dir": None if data_dir is None else str(Path(data_dir).resolve()),
     }
 
 
 def _note_differences(saved: Checkpoint, environment: Mapping[str, Any]) -> None:
     """Print to stderr each difference by which the curve may change in the last bits."""
+    known = {"device": "cpu", **Execution().entries(), **saved.environment}
     for name, value in environment.items():
-        before = saved.environment.get(name)
+        before = known.get(name)
         if name != "data_dir" and value != before:
             say(
                 f"adatape-kernels: note: {name} was {printable(before)} and is {value}; "

@@ -15,6 +15,7 @@ from adatape_kernels.models.encoder_config import MOST_PARAMETERS
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS
+from adatape_kernels.recipes.execution import DTYPES
 from adatape_kernels.recipes.model_options import (
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
@@ -43,7 +44,7 @@ _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
 # Options that version 0.1 did not have, whose defaults are what it did.
 _NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
 # Options that runs of a checkpoint's present format may lack, whose defaults are what they did.
-_ADDED_NAMES = ("model_name", *HALTING_OPTIONS)
+_ADDED_NAMES = ("model_name", "dtype", *HALTING_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class TrainConfig(ModelOptions):
     is the case in runs of version 0.1 only, which go on as they began."""
     split_seed: int | None
     """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
+    dtype: str
+    """What products are computed in, one of `execution.DTYPES`."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
@@ -272,6 +275,8 @@ def check_option(field: str, value: object) -> Any:
         as_choice(name, value, ACTIVATIONS)
     elif field == "bank":
         as_choice(name, value, ("input", "learn"))
+    elif field == "dtype":
+        as_choice("dtype", value, DTYPES)
     elif field in ("act_level", "leave"):
         as_choice(name, value, ("example", "row"))
     elif field == "model_name":

@@ -18,6 +18,7 @@ from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import measure, pictures
 from adatape_kernels.recipes.budget.budget_picture import drawn
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
+from adatape_kernels.recipes.devices import chosen_device, device_of, moved
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
@@ -39,6 +40,7 @@ def run(
     max_tape: Sequence[int] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     rounds: int = 5,
+    device: str | torch.device = "auto",
 ) -> list[BudgetResult]:
     """Measure a run's model at each threshold and each longest tape, and write what came out.
 
@@ -49,6 +51,7 @@ def run(
         max_tape: most tape tokens of a read; None for the model's own.
         data_dir: the image set's folder; None for where it was.
         rounds: number of times that each batch is timed, all limits in turn.
+        device: where to compute, as `devices.chosen_device` has it.
 
     Raises:
         ValueError: the folder holds no run of an AdaTape of images, a limit is out of range, or
@@ -56,6 +59,7 @@ def run(
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
+    place = chosen_device(device)
     folder = folder_argument("out", out)
     as_integer("rounds", rounds, 1)
     chosen = _numbers(thresholds)
@@ -63,7 +67,7 @@ def run(
     pictures.require("budget")
     check_output_folder(folder)
     where = check_path("run", source)
-    model = load(where)
+    model = load(where, device=place)
     if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
         raise ValueError(
             f"run: expected that of an AdaTape of images that reads, got {printable(where)}, "
@@ -88,7 +92,7 @@ def run(
                 "num_tape_tokens": own.num_tape_tokens,
                 "topk": own.topk,
             },
-            **environment(),
+            **environment(place),
         }
         writing.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
         writing.write(PICTURE, drawn(results))
@@ -135,7 +139,8 @@ def _measured(
     """Measure a model on the test images of its run."""
     data, normalise = images_of_run(source, data_dir), normaliser_of(model)
     sample = evenly_spaced(len(data.test_labels), _TIMED_IMAGES)
-    batch = normalise(unit_range(data.test_images[sample]))
+    device = device_of(model)
+    batch = moved(normalise(unit_range(data.test_images[sample])), device)
     model.eval()
     inputs = model.embed(batch[:1])[0].shape[1]
     limits = [(threshold, longest) for longest in tapes for threshold in thresholds]
@@ -145,7 +150,7 @@ def _measured(
             model(batch, halt_threshold=threshold, num_tape_tokens=longest)
 
     forwards = {str(pair): functools.partial(forward, *pair) for pair in limits}
-    times = measure.seconds(forwards, rounds)
+    times = measure.seconds(forwards, rounds, device=device)
     results = []
     for threshold, longest in limits:
         output = predict(

@@ -21,6 +21,7 @@ from adatape_kernels.data.spoiled_images import blurred, noisy
 from adatape_kernels.models import AdaTapeOutput, AdaTapeViT
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.devices import chosen_device, device_of, moved
 from adatape_kernels.recipes.heatmap import heatmap_pictures
 from adatape_kernels.recipes.heatmap.read_statistics import (
     EntriesRead,
@@ -77,6 +78,7 @@ def run(
     images: Sequence[str | os.PathLike[str]] = (),
     beside: Sequence[str | os.PathLike[str]] = (),
     data_dir: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Look at what a model reads of the test images of its run, and write pictures into `out`.
 
@@ -86,6 +88,7 @@ def run(
         images: image files whose reads are drawn in place of those of some test images.
         beside: folders of further runs, drawn beside the first; their images are their own.
         data_dir: the folder of the first run's images; None for where they were.
+        device: where to compute, as `devices.chosen_device` has it.
 
     Returns:
         What report.json holds.
@@ -96,11 +99,12 @@ def run(
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
+    place = chosen_device(device)
     folder = folder_argument("out", out)
     pictures.require("heatmap")
     check_output_folder(folder)
-    first = _look(source, data_dir)
-    others = [_look(each, None) for each in beside]
+    first = _look(source, data_dir, place)
+    others = [_look(each, None, place) for each in beside]
     for each in [first, *others] if others else []:
         if _side(each.model) is None:
             raise ValueError(
@@ -118,7 +122,7 @@ def run(
             "lengths": _draw_lengths(writing, first),
             "noise": NOISE,
             "blur": BLUR,
-            **environment(),
+            **environment(place),
         }
         if drawn is not None:
             _write(writing, "examples", drawn)
@@ -130,10 +134,14 @@ def run(
     return report
 
 
-def _look(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> _Looked:
+def _look(
+    source: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None,
+    device: torch.device,
+) -> _Looked:
     """Load a run, and let its model predict its test images."""
     folder = check_path("run", source)
-    model = load(folder)
+    model = load(folder, device=device)
     if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
         raise ValueError(
             f"run: expected that of an AdaTape of images that reads, got {printable(folder)}, "
@@ -243,7 +251,8 @@ def _examples(looked: _Looked, files: Sequence[Path]) -> Any:
         pixels = [(image * std + mean).clamp(0, 1) for image in inputs]
         titles = [pictures.drawn_name(file.name) for file in files]
         with torch.no_grad():
-            read = looked.model.eval()(inputs).reads[0]
+            output = looked.model.eval()(moved(inputs, device_of(looked.model)))
+        read = output.to("cpu").reads[0]
     else:
         data = looked.data
         chosen = evenly_spaced(len(data.test_labels), _EXAMPLES)

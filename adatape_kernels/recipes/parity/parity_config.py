@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
+from adatape_kernels.recipes.execution import DTYPES
 from adatape_kernels.recipes.parity.parity_models import MODELS
 
 MOST_LENGTH = 1024
@@ -56,6 +57,8 @@ class ParityConfig:
     """Number of fixed sequences that a run is measured on."""
     protocol: Protocol = "uniform"
     """What is trained and measured on."""
+    dtype: str = "float32"
+    """What products are computed in, one of `execution.DTYPES`."""
 
     def __post_init__(self) -> None:
         """Check the values before any work."""
@@ -72,6 +75,7 @@ class ParityConfig:
         if not 0 <= self.curriculum <= 1:
             raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
         as_choice("protocol", self.protocol, ("uniform", "extrapolate"))
+        as_choice("dtype", self.dtype, DTYPES)
         if self.protocol == "extrapolate":
             if self.curriculum:
                 raise ValueError("curriculum: expected 0 with the protocol extrapolate")
@@ -90,7 +94,7 @@ class ParityConfig:
 
     def training(self) -> dict[str, float | str]:
         """Return what decides a run beside its model, its length and its seed."""
-        names = "steps", "batch", "lr", "curriculum", "eval_examples", "protocol"
+        names = "steps", "batch", "lr", "curriculum", "eval_examples", "protocol", "dtype"
         return {name: getattr(self, name) for name in names}
 
 
