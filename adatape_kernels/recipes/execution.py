@@ -103,13 +103,23 @@ class Execution:
 
     @contextlib.contextmanager
     def forward_of(self, model: Classifier) -> Iterator[Forward]:
-        """Yield what computes a training step's output, with the model's own parameters."""
+        """Yield what computes a training step's output, with the model's own parameters.
+
+        Raises:
+            RuntimeError: torch has no compiler here, and one is asked for.
+        """
+        forward: Forward = model
+        if self.compiled:
+            try:
+                # Batches that differ in size, as the last of an epoch does, need one graph alone.
+                forward = torch.compile(model, dynamic=True)
+            except Exception as error:
+                raise _no_compiler(error) from None
         before = getattr(model, "grad_checkpointing", False)
         if self.checkpoint_layers:
             model.set_grad_checkpointing(True)
         try:
-            # Batches that differ in size, as the last of an epoch does, need one graph alone.
-            yield torch.compile(model, dynamic=True) if self.compiled else model
+            yield forward
         finally:
             if self.checkpoint_layers:
                 model.set_grad_checkpointing(before)
@@ -141,12 +151,16 @@ class Execution:
                 try:
                     step(forward)
                 except Exception as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    raise RuntimeError(
-                        "compile: expected torch.compile to work here, got "
-                        f"{printable(reason, 300)}"
-                    ) from None
+                    raise _no_compiler(error) from None
             model.zero_grad()
+
+
+def _no_compiler(error: Exception) -> RuntimeError:
+    """Return the error that says in one line what torch's compiler has said in many."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RuntimeError(
+        f"compile: expected torch.compile to work here, got {printable(reason, 300)}"
+    )
 
 
 def computing_in(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
