@@ -1,5 +1,6 @@
 """How steps are computed: in parts, with layers computed twice, compiled, in bf16."""
 
+import dataclasses
 import functools
 import json
 
@@ -21,7 +22,8 @@ from adatape_kernels.models import (
 )
 from adatape_kernels.recipes import checkpoint, pictures, train
 from adatape_kernels.recipes.execution import Execution
-from adatape_kernels.recipes.parity.parity_config import ParityConfig
+from adatape_kernels.recipes.parity import parity_table, parity_training
+from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.train_config import TrainConfig
 from adatape_kernels.recipes.train_step import Tally, add_gradients
 
@@ -232,3 +234,22 @@ def test_the_command_saves_and_reports_how_it_computed(tmp_path, monkeypatch, ca
     assert main(resumed) == 0
     error = capsys.readouterr().err
     assert "note: checkpoint_layers was True and is False" in error and "accumulate" not in error
+
+
+def test_parity_in_bf16_is_another_table(tmp_path):
+    config = ParityConfig(
+        lengths=(4,), models=("adatape",), seeds=(0,), steps=2, batch=8, dtype="bf16"
+    )
+    model, result = parity_training.train(Run("adatape", 4, 0), config, lambda *step: None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    entries = {"training": config.training(), "result": result.entries()}
+    assert entries["training"]["dtype"] == "bf16"
+    file = tmp_path / "adatape-4-0.json"
+    file.write_text(json.dumps(entries))
+    other = dataclasses.replace(config, dtype="float32")
+    with pytest.raises(ValueError, match=r"^dtype: expected 'bf16', as in .*, got 'float32'$"):
+        parity_table.run(tmp_path, other)
+    del entries["training"]["dtype"]  # as of a run of before
+    file.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"^dtype: expected 'float32', as in .*, got 'bf16'$"):
+        parity_table.run(tmp_path, config)
