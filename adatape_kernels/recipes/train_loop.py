@@ -26,7 +26,7 @@ from adatape_kernels.recipes.devices import device_of, moved, wait
 from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_step import Tally, add_gradients
+from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 Augment = Callable[[Tensor, Generator], Tensor]
 """Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""
@@ -228,7 +228,7 @@ def _train_epoch(
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
     device = device_of(model)
-    tally = Tally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
+    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
 
     def loss_of(output: AdaTapeOutput, labels: Tensor) -> Tensor:
         return model.loss(output, labels, label_smoothing=plan.label_smoothing)

@@ -78,7 +78,7 @@ def _sums(output: AdaTapeOutput, labels: Tensor, loss: Tensor) -> StepSums:
     return StepSums(loss, right, torch.full_like(right, rows), "rows")
 
 
-class Tally:
+class StepTally:
     """Sums over steps, which stay on the device until they are read.
 
     The CPU is read in every step, a GPU now and then, so that the host runs ahead of it.

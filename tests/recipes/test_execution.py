@@ -25,7 +25,7 @@ from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.parity import parity_table, parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_step import Tally, add_gradients
+from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 CPU = torch.device("cpu")
 SIZES = dict(num_classes=10, dim=16, num_heads=2, ffn_dim=16, image_size=8, in_channels=1)
@@ -195,7 +195,7 @@ def test_runs_of_before_were_float32():
 def test_a_tally_names_the_step_whose_loss_is_not_finite():
     model = new_model("vit")
     _, sums = gradients(model, Execution())
-    tally = Tally(torch.device("cuda"), lambda step: f"at epoch 4, step {step}")
+    tally = StepTally(torch.device("cuda"), lambda step: f"at epoch 4, step {step}")
     tally.add(0, 7, sums)
     tally.add(1, 7, sums._replace(loss=torch.tensor(torch.inf)))
     assert tally.seen == 0  # a GPU is not waited for yet

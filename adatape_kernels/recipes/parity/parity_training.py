@@ -20,7 +20,7 @@ from adatape_kernels.recipes.execution import Execution, computing_in
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
 from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
 from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repeatable
-from adatape_kernels.recipes.train_step import Tally, add_gradients
+from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 _EVAL_SEED = 20_260_101
 _EVAL_BATCH = 400
@@ -110,7 +110,7 @@ def train(
     every = max(1, config.steps // _CURVE_POINTS)
     curve: list[tuple[int, float, float]] = []
     seconds, losses = 0.0, 0.0
-    tally = Tally(device, lambda step: f"in {run.stem} at step {step}")
+    tally = StepTally(device, lambda step: f"in {run.stem} at step {step}")
     with repeatable():
         wait(device)
         start = time.perf_counter()
