@@ -43,6 +43,7 @@ from adatape_kernels.recipes.train_loop import (
     TrainPlan,
     accuracy,
     predict,
+    repeatable,
     train,
 )
 
@@ -169,9 +170,12 @@ def _run(
     model = config.model(data.num_classes, len(normalise.mean), start).to(device)
     execution.check_model(model)
     optimizer = plan.optimizer(model)
-    first = Subset(data.train_images, torch.arange(min(2, len(data.train_labels))))
+    # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
+    tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
+    first = Subset(data.train_images, torch.arange(min(tried, len(data.train_labels))))
     pixels = normalise(unit_range(first[torch.arange(len(first))]))
-    execution.try_step(model, moved(pixels, device))
+    with repeatable():  # as in training, since a compiled graph is one of its mode
+        execution.try_step(model, moved(pixels, device))
     backend = attention_backend(lambda: predict(model, first, normalise))
     facts = data_facts(data, normalise, None if data_dir is None else Path(data_dir))
     environment = _environment(data_dir, backend, device, execution)

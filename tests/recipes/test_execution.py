@@ -20,7 +20,7 @@ from adatape_kernels.models import (
     ViT,
     ViTConfig,
 )
-from adatape_kernels.recipes import checkpoint, pictures, train
+from adatape_kernels.recipes import checkpoint, model_comparison, pictures, train
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.parity import parity_table, parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
@@ -48,7 +48,7 @@ IMAGES, LABELS = torch.rand(7, 1, 8, 8), torch.arange(7)
 def new_model(kind="adatape", **further):
     made, config, options = MODELS[kind]
     torch.manual_seed(0)
-    model = made(config(patch_size=4, **SIZES, **options, **further))
+    model = made(config(patch_size=4, **SIZES, **{**options, **further}))
     nn.init.normal_(model.head.weight, std=0.1)  # a new head would send no gradient on
     return model.train()
 
@@ -82,7 +82,7 @@ def test_targets_may_be_probabilities():
 
 
 def test_losses_of_a_whole_batch_are_refused_in_parts():
-    weighed = AViT(AViTConfig(patch_size=4, **SIZES, depth=2, distribution_weight=0.1))
+    weighed = new_model("avit", distribution_weight=0.1)
     Execution().check_model(weighed)
     with pytest.raises(ValueError, match=r"^accumulate: expected 1 for an A-ViT, .*, got 2$"):
         Execution(accumulate=2).check_model(weighed)
@@ -115,8 +115,8 @@ def test_a_compiled_step_is_the_step(monkeypatch, fresh_compiler):
         return graph
 
     monkeypatch.setattr(torch, "compile", functools.partial(compiled, backend=noted))
-    expected, _ = gradients(new_model(), Execution())
-    model = new_model()
+    expected, _ = gradients(new_model(depth=1), Execution())
+    model = new_model(depth=1)
     Execution(compiled=True).try_step(model, IMAGES[:2])
     assert graphs and all(parameter.grad is None for parameter in model.parameters())
     tried = len(graphs)
@@ -213,6 +213,7 @@ OPTIONS += ["--epochs", "1"]
 def test_the_command_saves_and_reports_how_it_computed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "draw_all", lambda *arguments: None)
     monkeypatch.setattr(train, "ROUNDS", 1)
+    monkeypatch.setattr(model_comparison, "COMPARED_IMAGES", 30)
     out = tmp_path / "run"
     more = ["--dtype", "bf16", "--accumulate", "2", "--checkpoint-layers", "--device", "cpu"]
     assert main([*OPTIONS, "--out", str(out), *more]) == 0
