@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from adatape_kernels._build import VERSION
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
@@ -20,14 +19,16 @@ from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
+from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
-from adatape_kernels.recipes.devices import chosen_device, device_name, moved
+from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
 from adatape_kernels.recipes.run_images import folder_of_images
 from adatape_kernels.recipes.source_file import SourceFile, sha256_of
@@ -154,6 +155,7 @@ def _run(
             )
         config = TrainConfig.of(options, start)
     execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
+    config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:
         data = data.limited(config.limit, config.split)
@@ -170,6 +172,8 @@ def _run(
     model = config.model(data.num_classes, len(normalise.mean), start).to(device)
     execution.check_model(model)
     optimizer = plan.optimizer(model)
+    averaged = averaged_model(model, config.ema) if config.ema else None
+    evaluated = evaluated_model(model, averaged)
     # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
     tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
     first = Subset(data.train_images, torch.arange(min(tried, len(data.train_labels))))
@@ -178,15 +182,15 @@ def _run(
         execution.try_step(model, moved(pixels, device))
     backend = attention_backend(lambda: predict(model, first, normalise))
     facts = data_facts(data, normalise, None if data_dir is None else Path(data_dir))
-    environment = _environment(data_dir, backend, device, execution)
+    environment = run_environment(data_dir, backend, device, execution)
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
     columns = _columns(config)
     if saved is not None:
         _check_facts(folder, saved, facts, steps)
-        checkpoint.restore(folder, saved.tensors, model, optimizer)
+        checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
-        _note_differences(saved, environment)
+        note_differences(saved.environment, environment)
     if run_folder is None:
         folder.mkdir(parents=True, exist_ok=True)
         # A folder that cannot be written shows here, before any training.
@@ -195,7 +199,7 @@ def _run(
     writing = run_folder
 
     def save(rows: list[dict[str, Any]]) -> None:
-        tensors = checkpoint.tensors_of(model, optimizer)
+        tensors = checkpoint.tensors_of(model, optimizer, averaged)
         done = len(rows)
         checkpoint.save(
             writing,
@@ -210,13 +214,13 @@ def _run(
         writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        output = predict(model, data.test_images, normalise, dtype=config.dtype)
+        output = predict(evaluated, data.test_images, normalise, dtype=config.dtype)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
             "test_accuracy": accuracy(output, data.test_labels),
-            **_work(model, output),
+            **_work(evaluated, output),
             "images_per_second": result.images_per_second,
             "learning_rate": result.learning_rate,
         }
@@ -232,6 +236,7 @@ def _run(
             normalise,
             config.augmentation(),
             optimizer=optimizer,
+            averaged=averaged,
             epochs_done=len(history),
             title=f"training on {config.data}",
             after_epoch=after_epoch,
@@ -239,7 +244,7 @@ def _run(
         )
         entries = {"config": asdict(config), "data": facts, "metrics": history}
         return write_report(
-            writing, model, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
+            writing, evaluated, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -356,33 +361,6 @@ def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: 
             f"{file}: expected step {saved.epoch * steps} at the end of epoch {saved.epoch}, "
             f"got {shown(saved.step)}"
         )
-
-
-def _environment(
-    data_dir: str | Path | None, backend: str, device: torch.device, execution: Execution
-) -> dict[str, Any]:
-    """Return what the last bits of the curve depend on, and where the images are."""
-    return {
-        "adatape_kernels": VERSION,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "backend": backend,
-        "device": device_name(device),
-        **execution.entries(),
-        "data_dir": None if data_dir is None else str(Path(data_dir).resolve()),
-    }
-
-
-def _note_differences(saved: Checkpoint, environment: Mapping[str, Any]) -> None:
-    """Print to stderr each difference by which the curve may change in the last bits."""
-    known = {"device": "cpu", **Execution().entries(), **saved.environment}
-    for name, value in environment.items():
-        before = known.get(name)
-        if name != "data_dir" and value != before:
-            say(
-                f"adatape-kernels: note: {name} was {printable(before)} and is {value}; "
-                "the curve may differ in the last bits"
-            )
 
 
 def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:

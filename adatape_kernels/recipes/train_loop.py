@@ -1,11 +1,12 @@
 """The training loop that the demo and `train` share, and predictions over a whole set.
 
-The order and the augmentation of an epoch depend on its number and the seed alone; everything else
-that is random comes from torch's own generator, whose state a checkpoint holds. A run that goes on
-from the end of an epoch therefore repeats the curve of an unbroken one.
+The order, the augmentation and the mixing of an epoch's images depend on its number and the seed
+alone; everything else that is random comes from torch's own generator, whose state a checkpoint
+holds. A run that goes on from the end of an epoch therefore repeats the curve of an unbroken one.
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -17,12 +18,20 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
+from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput, Classifier
-from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
+from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.recipes.devices import device_of, moved, wait
+from adatape_kernels.recipes.drawn_thresholds import (
+    ThresholdRange,
+    as_threshold_range,
+    limits_of_steps,
+)
 from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
@@ -61,6 +70,12 @@ class TrainPlan:
     """Decides, with the number of the epoch, the order and the augmentation of the images."""
     drop_rest: bool = False
     """Whether an epoch leaves out the images that do not fill a last batch."""
+    loss: LossKind = "softmax"
+    """The cross entropy of the classes' distribution, "softmax", or of each class, "sigmoid"."""
+    mixup: float = 0.0
+    """Both parameters of the Beta distribution by whose shares images are mixed; 0 for none."""
+    halt_threshold_range: ThresholdRange | None = None
+    """What each step draws its halting threshold from; None for the model's own in all steps."""
 
     def __post_init__(self) -> None:
         """Check the numbers before any training."""
@@ -77,18 +92,24 @@ class TrainPlan:
             ("label_smoothing", "label_smoothing"),
             ("warmup_share", "warmup_share"),
             ("max_grad_norm", "max_grad_norm"),
+            ("mixup", "mixup"),
         ):
             self._set(name, as_number(shown_name, getattr(self, name)))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
+        for value, shown_name in ((self.weight_decay, "weight-decay"), (self.mixup, "mixup")):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{shown_name}: expected 0 or more, got {value}")
         for name in ("label_smoothing", "warmup_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
         as_flag("drop_rest", self.drop_rest)
+        as_choice("loss", self.loss, LOSS_KINDS)
+        limits = self.halt_threshold_range
+        if limits is not None:
+            self._set("halt_threshold_range", as_threshold_range("halt-threshold-range", limits))
 
     def _set(self, name: str, value: object) -> None:
         """Replace a field by an equal value of the type that it is declared with."""
@@ -121,7 +142,8 @@ class EpochResult:
     """Results of one epoch of training.
 
     Loss and accuracy are means over the images, each measured in training mode and before the step
-    that the image takes part in.
+    that the image takes part in. Of two images that are mixed, the label of the larger share counts
+    in the accuracy.
     """
 
     epoch: int
@@ -141,6 +163,7 @@ def train(
     augment: Augment,
     *,
     optimizer: Optimizer | None = None,
+    averaged: AveragedModel | None = None,
     epochs_done: int = 0,
     title: str = "training",
     after_epoch: Callable[[EpochResult], str] | None = None,
@@ -155,6 +178,8 @@ def train(
         normalise: applied to the images after `augment`.
         augment: applied to the images first.
         optimizer: the optimizer as the last epoch left it; None for a new one.
+        averaged: the moving average of the model's parameters as the last epoch left it, which each
+            step updates; None for none.
         epochs_done: number of epochs that model and optimizer have behind them.
         title: a few words that stand beside the progress bar.
         after_epoch: called with each epoch's result; returns a line to print.
@@ -191,7 +216,17 @@ def train(
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
                 result = _train_epoch(
-                    model, forward, execution, data, plan, normalise, augment, optimizer, epoch, bar
+                    model,
+                    forward,
+                    execution,
+                    data,
+                    plan,
+                    normalise,
+                    augment,
+                    optimizer,
+                    averaged,
+                    epoch,
+                    bar,
                 )
                 if after_epoch is not None:
                     bar.write(after_epoch(result))
@@ -219,6 +254,7 @@ def _train_epoch(
     normalise: Normaliser,
     augment: Augment,
     optimizer: Optimizer,
+    averaged: AveragedModel | None,
     epoch: int,
     bar: Any,
 ) -> EpochResult:
@@ -227,11 +263,13 @@ def _train_epoch(
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
+    limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     device = device_of(model)
     tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
 
-    def loss_of(output: AdaTapeOutput, labels: Tensor) -> Tensor:
-        return model.loss(output, labels, label_smoothing=plan.label_smoothing)
+    def loss_of(output: AdaTapeOutput, targets: Tensor) -> Tensor:
+        smoothing = plan.label_smoothing
+        return model.loss(output, targets, label_smoothing=smoothing, kind=plan.loss)
 
     wait(device)
     start = time.perf_counter()
@@ -241,13 +279,20 @@ def _train_epoch(
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        pixels = normalise(augment(unit_range(data.train_images[batch]), generator))
+        inputs = normalise(augment(unit_range(data.train_images[batch]), generator))
+        targets = labels
+        if plan.mixup:
+            mixture = Mixture.draw(len(batch), plan.mixup, generator)
+            inputs, targets = mixture.images(inputs), mixture.targets(labels, data.num_classes)
+        limited = functools.partial(forward, **limits[step])
         optimizer.zero_grad()
-        sums = add_gradients(forward, loss_of, pixels, labels, device, execution)
+        sums = add_gradients(limited, loss_of, inputs, targets, device, execution)
         tally.add(step, len(batch), sums)
         if plan.max_grad_norm < math.inf:
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
         optimizer.step()
+        if averaged is not None:
+            averaged.update_parameters(model)
         if tally.seen:  # of a GPU nothing is known before the first read
             bar.set_postfix(
                 {

@@ -60,6 +60,8 @@ def add_gradients(
         with computing_in(execution.dtype, device):
             output = forward(moved(some_pixels, device))
         output = in_float32(output)
+        if expected.is_floating_point():
+            expected = expected.to(output.logits.dtype)
         loss = loss_of(output, expected)
         if parts > 1:
             loss = loss * (len(expected) / len(labels))
