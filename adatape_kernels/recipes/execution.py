@@ -101,6 +101,18 @@ class Execution:
                 f"{type(model).__name__}"
             )
 
+    def check_thresholds(self, drawn: object) -> None:
+        """Raise ValueError where steps are compiled whose thresholds are drawn.
+
+        Args:
+            drawn: what they are drawn from; None where all steps have the model's own.
+        """
+        if self.compiled and drawn is not None:
+            raise ValueError(
+                "compile: expected no halt-threshold-range beside it, as each threshold would be "
+                f"compiled anew, got {shown(drawn)}"
+            )
+
     @contextlib.contextmanager
     def forward_of(self, model: Classifier) -> Iterator[Forward]:
         """Yield what computes a training step's output, with the model's own parameters.

@@ -155,6 +155,7 @@ def _run(
             )
         config = TrainConfig.of(options, start)
     execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
+    execution.check_thresholds(config.halt_threshold_range)
     config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:

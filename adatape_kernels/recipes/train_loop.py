@@ -199,6 +199,7 @@ def train(
     as_integer("epochs_done", epochs_done, 0, plan.epochs)
     execution = Execution() if execution is None else execution
     execution.check_model(model)
+    execution.check_thresholds(plan.halt_threshold_range)
     _check_batches(model, plan, len(data.train_labels))
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))

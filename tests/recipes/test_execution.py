@@ -173,6 +173,14 @@ def test_other_values_are_refused(values, words):
     assert str(refusal.value).startswith(words) and "\n" not in str(refusal.value)
 
 
+def test_thresholds_that_are_drawn_are_not_compiled(tmp_path):
+    Execution().check_thresholds((0.0, 1.0))
+    options = {"data": "digits", "halt_threshold": 0.5, "halt_threshold_range": (0.0, 1.0)}
+    with pytest.raises(ValueError, match=r"^compile: expected no halt-threshold-range beside it"):
+        train.run(tmp_path / "run", options, execution={"compiled": True})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_goes_on_keeps_what_it_is_not_asked_to_change():
     saved = {"accumulate": 3, "compiled": True, "threads": 2}
     assert Execution.of_run("bf16", {}, saved) == Execution("bf16", 3, False, True)
