@@ -94,7 +94,7 @@ class StepTally:
         self.place = place
         self.every = 1 if device.type == "cpu" else STEPS_BETWEEN_READS
         self.seen, self.loss, self.right, self.work, self.unit = 0, 0.0, 0.0, 0.0, ""
-        self.steps, self.last_loss = 0, math.nan
+        self.steps, self.last_loss, self.last_right = 0, math.nan, math.nan
         self._unread: list[tuple[int, int, Tensor]] = []
 
     def add(self, step: int, images: int, sums: StepSums) -> None:
@@ -118,6 +118,8 @@ class StepTally:
     def read(self) -> None:
         """Bring what was added to the host: `steps`, `seen` images, and sums over these.
 
+        `last_loss` is that of the last step, and `last_right` the share that it was right about.
+
         Raises what `add` raises.
         """
         if not self._unread:
@@ -129,7 +131,7 @@ class StepTally:
         ):
             if not math.isfinite(loss):
                 raise RuntimeError(f"loss: expected a finite value {self.place(step)}, got {loss}")
-            self.steps, self.last_loss = self.steps + 1, loss
+            self.steps, self.last_loss, self.last_right = self.steps + 1, loss, right / images
             self.seen += images
             self.loss += loss * images
             self.right += right

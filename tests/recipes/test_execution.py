@@ -251,7 +251,7 @@ def test_parity_in_bf16_is_another_table(tmp_path):
     )
     model, result = parity_training.train(Run("adatape", 4, 0), config, lambda *step: None)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    entries = {"training": config.training(), "result": result.entries()}
+    entries = {"training": config.training(4), "result": result.entries()}
     assert entries["training"]["dtype"] == "bf16"
     file = tmp_path / "adatape-4-0.json"
     file.write_text(json.dumps(entries))

@@ -35,7 +35,7 @@ _TIMED_IMAGES = 256
 _NAME_WIDTH = 30
 
 
-class _Looked(NamedTuple):
+class _BudgetRun(NamedTuple):
     """A run's model, and what it is measured on."""
 
     name: str
@@ -109,10 +109,10 @@ def _look(
     sources: Sequence[str | os.PathLike[str]],
     data_dir: str | os.PathLike[str] | None,
     device: torch.device,
-) -> list[_Looked]:
+) -> list[_BudgetRun]:
     """Load runs, all with the test images of the first. Raises ValueError, as `run` does."""
     folders = [check_path("beside" if number else "run", s) for number, s in enumerate(sources)]
-    looked: list[_Looked] = []
+    looked: list[_BudgetRun] = []
     for folder, name in zip(folders, names_of_runs(folders), strict=True):
         argument = "beside" if looked else "run"
         model = load(folder, device=device)
@@ -127,7 +127,7 @@ def _look(
                 f"beside: expected a run on the test images of {looked[0].name}, "
                 f"got {printable(folder)}, which has others"
             )
-        looked.append(_Looked(name, model, data, normaliser_of(model)))
+        looked.append(_BudgetRun(name, model, data, normaliser_of(model)))
     return looked
 
 
@@ -188,7 +188,7 @@ def _lengths(values: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _measured(
-    looked: Sequence[_Looked],
+    looked: Sequence[_BudgetRun],
     thresholds: Sequence[float],
     tapes: Sequence[int],
     rounds: int,

@@ -111,7 +111,8 @@ def _train_rest(
             stem, result = event.run.stem, event.result
             out.write(f"{stem}.safetensors", event.model)
             out.write(
-                f"{stem}.json", _json({"training": config.training(), "result": result.entries()})
+                f"{stem}.json",
+                _json({"training": config.training(event.run.length), "result": result.entries()}),
             )
             done[event.run] = result
             bars.end(event)
@@ -187,7 +188,7 @@ def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | N
         fits = False
     if not fits:
         raise ValueError(f"{file}: expected the result of {each.stem}, got another content")
-    expected = config.training()
+    expected = config.training(each.length)
     for name, value in expected.items():
         if training.get(name) != value:
             raise ValueError(
