@@ -278,8 +278,10 @@ def test_what_a_gpu_trained_is_used_on_one(runs, tmp_path, monkeypatch):
 @no_gpu
 @pytest.mark.parametrize("name", ["adatape", "adatape-fixed-query"])
 def test_a_run_of_parity_on_a_gpu_is_one_on_the_cpu(name):
-    config = ParityConfig(lengths=(6,), models=(name,), steps=3, batch=16, eval_examples=50)
-    run, sequences = Run(name, 6, 0), parity_training.eval_sequences(6, 20)
+    config = ParityConfig(
+        lengths=(10,), models=(name,), steps=4, batch=16, eval_examples=50, curriculum=0.5
+    )
+    run, sequences = Run(name, 10, 0), parity_training.eval_sequences(10, 20)
 
     def trained(device):
         model, result = parity_training.train(run, config, lambda *step: None, device)
