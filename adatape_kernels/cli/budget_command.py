@@ -3,7 +3,14 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend, integers, numbers
+from adatape_kernels.cli.options import (
+    add_backend,
+    add_device,
+    asked_device,
+    chosen_backend,
+    integers,
+    numbers,
+)
 
 
 def add(commands: Any) -> None:
@@ -36,6 +43,7 @@ def add(commands: Any) -> None:
     add("--data-dir", metavar="FOLDER", help="the set's files; default: where they were")
     add("--out", default="adatape-budget", metavar="FOLDER", help="default: %(default)s")
     add_backend(parser)
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,5 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
             max_tape=arguments.max_tape,
             data_dir=arguments.data_dir,
             rounds=arguments.rounds,
+            device=asked_device(arguments),
         )
     return 0

@@ -3,9 +3,7 @@
 import argparse
 from typing import Any
 
-import torch
-
-from adatape_kernels.cli.options import EXIT_FAILED, check_device
+from adatape_kernels.cli.options import EXIT_FAILED, add_device, asked_device
 
 
 def add(commands: Any) -> None:
@@ -14,7 +12,7 @@ def add(commands: Any) -> None:
         "check",
         help="compare every kernel with float64 here: can this machine's results be trusted?",
     )
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if it is there")
+    add_device(parser)
     parser.add_argument(
         "--jobs",
         type=int,
@@ -29,7 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
     from adatape_kernels.recipes import check
     from adatape_kernels.recipes.check_jobs import jobs_for
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    device = str(asked_device(arguments))
     jobs = jobs_for(device) if arguments.jobs is None else arguments.jobs
     return 0 if check.run(device, jobs) else EXIT_FAILED

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from adatape_kernels.cli.options import add_device, add_dtype, asked_device
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
@@ -12,6 +14,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--epochs", type=int, help="default: about a minute on two cores")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add_device(parser)
+    add_dtype(parser, "float32")
     parser.set_defaults(run=run)
 
 
@@ -20,5 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     from adatape_kernels.recipes import demo
 
     epochs = demo.EPOCHS if arguments.epochs is None else arguments.epochs
-    demo.run(arguments.out, epochs=epochs, seed=arguments.seed)
+    demo.run(
+        arguments.out,
+        epochs=epochs,
+        seed=arguments.seed,
+        device=asked_device(arguments),
+        dtype=arguments.dtype,
+    )
     return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adatape_kernels.cli.options import EXIT_FAILED, check_device
+from adatape_kernels.cli.options import EXIT_FAILED, add_device, asked_device
 from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes.terminal import lenient_output, say
 
@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         help="whose ops the file calls: eager (plain torch) or cpp; default: this package's, which "
         "choose where they run; cpp for aoti, eager for onnx",
     )
-    option("--device", default="cpu", help="cpu or cuda; default: %(default)s")
+    add_device(parser, "cpu")
     option("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -70,14 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     from adatape_kernels.recipes.exporting.agreement import Disagreement
     from adatape_kernels.recipes.model_loading import load
 
-    check_device(arguments.device)
+    device = asked_device(arguments)
     if arguments.format not in FORMATS:
         raise ValueError(f"format: expected {', '.join(FORMATS)}, got {arguments.format!r}")
     if arguments.dtype is not None and arguments.dtype not in _DTYPES:
         raise ValueError(f"dtype: expected {', '.join(_DTYPES)}, got {arguments.dtype!r}")
     model: Any = load(
         arguments.source,
-        device=arguments.device,
+        device=device,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
         halt_threshold=arguments.threshold,
     )

@@ -3,7 +3,14 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.cli.options import (
+    add_backend,
+    add_device,
+    add_execution,
+    asked_device,
+    asked_execution,
+    chosen_backend,
+)
 from adatape_kernels.cli.train_command import add_options
 
 
@@ -31,6 +38,8 @@ def add(commands: Any) -> None:
     add("--out", default="adatape-finetune", metavar="FOLDER", help="default: %(default)s")
     add("--resume", action="store_true", help="go on with the comparison in --out")
     add_backend(parser)
+    add_device(parser)
+    add_execution(parser)
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -39,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, or go on with a comparison."""
     from adatape_kernels.recipes import finetune
 
-    options = {**vars(arguments)}
-    for name in ("command", "run", "backend"):
+    options, device = {**vars(arguments)}, asked_device(arguments)
+    for name in ("command", "run", "backend", "device"):
         options.pop(name)
+    execution = asked_execution(options)
     names = ("data_dir", "source", "source_epochs", "seeds", "resume")
     others = {name: options.pop(name) for name in names}
     with chosen_backend(arguments.backend):
-        finetune.run(options.pop("out"), options, **others)
+        finetune.run(options.pop("out"), options, **others, device=device, execution=execution)
     return 0

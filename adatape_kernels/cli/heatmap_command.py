@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.cli.options import add_backend, add_device, asked_device, chosen_backend
 
 
 def add(commands: Any) -> None:
@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     add("--data-dir", metavar="FOLDER", help="the set's files; default: where they were")
     add("--out", default="adatape-heatmap", metavar="FOLDER", help="default: %(default)s")
     add_backend(parser)
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
             images=arguments.images,
             beside=arguments.beside,
             data_dir=arguments.data_dir,
+            device=asked_device(arguments),
             show_images=not arguments.no_images,
         )
     return 0

@@ -1,12 +1,14 @@
-"""What the commands share: exit codes, a parser that errs in one line, backend and device."""
+"""What the commands share: exit codes, a parser that errs in one line, and common options."""
 
 import argparse
 import contextlib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from adatape_kernels.ops.op import BACKENDS, use_backend
+from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.execution import DTYPES
 
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -47,9 +49,55 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def check_device(name: str) -> None:
-    """Raise ValueError unless this is a device that is here."""
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected one that is here, got cuda, and torch finds no GPU")
+def add_device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
+    """Declare the option that `asked_device` reads."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        metavar="NAME",
+        help="cpu, cuda, a GPU by its number as in cuda:1, or auto: cuda where torch finds a GPU "
+        "of compute capability 8.0 or newer, else cpu; default: %(default)s",
+    )
+
+
+def asked_device(arguments: argparse.Namespace) -> torch.device:
+    """Return the device that is asked for. Raises ValueError where it is none, or is not here."""
+    return chosen_device(arguments.device, getattr(arguments, "backend", None))
+
+
+def add_dtype(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """Declare the option of the dtype, which the recipes check."""
+    parser.add_argument(
+        "--dtype",
+        default=default,
+        metavar="NAME",
+        help=f"what products are computed in: {' or '.join(DTYPES)}, by autocast; the parameters "
+        "are float32; default: float32",
+    )
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that `asked_execution` takes out."""
+    group = parser.add_argument_group("execution", "changes a curve by rounding alone")
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="compute a step's batch in N parts, one after another, for less memory; default: 1",
+    )
+    group.add_argument(
+        "--checkpoint-layers",
+        action=argparse.BooleanOptionalAction,
+        help="compute each layer once more in the backward pass, for less memory",
+    )
+    group.add_argument(
+        "--compile",
+        dest="compiled",
+        action=argparse.BooleanOptionalAction,
+        help="make the training steps by torch.compile",
+    )
+
+
+def asked_execution(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `add_execution` out of a command's options, and return them."""
+    return {name: options.pop(name) for name in ("accumulate", "checkpoint_layers", "compiled")}

@@ -4,7 +4,14 @@ import argparse
 import dataclasses
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend, integers
+from adatape_kernels.cli.options import (
+    add_backend,
+    add_device,
+    add_dtype,
+    asked_device,
+    chosen_backend,
+    integers,
+)
 
 
 def add(commands: Any) -> None:
@@ -66,8 +73,15 @@ def add(commands: Any) -> None:
         help="let AdaTape see the sequence as one token beside its tape; default: where all "
         "sequences of a run have one length",
     )
-    add("--jobs", type=int, metavar="N", help="runs at a time, a thread each; default: one a core")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time, a thread each; default: one a core, and 1 on a GPU",
+    )
     add_backend(parser)
+    add_device(parser)
+    add_dtype(parser, "float32")
     parser.set_defaults(run=run)
 
 
@@ -84,5 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = ParityConfig(**{name: getattr(arguments, name) for name in names})
     backends = arguments.backend.split(",") if arguments.backend else ()
     with chosen_backend(arguments.backend):  # which says what is wrong with the names
-        parity_table.run(arguments.out, config, jobs=arguments.jobs, backends=backends)
+        parity_table.run(
+            arguments.out,
+            config,
+            jobs=arguments.jobs,
+            backends=backends,
+            device=asked_device(arguments),
+        )
     return 0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from adatape_kernels.cli.options import (
     EXIT_UNREADABLE,
     add_backend,
-    check_device,
+    add_device,
+    asked_device,
     chosen_backend,
 )
 from adatape_kernels.data.printable import printable
@@ -32,7 +33,7 @@ def add(commands: Any) -> None:
         help="an image reads on while its halting score is below this; default: the model's own",
     )
     option("--json", action="store_true", help="print one JSON object a line")
-    option("--device", default="cpu", help="cpu or cuda; default: %(default)s")
+    add_device(parser)
     add_backend(parser)
     parser.set_defaults(run=run)
 
@@ -42,10 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     from adatape_kernels.recipes.model_loading import load
     from adatape_kernels.recipes.predict import Predictor
 
-    check_device(arguments.device)
+    device = asked_device(arguments)
     code = 0
     with chosen_backend(arguments.backend), lenient_output():
-        model = load(arguments.source, device=arguments.device, halt_threshold=arguments.threshold)
+        model = load(arguments.source, device=device, halt_threshold=arguments.threshold)
         predictor = Predictor(model, top=arguments.top)
         for file in arguments.images:
             try:

@@ -3,7 +3,16 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend, numbers
+from adatape_kernels.cli.options import (
+    add_backend,
+    add_device,
+    add_dtype,
+    add_execution,
+    asked_device,
+    asked_execution,
+    chosen_backend,
+    numbers,
+)
 from adatape_kernels.op_types import ACTIVATIONS
 
 
@@ -39,6 +48,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "imagenet, scenic's for AdaTape S/16 on ImageNet's folders",
     )
     add_backend(parser)
+    add_device(parser)
+    add_execution(parser)
     add_options(parser)
 
 
@@ -106,6 +117,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("limit", int, "number of training images that are used; default: all"),
     ):
         training.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    add_dtype(training)
     add_regularisation(parser)
 
 
@@ -139,11 +151,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or go on with a run."""
     from adatape_kernels.recipes import train
 
-    options = {**vars(arguments)}
-    for name in ("command", "run", "backend"):
+    options, device = {**vars(arguments)}, asked_device(arguments)
+    for name in ("command", "run", "backend", "device"):
         options.pop(name)
     out, resume = options.pop("out"), options.pop("resume")
     files = {name: options.pop(name) for name in ("data_dir", "source")}
     with chosen_backend(arguments.backend):
-        train.run(out, options, **files, resume=resume)
+        execution = asked_execution(options)
+        train.run(out, options, **files, resume=resume, device=device, execution=execution)
     return 0

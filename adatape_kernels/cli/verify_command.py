@@ -6,13 +6,12 @@ import subprocess
 import sys
 from typing import Any
 
-import torch
-
 from adatape_kernels.cli.options import (
     EXIT_FAILED,
     EXIT_UNREADABLE,
     add_backend,
-    check_device,
+    add_device,
+    asked_device,
     chosen_backend,
 )
 from adatape_kernels.data.printable import printable
@@ -28,9 +27,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("files", nargs="+", metavar="FILE.npz")
     add_backend(parser)
-    parser.add_argument(
-        "--device", help="cpu or cuda; default: cuda for the backends triton and cuda, if there"
-    )
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -40,11 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     files, backend = arguments.files, arguments.backend
     forced = "" if backend is None else backend.partition(",")[0]
-    on_gpu = forced in ("triton", "cuda") and torch.cuda.is_available()
-    device = arguments.device or ("cuda" if on_gpu else "cpu")
-    check_device(device)
+    device = asked_device(arguments)
     interpreter_is_off = triton_runtime.INSTALLED and not triton_runtime.INTERPRETED
-    if forced == "triton" and device == "cpu" and interpreter_is_off:
+    if forced == "triton" and device.type == "cpu" and interpreter_is_off:
         print("triton on the CPU: its interpreter runs the kernels", flush=True)
         return _in_interpreter("verify", *files, "--backend", backend, "--device", "cpu")
     code = 0

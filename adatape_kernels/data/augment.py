@@ -1,6 +1,7 @@
 """Random changes of training images, which are batches (n, channels, height, width) in 0 to 1.
 
-A generator gives all random numbers; what comes back has the shape and the dtype of the images.
+A generator of the CPU gives all random numbers, so that they are the same wherever the images are;
+what comes back has the shape, the dtype and the device of the images.
 """
 
 import math
@@ -18,7 +19,7 @@ def turn_and_move(images: Tensor, generator: Generator) -> Tensor:
     batch = len(images)
 
     def symmetric(*shape: int) -> Tensor:
-        return 2 * torch.rand(shape, generator=generator) - 1
+        return (2 * torch.rand(shape, generator=generator) - 1).to(images.device)
 
     angle, scale = 0.2 * symmetric(batch), 1 + 0.15 * symmetric(batch)
     dx, dy = 0.2 * symmetric(2, batch)
@@ -35,9 +36,13 @@ def crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
     """
     batch, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    top, left = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator)
-    y, x = top + torch.arange(height), left + torch.arange(width)
-    every = torch.arange(batch).view(-1, 1, 1)
+    places = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator)
+    top, left = places.to(images.device)
+    y, x = (
+        first + torch.arange(size, device=images.device)
+        for first, size in ((top, height), (left, width))
+    )
+    every = torch.arange(batch, device=images.device).view(-1, 1, 1)
     # Indexing with a slice between two index tensors puts the sliced axis, the channels, last.
     return padded[every, :, y.unsqueeze(2), x.unsqueeze(1)].permute(0, 3, 1, 2)
 
@@ -45,7 +50,7 @@ def crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
 def flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirror images left to right, each with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return images.flip(3).where(mirrored, images)
+    return images.flip(3).where(mirrored.to(images.device), images)
 
 
 def erase(images: Tensor, probability: float, generator: Generator) -> Tensor:

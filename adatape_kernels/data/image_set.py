@@ -209,5 +209,8 @@ class Normaliser:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return images ([batch,] channels, height, width), which are in 0 to 1, normalised."""
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, device=images.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
         return (images - mean) / std

@@ -122,5 +122,5 @@ class Preprocessing:
 
 def _grey(pixels: Tensor) -> Tensor:
     """Return (3, height, width) uint8 as (1, height, width): luma of ITU-R 601, rounded."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=pixels.device).view(3, 1, 1)
     return (pixels.float() * weights).sum(0, keepdim=True).round().to(torch.uint8)

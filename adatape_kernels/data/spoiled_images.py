@@ -11,10 +11,10 @@ def noisy(images: Tensor, deviation: float, generator: Generator) -> Tensor:
     Args:
         images: float images.
         deviation: the noise's standard deviation.
-        generator: where the random numbers come from.
+        generator: where the random numbers come from, one of the CPU.
     """
     noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
-    return (images + deviation * noise).clamp(0, 1)
+    return (images + deviation * noise.to(images.device)).clamp(0, 1)
 
 
 def blurred(images: Tensor, deviation: float) -> Tensor:
@@ -27,7 +27,7 @@ def blurred(images: Tensor, deviation: float) -> Tensor:
         deviation: the Gaussian's standard deviation, in pixels.
     """
     reach = max(1, round(3 * deviation))
-    places = torch.arange(-reach, reach + 1, dtype=images.dtype)
+    places = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     weights = torch.softmax(-(places**2) / (2 * deviation**2), 0)
     channels = images.shape[1]
     padded = functional.pad(images, (reach, reach, reach, reach), mode="replicate")

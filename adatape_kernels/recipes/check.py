@@ -21,7 +21,6 @@ from torch import Tensor
 
 from adatape_kernels import ops
 from adatape_kernels.arguments import check_int
-from adatape_kernels.models.value_checks import as_choice
 from adatape_kernels.ops import refusal_probe
 from adatape_kernels.ops.device_facts import here
 from adatape_kernels.ops.implementation import FLOAT_DTYPES, short
@@ -38,6 +37,7 @@ from adatape_kernels.ops.op import (
 from adatape_kernels.recipes.check_cases import CheckCase, check_cases, layout_of
 from adatape_kernels.recipes.check_jobs import in_processes
 from adatape_kernels.recipes.check_model import elastic_as_padded, in_a_cuda_graph
+from adatape_kernels.recipes.devices import chosen_device, device_name
 from adatape_kernels.recipes.full_precision import without_tf32
 
 FLOOR = 2e-6
@@ -83,20 +83,21 @@ def run(device: str, jobs: int = 1) -> bool:
     """Check every kernel that serves on the device, print a line for each, and the verdict.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or a GPU by its number, as in "cuda:1".
         jobs: so many processes share the work. Most of it on a GPU is compiling, by one thread.
 
     Returns:
         Whether all passed.
 
     Raises:
-        ValueError: the device is neither "cpu" nor "cuda", or there is no job.
+        ValueError: there is no such device, or no job.
         RuntimeError: no kernel but the eager reference serves there.
     """
-    as_choice("device", device, ("cpu", "cuda"))
+    where = chosen_device(device)
+    device = "cpu" if where.type == "cpu" else str(where)
     check_int("jobs", jobs, 1)
     start, passed, faults = time.perf_counter(), 0, 0
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    machine = platform.machine() if where.type == "cpu" else device_name(where)
     with prepared(device), torch.random.fork_rng():
         for name, fault in findings(device, jobs):
             print(f"{name:88} {'ok' if fault is None else 'FAILED: ' + fault}", flush=True)
@@ -114,7 +115,11 @@ def run(device: str, jobs: int = 1) -> bool:
 @contextlib.contextmanager
 def prepared(device: str) -> Iterator[None]:
     """Make what is made on this device, and let torch's own products have float32's accuracy."""
-    with torch.device(device), without_tf32():
+    with contextlib.ExitStack() as stack:
+        if device != "cpu":  # streams and graphs are those of the current GPU
+            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.device(device))
+        stack.enter_context(without_tf32())
         yield
 
 
@@ -176,7 +181,7 @@ def units(device: str) -> list[Unit]:
     for backend in KERNEL_BACKENDS:
         if any(kernel.backend == backend for kernel in kernels):
             found.append(partial(_check_model, "elastic as padded", elastic_as_padded, backend))
-            if device == "cuda":
+            if device != "cpu":
                 found.append(partial(_check_model, "in a CUDA graph", in_a_cuda_graph, backend))
     return found
 

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
+from adatape_kernels.recipes.devices import device_of
 from adatape_kernels.recipes.model_tensors import (
     MODEL,
     average_tensors,
@@ -43,7 +44,7 @@ _TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
 # The end of checkpoint.json. The SHA-256 is that of the file with zeros in its place.
 _SEAL = re.compile(rb'"sha256 of this file": "([0-9a-f]{64})"\n\}\n\Z')
 _SEALED = "sha256 of this file"
-_OPTIMIZER, _RNG = "optimizer.", "rng"
+_OPTIMIZER, _RNG, _GPU_RNG = "optimizer.", "rng", "rng of the gpu"
 
 
 @dataclass(frozen=True)
@@ -278,10 +279,11 @@ def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
 def tensors_of(
     model: nn.Module, optimizer: Optimizer, averaged: AveragedModel | None = None
 ) -> dict[str, Tensor]:
-    """Return copies of the tensors that a run needs to go on, by name.
+    """Return copies on the CPU of the tensors that a run needs to go on, by name.
 
     They are those of the model, of the optimizer's state and of the moving average of the model's
-    parameters, if there is one, and the state of torch's generator.
+    parameters, if there is one, and the state of torch's generator, and of that of the GPU where
+    the model is on one.
     """
     tensors = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -290,7 +292,12 @@ def tensors_of(
     if averaged is not None:
         tensors |= average_tensors(averaged)
     tensors[_RNG] = torch.get_rng_state()
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    device = device_of(model)
+    if device.type == "cuda":
+        tensors[_GPU_RNG] = torch.cuda.get_rng_state(device)
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
 
 
 def restore(
@@ -305,7 +312,7 @@ def restore(
     Args:
         folder: where the checkpoint was read, for errors.
         tensors: as `tensors_of` returned them.
-        model: a model of the same configuration.
+        model: a model of the same configuration, on any device.
         optimizer: an AdamW of the model's parameters.
         averaged: the moving average of the model's parameters, if the run has one.
 
@@ -333,6 +340,9 @@ def restore(
             state[index] = entries
     try:
         torch.set_rng_state(tensors[_RNG])
+        device = device_of(model)
+        if device.type == "cuda" and _GPU_RNG in tensors:
+            torch.cuda.set_rng_state(tensors[_GPU_RNG], device)
     except (KeyError, RuntimeError, TypeError):
         raise ValueError(
             f"{folder / INDEX}: expected the state of torch's generator, got none that fits"

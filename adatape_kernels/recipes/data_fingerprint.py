@@ -62,7 +62,7 @@ def _sha256_of_tensors(*tensors: Tensor) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().numpy().tobytes())
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -10,6 +10,8 @@ from adatape_kernels.data import Normaliser, digits
 from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.output_folder import check_output_folder
@@ -39,7 +41,12 @@ CONFIG = AdaTapeViTConfig(
 
 
 def run(
-    out: str | Path = "adatape-demo", *, epochs: int = EPOCHS, seed: int = 0
+    out: str | Path = "adatape-demo",
+    *,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: str = "float32",
 ) -> ModelComparison:
     """Train, compare, print a table, and write report.json, the model and pictures into `out`.
 
@@ -47,14 +54,17 @@ def run(
         out: a folder, made if it is missing.
         epochs: number of passes over the 1,437 training images.
         seed: decides the split, the parameters and the batches.
+        device: where to compute, as `devices.chosen_device` has it.
+        dtype: what products are computed in, one of `execution.DTYPES`.
 
     Raises:
-        ValueError: epochs or seed is out of range, `out` cannot be made or written, or another
-            process writes into it.
+        ValueError: an argument is out of range, the device is not here, `out` cannot be made or
+            written, or another process writes into it.
         OSError: a file cannot be written.
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
     plan = TrainPlan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
+    where, execution = chosen_device(device), Execution(dtype)
     folder = folder_argument("out", out)
     pictures.require("demo")
     check_output_folder(folder)
@@ -62,12 +72,20 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(plan.seed)
-    model = AdaTapeViT(CONFIG)
+    model = AdaTapeViT(CONFIG).to(where)
     # A folder that cannot be written shows here, before a minute of training.
     with lenient_output(), claim(folder) as run_folder, _one_thread():
-        train(model, data, plan, normalise, turn_and_move, title="training on digits")
+        train(
+            model,
+            data,
+            plan,
+            normalise,
+            turn_and_move,
+            title="training on digits",
+            execution=execution,
+        )
         entries = {"epochs": plan.epochs, "seed": plan.seed}
-        return write_report(run_folder, model, data, normalise, entries, rounds=ROUNDS)
+        return write_report(run_folder, model, data, normalise, entries, rounds=ROUNDS, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+
+import torch
 
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import load
@@ -19,6 +21,8 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViTConfig
 from adatape_kernels.models.value_checks import as_flag, as_integer
 from adatape_kernels.recipes import checkpoint, model_loading, pictures, train
+from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
 from adatape_kernels.recipes.model_report import REPORT
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
@@ -37,7 +41,14 @@ DEFAULT_SEEDS, MOST_SEEDS = 3, 100
 # Options of `train` that make the ViT, which a source brings with it.
 _OF_THE_VIT = ("variant", "image_size", "patch", "dim", "depth", "heads", "ffn", "activation")
 # Options of `train` by which both the source and what is fine-tuned from it are trained.
-_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed", *TRAINING_OPTIONS)
+_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed", "dtype", *TRAINING_OPTIONS)
+
+
+class _How(NamedTuple):
+    """Where and how all runs are computed."""
+
+    device: torch.device
+    execution: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,8 @@ def run(
     source_epochs: int | None = None,
     seeds: int | None = None,
     resume: bool = False,
+    device: str | torch.device = "auto",
+    execution: Mapping[str, Any] | None = None,
 ) -> FinetuneReport:
     """Fine-tune a ViT without and with tapes, or go on with that, and write report.json into `out`.
 
@@ -134,6 +147,8 @@ def run(
         source_epochs: epochs of the source that is trained here; None for the image set's default.
         seeds: how often each kind is fine-tuned, with seeds that follow one another; None for 3.
         resume: go on; runs that are done are not repeated.
+        device: where to compute, as `devices.chosen_device` has it.
+        execution: how steps are computed, as `train.run` has it.
 
     Raises:
         ValueError: an option, the image set, the source or a checkpoint is not what was expected.
@@ -141,8 +156,11 @@ def run(
         OSError: a file cannot be read or written.
         KeyboardInterrupt: the comparison was interrupted; the message says how far it has come.
     """
+    how = _How(chosen_device(device), {} if execution is None else execution)
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
+    check_kind("execution", how.execution, Mapping)
+    Execution.of_run("float32", how.execution)
     as_flag("resume", resume)
     pictures.require("finetune")
     (check_run_folder if resume else check_output_folder)(folder)
@@ -159,7 +177,7 @@ def run(
         own = until_the_end.enter_context(claim(folder))
         if not resume:
             own.write(PLAN, (json.dumps(vars(plan), indent=2) + "\n").encode())
-        return _run(own, plan)
+        return _run(own, plan, how)
 
 
 def _whole(path: Path) -> str:
@@ -214,7 +232,7 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
     return plan if given["data_dir"] is None else replace(plan, data_dir=given["data_dir"])
 
 
-def _run(out: RunFolder, plan: FinetunePlan) -> FinetuneReport:
+def _run(out: RunFolder, plan: FinetunePlan, how: _How) -> FinetuneReport:
     """Do what is not done yet, and write the report."""
     file = out.folder / SOURCE if plan.source is None else Path(plan.source)
     runs = {
@@ -223,12 +241,13 @@ def _run(out: RunFolder, plan: FinetunePlan) -> FinetuneReport:
     try:
         if plan.source is None:
             made = out.folder / "source"
-            _train(made, plan.source_options(), plan.data_dir, None)
+            _train(made, plan.source_options(), plan.data_dir, None, how)
             if not file.exists():
                 _write_source(out, made)
         for number in range(plan.seeds):
             for kind, folders in runs.items():
-                _train(folders[number], plan.kind_options(kind, number), plan.data_dir, file)
+                options = plan.kind_options(kind, number)
+                _train(folders[number], options, plan.data_dir, file, how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{out.folder} holds what is done; --resume goes on from there"
@@ -241,7 +260,7 @@ def _run(out: RunFolder, plan: FinetunePlan) -> FinetuneReport:
         kind: cast(AdaTapeViTConfig, config.vit_config(data.num_classes, start.config.in_channels))
         for kind, config in zip(KINDS, configs, strict=True)
     }
-    found = report(start, data, vits, runs)
+    found = report(start, data, vits, runs, how.device, one.dtype)
     entries = {**found.entries(), "plan": vars(plan), "source_sha256": start.facts.sha256}
     out.write(REPORT, (json.dumps(entries, indent=2) + "\n").encode())
     print(found.table())
@@ -250,14 +269,22 @@ def _run(out: RunFolder, plan: FinetunePlan) -> FinetuneReport:
 
 
 def _train(
-    out: Path, options: Mapping[str, Any], data_dir: str | None, source: Path | None
+    out: Path, options: Mapping[str, Any], data_dir: str | None, source: Path | None, how: _How
 ) -> None:
     """Bring one run to its end, from wherever it is."""
     if train.finished(out, options, source):
         return
     print(f"\n{printable(out)}:")
     resume = (out / checkpoint.INDEX).exists()
-    train.run(out, options, data_dir=data_dir, source=source, resume=resume)
+    train.run(
+        out,
+        options,
+        data_dir=data_dir,
+        source=source,
+        resume=resume,
+        device=how.device,
+        execution=how.execution,
+    )
 
 
 def _write_source(out: RunFolder, made: Path) -> None:

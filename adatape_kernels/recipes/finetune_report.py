@@ -12,6 +12,8 @@ import torch
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import measure
+from adatape_kernels.recipes.devices import CPU, device_name, moved
+from adatape_kernels.recipes.execution import computing_in, in_float32
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import COMPARED_IMAGES
 from adatape_kernels.recipes.model_loading import load
@@ -74,6 +76,10 @@ class FinetuneReport:
     conversion: dict[str, Conversion]
     """By the kinds that read."""
     kinds: dict[str, KindResult]
+    dtype: str = "float32"
+    """What the runs were computed in, and what is timed."""
+    device: str = "cpu"
+    """Where all of it was computed."""
 
     def added(self, kind: str) -> tuple[float, ...]:
         """Return what a kind's accuracy is above that of the control, for each seed."""
@@ -88,7 +94,7 @@ class FinetuneReport:
             kind: {**found["kinds"][kind], **added[kind]} if kind != CONTROL else entries
             for kind, entries in found["kinds"].items()
         }
-        return {**found, **environment()}
+        return {**environment(), **found}
 
     def table(self) -> str:
         """Return the report as text."""
@@ -133,6 +139,8 @@ def report(
     data: ImageSet,
     configs: Mapping[str, AdaTapeViTConfig],
     runs: Mapping[str, Sequence[Path]],
+    device: torch.device = CPU,
+    dtype: str = "float32",
 ) -> FinetuneReport:
     """Measure a source and the finished runs that began with it.
 
@@ -141,57 +149,59 @@ def report(
         data: its test half is used.
         configs: the configuration that each kind began with.
         runs: by kind, the folders of its runs, a seed after the other.
+        device: where to compute.
+        dtype: what the runs were computed in, and what is timed; the source and what is made of it
+            are compared in float32.
 
     Raises:
         ValueError: a run's model or report cannot be read.
     """
-    first: dict[str, AdaTapeViT] = {kind: _loaded(folders[0]) for kind, folders in runs.items()}
+    first = {kind: _loaded(folders[0], device) for kind, folders in runs.items()}
     preprocessing = first[CONTROL].preprocessing
     assert preprocessing is not None  # a run saves it with its model
     normalise = Normaliser(preprocessing.mean, preprocessing.std)
-    plain = source.model(configs[CONTROL])
+    plain = source.model(configs[CONTROL]).to(device)
     # The padded model on the same parameters is what everybody's ViT is: plain torch.
     padded: Any = plain.padded()
     expected = predict(padded, data.test_images, normalise)
     conversion = {}
     for kind, config in configs.items():
         if kind != CONTROL:
-            model = source.model(replace(config, halt_threshold=0.0))
+            model = source.model(replace(config, halt_threshold=0.0)).to(device)
             came = predict(model, data.test_images, normalise)
             difference = (came.logits - expected.logits).abs().max().item()
             conversion[kind] = Conversion(difference, accuracy(came, data.test_labels))
     sample = evenly_spaced(len(data.test_labels), COMPARED_IMAGES)
-    images = normalise(unit_range(data.test_images[sample]))
-    labels = data.test_labels[sample]
+    images = moved(normalise(unit_range(data.test_images[sample])), device)
+    labels = moved(data.test_labels[sample], device)
 
     def forward(kind: str) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(dtype, device):
             return first[kind](images)
 
     def step(kind: str) -> None:
         model = first[kind]
-        model.loss(model(images), labels).backward()
+        with computing_in(dtype, device):
+            output = model(images)
+        model.loss(in_float32(output), labels).backward()
         model.zero_grad()
 
     forwards = {kind: lambda kind=kind: forward(kind) for kind in first}
-    forward_seconds = measure.seconds(forwards, ROUNDS)
+    forward_seconds = measure.seconds(forwards, ROUNDS, device=device)
     steps = {kind: lambda kind=kind: step(kind) for kind in first}
-    step_seconds = measure.seconds(steps, ROUNDS)
+    step_seconds = measure.seconds(steps, ROUNDS, device=device)
     kinds = {}
     for kind, folders in runs.items():
         reports = [json.loads((folder / REPORT).read_bytes()) for folder in folders]
         reached = tuple(float(entries["test_accuracy"]) for entries in reports)
-        unread = tuple(
-            accuracy(
-                predict(_loaded(folder, halt_threshold=0.0), data.test_images, normalise),
-                data.test_labels,
-            )
-            for folder in folders
+        without_reading = tuple(
+            accuracy(predict(unread, data.test_images, normalise, dtype=dtype), data.test_labels)
+            for unread in (_loaded(folder, device, halt_threshold=0.0) for folder in folders)
         )
         inputs = first[kind].embed(images[:1])[0].shape[1]
         kinds[kind] = KindResult(
             test_accuracy=reached,
-            unread_test_accuracy=unread,
+            unread_test_accuracy=without_reading,
             mean_tape_length=tuple(e["metrics"][-1]["mean_tape_length"] for e in reports),
             parameters=sum(parameter.numel() for parameter in first[kind].parameters()),
             rows=inputs + forward(kind).tape_lens.double().mean().item(),
@@ -199,10 +209,17 @@ def report(
             forward_seconds=forward_seconds[kind],
             train_step_seconds=step_seconds[kind],
         )
-    return FinetuneReport(accuracy(expected, data.test_labels), len(images), conversion, kinds)
+    return FinetuneReport(
+        accuracy(expected, data.test_labels),
+        len(images),
+        conversion,
+        kinds,
+        dtype,
+        device_name(device),
+    )
 
 
-def _loaded(folder: Path, halt_threshold: float | None = None) -> AdaTapeViT:
-    model = load(folder, halt_threshold=halt_threshold)
+def _loaded(folder: Path, device: torch.device, halt_threshold: float | None = None) -> AdaTapeViT:
+    model = load(folder, device=device, halt_threshold=halt_threshold)
     assert isinstance(model, AdaTapeViT)  # `train` makes no other
     return model

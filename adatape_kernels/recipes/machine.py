@@ -9,14 +9,20 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.op import record
+from adatape_kernels.recipes.devices import CPU, device_name
 
 
-def environment() -> dict[str, Any]:
-    """Return machine, versions and commit, the last None outside a clone of the repository."""
+def environment(device: torch.device = CPU) -> dict[str, Any]:
+    """Return machine, device, versions and commit, the last None outside a clone of the repository.
+
+    Args:
+        device: where was computed.
+    """
     from adatape_kernels._build import VERSION
 
     return {
         "machine": f"{platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "adatape_kernels": VERSION,

@@ -1,4 +1,4 @@
-"""Measurements of a function on the CPU: its time, its FLOPs and the memory that it holds."""
+"""Measurements of a function on a device: its time, its FLOPs and the memory that it holds."""
 
 import contextlib
 import os
@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels.models.value_checks import as_integer
+from adatape_kernels.recipes.devices import CPU, wait
 
 Run = Callable[[], object]
 
@@ -34,13 +35,16 @@ class Timing:
         return cls(median(times), p20, p80)
 
 
-def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+def seconds(
+    runs: Mapping[str, Run], rounds: int, warmup: int = 2, *, device: torch.device = CPU
+) -> dict[str, Timing]:
     """Time functions in turn, so that a machine that is busy for a while is so for all of them.
 
     Args:
         runs: functions by name.
         rounds: number of times that each is timed.
         warmup: number of times that each is called before.
+        device: where they compute; a GPU is waited for before and behind each.
 
     Raises:
         ValueError: rounds is no positive integer, or warmup a negative one.
@@ -50,8 +54,10 @@ def seconds(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, 
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warmup + rounds):
         for name, run in runs.items():
+            wait(device)
             start = time.perf_counter()
             run()
+            wait(device)
             if repetition >= warmup:
                 samples[name].append(time.perf_counter() - start)
     return {name: Timing.of(times) for name, times in samples.items()}
@@ -85,8 +91,13 @@ _CPU_ATTENTION = {
 }
 
 
-def peak_bytes(run: Run) -> int:
-    """Return the most bytes that a function holds at a time, beyond what was held before."""
+def peak_bytes(run: Run, device: torch.device = CPU) -> int:
+    """Return the most bytes of a device that a function holds at a time, beyond those before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -4,12 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, unit_range
 from adatape_kernels.models import AdaTape, AdaTapeOutput, ImageClassifier
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import measure
+from adatape_kernels.recipes.devices import device_of, moved
+from adatape_kernels.recipes.execution import computing_in, in_float32
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.train_loop import accuracy, predict
 
@@ -57,6 +60,12 @@ class ModelComparison:
     """Entry n is the number of images of the whole test set that read n tape tokens."""
     rows_by_layer: list[int] | None = None
     """Number of rows that each layer computes over the whole test set; None of an AdaTape."""
+    dtype: str = "float32"
+    """What the products of everything here but `errors` were computed in."""
+    errors: dict[str, float] | None = None
+    """Of a model in bf16, the largest distance of each model's logits from those of the padded one
+    in float32, over the compared images that all three read alike; None of float32, or where there
+    is no such image. By the rule for all ops the elastic one is to be at most twice the padded."""
 
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json.
@@ -65,8 +74,9 @@ class ModelComparison:
         the name with the suffix _p20_p80.
         """
         entries = asdict(self)
-        if self.rows_by_layer is None:
-            del entries["rows_by_layer"]
+        for name in ("rows_by_layer", "errors"):
+            if entries[name] is None:
+                del entries[name]
         for name in ("forward_seconds", "train_step_seconds"):
             timings = entries.pop(name)
             entries[name] = {kind: t["median"] for kind, t in timings.items()}
@@ -89,20 +99,25 @@ class ModelComparison:
 
 
 def compare(
-    model: AdaTape | ImageClassifier, data: ImageSet, normalise: Normaliser, rounds: int
+    model: AdaTape | ImageClassifier,
+    data: ImageSet,
+    normalise: Normaliser,
+    rounds: int,
+    dtype: str = "float32",
 ) -> tuple[ModelComparison, AdaTapeOutput]:
     """Set an elastic model beside the padded one on the same weights.
 
     The costs are those of one batch of at most 360 test images, spread over the set.
 
     Args:
-        model: the elastic model.
+        model: the elastic model, on the device that is to compute.
         data: its test half is used.
         normalise: what the model was trained with.
         rounds: number of times that each timing is repeated.
+        dtype: what products are computed in, one of `execution.DTYPES`.
 
     Returns:
-        What was measured, and the elastic model's output for every test image.
+        What was measured, and the elastic model's output for every test image, on the CPU.
 
     Raises:
         ValueError: rounds is no positive integer.
@@ -112,36 +127,43 @@ def compare(
     if not isinstance(model, AdaTape):
         check_kind("model", model, ImageClassifier)
     check_kind("data", data, ImageSet)
-    every = predict(model, data.test_images, normalise)
+    device = device_of(model)
+    every = predict(model, data.test_images, normalise, dtype=dtype)
     sample = evenly_spaced(len(data.test_labels), COMPARED_IMAGES)
-    images = normalise(unit_range(data.test_images[sample]))
-    labels = data.test_labels[sample]
+    images = moved(normalise(unit_range(data.test_images[sample])), device)
+    labels = moved(data.test_labels[sample], device)
     models: dict[str, Any] = {"elastic": model}
     padded = models["padded"] = models["elastic"].padded()
 
-    def forward(kind: str) -> AdaTapeOutput:
-        with torch.no_grad():
-            return models[kind](images)
+    def forward(kind: str, dtype: str = dtype) -> AdaTapeOutput:
+        with torch.no_grad(), computing_in(dtype, device):
+            return in_float32(models[kind](images))
 
     def step(kind: str) -> None:
-        model.loss(models[kind](images), labels).backward()
+        with computing_in(dtype, device):
+            output = models[kind](images)
+        model.loss(in_float32(output), labels).backward()
         model.zero_grad()
 
     padded.eval()
     elastic, other = (forward(kind) for kind in models)
     backend = attention_backend(lambda: forward("elastic"))
-    same = torch.ones(len(images), dtype=torch.bool)
-    for a, b in zip(elastic.reads, other.reads, strict=True):
-        same &= (a.indices == b.indices).flatten(1).all(1)
-    if elastic.halted is not None and other.halted is not None:
-        same &= (elastic.halted.steps == other.halted.steps).reshape(len(images), -1).all(1)
+    same, errors = _alike(elastic, other), None
+    if dtype != "float32":
+        exact = forward("padded", "float32")
+        alike = same & _alike(other, exact)
+        if alike.any():
+            errors = {
+                kind: (output.logits - exact.logits)[alike].abs().max().item()
+                for kind, output in (("elastic", elastic), ("padded", other))
+            }
     forwards = {kind: lambda kind=kind: forward(kind) for kind in models}
-    forward_seconds = measure.seconds(forwards, rounds)
+    forward_seconds = measure.seconds(forwards, rounds, device=device)
     flops = {kind: measure.flops(run) for kind, run in forwards.items()}
     padded.train()
     steps = {kind: lambda kind=kind: step(kind) for kind in models}
-    train_step_seconds = measure.seconds(steps, rounds)
-    peak_bytes = {kind: measure.peak_bytes(run) for kind, run in steps.items()}
+    train_step_seconds = measure.seconds(steps, rounds, device=device)
+    peak_bytes = {kind: measure.peak_bytes(run, device) for kind, run in steps.items()}
     padded.eval()
     if isinstance(model, AdaTape):
         inputs = len(images) * model.embed(images[:1])[0].shape[1]
@@ -168,8 +190,20 @@ def compare(
         attention_backend=backend,
         images_by_tape_length=lengths.tolist(),
         rows_by_layer=by_layer,
+        dtype=dtype,
+        errors=errors,
     )
     return comparison, every
+
+
+def _alike(a: AdaTapeOutput, b: AdaTapeOutput) -> Tensor:
+    """Return (batch,) bool, the examples that two models read or halt alike."""
+    same = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    for ours, theirs in zip(a.reads, b.reads, strict=True):
+        same &= (ours.indices == theirs.indices).flatten(1).all(1)
+    if a.halted is not None and b.halted is not None:
+        same &= (a.halted.steps == b.halted.steps).reshape(len(a), -1).all(1)
+    return same
 
 
 def rows_by_layer(model: ImageClassifier, output: AdaTapeOutput) -> list[int]:

@@ -10,6 +10,7 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViTConfig, ImageClassifier
 from adatape_kernels.models.model_file import FILE, serialised
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.devices import device_of
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import ModelComparison, compare
 from adatape_kernels.recipes.run_folder import RunFolder
@@ -26,6 +27,7 @@ def write_report(
     entries: dict[str, Any],
     *,
     rounds: int,
+    dtype: str = "float32",
 ) -> ModelComparison:
     """Compare, print a table, and write report.json, model.safetensors and pictures into `out`.
 
@@ -36,12 +38,13 @@ def write_report(
         normalise: what the model was trained with.
         entries: what else report.json should hold.
         rounds: number of times that each timing is repeated.
+        dtype: what products are computed in, one of `execution.DTYPES`.
 
     Raises:
         OSError: a file cannot be written.
     """
-    comparison, output = compare(model, data, normalise, rounds)
-    report = {**comparison.report(), **entries, **environment()}
+    comparison, output = compare(model, data, normalise, rounds, dtype)
+    report = {**comparison.report(), **entries, **environment(device_of(model))}
     out.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
     preprocessing = Preprocessing.of(model.config.image_size, normalise)
     content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
@@ -64,11 +67,19 @@ def table(comparison: ModelComparison) -> str:
     if comparison.rows_by_layer is not None:
         rows = ", ".join(f"{rows:,d}" for rows in comparison.rows_by_layer)
         work = f"rows computed by each layer    {rows}"
+    errors = []
+    if comparison.errors is not None:
+        elastic, padded = comparison.errors["elastic"], comparison.errors["padded"]
+        errors = [
+            f"{comparison.dtype} beside float32            {elastic:8.1e}"
+            f"   (the padded model: {padded:.1e})"
+        ]
     lines = [
         "",
         f"test accuracy                  {comparison.test_accuracy:8.2%}",
         f"largest difference of logits   {comparison.max_abs_logit_difference:8.1e}"
         f"   ({comparison.images_that_read_differently} images {differ} differently)",
+        *errors,
         work,
         "",
         f"{batch:30} {'elastic':>10} {'padded':>10} {'padded/elastic':>15}",

@@ -81,7 +81,7 @@ def draw_all(
     Args:
         out: what writes into the folder.
         data: its test half is drawn.
-        output: the model's output for every test image.
+        output: the model's output for every test image, on the CPU.
         comparison: the costs and tape lengths to draw.
         bank_patch_size: side in pixels of the patches that the model's bank is made of; None where
             it is made of something else, or where there is no bank.

@@ -9,6 +9,7 @@ import torch
 from adatape_kernels.arguments import check_kind, check_path
 from adatape_kernels.models.model_file import SavedModel
 from adatape_kernels.models.value_checks import as_integer
+from adatape_kernels.recipes.devices import wait
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Predictor:
             # What is done once, choosing kernels for instance, is no image's cost.
             self.model(image)
             self._warm = True
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         output = self.model(image)
-        _wait(device)
+        wait(device)
         milliseconds = 1e3 * (time.perf_counter() - start)
         best = output.logits[0].float().softmax(0).topk(self.top)
         shares = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -91,9 +92,3 @@ class Predictor:
             milliseconds,
             None if output.halted is None else sum(output.halted.rows_per_step),
         )
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from adatape_kernels._build import VERSION
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
@@ -24,10 +22,13 @@ from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
+from adatape_kernels.recipes.devices import chosen_device, moved
+from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
 from adatape_kernels.recipes.run_images import folder_of_images
 from adatape_kernels.recipes.source_file import SourceFile, sha256_of
@@ -43,6 +44,7 @@ from adatape_kernels.recipes.train_loop import (
     TrainPlan,
     accuracy,
     predict,
+    repeatable,
     train,
 )
 
@@ -71,6 +73,8 @@ def run(
     data_dir: str | Path | None = None,
     source: str | Path | None = None,
     resume: bool = False,
+    device: str | torch.device = "auto",
+    execution: Mapping[str, Any] | None = None,
 ) -> ModelComparison:
     """Train, or go on with a run, and write its report into `out`.
 
@@ -85,7 +89,10 @@ def run(
         data_dir: the image set's folder, as in `data.load`; on resume None is where it was.
         source: a safetensors file with the parameters of a ViT of timm or torchvision, to begin
             with; None for a new model. A run that is resumed no longer needs it.
-        resume: go on from the folder's checkpoint.
+        resume: go on from the folder's checkpoint, on whatever device it was written.
+        device: where to compute, as `devices.chosen_device` has it.
+        execution: values by field of Execution, but for the dtype, which is one of the options;
+            absent or None for what the run was last computed with.
 
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
@@ -94,7 +101,9 @@ def run(
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
     with lenient_output(), contextlib.ExitStack() as until_the_end:
-        return _run(out, options, data_dir, source, resume, until_the_end)
+        where = chosen_device(device)
+        asked = {} if execution is None else execution
+        return _run(out, options, data_dir, source, resume, where, asked, until_the_end)
 
 
 def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
@@ -116,11 +125,14 @@ def _run(
     data_dir: str | Path | None,
     source: str | Path | None,
     resume: bool,
+    device: torch.device,
+    asked: Mapping[str, Any],
     until_the_end: contextlib.ExitStack,
 ) -> ModelComparison:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
+    check_kind("execution", asked, Mapping)
     as_flag("resume", resume)
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
@@ -142,6 +154,8 @@ def _run(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
         config = TrainConfig.of(options, start)
+    execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
+    execution.check_thresholds(config.halt_threshold_range)
     config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:
@@ -155,15 +169,21 @@ def _run(
     data.look()
     normalise = Normaliser.of(data.train_images)
     torch.manual_seed(config.seed)
-    model = config.model(data.num_classes, len(normalise.mean), start)
+    # Parameters are drawn on the CPU, so that a seed gives the same ones on every device.
+    model = config.model(data.num_classes, len(normalise.mean), start).to(device)
+    execution.check_model(model)
     optimizer = plan.optimizer(model)
     averaged = averaged_model(model, config.ema) if config.ema else None
     evaluated = evaluated_model(model, averaged)
-    first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
-    _try_step(model, normalise(unit_range(first[torch.zeros(1, dtype=torch.long)])))
+    # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
+    tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
+    first = Subset(data.train_images, torch.arange(min(tried, len(data.train_labels))))
+    pixels = normalise(unit_range(first[torch.arange(len(first))]))
+    with repeatable():  # as in training, since a compiled graph is one of its mode
+        execution.try_step(model, moved(pixels, device))
     backend = attention_backend(lambda: predict(model, first, normalise))
     facts = data_facts(data, normalise, None if data_dir is None else Path(data_dir))
-    environment = _environment(data_dir, backend)
+    environment = run_environment(data_dir, backend, device, execution)
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
     columns = _columns(config)
@@ -171,7 +191,7 @@ def _run(
         _check_facts(folder, saved, facts, steps)
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
-        _note_differences(saved, environment)
+        note_differences(saved.environment, environment)
     if run_folder is None:
         folder.mkdir(parents=True, exist_ok=True)
         # A folder that cannot be written shows here, before any training.
@@ -195,7 +215,7 @@ def _run(
         writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        output = predict(evaluated, data.test_images, normalise)
+        output = predict(evaluated, data.test_images, normalise, dtype=config.dtype)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,
@@ -221,9 +241,12 @@ def _run(
             epochs_done=len(history),
             title=f"training on {config.data}",
             after_epoch=after_epoch,
+            execution=execution,
         )
         entries = {"config": asdict(config), "data": facts, "metrics": history}
-        return write_report(writing, evaluated, data, normalise, entries, rounds=ROUNDS)
+        return write_report(
+            writing, evaluated, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{folder} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"
@@ -258,15 +281,6 @@ def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
     return f"{line} (chosen by the set's size; --batch sets another)" if chosen else line
 
 
-def _try_step(model: ImageClassifier, images: Tensor) -> None:
-    """Compute a gradient that nobody uses, so that what no backend serves shows before training."""
-    with torch.random.fork_rng(devices=[]):
-        model.train()
-        labels = torch.zeros(len(images), dtype=torch.long)
-        model.loss(model(images), labels).backward()
-        model.zero_grad()
-
-
 def _refuse_to_overwrite(out: Path) -> None:
     """Raise ValueError unless a folder is absent, or empty but for what a killed start has left."""
     names = {inner.name for inner in out.iterdir()} if out.exists() else set()
@@ -291,6 +305,7 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
         config = saved.config if saved.format > 1 else with_present_names(saved.config)
         saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
         _check_history(saved.history, saved.config)
+        Execution.of_run(saved.config["dtype"], {}, saved.environment)
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
     for name, value in options.items():
@@ -347,28 +362,6 @@ def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: 
             f"{file}: expected step {saved.epoch * steps} at the end of epoch {saved.epoch}, "
             f"got {shown(saved.step)}"
         )
-
-
-def _environment(data_dir: str | Path | None, backend: str) -> dict[str, Any]:
-    """Return what the last bits of the curve depend on, and where the images are."""
-    return {
-        "adatape_kernels": VERSION,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "backend": backend,
-        "data_dir": None if data_dir is None else str(Path(data_dir).resolve()),
-    }
-
-
-def _note_differences(saved: Checkpoint, environment: Mapping[str, Any]) -> None:
-    """Print to stderr each difference by which the curve may change in the last bits."""
-    for name, value in environment.items():
-        before = saved.environment.get(name)
-        if name != "data_dir" and value != before:
-            say(
-                f"adatape-kernels: note: {name} was {printable(before)} and is {value}; "
-                "the curve may differ in the last bits"
-            )
 
 
 def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:

@@ -20,6 +20,7 @@ from adatape_kernels.recipes.drawn_thresholds import (
     as_threshold_range,
     check_nominal,
 )
+from adatape_kernels.recipes.execution import DTYPES
 from adatape_kernels.recipes.model_options import (
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
@@ -57,6 +58,7 @@ _NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
 _ADDED_NAMES = (
     "model_name",
     "halt_threshold_range",
+    "dtype",
     *HALTING_OPTIONS,
     *TRAINING_OPTIONS,
 )
@@ -91,6 +93,8 @@ class TrainConfig(ModelOptions, TrainingOptions):
     halt_threshold_range: ThresholdRange | None
     """What each training step draws its halting threshold from; None for `halt_threshold` in all
     steps. Whatever it is, `halt_threshold` is the model's own, and that of every evaluation."""
+    dtype: str
+    """What products are computed in, one of `execution.DTYPES`."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
@@ -325,6 +329,8 @@ def check_option(field: str, value: object) -> Any:
         as_choice(name, value, ACTIVATIONS)
     elif field == "bank":
         as_choice(name, value, ("input", "learn"))
+    elif field == "dtype":
+        as_choice("dtype", value, DTYPES)
     elif field in ("act_level", "leave"):
         as_choice(name, value, ("example", "row"))
     elif field == "model_name":

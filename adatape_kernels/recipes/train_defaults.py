@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "bank": "input",
     "bank_size": 1000,
     "split_seed": None,
+    "dtype": "float32",
     "source": None,
     "act_epsilon": None,
     "act_level": None,

@@ -6,6 +6,7 @@ holds. A run that goes on from the end of an epoch therefore repeats the curve o
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -25,13 +26,16 @@ from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.recipes.devices import device_of, moved, wait
 from adatape_kernels.recipes.drawn_thresholds import (
     ThresholdRange,
     as_threshold_range,
     limits_of_steps,
 )
+from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
+from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 Augment = Callable[[Tensor, Generator], Tensor]
 """Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""
@@ -169,11 +173,12 @@ def train(
     epochs_done: int = 0,
     title: str = "training",
     after_epoch: Callable[[EpochResult], str] | None = None,
+    execution: Execution | None = None,
 ) -> None:
-    """Train the model in place, with a progress bar on stderr.
+    """Train the model in place, where it is, with a progress bar on stderr.
 
     Args:
-        model: the model, new or as the last epoch left it.
+        model: the model, new or as the last epoch left it, on the device that is to compute.
         data: its training half is used.
         plan: how to train.
         normalise: applied to the images after `augment`.
@@ -184,10 +189,11 @@ def train(
         epochs_done: number of epochs that model and optimizer have behind them.
         title: a few words that stand beside the progress bar.
         after_epoch: called with each epoch's result; returns a line to print.
+        execution: how steps are computed; None for float32 in one part.
 
     Raises:
-        ValueError: the last batch is one image, which a batch norm of the model cannot train on, or
-            epochs_done is out of range.
+        ValueError: the last batch is one image, which a batch norm of the model cannot train on,
+            the parts of a batch do not add up to it, or epochs_done is out of range.
         TypeError: the model is no module, data no ImageSet, or the plan no TrainPlan.
         RuntimeError: the loss is not finite; the error names epoch and step.
     """
@@ -197,6 +203,9 @@ def train(
     check_kind("data", data, ImageSet)
     check_kind("plan", plan, TrainPlan)
     as_integer("epochs_done", epochs_done, 0, plan.epochs)
+    execution = Execution() if execution is None else execution
+    execution.check_model(model)
+    execution.check_thresholds(plan.halt_threshold_range)
     _check_batches(model, plan, len(data.train_labels))
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))
@@ -210,11 +219,21 @@ def train(
             mininterval=0.1 if sys.stderr.isatty() else 10,
             dynamic_ncols=True,
         )
-        with bar:
+        with bar, execution.forward_of(model) as forward:
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
                 result = _train_epoch(
-                    model, data, plan, normalise, augment, optimizer, averaged, epoch, bar
+                    model,
+                    forward,
+                    execution,
+                    data,
+                    plan,
+                    normalise,
+                    augment,
+                    optimizer,
+                    averaged,
+                    epoch,
+                    bar,
                 )
                 if after_epoch is not None:
                     bar.write(after_epoch(result))
@@ -235,6 +254,8 @@ def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
 
 def _train_epoch(
     model: Classifier,
+    forward: Forward,
+    execution: Execution,
     data: ImageSet,
     plan: TrainPlan,
     normalise: Normaliser,
@@ -250,81 +271,88 @@ def _train_epoch(
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
     limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
-    start, seen, loss_sum, right, work = time.perf_counter(), 0, 0.0, 0, 0
+    device = device_of(model)
+    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
+
+    def loss_of(output: AdaTapeOutput, targets: Tensor) -> Tensor:
+        smoothing = plan.label_smoothing
+        return model.loss(output, targets, label_smoothing=smoothing, kind=plan.loss)
+
+    wait(device)
+    start = time.perf_counter()
     for step in range(per_epoch):
         batch = order[step * plan.batch :][: plan.batch]
         labels = data.train_labels[batch]
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        inputs, targets = (
-            normalise(augment(unit_range(data.train_images[batch]), generator)),
-            labels,
-        )
+        inputs = normalise(augment(unit_range(data.train_images[batch]), generator))
+        targets = labels
         if plan.mixup:
             mixture = Mixture.draw(len(batch), plan.mixup, generator)
             inputs, targets = mixture.images(inputs), mixture.targets(labels, data.num_classes)
-        output = model(inputs, **limits[step])
-        if plan.mixup:
-            targets = targets.to(output.logits.dtype)
-        loss = model.loss(output, targets, label_smoothing=plan.label_smoothing, kind=plan.loss)
-        if not loss.isfinite():
-            raise RuntimeError(
-                f"loss: expected a finite value at epoch {epoch + 1}, step {step}, got {loss}"
-            )
+        limited = functools.partial(forward, **limits[step])
         optimizer.zero_grad()
-        loss.backward()
+        sums = add_gradients(limited, loss_of, inputs, targets, device, execution)
+        tally.add(step, len(batch), sums)
         if plan.max_grad_norm < math.inf:
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
         optimizer.step()
         if averaged is not None:
             averaged.update_parameters(model)
-        seen += len(batch)
-        loss_sum += loss.item() * len(batch)
-        right += int((output.logits.argmax(1) == labels).sum())
-        if output.halted is None:
-            work += int(output.tape_lens.sum())
-        else:
-            work += sum(output.halted.rows_per_step)
-        bar.set_postfix(
-            {
-                "epoch": f"{epoch + 1}/{plan.epochs}",
-                "loss": f"{loss_sum / seen:.2f}",
-                "accuracy": f"{right / seen:.1%}",
-                "tape_tokens" if output.halted is None else "rows": f"{work / seen:.1f}",
-            },
-            refresh=False,
-        )
+        if tally.seen:  # of a GPU nothing is known before the first read
+            bar.set_postfix(
+                {
+                    "epoch": f"{epoch + 1}/{plan.epochs}",
+                    "loss": f"{tally.loss / tally.seen:.2f}",
+                    "accuracy": f"{tally.right / tally.seen:.1%}",
+                    tally.unit: f"{tally.work / tally.seen:.1f}",
+                },
+                refresh=False,
+            )
         bar.update(len(batch))
+    tally.read()
+    wait(device)
+    seen = tally.seen
     speed = seen / (time.perf_counter() - start)
-    return EpochResult(epoch + 1, loss_sum / seen, right / seen, speed, rate)
+    return EpochResult(epoch + 1, tally.loss / seen, tally.right / seen, speed, rate)
 
 
 def predict(
-    model: Classifier, images: Images, normalise: Normaliser, **limits: Any
+    model: Classifier,
+    images: Images,
+    normalise: Normaliser,
+    *,
+    dtype: str = "float32",
+    **limits: Any,
 ) -> AdaTapeOutput:
     """Return a model's output for all images, computed in evaluation mode and in batches.
 
     Args:
-        model: the model, which is left in the mode that it was in.
+        model: the model, which is left in the mode that it was in, and computes where it is.
         images: uint8 or float32.
         normalise: what the model was trained with.
+        dtype: what products are computed in, one of `execution.DTYPES`.
         limits: halt_threshold and num_tape_tokens, in the place of an AdaTape's own.
+
+    Returns:
+        The output, on the CPU.
     """
+    device = device_of(model)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), computing_in(dtype, device):
         outputs = [
-            model(normalise(unit_range(images[batch])), **limits)
+            in_float32(model(moved(normalise(unit_range(images[batch])), device), **limits))
             for batch in torch.arange(len(images)).split(PREDICT_BATCH)
         ]
     model.train(was_training)
-    return joined(outputs)
+    return joined(outputs).to("cpu")
 
 
 def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
     """Return the share of examples, 0 to 1, whose largest logit is that of their label."""
-    return (output.logits.argmax(1) == labels).double().mean().item()
+    return (output.logits.argmax(1) == labels.to(output.device)).double().mean().item()
 
 
 def epoch_generator(seed: int, epoch: int) -> Generator:

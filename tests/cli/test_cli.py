@@ -40,7 +40,7 @@ def test_an_absent_backend_gets_one_line_that_says_what_is_missing():
 @pytest.mark.parametrize(
     ("device", "words"),
     [
-        ("tpu", "expected cpu or cuda, got 'tpu'"),
+        ("tpu", "expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         pytest.param(
             "cuda",
             "got cuda, and torch finds no GPU",

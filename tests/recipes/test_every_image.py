@@ -14,6 +14,7 @@ from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import checkpoint, demo, train_defaults
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
+from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.train_config import TrainConfig
 from adatape_kernels.recipes.train_loop import TrainPlan, train
 
@@ -140,7 +141,7 @@ def test_a_run_of_version_01_goes_on_on_its_own_curve(mnist, tmp_path, monkeypat
 def test_the_tried_step_leaves_no_trace(monkeypatch):
     model = TrainConfig.of({"data": "digits"}).model(10, 1).eval()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    recipe._try_step(model, torch.zeros(1, 1, 8, 8))
+    Execution().try_step(model, torch.zeros(1, 1, 8, 8))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():

@@ -137,7 +137,7 @@ def test_the_command_in_json(saved, tmp_path, capsys):
         (["--format", "onnx", "--dtype", "bfloat16"], "model: expected torch.float32 on cpu"),
         (["--backend", "cpp", "--dtype", "float16"], "expected a model in float32 or bfloat16"),
         (["--dtype", "int8"], "dtype: expected float32"),
-        (["--device", "tpu"], "device: expected cpu or cuda"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N"),
         (["--threshold", "nan"], "halt_threshold"),
         (["--out", "model.onnx"], "out: expected a file *.pt2 for torch.export, got model.onnx"),
         (["--out", "model"], "out: expected a file *.pt2"),

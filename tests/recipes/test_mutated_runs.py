@@ -14,6 +14,7 @@ from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
+from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.train import METRICS
 from adatape_kernels.recipes.train_config import TrainConfig
 
@@ -215,6 +216,10 @@ def test_what_is_compared_with_the_images(run, finished, capsys):
                 assert "Traceback" not in error and "\n\n" not in error
                 if part == "data" or (name == "data_dir" and value is not None):
                     assert code == 2 and str(run / INDEX) in error and error.count("\n") == 1
+                elif name in Execution().entries() and code == 2:  # a value that there cannot be
+                    assert str(run / INDEX) in error and error.count("\n") == 1
+                elif name in Execution().entries():  # the run goes on with it
+                    assert code == 0 and f"note: {name}" not in error
                 elif name != "data_dir":
                     assert code == 0 and f"note: {name} was {value}" in error
     (run / INDEX).write_bytes(checkpoint.sealed({**index, "step": 3}))

@@ -20,6 +20,7 @@ from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import measure, pictures
 from adatape_kernels.recipes.budget.budget_picture import drawn
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
+from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
@@ -52,6 +53,7 @@ def run(
     max_tape: Sequence[int] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     rounds: int = 5,
+    device: str | torch.device = "auto",
 ) -> list[BudgetResult]:
     """Measure a run's model at each threshold and each longest tape, and write what came out.
 
@@ -63,6 +65,7 @@ def run(
         max_tape: most tape tokens of a read; None for the first model's own.
         data_dir: the image set's folder; None for where it was.
         rounds: number of times that each batch is timed, all models and limits in turn.
+        device: where to compute, as `devices.chosen_device` has it.
 
     Raises:
         ValueError: a folder holds no run of an AdaTape of images, runs have different test images,
@@ -70,19 +73,21 @@ def run(
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
+    place = chosen_device(device)
     folder = folder_argument("out", out)
     as_integer("rounds", rounds, 1)
     chosen = _numbers(thresholds)
     tapes = _lengths(max_tape)
     pictures.require("budget")
     check_output_folder(folder)
-    first, *others = looked = _look([source, *beside], data_dir)
+    first, *others = looked = _look([source, *beside], data_dir, place)
     own = first.model.config
     results = _measured(
         looked,
         chosen or _around(own.halt_threshold),
         tapes or (own.num_tape_tokens,),
         rounds,
+        place,
     )
     folder.mkdir(parents=True, exist_ok=True)
     with lenient_output(), claim(folder) as writing:
@@ -91,7 +96,7 @@ def run(
             "run": first.name,
             "own": _own_limits(first.model),
             "beside": [{"run": each.name, "own": _own_limits(each.model)} for each in others],
-            **environment(),
+            **environment(place),
         }
         writing.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
         writing.write(PICTURE, drawn(results))
@@ -101,14 +106,16 @@ def run(
 
 
 def _look(
-    sources: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
+    sources: Sequence[str | os.PathLike[str]],
+    data_dir: str | os.PathLike[str] | None,
+    device: torch.device,
 ) -> list[_BudgetRun]:
     """Load runs, all with the test images of the first. Raises ValueError, as `run` does."""
     folders = [check_path("beside" if number else "run", s) for number, s in enumerate(sources)]
     looked: list[_BudgetRun] = []
     for folder, name in zip(folders, names_of_runs(folders), strict=True):
         argument = "beside" if looked else "run"
-        model = load(folder)
+        model = load(folder, device=device)
         if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
             raise ValueError(
                 f"{argument}: expected that of an AdaTape of images that reads, "
@@ -181,7 +188,11 @@ def _lengths(values: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _measured(
-    looked: Sequence[_BudgetRun], thresholds: Sequence[float], tapes: Sequence[int], rounds: int
+    looked: Sequence[_BudgetRun],
+    thresholds: Sequence[float],
+    tapes: Sequence[int],
+    rounds: int,
+    device: torch.device,
 ) -> list[BudgetResult]:
     """Measure models on the test images of their runs."""
     cases = [
@@ -191,7 +202,9 @@ def _measured(
         for threshold in thresholds
     ]
     sample = evenly_spaced(len(looked[0].data.test_labels), _TIMED_IMAGES)
-    batches = [each.normalise(unit_range(each.data.test_images[sample])) for each in looked]
+    batches = [
+        moved(each.normalise(unit_range(each.data.test_images[sample])), device) for each in looked
+    ]
     for each in looked:
         each.model.eval()
 
@@ -200,7 +213,7 @@ def _measured(
             looked[number].model(batches[number], halt_threshold=threshold, num_tape_tokens=longest)
 
     forwards = {str(case): functools.partial(forward, *case) for case in cases}
-    times = measure.seconds(forwards, rounds)
+    times = measure.seconds(forwards, rounds, device=device)
     results = []
     for case in cases:
         number, threshold, longest = case

@@ -22,6 +22,7 @@ from adatape_kernels.models import AdaTapeOutput, AdaTapeViT
 from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.devices import chosen_device, device_of, moved
 from adatape_kernels.recipes.heatmap import heatmap_pictures
 from adatape_kernels.recipes.heatmap.read_statistics import (
     EntriesRead,
@@ -81,6 +82,7 @@ def run(
     beside: Sequence[str | os.PathLike[str]] = (),
     data_dir: str | os.PathLike[str] | None = None,
     show_images: bool = True,
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Look at what a model reads of the test images of its run, and write pictures into `out`.
 
@@ -92,6 +94,7 @@ def run(
         data_dir: the folder of the first run's images; None for where they were.
         show_images: whether pictures show images of the set; False for images that may not be
             shown, and for pictures of what is read alone.
+        device: where to compute, as `devices.chosen_device` has it.
 
     Returns:
         What report.json holds.
@@ -102,12 +105,13 @@ def run(
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
+    place = chosen_device(device)
     folder = folder_argument("out", out)
     as_flag("show_images", show_images)
     pictures.require("heatmap")
     check_output_folder(folder)
-    first = _look(source, data_dir)
-    others = [_look(each, None) for each in beside]
+    first = _look(source, data_dir, place)
+    others = [_look(each, None, place) for each in beside]
     for each in [first, *others] if others else []:
         if _side(each.model) is None:
             raise ValueError(
@@ -126,7 +130,7 @@ def run(
             "lengths": _draw_lengths(writing, first),
             "noise": NOISE,
             "blur": BLUR,
-            **environment(),
+            **environment(place),
         }
         if drawn is not None:
             _write(writing, "examples", drawn)
@@ -138,10 +142,14 @@ def run(
     return report
 
 
-def _look(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> _Looked:
+def _look(
+    source: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None,
+    device: torch.device,
+) -> _Looked:
     """Load a run, and let its model predict its test images."""
     folder = check_path("run", source)
-    model = load(folder)
+    model = load(folder, device=device)
     if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
         raise ValueError(
             f"run: expected that of an AdaTape of images that reads, got {printable(folder)}, "
@@ -264,7 +272,8 @@ def _examples(looked: _Looked, files: Sequence[Path]) -> Any:
         pixels = [(image * std + mean).clamp(0, 1) for image in inputs]
         titles = [pictures.drawn_name(file.name) for file in files]
         with torch.no_grad():
-            read = looked.model.eval()(inputs).reads[0]
+            output = looked.model.eval()(moved(inputs, device_of(looked.model)))
+        read = output.to("cpu").reads[0]
     else:
         data = looked.data
         chosen = evenly_spaced(len(data.test_labels), _EXAMPLES)

@@ -47,8 +47,8 @@ def places_read(read: TapeSelection, labels: Tensor, classes: int, side: int) ->
         side: number of patches along either axis.
     """
     images, steps, _ = read.indices.shape
+    indices, labels = read.indices.cpu().long(), labels.cpu()
     marks = torch.zeros(images, steps, side * side + 1, dtype=torch.float64)
-    indices = read.indices.long()
     # The index -1, where nothing was read, goes to a column of its own, which is dropped.
     marks.scatter_(2, indices.where(indices >= 0, side * side), 1)
     marks = marks[..., :-1]
@@ -99,7 +99,7 @@ def entries_read(read: TapeSelection, labels: Tensor, classes: int, bank_size: i
         classes: number of classes.
         bank_size: number of entries.
     """
-    indices = read.indices.flatten(1).long()
+    indices, labels = read.indices.cpu().flatten(1).long(), labels.cpu()
     chosen = indices >= 0
     classes_of_reads = labels[:, None].expand_as(indices)[chosen]
     flat = classes_of_reads * bank_size + indices[chosen]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.recipes.execution import DTYPES
 from adatape_kernels.recipes.parity.parity_models import MODELS
 
 MOST_LENGTH = 1024
@@ -62,6 +63,8 @@ class ParityConfig:
     """Whether AdaTape sees the sequence as a token beside its tape. None is where all sequences of
     a run have one length: the token of short sequences tells their labels, but not those of longer
     ones."""
+    dtype: str = "float32"
+    """What products are computed in, one of `execution.DTYPES`."""
 
     def __post_init__(self) -> None:
         """Check the values before any work."""
@@ -81,6 +84,7 @@ class ParityConfig:
         if self.sequence_token is not None:
             self._set("sequence_token", as_flag("sequence-token", self.sequence_token))
         as_choice("protocol", self.protocol, ("uniform", "extrapolate"))
+        as_choice("dtype", self.dtype, DTYPES)
         if self.protocol == "extrapolate" and min(self.lengths) < 2:
             raise ValueError("lengths: expected 2 or more with the protocol extrapolate, got 1")
 
@@ -109,7 +113,7 @@ class ParityConfig:
 
     def training(self, length: int) -> dict[str, float | str]:
         """Return what decides a run of a length beside its model and its seed."""
-        names = "steps", "batch", "lr", "eval_examples", "protocol"
+        names = "steps", "batch", "lr", "eval_examples", "protocol", "dtype"
         return {
             **{name: getattr(self, name) for name in names},
             "curriculum": self.growing_share(length),

@@ -7,11 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeParity
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
@@ -19,7 +22,12 @@ from adatape_kernels.recipes.parity.parity_bars import ParityBars
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.parity_picture import drawn
 from adatape_kernels.recipes.parity.parity_training import ParityResult, eval_sequences
-from adatape_kernels.recipes.parity.parity_workers import Progress, in_processes, usable_cores
+from adatape_kernels.recipes.parity.parity_workers import (
+    Progress,
+    Workplace,
+    in_processes,
+    usable_cores,
+)
 from adatape_kernels.recipes.parity.reads_picture import (
     drawn_reads,
     pairs_tell_parity,
@@ -39,6 +47,7 @@ def run(
     *,
     jobs: int | None = None,
     backends: Sequence[str] = (),
+    device: str | torch.device = "auto",
 ) -> list[ParityResult]:
     """Train what is not trained yet, and write report.json and parity.png into `out`.
 
@@ -50,9 +59,11 @@ def run(
     Args:
         out: a folder, made if it is missing.
         config: which runs there are, and how each is trained.
-        jobs: number of runs at a time, each in a process with one thread; None for one a core.
+        jobs: number of runs at a time, each in a process with one thread; None for one a core, and
+            for one alone on a GPU.
         backends: the backend that serves the ops, and those that serve what it does not; the
             fastest by default.
+        device: where to compute, as `devices.chosen_device` has it.
 
     Returns:
         The results of all runs, in their order.
@@ -64,14 +75,17 @@ def run(
         RuntimeError: a package of the extra `demo` is missing, a loss is not finite, or a process
             was ended.
     """
+    where = chosen_device(device)
     folder = folder_argument("out", out)
-    jobs = usable_cores() if jobs is None else as_integer("jobs", jobs, 1, _MOST_JOBS)
+    if jobs is None:
+        jobs = usable_cores() if where.type == "cpu" else 1
+    jobs = as_integer("jobs", jobs, 1, _MOST_JOBS)
     pictures.require("parity")
     check_output_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lenient_output(), claim(folder) as run_folder:
         done = {each: _finished(folder, each, config) for each in config.runs()}
-        results = _train_rest(run_folder, config, done, jobs, backends)
+        results = _train_rest(run_folder, config, done, Workplace(jobs, where, tuple(backends)))
         print(table(results))
         print(f"report, picture and models: {printable(folder)}{os.sep}")
         return results
@@ -81,8 +95,7 @@ def _train_rest(
     out: RunFolder,
     config: ParityConfig,
     done: dict[Run, ParityResult | None],
-    jobs: int,
-    backends: Sequence[str],
+    workplace: Workplace,
 ) -> list[ParityResult]:
     """Train the runs that have no result, with a bar for the table and one for each run."""
 
@@ -91,7 +104,7 @@ def _train_rest(
 
     left = [each for each, result in done.items() if result is None]
     with ParityBars(len(done), len(finished()), config.steps) as bars:
-        for event in in_processes(left, config, jobs, backends):
+        for event in in_processes(left, config, workplace):
             if isinstance(event, Progress):
                 bars.move(event)
                 continue
@@ -103,13 +116,14 @@ def _train_rest(
             )
             done[event.run] = result
             bars.end(event)
-            _write_report(out, config, finished())
-    _write_report(out, config, finished(), _draw_reads(out, config, finished()))
+            _write_report(out, config, finished(), workplace.device)
+    pairs = _draw_reads(out, config, finished(), workplace.device)
+    _write_report(out, config, finished(), workplace.device, pairs)
     return finished()
 
 
 def _draw_reads(
-    out: RunFolder, config: ParityConfig, results: list[ParityResult]
+    out: RunFolder, config: ParityConfig, results: list[ParityResult], device: torch.device
 ) -> dict[str, float]:
     """Draw what the best AdaTape of each length reads.
 
@@ -121,7 +135,7 @@ def _draw_reads(
     for length in dict.fromkeys(result.length for result in own):
         best = max((r for r in own if r.length == length), key=lambda result: result.accuracy)
         stem = Run(best.model, best.length, best.seed).stem
-        model = load(out.folder / f"{stem}.safetensors")
+        model = load(out.folder / f"{stem}.safetensors", device=device)
         assert isinstance(model, AdaTapeParity)
         sequences = eval_sequences(length, _DRAWN_EXAMPLES, config.protocol)
         out.write(f"reads-{length}.png", drawn_reads(model, sequences))
@@ -133,13 +147,14 @@ def _write_report(
     out: RunFolder,
     config: ParityConfig,
     results: list[ParityResult],
+    device: torch.device,
     pairs: dict[str, float] | None = None,
 ) -> None:
     report = {
         "results": [result.entries() for result in results],
         "pairs_tell_parity": pairs or {},
         "options": asdict(config),
-        **environment(),
+        **environment(device),
     }
     out.write(REPORT, _json(report))
     out.write(PICTURE, drawn(results))
@@ -164,7 +179,8 @@ def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | N
         raise ValueError(f"{file}: expected the result of a run, got {error.strerror}") from None
     try:
         entries = json.loads(content)
-        training, result = entries["training"], dict(entries["result"])
+        # Runs of before there was a choice were computed in float32.
+        training, result = {"dtype": "float32", **entries["training"]}, dict(entries["result"])
         curve = tuple((int(n), float(loss), float(a)) for n, loss, a in result.pop("curve"))
         found = ParityResult(**result, curve=curve)
         fits = (found.model, found.length, found.seed) == each

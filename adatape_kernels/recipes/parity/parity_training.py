@@ -1,6 +1,5 @@
 """One run of the parity table: training from a seed, and the accuracy on fixed sequences."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,10 +14,13 @@ from adatape_kernels.data.parity_sequences import (
     uniform_sequences,
 )
 from adatape_kernels.models import Classifier
+from adatape_kernels.recipes.devices import CPU, device_of, moved, wait
+from adatape_kernels.recipes.execution import Execution, computing_in
 from adatape_kernels.recipes.parity.growing_lengths import GrowingLengths
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
 from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
 from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repeatable
+from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 _EVAL_SEED = 20_260_101
 _EVAL_BATCH = 400
@@ -74,15 +76,19 @@ def eval_sequences(
 
 
 def train(
-    run: Run, config: ParityConfig, progress: Callable[[int, float, float | None], None]
+    run: Run,
+    config: ParityConfig,
+    progress: Callable[[int, float, float | None], None],
+    device: torch.device = CPU,
 ) -> tuple[Classifier, ParityResult]:
     """Train one model.
 
     Args:
         run: which one.
         config: how.
-        progress: called behind each step with the number of steps, the loss, and the last accuracy
-            that was measured.
+        progress: called with the number of steps, the last loss and the last accuracy that are
+            known: behind each step on a CPU, and on a GPU whenever it has been waited for.
+        device: where to compute.
 
     Raises:
         RuntimeError: the loss is not finite; the error names run and step.
@@ -90,7 +96,8 @@ def train(
     torch.manual_seed(run.seed)
     uniform = config.protocol == "uniform"
     sequence_token = config.has_sequence_token(run.length)
-    model = new_model(run.model, run.length, sequence_token=sequence_token)
+    model = new_model(run.model, run.length, sequence_token=sequence_token).to(device)
+    execution = Execution(config.dtype)
     growing = GrowingLengths(run.length, config.growing_share(run.length) * config.steps)
     # An epoch is a step, for which the plan's learning rate is made.
     plan = TrainPlan(
@@ -104,26 +111,41 @@ def train(
     every = max(1, config.steps // _CURVE_POINTS)
     curve: list[tuple[int, float, float]] = []
     seconds, losses = 0.0, 0.0
+    tally = StepTally(device, lambda step: f"in {run.stem} at step {step}")
     with repeatable():
+        wait(device)
+        start = time.perf_counter()
         for step in range(config.steps):
-            start = time.perf_counter()
-            sequences = _training_sequences(run.length, growing.at(step), config, generator)
+            longest = growing.at(step)
+            sequences = _training_sequences(run.length, longest, config, generator)
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate_at(step, config.steps)
-            loss, right = _step(model, sequences, optimizer, plan.max_grad_norm)
-            if not math.isfinite(loss):
-                raise RuntimeError(
-                    f"loss: expected a finite value in {run.stem} at step {step}, got {loss}"
-                )
-            growing.learn(right)
-            losses += loss
-            seconds += time.perf_counter() - start
-            if (step + 1) % every == 0:
-                curve.append((step + 1, losses / every, measure(model, some)[0]))
-                losses = 0.0
-            progress(step + 1, loss, curve[-1][2] if curve else None)
-        accuracy, work = measure(model, evaluation)
-        trained_accuracy = accuracy if uniform else measure(model, as_trained)[0]
+            optimizer.zero_grad()
+            sums = add_gradients(
+                model, model.loss, sequences.one_hot(), sequences.labels, device, execution
+            )
+            tally.add(step, len(sequences.labels), sums)
+            if longest < run.length:  # what comes next depends on how many answers are right
+                tally.read()
+                growing.learn(tally.last_right)
+            nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+            optimizer.step()
+            done, last = step + 1, step + 1 == config.steps
+            if done % every == 0 or last:
+                tally.read()
+                wait(device)
+                seconds += time.perf_counter() - start
+                if done % every == 0:
+                    loss = (tally.loss - losses) / (every * config.batch)
+                    curve.append((done, loss, measure(model, some, config.dtype)[0]))
+                    losses = tally.loss
+                start = time.perf_counter()
+            if tally.steps:
+                progress(done, tally.last_loss, curve[-1][2] if curve else None)
+        accuracy, work = measure(model, evaluation, config.dtype)
+        trained_accuracy = accuracy
+        if not uniform:
+            trained_accuracy = measure(model, as_trained, config.dtype)[0]
     return model, ParityResult(
         *run,
         accuracy,
@@ -157,35 +179,26 @@ def _training_sequences(
     return sparse_sequences(config.batch, some, (1, most), generator)
 
 
-def _step(
-    model: Classifier,
-    sequences: ParitySequences,
-    optimizer: torch.optim.Optimizer,
-    max_grad_norm: float,
+def measure(
+    model: Classifier, sequences: ParitySequences, dtype: str = "float32"
 ) -> tuple[float, float]:
-    """Take a step of the optimizer; return the loss and the share of right answers before it."""
-    output = model(sequences.one_hot())
-    loss = model.loss(output, sequences.labels)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    return loss.item(), (output.logits.argmax(1) == sequences.labels).double().mean().item()
+    """Return a model's accuracy and its mean work, tape tokens or steps, in evaluation mode.
 
-
-def measure(model: Classifier, sequences: ParitySequences) -> tuple[float, float]:
-    """Return a model's accuracy and its mean work, tape tokens or steps, in evaluation mode."""
-    was_training = model.training
+    Args:
+        model: the model, which computes where it is.
+        sequences: what it is measured on.
+        dtype: what products are computed in, one of `execution.DTYPES`.
+    """
+    was_training, device, count = model.training, device_of(model), len(sequences.labels)
     model.eval()
-    right, work = 0, 0.0
-    with torch.no_grad():
-        for start in range(0, len(sequences.labels), _EVAL_BATCH):
+    found = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad(), computing_in(dtype, device):
+        for start in range(0, count, _EVAL_BATCH):
             part = ParitySequences(*(x[start : start + _EVAL_BATCH] for x in sequences))
-            output = model(part.one_hot())
-            right += int((output.logits.argmax(1) == part.labels).sum())
-            if output.halted is not None:
-                work += output.halted.steps.float().sum().item()
-            else:
-                work += output.tape_lens.float().sum().item()
+            output = model(moved(part.one_hot(), device))
+            right = output.logits.argmax(1) == moved(part.labels, device)
+            work = output.tape_lens if output.halted is None else output.halted.steps
+            found += torch.stack([right.sum(), work.sum()])
     model.train(was_training)
-    return right / len(sequences.labels), work / len(sequences.labels)
+    right_share, mean_work = (found / count).tolist()
+    return right_share, mean_work

@@ -19,6 +19,7 @@ import torch
 from adatape_kernels.data.parity_sequences import CLASS_NAMES
 from adatape_kernels.models.model_file import serialised
 from adatape_kernels.ops.op import use_backend
+from adatape_kernels.recipes.devices import CPU, chosen_device
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.parity_training import ParityResult, train
 
@@ -44,21 +45,30 @@ class Finished(NamedTuple):
     """A safetensors file."""
 
 
+class Workplace(NamedTuple):
+    """Where runs are computed."""
+
+    jobs: int
+    """Number of processes."""
+    device: torch.device = CPU
+    backends: tuple[str, ...] = ()
+    """The backend that serves the ops, and those that serve what it does not."""
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_processes(
-    runs: Sequence[Run], config: ParityConfig, jobs: int, backends: Sequence[str] = ()
+    runs: Sequence[Run], config: ParityConfig, workplace: Workplace
 ) -> Iterator[Progress | Finished]:
     """Train in several processes; yield what becomes of the runs as it comes.
 
     Args:
         runs: those to train.
         config: how.
-        jobs: number of processes.
-        backends: the backend that serves the ops, and those that serve what it does not.
+        workplace: where, and in how many processes.
 
     Raises:
         RuntimeError: a run failed, or its process was ended; the error names the run.
@@ -68,10 +78,10 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     try:
         while left or workers:
-            while left and len(workers) < jobs:
+            while left and len(workers) < workplace.jobs:
                 ours, theirs = context.Pipe()
                 run = left.pop(0)
-                arguments = theirs, run, config, tuple(backends)
+                arguments = theirs, run, config, workplace
                 process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -99,7 +109,7 @@ def in_processes(
             worker.join()
 
 
-def _work(connection: Connection, run: Run, config: ParityConfig, backends: Sequence[str]) -> None:
+def _work(connection: Connection, run: Run, config: ParityConfig, workplace: Workplace) -> None:
     """Train in this process; send Progress now and then, at last Finished or what failed."""
     # An interrupt is for the process that started this one, which then ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -115,9 +125,10 @@ def _work(connection: Connection, run: Run, config: ParityConfig, backends: Sequ
     # Without a reader this process has nothing to do any more.
     with contextlib.suppress(BrokenPipeError):
         try:
-            name, *fallback = backends or (None,)
+            name, *fallback = workplace.backends or (None,)
+            device = chosen_device(workplace.device)
             with use_backend(name, fallback):
-                model, result = train(run, config, progress)
+                model, result = train(run, config, progress, device)
             content = serialised(model, class_names=CLASS_NAMES, preprocessing=None)
             message: Any = Finished(run, result, content)
         except (ValueError, RuntimeError, MemoryError) as error:

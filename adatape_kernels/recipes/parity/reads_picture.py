@@ -9,6 +9,8 @@ from torch import Tensor
 
 from adatape_kernels.data.parity_sequences import ParitySequences
 from adatape_kernels.models import AdaTapeParity
+from adatape_kernels.op_types import TapeSelection
+from adatape_kernels.recipes.devices import device_of, moved
 
 # Grey values that stay apart in print, and marks that need no colour.
 _SHADES = {1: "#1b1b1b", 0: "#8f8f8f", -1: "#dcdcdc"}
@@ -29,17 +31,27 @@ class Reading(NamedTuple):
 
 
 def reading_of(model: AdaTapeParity, sequences: ParitySequences) -> Reading:
-    """Return what a model reads of each sequence, and the queries by the definition (SPEC 3)."""
+    """Return what a model reads of each sequence, and the queries by the definition (SPEC 3).
+
+    Args:
+        model: the model, which computes where it is.
+        sequences: what it reads.
+
+    Returns:
+        What was read, on the CPU.
+    """
     was_training = model.training
     model.eval()
     reader = next(reader for _, reader in model.encoder.stages() if reader is not None)
     with torch.no_grad():
-        inputs = sequences.one_hot()
+        inputs = moved(sequences.one_hot(), device_of(model))
         selection = model(inputs).reads[0]
         embedded = model.embed_elastic(inputs)
         pooled = embedded.tokens.pool("token" if reader.query == "token" else "mean")
         values, query, _ = reader.normalised(embedded.bank, pooled)
     model.train(was_training)
+    selection = TapeSelection(*(part.cpu() for part in selection))
+    values, query = values.cpu(), query.cpu()
     keys, query = values[..., : reader.key_dim], query[:, : reader.key_dim]
     example = torch.arange(len(query))[:, None]
     queries, symbols = [query], []
@@ -47,8 +59,8 @@ def reading_of(model: AdaTapeParity, sequences: ParitySequences) -> Reading:
         indices = selection.indices[:, step].long()
         taken = (selection.counts > step)[:, None]
         merged = (selection.weights[:, step, :, None] * keys[example, indices.clamp(min=0)]).sum(1)
-        moved = (queries[-1] + merged) / 2 if reader.average_query else merged
-        queries.append(moved.where(taken, queries[-1]))
+        averaged = (queries[-1] + merged) / 2 if reader.average_query else merged
+        queries.append(averaged.where(taken, queries[-1]))
         read = sequences.symbols[example, indices.clamp(min=0)]
         symbols.append(read.where(taken, UNREAD))
     return Reading(torch.stack(symbols, 1), torch.stack(queries, 1), selection.counts)

@@ -43,13 +43,14 @@ def test_no_growth(length, growing):
 def lengths_trained(monkeypatch, config, run):
     """The lengths and the most symbols that are not 0 of each step, and the model."""
     seen = []
-    real = parity_training._step
+    real = parity_training._training_sequences
 
-    def noted(model, sequences, *arguments):
+    def noted(*arguments):
+        sequences = real(*arguments)
         seen.append((sequences.symbols.shape[1], int((sequences.symbols != 0).sum(1).max())))
-        return real(model, sequences, *arguments)
+        return sequences
 
-    monkeypatch.setattr(parity_training, "_step", noted)
+    monkeypatch.setattr(parity_training, "_training_sequences", noted)
     model, _ = parity_training.train(run, config, lambda *step: None)
     return seen, model
 

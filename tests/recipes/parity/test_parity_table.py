@@ -26,7 +26,7 @@ def trained(monkeypatch):
     """Runs come out at once, and are noted."""
     begun = []
 
-    def in_processes(runs, config, jobs, backends):
+    def in_processes(runs, config, workplace):
         for run in runs:
             begun.append(run)
             yield Finished(run, made_result(run), b"a model")
@@ -83,7 +83,7 @@ def test_other_options_or_files_are_refused_by_name(tmp_path, trained):
 
 
 def test_a_table_that_fails_keeps_what_is_done(tmp_path, monkeypatch):
-    def in_processes(runs, config, jobs, backends):
+    def in_processes(runs, config, workplace):
         yield Finished(runs[0], made_result(runs[0]), b"a model")
         raise RuntimeError(f"{runs[1].stem}: a reason")
 
@@ -100,7 +100,7 @@ def test_a_process_that_is_killed_is_named(tmp_path):
     from adatape_kernels.recipes.parity import parity_workers
 
     config = ParityConfig(lengths=(8,), models=("transformer",), seeds=(0,), steps=100_000)
-    events = parity_workers.in_processes(list(config.runs()), config, 1)
+    events = parity_workers.in_processes(list(config.runs()), config, parity_workers.Workplace(1))
     assert next(events).run == Run("transformer", 8, 0)
     import multiprocessing
 

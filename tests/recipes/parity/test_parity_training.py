@@ -7,6 +7,7 @@ import torch
 
 from adatape_kernels.recipes.parity import parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
+from adatape_kernels.recipes.train_step import StepSums
 
 CONFIG = ParityConfig(lengths=(2,), steps=60, batch=32, lr=3e-3, eval_examples=300)
 
@@ -42,7 +43,9 @@ def test_evaluation_is_the_same_for_every_seed_and_differs_from_training():
 
 
 def test_a_loss_that_is_not_finite_names_run_and_step(monkeypatch):
-    monkeypatch.setattr(parity_training, "_step", lambda *a: (float("nan"), 0.5))
+    nothing = torch.tensor(0)
+    sums = StepSums(torch.tensor(torch.nan), nothing, nothing, "tape_tokens")
+    monkeypatch.setattr(parity_training, "add_gradients", lambda *a: sums)
     with pytest.raises(RuntimeError, match=r"loss: expected a finite value in adatape-2-0 at"):
         parity_training.train(Run("adatape", 2, 0), CONFIG, silent)
 

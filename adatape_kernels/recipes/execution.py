@@ -1,0 +1,189 @@
+"""How the steps of a run are computed: in which dtype, in how many parts, compiled or not."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adatape_kernels.arguments import shown
+from adatape_kernels.data.printable import printable
+from adatape_kernels.models import AdaTapeOutput, AViTConfig, Classifier
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer
+
+DTYPES = ("float32", "bf16")
+"""What products may be computed in; parameters are float32 in either case."""
+MOST_PARTS = 1 << 20
+
+Forward = Callable[..., AdaTapeOutput]
+"""A model, or what torch's compiler made of it."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How steps are computed; but for the dtype this changes a curve by rounding alone.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    dtype: str = "float32"
+    """One of DTYPES; bf16 is torch's autocast, and the loss is computed in float32 behind it."""
+    accumulate: int = 1
+    """Number of parts that a step's batch is computed in, one after another."""
+    checkpoint_layers: bool = False
+    """Whether the backward pass computes the layers once more, so that less is kept for it."""
+    compiled: bool = False
+    """Whether torch's compiler makes the training steps."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        as_choice("dtype", self.dtype, DTYPES)
+        parts = as_integer("accumulate", self.accumulate, 1, MOST_PARTS)
+        object.__setattr__(self, "accumulate", parts)
+        as_flag("checkpoint-layers", self.checkpoint_layers)
+        as_flag("compile", self.compiled)
+
+    @classmethod
+    def of_run(
+        cls, dtype: str, given: Mapping[str, Any], saved: Mapping[str, Any] | None = None
+    ) -> "Execution":
+        """Return how a run is computed.
+
+        Args:
+            dtype: what the run's configuration says.
+            given: values by field; absent or None where nothing is asked for.
+            saved: what `entries` returned when the run was last computed, among other entries;
+                None for a new run.
+
+        Raises:
+            ValueError: a name is unknown, or a value is out of range.
+        """
+        plain = cls().entries()
+        for name in given:
+            if name not in plain:
+                raise ValueError(f"execution: expected {', '.join(plain)}, got {shown(name)}")
+        chosen = {name: (saved or {}).get(name, value) for name, value in plain.items()}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        return replace(cls(dtype), **chosen)
+
+    def entries(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the configuration."""
+        return {
+            "accumulate": self.accumulate,
+            "checkpoint_layers": self.checkpoint_layers,
+            "compiled": self.compiled,
+        }
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError where the parts of a batch do not add up to it, or layers are missing.
+
+        What is computed of a whole batch is another number for each part of it.
+        """
+        if self.accumulate > 1:
+            for name, module in model.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    raise ValueError(
+                        f"accumulate: expected 1 with the batch norm {name}, whose statistics are "
+                        f"those of a whole batch, got {self.accumulate}"
+                    )
+            config = getattr(model, "config", None)
+            if isinstance(config, AViTConfig) and config.distribution_weight:
+                raise ValueError(
+                    "accumulate: expected 1 for an A-ViT, whose distribution loss is that of a "
+                    f"whole batch, or --distribution-weight 0, got {self.accumulate}"
+                )
+        if self.checkpoint_layers and not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(
+                "checkpoint-layers: expected a model with set_grad_checkpointing, got "
+                f"{type(model).__name__}"
+            )
+
+    def check_thresholds(self, drawn: object) -> None:
+        """Raise ValueError where steps are compiled whose thresholds are drawn.
+
+        Args:
+            drawn: what they are drawn from; None where all steps have the model's own.
+        """
+        if self.compiled and drawn is not None:
+            raise ValueError(
+                "compile: expected no halt-threshold-range beside it, as each threshold would be "
+                f"compiled anew, got {shown(drawn)}"
+            )
+
+    @contextlib.contextmanager
+    def forward_of(self, model: Classifier) -> Iterator[Forward]:
+        """Yield what computes a training step's output, with the model's own parameters.
+
+        Raises:
+            RuntimeError: torch has no compiler here, and one is asked for.
+        """
+        forward: Forward = model
+        if self.compiled:
+            try:
+                # Batches that differ in size, as the last of an epoch does, need one graph alone.
+                forward = torch.compile(model, dynamic=True)
+            except Exception as error:
+                raise _no_compiler(error) from None
+        before = getattr(model, "grad_checkpointing", False)
+        if self.checkpoint_layers:
+            model.set_grad_checkpointing(True)
+        try:
+            yield forward
+        finally:
+            if self.checkpoint_layers:
+                model.set_grad_checkpointing(before)
+
+    def try_step(self, model: Classifier, pixels: Tensor) -> None:
+        """Compute a gradient that nobody uses, so that what cannot be had shows before training.
+
+        Args:
+            model: the model, on its device.
+            pixels: some images for it.
+
+        Raises:
+            RuntimeError: the compiler is not there, or fails; the error says so in one line.
+            NotServed: no backend serves a call.
+        """
+        device = pixels.device
+        labels = torch.zeros(len(pixels), dtype=torch.long, device=device)
+
+        def step(forward: Forward) -> None:
+            with computing_in(self.dtype, device):
+                output = forward(pixels)
+            model.loss(in_float32(output), labels).backward()
+
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), self.forward_of(model) as forward:
+            model.train()
+            step(model)
+            if self.compiled:
+                try:
+                    step(forward)
+                except Exception as error:
+                    raise _no_compiler(error) from None
+            model.zero_grad()
+
+
+def _no_compiler(error: Exception) -> RuntimeError:
+    """Return the error that says in one line what torch's compiler has said in many."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RuntimeError(
+        f"compile: expected torch.compile to work here, got {printable(reason, 300)}"
+    )
+
+
+def computing_in(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the products of float32 parameters are computed in a dtype."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def in_float32(output: AdaTapeOutput) -> AdaTapeOutput:
+    """Return an output whose logits are float32, as losses and comparisons ask for."""
+    if output.logits.dtype != torch.bfloat16:
+        return output
+    return replace(output, logits=output.logits.float())

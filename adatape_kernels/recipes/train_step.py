@@ -1,0 +1,138 @@
+"""The gradient of a step's batch, part by part, and what an epoch adds up of its steps."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adatape_kernels.models import AdaTapeOutput
+from adatape_kernels.recipes.devices import moved
+from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
+
+STEPS_BETWEEN_READS = 20
+"""So many steps of a GPU pass before the host waits for their losses."""
+
+LossOf = Callable[[AdaTapeOutput, Tensor], Tensor]
+"""The mean loss of a batch, of a model's output and the labels."""
+
+
+class StepSums(NamedTuple):
+    """What a step says of its batch, scalars on the device that computed it."""
+
+    loss: Tensor
+    """The mean over the images."""
+    right: Tensor
+    """Number of images whose largest logit is that of their label."""
+    work: Tensor
+    """Number of tape tokens that all images read, or of rows that all layers computed."""
+    unit: str
+    """Which of the two `work` is: "tape_tokens" or "rows"."""
+
+
+def add_gradients(
+    forward: Forward,
+    loss_of: LossOf,
+    pixels: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    execution: Execution,
+) -> StepSums:
+    """Add the gradients of a batch's mean loss to those of the parameters.
+
+    A part of the batch counts by its share of the images, so that parts of any sizes add up to what
+    the whole batch gives, but for rounding.
+
+    Args:
+        forward: the model, on the device.
+        loss_of: a mean over the examples that it is given.
+        pixels: (batch, …) normalised images, on any device.
+        labels: (batch,) int64, or (batch, classes) a probability of each class.
+        device: where to compute.
+        execution: in which dtype, and in how many parts.
+    """
+    found = []
+    parts = min(execution.accumulate, len(labels))
+    split = zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    for some_pixels, some_labels in split:
+        expected = moved(some_labels, device)
+        with computing_in(execution.dtype, device):
+            output = forward(moved(some_pixels, device))
+        output = in_float32(output)
+        if expected.is_floating_point():
+            expected = expected.to(output.logits.dtype)
+        loss = loss_of(output, expected)
+        if parts > 1:
+            loss = loss * (len(expected) / len(labels))
+        loss.backward()
+        found.append(_sums(output, expected, loss.detach()))
+    loss, right, work = (torch.stack(each).sum() for each in list(zip(*found, strict=True))[:3])
+    return StepSums(loss, right, work, found[0].unit)
+
+
+def _sums(output: AdaTapeOutput, labels: Tensor, loss: Tensor) -> StepSums:
+    classes = labels if labels.dim() == 1 else labels.argmax(1)
+    right = (output.logits.argmax(1) == classes).sum()
+    if output.halted is None:
+        return StepSums(loss, right, output.tape_lens.sum(), "tape_tokens")
+    rows = sum(output.halted.rows_per_step)
+    return StepSums(loss, right, torch.full_like(right, rows), "rows")
+
+
+class StepTally:
+    """Sums over steps, which stay on the device until they are read.
+
+    The CPU is read in every step, a GPU now and then, so that the host runs ahead of it.
+
+    Args:
+        device: where the steps are computed.
+        place: says which step a number is, for errors.
+    """
+
+    def __init__(self, device: torch.device, place: Callable[[int], str]):
+        self.place = place
+        self.every = 1 if device.type == "cpu" else STEPS_BETWEEN_READS
+        self.seen, self.loss, self.right, self.work, self.unit = 0, 0.0, 0.0, 0.0, ""
+        self.steps, self.last_loss, self.last_right = 0, math.nan, math.nan
+        self._unread: list[tuple[int, int, Tensor]] = []
+
+    def add(self, step: int, images: int, sums: StepSums) -> None:
+        """Add a step.
+
+        Args:
+            step: its number.
+            images: the size of its batch.
+            sums: what it says.
+
+        Raises:
+            RuntimeError: a loss is not finite; the error names its step. On a GPU that is found
+                some steps later.
+        """
+        self.unit = sums.unit
+        numbers = (sums.loss, sums.right, sums.work)
+        self._unread.append((step, images, torch.stack([each.double() for each in numbers])))
+        if len(self._unread) >= self.every:
+            self.read()
+
+    def read(self) -> None:
+        """Bring what was added to the host: `steps`, `seen` images, and sums over these.
+
+        `last_loss` is that of the last step, and `last_right` the share that it was right about.
+
+        Raises what `add` raises.
+        """
+        if not self._unread:
+            return
+        steps, sizes, sums = zip(*self._unread, strict=True)
+        self._unread = []
+        for step, images, (loss, right, work) in zip(
+            steps, sizes, torch.stack(sums).tolist(), strict=True
+        ):
+            if not math.isfinite(loss):
+                raise RuntimeError(f"loss: expected a finite value {self.place(step)}, got {loss}")
+            self.steps, self.last_loss, self.last_right = self.steps + 1, loss, right / images
+            self.seen += images
+            self.loss += loss * images
+            self.right += right
+            self.work += work
