@@ -141,6 +141,7 @@ def train(
     epochs_done: int = 0,
     title: str = "training",
     after_epoch: Callable[[EpochResult], str] | None = None,
+    bar: Any = None,
 ) -> None:
     """Train the model in place, with a progress bar on stderr.
 
@@ -154,6 +155,8 @@ def train(
         epochs_done: number of epochs that model and optimizer have behind them.
         title: a few words that stand beside the progress bar.
         after_epoch: called with each epoch's result; returns a line to print.
+        bar: what shows the progress in the place of a bar on stderr, by the methods of tqdm that
+            are called: update, set_postfix and write; used as a context.
 
     Raises:
         ValueError: the last batch is one image, which a batch norm of the model cannot train on, or
@@ -171,15 +174,16 @@ def train(
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))
     with lenient_output(), repeatable():
-        bar = tqdm(
-            total=plan.epochs * per_epoch,
-            initial=epochs_done * per_epoch,
-            desc=title,
-            unit=" images",
-            # A log file gets a line every few seconds instead of a moving bar.
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
-        )
+        if bar is None:
+            bar = tqdm(
+                total=plan.epochs * per_epoch,
+                initial=epochs_done * per_epoch,
+                desc=title,
+                unit=" images",
+                # A log file gets a line every few seconds instead of a moving bar.
+                mininterval=0.1 if sys.stderr.isatty() else 10,
+                dynamic_ncols=True,
+            )
         with bar:
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
