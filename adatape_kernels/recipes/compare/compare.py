@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from adatape_kernels.data.printable import printable
@@ -34,11 +35,12 @@ from adatape_kernels.recipes.compare.compare_plan import (
     ComparePlan,
     Costs,
     RunCost,
-    described,
+    amount_text,
     longest_first,
     planned,
+    time_split_text,
 )
-from adatape_kernels.recipes.compare.compare_progress import FORM, CompareProgress
+from adatape_kernels.recipes.compare.compare_progress import COUNT_FORM, FORM, CompareProgress
 from adatape_kernels.recipes.compare.compare_result import (
     COSTS,
     CompareResult,
@@ -67,6 +69,7 @@ from adatape_kernels.recipes.run_folder import (
     claim,
     folder_argument,
 )
+from adatape_kernels.recipes.run_images import normaliser_of
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.worker_processes import MOST_JOBS, in_processes, usable_cores
@@ -148,12 +151,9 @@ class _Comparison:
             check_empty_folder(folder)
         print(self._what())
         plan, costs = saved or self._plan()
+        print(amount_text(self.config, plan, len(self.data.train_labels)))
         if saved is None:
-            print(
-                described(
-                    self.config, plan, images=len(self.data.train_labels), spent=self._spent()
-                )
-            )
+            print(time_split_text(plan, self._spent()))
         folder.mkdir(parents=True, exist_ok=True)
         with claim(folder) as out:
             if saved is None:
@@ -208,7 +208,7 @@ class _Comparison:
             for run in sorted(pairs.values(), key=lambda run: -run.size)
         ]
         train: dict[tuple[str, int], float] = {}
-        with TableBars(len(pairs), title="timing training steps") as bars:
+        with TableBars(len(pairs), title="timing training steps", form=COUNT_FORM) as bars:
             for message in in_processes(tasks, work, self.jobs, self.backends):
                 assert isinstance(message, StepTime)
                 train[message.run.model, message.run.size] = message.seconds
@@ -237,6 +237,8 @@ class _Comparison:
         for run in self.runs:
             if (training := saved_run(out.folder, run)) is not None:
                 done[run] = training
+        if done:
+            print(f"{len(done)} of {len(self.runs)} runs are trained already")
         images = plan.epochs * plan.images
         tests = len(self.data.test_labels)
         # What the bar counts is seconds as they were foreseen, of which `jobs` runs share those of
@@ -301,11 +303,10 @@ class _Comparison:
         progress: CompareProgress,
     ) -> list[CompareResult]:
         """Measure all models."""
-        data, normalise = images_of(
-            self.config.train_config(self.runs[0], plan.epochs, plan.images), self.data_dir
-        )
-        tests = len(data.test_labels)
+        data, tests = self.data, len(self.data.test_labels)
         models = {run: _loaded(out.folder, run) for run in self.runs}
+        # All were trained with the same one, of the images that were used.
+        normalise = normaliser_of(models[self.runs[0]])
         found = {}
         for run, model in models.items():
             found[run] = measured(model, data, normalise)
@@ -350,7 +351,7 @@ class _Comparison:
                 cost: any(group.is_adatape for group in front) for cost, front in fronts.items()
             },
             "options": options_of(self.config),
-            "plan": plan.report(),
+            "plan": asdict(plan),
             "data": self.facts,
             "jobs": self.jobs,
             "wall_seconds": self._spent(),

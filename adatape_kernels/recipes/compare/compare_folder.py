@@ -1,13 +1,15 @@
 """What the folder of a comparison holds: the plan, runs that are trained, and the report."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
+from adatape_kernels.models.value_checks import as_number
 from adatape_kernels.recipes.compare.compare_config import CompareConfig, CompareRun
 from adatape_kernels.recipes.compare.compare_plan import ComparePlan, Costs, RunCost
 from adatape_kernels.recipes.compare.compare_result import CompareResult
@@ -15,6 +17,13 @@ from adatape_kernels.recipes.compare.compare_training import Trained, Training
 from adatape_kernels.recipes.data_fingerprint import HASHED
 from adatape_kernels.recipes.run_folder import RunFolder
 
+_NUMBERS = (
+    "accuracy",
+    "images_per_second",
+    "flops_per_image",
+    "parameters",
+    "mean_rows",
+)
 PLAN, REPORT, TABLE, PICTURE = "plan.json", "report.json", "table.md", "compare.png"
 
 
@@ -73,24 +82,27 @@ def saved_plan(
             (str(model), int(size)): RunCost(float(train), float(test))
             for model, size, train, test in entries["costs"]
         }
-        whole = all((run.model, run.size) in found for run in config.runs())
+        whole = all(0 < second < math.inf for cost in found.values() for second in cost)
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{file}: expected the plan of a comparison, got another content"
+            f"{printable(file)}: expected the plan of a comparison, got another content"
         ) from None
     for name, value in options_of(config).items():
         if options.get(name) != value:
             raise ValueError(
-                f"{name}: expected {shown(options.get(name))}, as in {file}, got {shown(value)}"
+                f"{name}: expected {shown(options.get(name))}, as in {printable(file)}, "
+                f"got {shown(value)}"
             )
     for name, value in facts.items():
         if data.get(name) != value:
             raise ValueError(
-                f"data-dir: expected the images of {file}, got others, whose "
+                f"data-dir: expected the images of {printable(file)}, got others, whose "
                 f"{HASHED.get(name, name)} differ"
             )
-    if not whole:
-        raise ValueError(f"{file}: expected the plan of a comparison, got another content")
+    if not whole or not all((run.model, run.size) in found for run in config.runs()):
+        raise ValueError(
+            f"{printable(file)}: expected the plan of a comparison, got another content"
+        )
     return plan, found
 
 
@@ -102,34 +114,38 @@ def write_run(out: RunFolder, trained: Trained) -> None:
 
 
 def saved_run(folder: Path, run: CompareRun) -> Training | None:
-    """Return what training a run came to, or None where the folder does not have it.
+    """Return what training a run came to, or None where the folder lacks it or its model.
 
     Raises:
         ValueError: the file is none of ours.
     """
     file = folder / f"{run.stem}.json"
     entries = _content(file)
-    if entries is None:
+    if entries is None or not (folder / f"{run.stem}.safetensors").exists():
         return None
     try:
         training = Training(**{name: float(value) for name, value in entries.items()})
     except (AttributeError, ValueError, TypeError):
+        training = Training(math.nan, math.nan, math.nan)
+    if not all(map(math.isfinite, training)):
         raise ValueError(
-            f"{file}: expected the result of {run.stem}, got another content"
-        ) from None
+            f"{printable(file)}: expected the result of {run.stem}, got another content"
+        )
     return training
 
 
 def saved_results(folder: Path, config: CompareConfig) -> list[CompareResult] | None:
     """Return the results of the report, or None where it is not that of all runs."""
-    names = {field.name for field in fields(CompareResult)}
     try:
         report = _content(folder / REPORT)
         if report is None or report["options"] != options_of(config):
             return None
         results = [CompareResult(**entry) for entry in report["results"]]
-        if any(set(entry) != names for entry in report["results"]):
-            return None
+        for result in results:
+            for name in _NUMBERS:
+                as_number(name, getattr(result, name))
+            if result.mean_tape_tokens is not None:
+                as_number("mean_tape_tokens", result.mean_tape_tokens)
     except (ValueError, KeyError, TypeError):
         return None
     runs = [CompareRun(result.model, result.size, result.seed) for result in results]

@@ -3,9 +3,10 @@
 import heapq
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
+from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes.compare.compare_config import CompareConfig, CompareRun, time_text
 
 # Share of the budget that is planned for; starting processes and writing take the rest.
@@ -47,9 +48,15 @@ class ComparePlan:
     fitting_epochs: float | None
     """Epochs over all images that the budget has room for; None without a budget."""
 
-    def report(self) -> dict[str, Any]:
-        """Return the entries of report.json."""
-        return asdict(self)
+    def __post_init__(self) -> None:
+        """Check the values, which a file may hold."""
+        for name in ("epochs", "images", "rounds", "batch"):
+            as_integer(name, getattr(self, name), 1)
+        for name in ("training_seconds", "measuring_seconds"):
+            if not 0 <= as_number(name, getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.fitting_epochs is not None:
+            as_number("fitting_epochs", self.fitting_epochs)
 
 
 def planned(
@@ -132,38 +139,34 @@ def longest_first(runs: Iterable[CompareRun], costs: Costs) -> list[CompareRun]:
     return sorted(runs, key=lambda run: -costs[run.model, run.size].train)
 
 
-def described(config: CompareConfig, plan: ComparePlan, *, images: int, spent: float) -> str:
-    """Return the lines that say how much is trained and how the time splits.
-
-    Args:
-        config: what is compared.
-        plan: what was chosen.
-        images: number of training images that there are.
-        spent: seconds that have passed already.
-    """
+def amount_text(config: CompareConfig, plan: ComparePlan, images: int) -> str:
+    """Return the lines that say how much is trained, of so many images."""
     steps = -(-plan.images // plan.batch)
     amount = (
         f"{_count(plan.epochs, 'epoch')} of {_count(plan.images, 'image')} "
         f"({_count(steps, 'step')} of {plan.batch} each) for every model"
     )
-    lines = [amount]
-    if config.budget is not None:
-        lines[0] = f"a budget of {time_text(config.budget)}: {amount}"
-        if plan.images < images:
-            assert plan.fitting_epochs is not None
-            lines.append(
-                f"{plan.fitting_epochs:.2g} epochs of all {images:,} images would fit, so that "
-                f"{images - plan.images:,} of them are left out"
-            )
-        if plan.rounds < config.rounds:
-            lines.append(f"{plan.rounds} rounds of timing fit, instead of {config.rounds}")
-    total = spent + plan.training_seconds + plan.measuring_seconds
-    lines.append(
-        f"about {time_text(total)} in all: {time_text(spent)} so far, "
-        f"training {time_text(plan.training_seconds)}, measuring "
-        f"{time_text(plan.measuring_seconds)} ({_count(plan.rounds, 'round')})"
-    )
+    if config.budget is None:
+        return amount
+    lines = [f"a budget of {time_text(config.budget)}: {amount}"]
+    if plan.images < images and plan.fitting_epochs is not None:
+        lines.append(
+            f"{plan.fitting_epochs:.2g} epochs of all {images:,} images would fit, so that "
+            f"{images - plan.images:,} of them are left out"
+        )
+    if plan.rounds < config.rounds:
+        lines.append(f"{_count(plan.rounds, 'round')} of timing fit, instead of {config.rounds}")
     return "\n".join(lines)
+
+
+def time_split_text(plan: ComparePlan, spent: float) -> str:
+    """Return the line that says how long all of it takes, of which some seconds have passed."""
+    total = spent + plan.training_seconds + plan.measuring_seconds
+    return (
+        f"about {time_text(total)} in all: {time_text(spent)} so far, training "
+        f"{time_text(plan.training_seconds)}, measuring {time_text(plan.measuring_seconds)} "
+        f"({_count(plan.rounds, 'round')})"
+    )
 
 
 def _count(number: int, name: str) -> str:

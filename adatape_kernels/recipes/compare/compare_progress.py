@@ -8,6 +8,9 @@ from adatape_kernels.recipes.table_bars import TableBars
 FORM = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far{postfix}"
 """How the bar is shown, whose units mean nothing to a reader."""
 
+COUNT_FORM = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt}, {elapsed} so far"
+"""How a bar is shown that counts."""
+
 # The share of the work after which the pace so far counts as much as what was foreseen.
 _TRUST = 0.1
 

@@ -79,21 +79,24 @@ class TimingTask(NamedTuple):
 
 
 def images_of(config: TrainConfig, data_dir: Path | None) -> tuple[ImageSet, Normaliser]:
-    """Return the images that a configuration asks for, which are loaded once for all runs.
+    """Load the images that a configuration asks for.
 
     Raises:
         ValueError, RuntimeError, OSError: as in `data.load`.
     """
-    return _images(config.data, data_dir, config.image_size, config.split, config.limit)
+    return _load(config.data, data_dir, config.image_size, config.split, config.limit)
 
 
-@functools.lru_cache(maxsize=1)
-def _images(
+def _load(
     name: str, data_dir: Path | None, image_size: int, split: int, limit: int | None
 ) -> tuple[ImageSet, Normaliser]:
     data = load(name, data_dir, image_size=image_size, seed=split)
     data = data if limit is None else data.limited(limit, split)
     return data, Normaliser.of(data.train_images)
+
+
+# All tasks of a process are about the same images.
+_load_once = functools.lru_cache(maxsize=1)(_load)
 
 
 def new_model(config: TrainConfig, data: ImageSet, normalise: Normaliser) -> ImageClassifier:
@@ -109,7 +112,9 @@ def work(task: TrainTask | TimingTask, tell: Tell) -> Trained | StepTime:
 
 def _prepared(task: TrainTask) -> tuple[ImageSet, Normaliser, TrainPlan, ImageClassifier]:
     config = task.config
-    data, normalise = images_of(config, task.data_dir)
+    data, normalise = _load_once(
+        config.data, task.data_dir, config.image_size, config.split, config.limit
+    )
     plan = config.with_batch_for(len(data.train_labels)).plan()
     return data, normalise, plan, new_model(config, data, normalise)
 

@@ -11,7 +11,13 @@ from adatape_kernels.recipes.compare.compare_config import (
     seconds_of,
     time_text,
 )
-from adatape_kernels.recipes.compare.compare_plan import RunCost, described, makespan, planned
+from adatape_kernels.recipes.compare.compare_plan import (
+    RunCost,
+    amount_text,
+    makespan,
+    planned,
+    time_split_text,
+)
 
 
 def plan_of(budget, *, train=1e-3, test=1e-4, images=6000, jobs=2, spent=10.0, **options):
@@ -55,7 +61,7 @@ def test_what_is_foreseen_is_near_the_budget(budget):
     foreseen = 10 + plan.training_seconds + plan.measuring_seconds
     assert 0.8 * budget <= foreseen <= budget
     assert plan.images <= 6000 and plan.epochs >= 1 and 3 <= plan.rounds <= config.rounds
-    text = described(config, plan, images=6000, spent=10.0)
+    text = f"{amount_text(config, plan, 6000)} {time_split_text(plan, 10.0)}"
     assert f"{plan.epochs:,} epoch" in text and f"about {time_text(foreseen)} in all" in text
     assert ("are left out" in text) == (plan.images < 6000)
 
@@ -75,9 +81,7 @@ def test_epochs_that_are_given_are_kept():
     assert plan.training_seconds == pytest.approx(3.5)
     counting = compare_plan.COUNTING_PASSES
     assert plan.measuring_seconds == pytest.approx((5 + counting) * 0.11 + 0.1)
-    assert "7 epochs of 500 images (10 steps of 50 each)" in described(
-        config, plan, images=500, spent=1.0
-    )
+    assert "7 epochs of 500 images (10 steps of 50 each)" in amount_text(config, plan, 500)
 
 
 def test_each_model_is_that_of_train_in_its_best_form():
