@@ -101,4 +101,5 @@ class TableBars:
         """Move the table's bar on, and replace the text beside it."""
         if beside is not None:
             self._table.set_postfix_str(beside, refresh=False)
-        self._table.update(amount)
+        # Amounts that are no integers may add up to a little more than the whole.
+        self._table.update(min(amount, self._table.total - self._table.n))

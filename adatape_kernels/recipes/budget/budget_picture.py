@@ -2,10 +2,19 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
-from adatape_kernels.recipes.line_styles import style_of
 from adatape_kernels.recipes.pictures import axes_of, plain_settings
+
+# Colours that the colour-blind tell apart; marks and lines differ in black and white too.
+_STYLES: tuple[tuple[str, str, Any], ...] = (
+    ("#0072b2", "o", "-"),
+    ("#d55e00", "s", "--"),
+    ("#009e73", "^", "-."),
+    ("#cc79a7", "D", ":"),
+    ("#56b4e9", "v", (0, (5, 1, 1, 1))),
+)
 
 
 def drawn(results: Sequence[BudgetResult]) -> bytes:
@@ -18,9 +27,12 @@ def drawn(results: Sequence[BudgetResult]) -> bytes:
         figure, axes = axes_of(1, 2, 10.5, 4.4)
         by_flops, by_speed = axes[0]
         for number, longest in enumerate(dict.fromkeys(r.num_tape_tokens for r in results)):
-            style = style_of(number)
+            color, marker, line = _STYLES[number % len(_STYLES)]
             own = [r for r in results if r.num_tape_tokens == longest]
             accuracies = [100 * r.accuracy for r in own]
+            style: dict[str, Any] = dict(
+                color=color, marker=marker, linestyle=line, markerfacecolor="none"
+            )
             tokens = "token" if longest == 1 else "tokens"
             label = f"up to {longest} tape {tokens}"
             by_flops.plot([r.flops / 1e6 for r in own], accuracies, **style, label=label)
@@ -34,7 +46,7 @@ def drawn(results: Sequence[BudgetResult]) -> bytes:
                     textcoords="offset points",
                     ha="left" if number % 2 else "right",
                     va="center",
-                    color=style["color"],
+                    color=color,
                     fontsize=7,
                 )
         by_flops.set(xlabel="MFLOP an image", ylabel="test accuracy, %")

@@ -157,17 +157,8 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_budget_gives_all_models_the_same_training(tmp_path, monkeypatch):
     out = tmp_path / "c"
-    arguments = [
-        *OPTIONS,
-        "--sizes",
-        "1",
-        "--seeds",
-        "0",
-        "--budget",
-        "10s",
-        "--models",
-        "vit,uvit",
-    ]
+    arguments = [*OPTIONS, "--sizes", "1", "--seeds", "0", "--models", "vit,uvit"]
+    arguments += ["--budget", "2s"]
     plan = compare.planned
 
     def all_but_a_moment(config, costs, **facts):
