@@ -1,4 +1,4 @@
-"""`adatape-kernels budget`: one trained model at many halting thresholds and longest tapes."""
+"""`adatape-kernels budget`: trained models at many halting thresholds and longest tapes."""
 
 import argparse
 from typing import Any
@@ -13,6 +13,13 @@ def add(commands: Any) -> None:
     )
     add = parser.add_argument
     add("source", metavar="RUN", help="folder of a run of train, or of the demo")
+    add(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="further runs on the same images, measured at the same limits",
+    )
     add(
         "--thresholds",
         type=numbers,
@@ -40,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         budget.run(
             arguments.source,
             arguments.out,
+            beside=arguments.beside,
             thresholds=arguments.thresholds,
             max_tape=arguments.max_tape,
             data_dir=arguments.data_dir,

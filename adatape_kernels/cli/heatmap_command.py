@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
         metavar="RUN",
         help="further runs, with patches of another size perhaps, drawn side by side with RUN",
     )
+    add("--no-images", action="store_true", help="show no image of the set, only what is read")
     add("--data-dir", metavar="FOLDER", help="the set's files; default: where they were")
     add("--out", default="adatape-heatmap", metavar="FOLDER", help="default: %(default)s")
     add_backend(parser)
@@ -36,5 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
             images=arguments.images,
             beside=arguments.beside,
             data_dir=arguments.data_dir,
+            show_images=not arguments.no_images,
         )
     return 0

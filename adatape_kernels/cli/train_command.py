@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend
+from adatape_kernels.cli.options import add_backend, chosen_backend, numbers
 from adatape_kernels.op_types import ACTIVATIONS
 
 
@@ -31,6 +31,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         metavar="FILE",
         help="begin with a pretrained ViT: a safetensors file of timm or torchvision; with --heads",
+    )
+    add(
+        "--recipe",
+        metavar="NAME",
+        help="whole defaults by name: small, for fashion-mnist and cifar10 on two cores, or "
+        "imagenet, scenic's for AdaTape S/16 on ImageNet's folders",
     )
     add_backend(parser)
     add_options(parser)
@@ -83,6 +89,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):
         model.add_argument(f"--{name}", metavar="KIND", help=text)
     training = parser.add_argument_group("training", "by default what suits the set")
+    training.add_argument(
+        "--halt-threshold-range",
+        type=numbers,
+        metavar="X,X",
+        help="draw the halting threshold of each training step from this range, so that the model "
+        "can be run at any; it is tested at --halt-threshold",
+    )
     for name, kind, text in (
         ("epochs", int, "number of passes over the training images"),
         ("batch", int, "number of images in a step; at most a tenth of the set by default"),
@@ -93,6 +106,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("limit", int, "number of training images that are used; default: all"),
     ):
         training.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    add_regularisation(parser)
+
+
+def add_regularisation(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the loss and the regularisation."""
+    group = parser.add_argument_group("loss and regularisation")
+    group.add_argument(
+        "--loss",
+        metavar="KIND",
+        help="cross entropy of all classes' softmax, or of each class's sigmoid, as scenic has it",
+    )
+    for name, kind, text in (
+        ("label-smoothing", float, "share of the target that is spread over all classes"),
+        ("mixup", float, "mix images by shares of Beta(N, N); 0 for none"),
+        ("randaugment", int, "number of RandAugment's operations on an image; 0 for none"),
+        ("randaugment-magnitude", int, "how strong they are, 1 to 29, kornia's scale"),
+        ("random-erasing", float, "probability with which noise overwrites a part of an image"),
+        (
+            "ema",
+            float,
+            "evaluate and write a moving average of the parameters that keeps N of "
+            "itself at a step, as in 0.999; 0 for none",
+        ),
+        ("max-grad-norm", float, "norm that a larger gradient is scaled down to; 0 for none"),
+        ("warmup-share", float, "share of all steps in which the learning rate rises"),
+    ):
+        group.add_argument(f"--{name}", type=kind, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:

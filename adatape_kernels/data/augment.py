@@ -3,6 +3,8 @@
 A generator gives all random numbers; what comes back has the shape and the dtype of the images.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -44,3 +46,30 @@ def flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirror images left to right, each with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return images.flip(3).where(mirrored, images)
+
+
+def erase(images: Tensor, probability: float, generator: Generator) -> Tensor:
+    """Overwrite a rectangle of each image by noise, each with the given probability.
+
+    A rectangle has 2 to 33 % of an image's area, and a height of 0.3 to 3.3 times its width where
+    that fits into the image.
+
+    Source: Zhong et al., Random Erasing Data Augmentation.
+    """
+    batch, _, height, width = images.shape
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(batch, generator=generator)
+
+    erased = torch.rand(batch, generator=generator) < probability
+    area = between(0.02, 0.33) * height * width
+    ratio = between(math.log(0.3), math.log(3.3)).exp()
+    tall = (area * ratio).sqrt().round().clamp(1, height)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    top = (between(0, 1) * (height - tall + 1)).floor()
+    left = (between(0, 1) * (width - wide + 1)).floor()
+    y, x = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
+    top, left, tall, wide = (edge.view(-1, 1, 1) for edge in (top, left, tall, wide))
+    inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+    noise = torch.rand(images.shape, generator=generator).to(images.dtype)
+    return noise.where((inside & erased.view(-1, 1, 1)).unsqueeze(1), images)

@@ -13,7 +13,7 @@ from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import HaltingState
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer
 from adatape_kernels.layers.halting_encoder import ApplyLayer
-from adatape_kernels.models.cross_entropy import cross_entropy
+from adatape_kernels.models.cross_entropy import LossKind, classification_loss
 from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.encoder_config import EncoderConfig
 from adatape_kernels.models.head import NormedHead, RepresentedHead, new_head
@@ -325,7 +325,12 @@ class Classifier(TimmMethods, ABC):
         return pooled.where(seen > 0, 0)
 
     def loss(
-        self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
+        self,
+        output: AdaTapeOutput,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        kind: LossKind = "softmax",
     ) -> Tensor:
         """Return the cross entropy plus what the model charges for its computation, a scalar.
 
@@ -336,10 +341,11 @@ class Classifier(TimmMethods, ABC):
             labels: (batch,) int64, 0 to num_classes - 1, or -100 where an example does not count;
                 or (batch, num_classes), a probability of each class, of the logits' dtype.
             label_smoothing: the share of the target that is spread over all classes, 0 to 1.
+            kind: of the cross entropy, that of all classes, "softmax", or of each one, "sigmoid".
 
         Raises:
-            ValueError: label_smoothing is out of range, or the labels have another shape or dtype
-                or, where they lie on the host, are none of the classes.
+            ValueError: label_smoothing is out of range, the kind is unknown, or the labels have
+                another shape or dtype or, where they lie on the host, are none of the classes.
             TypeError: an argument is of another type altogether.
 
         Source: SPEC 7, 11 and 12.
@@ -352,7 +358,7 @@ class Classifier(TimmMethods, ABC):
             True
         """
         check_kind("output", output, AdaTapeOutput)
-        classification = cross_entropy(output.logits, labels, label_smoothing)
+        classification = classification_loss(output.logits, labels, label_smoothing, kind)
         charge = self.charge(output)
         return classification if charge is None else classification + charge
 

@@ -20,6 +20,7 @@ from adatape_kernels.layers import ElasticEncoder, ElasticModule, TapeReader
 from adatape_kernels.layers.reader import ReadBudget
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.config import AdaTapeConfig
+from adatape_kernels.models.cross_entropy import LossKind
 from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.output import AdaTapeOutput, stack_ponder
 from adatape_kernels.models.padded_layer import encode_padded
@@ -48,7 +49,12 @@ class ElasticModel(Protocol):
         ...
 
     def loss(
-        self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
+        self,
+        output: AdaTapeOutput,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        kind: LossKind = "softmax",
     ) -> Tensor:
         """Return the loss of an output, a scalar."""
         ...
@@ -161,7 +167,12 @@ class PaddedAdaTape(ElasticModule):
         __call__ = forward
 
     def loss(
-        self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
+        self,
+        output: AdaTapeOutput,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        kind: LossKind = "softmax",
     ) -> Tensor:
         """Return the loss of the elastic model, as `AdaTape.loss` defines it.
 
@@ -171,7 +182,7 @@ class PaddedAdaTape(ElasticModule):
             >>> padded.loss(padded(torch.zeros(2, 3, 8, 8)), torch.tensor([0, 4])).shape
             torch.Size([])
         """
-        return self.model.loss(output, labels, label_smoothing=label_smoothing)
+        return self.model.loss(output, labels, label_smoothing=label_smoothing, kind=kind)
 
     def _read(
         self,

@@ -22,8 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
+from adatape_kernels.recipes.model_tensors import (
+    MODEL,
+    average_tensors,
+    below,
+    check_like,
+    restore_average,
+)
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 
 FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2)}
@@ -35,7 +43,7 @@ _TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
 # The end of checkpoint.json. The SHA-256 is that of the file with zeros in its place.
 _SEAL = re.compile(rb'"sha256 of this file": "([0-9a-f]{64})"\n\}\n\Z')
 _SEALED = "sha256 of this file"
-_MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng"
+_OPTIMIZER, _RNG = "optimizer.", "rng"
 
 
 @dataclass(frozen=True)
@@ -267,21 +275,30 @@ def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{file}: expected safetensors, got {reason}") from None
 
 
-def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    model: nn.Module, optimizer: Optimizer, averaged: AveragedModel | None = None
+) -> dict[str, Tensor]:
     """Return copies of the tensors that a run needs to go on, by name.
 
-    They are those of the model, of the optimizer's state, and the state of torch's generator.
+    They are those of the model, of the optimizer's state and of the moving average of the model's
+    parameters, if there is one, and the state of torch's generator.
     """
-    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    tensors = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+    if averaged is not None:
+        tensors |= average_tensors(averaged)
     tensors[_RNG] = torch.get_rng_state()
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def restore(
-    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, optimizer: Optimizer
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: Optimizer,
+    averaged: AveragedModel | None = None,
 ) -> None:
     """Put a checkpoint's tensors into the model, the optimizer and torch's generator.
 
@@ -290,24 +307,18 @@ def restore(
         tensors: as `tensors_of` returned them.
         model: a model of the same configuration.
         optimizer: an AdamW of the model's parameters.
+        averaged: the moving average of the model's parameters, if the run has one.
 
     Raises:
         ValueError: the tensors are those of another model or optimizer.
     """
-    weights = _below(tensors, _MODEL)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        ours, theirs = (
-            f"{tuple(found[name].shape)} {found[name].dtype}" if name in found else "none"
-            for found in (expected, weights)
-        )
-        if ours != theirs:
-            raise ValueError(
-                f"{folder / INDEX}: expected {name} of shape {ours}, as the model has, got {theirs}"
-            )
+    weights = below(tensors, MODEL)
+    check_like(folder / INDEX, weights, model)
+    if averaged is not None:
+        restore_average(folder / INDEX, tensors, averaged)
     state: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        entries = _below(tensors, f"{_OPTIMIZER}{name}.")
+        entries = _state_of(tensors, f"{_OPTIMIZER}{name}.")
         if entries:
             # AdamW's count of steps is a float32 scalar; its moments are like the parameter.
             like = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
@@ -332,13 +343,10 @@ def restore(
     )
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, by the rest of their names.
+def _state_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return what the optimizer keeps of a parameter, by the names that AdamW has for it.
 
-    Below a parameter of the optimizer's state only names without a further dot are returned, since
-    the name of one parameter may begin with that of another.
+    Only names without a further dot are returned, since the name of one parameter may begin with
+    that of another.
     """
-    found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    if prefix.startswith(_OPTIMIZER):
-        return {name: tensor for name, tensor in found.items() if "." not in name}
-    return found
+    return {name: tensor for name, tensor in below(tensors, prefix).items() if "." not in name}

@@ -26,6 +26,7 @@ from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.source_file import SourceFile, timm_tensors
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_config import TrainConfig, given_options, option_name
+from adatape_kernels.recipes.training_options import TRAINING_OPTIONS
 
 PLAN = "finetune.json"
 """Name of the file that holds what a comparison was started with."""
@@ -36,7 +37,7 @@ DEFAULT_SEEDS, MOST_SEEDS = 3, 100
 # Options of `train` that make the ViT, which a source brings with it.
 _OF_THE_VIT = ("variant", "image_size", "patch", "dim", "depth", "heads", "ffn", "activation")
 # Options of `train` by which both the source and what is fine-tuned from it are trained.
-_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed")
+_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed", *TRAINING_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class FinetunePlan:
         bank = self.options.get("bank")
         if bank is not None:
             raise ValueError(f"bank: expected none, as both kinds are compared, got {shown(bank)}")
+        recipe = self.options.get("recipe")
+        if recipe is not None:
+            raise ValueError(f"recipe: expected none for a fine-tuning, got {shown(recipe)}")
         model = self.options.get("model_name", "adatape")
         if model != "adatape":
             raise ValueError(f"model: expected adatape, which is compared, got {shown(model)}")
@@ -198,8 +202,9 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
             f"{printable(file)}: expected the plan of a comparison, got {printable(error, 200)}"
         ) from None
     pairs = [(name, given[name], saved[name]) for name in ("source", "source_epochs", "seeds")]
+    before_by_name = given_options(plan.options)  # as JSON has no tuples
     for name, value in given["options"].items():
-        pairs.append((name, value, plan.options.get(name)))
+        pairs.append((name, value, before_by_name.get(name)))
     for name, value, before in pairs:
         if value is not None and value != before:
             raise ValueError(

@@ -17,10 +17,10 @@ from adatape_kernels.layers.reader import given_limits
 from adatape_kernels.models import AdaTapeConfig, EncoderConfig
 from adatape_kernels.models.model_file import FILE, Description, SavedModel, read
 from adatape_kernels.recipes import checkpoint, demo
+from adatape_kernels.recipes.model_tensors import evaluated_weights
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
 
 _REPORT = "report.json"
-_MODEL = "model."
 
 
 def load(
@@ -125,12 +125,8 @@ def _found(
 def _from_checkpoint(folder: Path) -> tuple[Path, Description, Mapping[str, Tensor]]:
     """Return the same of a run that has not finished."""
     saved, file = checkpoint.load(folder), folder / checkpoint.INDEX
-    tensors = {
-        name.removeprefix(_MODEL): tensor
-        for name, tensor in saved.tensors.items()
-        if name.startswith(_MODEL)
-    }
-    return file, _of_run(file, saved.config, saved.data), tensors
+    weights = evaluated_weights(saved.tensors)
+    return file, _of_run(file, saved.config, saved.data), weights
 
 
 def _of_report(file: Path) -> Description:

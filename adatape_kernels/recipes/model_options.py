@@ -14,7 +14,15 @@ from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
 
 SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
 """The sizes that a variant, or a whole name of a model, decides."""
-TAPE_OPTIONS = ("num_tape_tokens", "topk", "halt_threshold", "bank", "bank_size", "bank_patch")
+TAPE_OPTIONS = (
+    "num_tape_tokens",
+    "topk",
+    "halt_threshold",
+    "halt_threshold_range",
+    "bank",
+    "bank_size",
+    "bank_patch",
+)
 """Options of models that read a tape, which others do not take."""
 HALTING_OPTIONS = (
     "act_epsilon",

@@ -26,6 +26,20 @@ _MOST_CHARACTERS = 16
 # The room above a picture for a line of text, and the size of the text, both in points.
 _ROOM = 98
 _TEXT_SIZE = 9
+# Fonts with the letters of many languages, as Linux, Windows and macOS have them.
+_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Arial Unicode MS",
+)
 # The number of tape lengths that fit below an axis.
 _MOST_TICKS = 21
 
@@ -93,12 +107,20 @@ def draw_all(
 def plain_settings() -> Iterator[None]:
     """Draw as matplotlib does by itself, and without warnings.
 
-    Settings of the user, such as text by way of TeX, could make names fail; and a glyph that the
-    font lacks, which is drawn as a box, is no reason for a warning.
+    Settings of the user, such as text by way of TeX, could make names fail; and a glyph that no
+    font has, which is drawn as a box, is no reason for a warning. A letter that matplotlib's own
+    font lacks is taken from one of `_FONTS` that is installed.
     """
     import matplotlib
+    from matplotlib.font_manager import get_font_names
 
-    with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
+    installed = {*get_font_names()}
+    family = ["DejaVu Sans", *(name for name in _FONTS if name in installed)]
+    with (
+        matplotlib.rc_context(matplotlib.rcParamsDefault),
+        matplotlib.rc_context({"font.family": family}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 

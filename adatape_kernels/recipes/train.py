@@ -21,6 +21,7 @@ from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
+from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.machine import attention_backend
@@ -141,6 +142,7 @@ def _run(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
         config = TrainConfig.of(options, start)
+    config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:
         data = data.limited(config.limit, config.split)
@@ -155,6 +157,8 @@ def _run(
     torch.manual_seed(config.seed)
     model = config.model(data.num_classes, len(normalise.mean), start)
     optimizer = plan.optimizer(model)
+    averaged = averaged_model(model, config.ema) if config.ema else None
+    evaluated = evaluated_model(model, averaged)
     first = Subset(data.train_images, torch.zeros(1, dtype=torch.long))
     _try_step(model, normalise(unit_range(first[torch.zeros(1, dtype=torch.long)])))
     backend = attention_backend(lambda: predict(model, first, normalise))
@@ -165,7 +169,7 @@ def _run(
     columns = _columns(config)
     if saved is not None:
         _check_facts(folder, saved, facts, steps)
-        checkpoint.restore(folder, saved.tensors, model, optimizer)
+        checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
         _note_differences(saved, environment)
     if run_folder is None:
@@ -176,7 +180,7 @@ def _run(
     writing = run_folder
 
     def save(rows: list[dict[str, Any]]) -> None:
-        tensors = checkpoint.tensors_of(model, optimizer)
+        tensors = checkpoint.tensors_of(model, optimizer, averaged)
         done = len(rows)
         checkpoint.save(
             writing,
@@ -191,13 +195,13 @@ def _run(
         writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        output = predict(model, data.test_images, normalise)
+        output = predict(evaluated, data.test_images, normalise)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
             "test_accuracy": accuracy(output, data.test_labels),
-            **_work(model, output),
+            **_work(evaluated, output),
             "images_per_second": result.images_per_second,
             "learning_rate": result.learning_rate,
         }
@@ -213,12 +217,13 @@ def _run(
             normalise,
             config.augmentation(),
             optimizer=optimizer,
+            averaged=averaged,
             epochs_done=len(history),
             title=f"training on {config.data}",
             after_epoch=after_epoch,
         )
         entries = {"config": asdict(config), "data": facts, "metrics": history}
-        return write_report(writing, model, data, normalise, entries, rounds=ROUNDS)
+        return write_report(writing, evaluated, data, normalise, entries, rounds=ROUNDS)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{folder} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"

@@ -10,17 +10,23 @@ import torch
 from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AViTConfig
+from adatape_kernels.models import AViTConfig, ImageClassifier
 from adatape_kernels.models.encoder_config import MOST_PARAMETERS
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS
+from adatape_kernels.recipes.drawn_thresholds import (
+    ThresholdRange,
+    as_threshold_range,
+    check_nominal,
+)
 from adatape_kernels.recipes.model_options import (
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
     ModelOptions,
     check_given,
 )
+from adatape_kernels.recipes.named_recipes import MODEL_FIELDS, recipe_values
 from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
 from adatape_kernels.recipes.train_defaults import (
     DEFAULT_BATCH,
@@ -34,6 +40,11 @@ from adatape_kernels.recipes.train_defaults import (
     OF_A_MODEL,
 )
 from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
+from adatape_kernels.recipes.training_options import (
+    TRAINING_OPTIONS,
+    TrainingOptions,
+    check_training_option,
+)
 
 # Most numbers that the images of a batch consist of: 16 GiB in float32.
 _MOST_BATCH_VALUES = 1 << 32
@@ -43,11 +54,16 @@ _FORMER_NAMES = {"tape": "num_tape_tokens", "threshold": "halt_threshold"}
 # Options that version 0.1 did not have, whose defaults are what it did.
 _NEW_NAMES = ("activation", "bank", "bank_size", "split_seed", "source")
 # Options that runs of a checkpoint's present format may lack, whose defaults are what they did.
-_ADDED_NAMES = ("model_name", *HALTING_OPTIONS)
+_ADDED_NAMES = (
+    "model_name",
+    "halt_threshold_range",
+    *HALTING_OPTIONS,
+    *TRAINING_OPTIONS,
+)
 
 
 @dataclass(frozen=True)
-class TrainConfig(ModelOptions):
+class TrainConfig(ModelOptions, TrainingOptions):
     """What decides the curve, by the names of the command's options; saved with a checkpoint.
 
     Make one with `of`, which fills in defaults.
@@ -72,6 +88,9 @@ class TrainConfig(ModelOptions):
     is the case in runs of version 0.1 only, which go on as they began."""
     split_seed: int | None
     """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
+    halt_threshold_range: ThresholdRange | None
+    """What each training step draws its halting threshold from; None for `halt_threshold` in all
+    steps. Whatever it is, `halt_threshold` is the model's own, and that of every evaluation."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
@@ -89,10 +108,14 @@ class TrainConfig(ModelOptions):
         _check_names(options)
         given = {key: value for key, value in options.items() if value is not None}
         model = given.get("model_name", DEFAULTS["model_name"])
-        named = image_model(model)
         check_given(model, {**given, "source": source})
         defaults = {**DEFAULTS, **DEFAULT_MODELS[name], **DEFAULT_TRAINING[name]}
         defaults |= OF_A_MODEL.get(model, {})
+        if "recipe" in given:
+            if source is not None:
+                raise ValueError(f"recipe: expected none with a source, got {given['recipe']!r}")
+            defaults |= recipe_values(check_training_option("recipe", given["recipe"]), name)
+        named = image_model(model)
         if "bank" in named.choices:
             defaults["bank"] = named.choices["bank"]
         if named.config is AViTConfig:
@@ -102,6 +125,8 @@ class TrainConfig(ModelOptions):
         if source is not None:
             defaults |= _of_source(source, given, defaults)
         elif "variant" in given or named.variant is not None:
+            defaults |= {**dict.fromkeys(SIZES_OF_A_VARIANT), "variant": None}
+        elif defaults["variant"] is not None:  # that of a recipe
             defaults |= dict.fromkeys(SIZES_OF_A_VARIANT)
         return cls(**{**defaults, **given}).checked()
 
@@ -145,11 +170,15 @@ class TrainConfig(ModelOptions):
             raise ValueError(
                 f"image-size: expected {fixed}, the size of {self.data}, got {self.image_size}"
             )
+        if self.recipe is not None:
+            recipe_values(self.recipe, self.data)
         of_some = (*HALTING_OPTIONS, "variant", "source")
         check_given(self.model_name, {name: getattr(self, name) for name in of_some})
         if not self.has_variant:
             for name in SIZES_OF_A_VARIANT:
                 as_integer(option_name(name), getattr(self, name), 1)
+        if self.halt_threshold_range is not None:
+            check_nominal("halt-threshold", self.halt_threshold, self.halt_threshold_range)
         self.with_batch_for(1).plan()
         # The numbers of classes and channels come from the images, and any fit any model.
         self.vit_config(num_classes=1, in_channels=3)
@@ -183,11 +212,31 @@ class TrainConfig(ModelOptions):
             self.batch,
             self.lr,
             self.weight_decay,
-            warmup_share=0.05,
-            max_grad_norm=1.0,
+            label_smoothing=self.label_smoothing,
+            warmup_share=self.warmup_share,
+            max_grad_norm=self.max_grad_norm or math.inf,
             seed=self.seed,
             drop_rest=self.drop_rest,
+            loss=self.loss,
+            mixup=self.mixup,
+            halt_threshold_range=self.halt_threshold_range,
         )
+
+    def model(
+        self, num_classes: int, in_channels: int, source: SourceFile | None = None
+    ) -> ImageClassifier:
+        """Return a new model, as `ModelOptions.model`, whose new head is that of the loss."""
+        model = super().model(num_classes, in_channels, source)
+        if source is None or source.num_classes != num_classes:
+            self.start_head(model.head)
+        return model
+
+    def _tape_fields(self) -> dict[str, Any]:
+        """Return the fields of an AdaTapeViTConfig beside those of any ViT."""
+        fields = super()._tape_fields()
+        if self.num_tape_tokens == 0:
+            return fields
+        return {**fields, **MODEL_FIELDS.get(self.recipe, {})}
 
     @property
     def split(self) -> int:
@@ -205,9 +254,8 @@ class TrainConfig(ModelOptions):
         def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
             return augment.flip(crop(images, generator), generator)
 
-        if self.data == "digits":
-            return augment.turn_and_move
-        return crop if self.data == "mnist" else crop_and_flip
+        usual = {"digits": augment.turn_and_move, "mnist": crop}
+        return self.regularised(usual.get(self.data, crop_and_flip))
 
 
 def _of_source(
@@ -252,9 +300,13 @@ def check_option(field: str, value: object) -> Any:
     Raises:
         ValueError: the value's type or range is not that of the field, whatever the others are.
     """
+    if field in TRAINING_OPTIONS:
+        return check_training_option(field, value)
     name, kind = option_name(field), _KINDS[field]
-    if value is None and (field in HALTING_OPTIONS or kind in (int | None, str | None)):
+    if value is None and (field in HALTING_OPTIONS or kind in _MAY_BE_NONE):
         return None
+    if kind == ThresholdRange | None:
+        return as_threshold_range(name, value)
     if field in _OF_ANY_SIZE:  # the model's configuration knows their ranges
         return as_number(name, value)
     if kind in (int, int | None):
@@ -285,6 +337,7 @@ def check_option(field: str, value: object) -> Any:
 
 
 _KINDS: dict[str, Any] = {field.name: field.type for field in fields(TrainConfig)}
+_MAY_BE_NONE = (int | None, str | None, ThresholdRange | None)
 _RANGES = {
     "seed": (0, (1 << 32) - 1),
     "split_seed": (0, (1 << 32) - 1),

@@ -11,6 +11,7 @@ DEFAULTS: dict[str, Any] = {
     "num_tape_tokens": 8,
     "topk": 4,
     "halt_threshold": 2.0,
+    "halt_threshold_range": None,
     "batch": None,
     "lr": 2e-3,
     "weight_decay": 0.05,
@@ -30,6 +31,16 @@ DEFAULTS: dict[str, Any] = {
     "gate_center": None,
     "ponder_weight": None,
     "distribution_weight": None,
+    "recipe": None,
+    "loss": "softmax",
+    "label_smoothing": 0.05,
+    "mixup": 0.0,
+    "randaugment": 0,
+    "randaugment_magnitude": 10,
+    "random_erasing": 0.0,
+    "ema": 0.0,
+    "max_grad_norm": 1.0,
+    "warmup_share": 0.05,
 }
 """Of every image set."""
 

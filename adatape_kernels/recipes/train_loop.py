@@ -1,8 +1,8 @@
 """The training loop that the demo and `train` share, and predictions over a whole set.
 
-The order and the augmentation of an epoch depend on its number and the seed alone; everything else
-that is random comes from torch's own generator, whose state a checkpoint holds. A run that goes on
-from the end of an epoch therefore repeats the curve of an unbroken one.
+The order, the augmentation and the mixing of an epoch's images depend on its number and the seed
+alone; everything else that is random comes from torch's own generator, whose state a checkpoint
+holds. A run that goes on from the end of an epoch therefore repeats the curve of an unbroken one.
 """
 
 import contextlib
@@ -17,11 +17,19 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
+from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput, Classifier
-from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
+from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.recipes.drawn_thresholds import (
+    ThresholdRange,
+    as_threshold_range,
+    limits_of_steps,
+)
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
 
@@ -58,6 +66,12 @@ class TrainPlan:
     """Decides, with the number of the epoch, the order and the augmentation of the images."""
     drop_rest: bool = False
     """Whether an epoch leaves out the images that do not fill a last batch."""
+    loss: LossKind = "softmax"
+    """The cross entropy of the classes' distribution, "softmax", or of each class, "sigmoid"."""
+    mixup: float = 0.0
+    """Both parameters of the Beta distribution by whose shares images are mixed; 0 for none."""
+    halt_threshold_range: ThresholdRange | None = None
+    """What each step draws its halting threshold from; None for the model's own in all steps."""
 
     def __post_init__(self) -> None:
         """Check the numbers before any training."""
@@ -74,18 +88,24 @@ class TrainPlan:
             ("label_smoothing", "label_smoothing"),
             ("warmup_share", "warmup_share"),
             ("max_grad_norm", "max_grad_norm"),
+            ("mixup", "mixup"),
         ):
             self._set(name, as_number(shown_name, getattr(self, name)))
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
+        for value, shown_name in ((self.weight_decay, "weight-decay"), (self.mixup, "mixup")):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{shown_name}: expected 0 or more, got {value}")
         for name in ("label_smoothing", "warmup_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
         as_flag("drop_rest", self.drop_rest)
+        as_choice("loss", self.loss, LOSS_KINDS)
+        limits = self.halt_threshold_range
+        if limits is not None:
+            self._set("halt_threshold_range", as_threshold_range("halt-threshold-range", limits))
 
     def _set(self, name: str, value: object) -> None:
         """Replace a field by an equal value of the type that it is declared with."""
@@ -118,7 +138,8 @@ class EpochResult:
     """Results of one epoch of training.
 
     Loss and accuracy are means over the images, each measured in training mode and before the step
-    that the image takes part in.
+    that the image takes part in. Of two images that are mixed, the label of the larger share counts
+    in the accuracy.
     """
 
     epoch: int
@@ -138,6 +159,7 @@ def train(
     augment: Augment,
     *,
     optimizer: Optimizer | None = None,
+    averaged: AveragedModel | None = None,
     epochs_done: int = 0,
     title: str = "training",
     after_epoch: Callable[[EpochResult], str] | None = None,
@@ -152,6 +174,8 @@ def train(
         normalise: applied to the images after `augment`.
         augment: applied to the images first.
         optimizer: the optimizer as the last epoch left it; None for a new one.
+        averaged: the moving average of the model's parameters as the last epoch left it, which each
+            step updates; None for none.
         epochs_done: number of epochs that model and optimizer have behind them.
         title: a few words that stand beside the progress bar.
         after_epoch: called with each epoch's result; returns a line to print.
@@ -187,7 +211,9 @@ def train(
         with bar:
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
-                result = _train_epoch(model, data, plan, normalise, augment, optimizer, epoch, bar)
+                result = _train_epoch(
+                    model, data, plan, normalise, augment, optimizer, averaged, epoch, bar
+                )
                 if after_epoch is not None:
                     bar.write(after_epoch(result))
 
@@ -212,6 +238,7 @@ def _train_epoch(
     normalise: Normaliser,
     augment: Augment,
     optimizer: Optimizer,
+    averaged: AveragedModel | None,
     epoch: int,
     bar: Any,
 ) -> EpochResult:
@@ -220,6 +247,7 @@ def _train_epoch(
     per_epoch = plan.steps_per_epoch(images)
     generator = epoch_generator(plan.seed, epoch)
     order = torch.randperm(images, generator=generator)
+    limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     start, seen, loss_sum, right, work = time.perf_counter(), 0, 0.0, 0, 0
     for step in range(per_epoch):
         batch = order[step * plan.batch :][: plan.batch]
@@ -227,8 +255,17 @@ def _train_epoch(
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        output = model(normalise(augment(unit_range(data.train_images[batch]), generator)))
-        loss = model.loss(output, labels, label_smoothing=plan.label_smoothing)
+        inputs, targets = (
+            normalise(augment(unit_range(data.train_images[batch]), generator)),
+            labels,
+        )
+        if plan.mixup:
+            mixture = Mixture.draw(len(batch), plan.mixup, generator)
+            inputs, targets = mixture.images(inputs), mixture.targets(labels, data.num_classes)
+        output = model(inputs, **limits[step])
+        if plan.mixup:
+            targets = targets.to(output.logits.dtype)
+        loss = model.loss(output, targets, label_smoothing=plan.label_smoothing, kind=plan.loss)
         if not loss.isfinite():
             raise RuntimeError(
                 f"loss: expected a finite value at epoch {epoch + 1}, step {step}, got {loss}"
@@ -238,6 +275,8 @@ def _train_epoch(
         if plan.max_grad_norm < math.inf:
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
         optimizer.step()
+        if averaged is not None:
+            averaged.update_parameters(model)
         seen += len(batch)
         loss_sum += loss.item() * len(batch)
         right += int((output.logits.argmax(1) == labels).sum())

@@ -130,6 +130,8 @@ PLAN = {
     "max_grad_norm": (*NO_NUMBER, 0, -1, -math.inf),
     "seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "drop_rest": NO_FLAG,
+    "loss": NO_WORD,
+    "mixup": FACTOR,
 }
 # Of these AdaTape has the ponder weight alone, so that every value of the others is refused.
 HALTING = {
@@ -142,7 +144,19 @@ HALTING = {
     "ponder_weight": FACTOR,
     "distribution_weight": (*FACTOR, 1.0),
 }
-OPTIONAL = {"variant", "batch", "limit", "split_seed", "source", *HALTING}
+REGULARISATION = {
+    "recipe": (*NO_WORD, "small"),
+    "loss": NO_WORD,
+    "label_smoothing": SHARE,
+    "mixup": FACTOR,
+    "randaugment": (*NO_INTEGER, -1, 16, HUGE),
+    "randaugment_magnitude": (*COUNT, 30),
+    "random_erasing": SHARE,
+    "ema": PROBABILITY,
+    "max_grad_norm": FACTOR,
+    "warmup_share": SHARE,
+}
+OPTIONAL = {"variant", "batch", "limit", "split_seed", "source", "recipe", *HALTING}
 TRAINING = {
     "data": NO_WORD,
     "model_name": (*NO_WORD, "transformer_tiny", "vit_tiny_patch8_224"),
@@ -170,6 +184,7 @@ TRAINING = {
     "bank_size": COUNT,
     "split_seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "source": NO_WORD,
+    **REGULARISATION,
 }
 
 SIZES = {"num_classes": 10, "dim": 24, "depth": 1, "num_heads": 2, "ffn_dim": 32}

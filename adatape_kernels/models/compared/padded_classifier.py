@@ -10,6 +10,7 @@ from adatape_kernels.halting import Halting, HaltingState
 from adatape_kernels.layers import ElasticEncoderLayer, ElasticModule
 from adatape_kernels.layers.torch_modules import make_weights
 from adatape_kernels.models.classifier import Classifier, Encoded
+from adatape_kernels.models.cross_entropy import LossKind
 from adatape_kernels.models.embedding import ModelInputs
 from adatape_kernels.models.output import AdaTapeOutput
 from adatape_kernels.models.padded_layer import encode_padded
@@ -65,7 +66,12 @@ class PaddedClassifier(ElasticModule):
         __call__ = forward
 
     def loss(
-        self, output: AdaTapeOutput, labels: Tensor, *, label_smoothing: float = 0.0
+        self,
+        output: AdaTapeOutput,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        kind: LossKind = "softmax",
     ) -> Tensor:
         """Return the loss of the model, as `Classifier.loss` defines it.
 
@@ -75,7 +81,7 @@ class PaddedClassifier(ElasticModule):
             >>> padded.loss(padded(torch.zeros(2, 40, 3)), torch.tensor([0, 1])).shape
             torch.Size([])
         """
-        return self.model.loss(output, labels, label_smoothing=label_smoothing)
+        return self.model.loss(output, labels, label_smoothing=label_smoothing, kind=kind)
 
     def _encoded(self, tokens: ElasticBatch) -> Encoded:
         return self.model.encode_rows(tokens, self._apply_layer, masked=True)

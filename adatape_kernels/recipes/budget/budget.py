@@ -1,4 +1,4 @@
-"""The command `budget`: accuracy, rows, FLOPs and images per second of one model at many limits."""
+"""The command `budget`: accuracy, rows, FLOPs and images per second of models at many limits."""
 
 import functools
 import json
@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from adatape_kernels.arguments import check_path, shown
+from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.image_set import evenly_spaced, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
@@ -29,12 +31,23 @@ from adatape_kernels.recipes.train_loop import accuracy, predict
 REPORT, PICTURE = "report.json", "budget.png"
 MOST_TAPE = 1 << 20
 _TIMED_IMAGES = 256
+_NAME_WIDTH = 30
+
+
+class _Looked(NamedTuple):
+    """A run's model, and what it is measured on."""
+
+    name: str
+    model: AdaTapeViT
+    data: ImageSet
+    normalise: Normaliser
 
 
 def run(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    beside: Sequence[str | os.PathLike[str]] = (),
     thresholds: Sequence[float] | None = None,
     max_tape: Sequence[int] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
@@ -45,14 +58,15 @@ def run(
     Args:
         source: the folder of a run of `train` or of the demo.
         out: a folder, made if it is missing.
-        thresholds: halting thresholds; None for some around the model's own.
-        max_tape: most tape tokens of a read; None for the model's own.
+        beside: folders of further runs on the same images, measured at the same limits.
+        thresholds: halting thresholds; None for some around the own one of the first model.
+        max_tape: most tape tokens of a read; None for the first model's own.
         data_dir: the image set's folder; None for where it was.
-        rounds: number of times that each batch is timed, all limits in turn.
+        rounds: number of times that each batch is timed, all models and limits in turn.
 
     Raises:
-        ValueError: the folder holds no run of an AdaTape of images, a limit is out of range, or
-            `out` cannot be written; the error names it.
+        ValueError: a folder holds no run of an AdaTape of images, runs have different test images,
+            a limit is out of range, or `out` cannot be written; the error names it.
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
@@ -62,18 +76,10 @@ def run(
     tapes = _lengths(max_tape)
     pictures.require("budget")
     check_output_folder(folder)
-    where = check_path("run", source)
-    model = load(where)
-    if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
-        raise ValueError(
-            f"run: expected that of an AdaTape of images that reads, got {printable(where)}, "
-            f"a {type(model).__name__}"
-        )
-    own = model.config
+    first, *others = looked = _look([source, *beside], data_dir)
+    own = first.model.config
     results = _measured(
-        model,
-        where,
-        None if data_dir is None else Path(data_dir),
+        looked,
         chosen or _around(own.halt_threshold),
         tapes or (own.num_tape_tokens,),
         rounds,
@@ -82,12 +88,9 @@ def run(
     with lenient_output(), claim(folder) as writing:
         report = {
             "results": [asdict(result) for result in results],
-            "run": printable(where),
-            "own": {
-                "halt_threshold": own.halt_threshold,
-                "num_tape_tokens": own.num_tape_tokens,
-                "topk": own.topk,
-            },
+            "run": first.name,
+            "own": _own_limits(first.model),
+            "beside": [{"run": each.name, "own": _own_limits(each.model)} for each in others],
             **environment(),
         }
         writing.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
@@ -95,6 +98,59 @@ def run(
         print(table(results))
         print(f"report and picture: {printable(folder)}{os.sep}")
     return results
+
+
+def _look(
+    sources: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
+) -> list[_Looked]:
+    """Load runs, all with the test images of the first. Raises ValueError, as `run` does."""
+    folders = [check_path("beside" if number else "run", s) for number, s in enumerate(sources)]
+    looked: list[_Looked] = []
+    for folder, name in zip(folders, names_of_runs(folders), strict=True):
+        argument = "beside" if looked else "run"
+        model = load(folder)
+        if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
+            raise ValueError(
+                f"{argument}: expected that of an AdaTape of images that reads, "
+                f"got {printable(folder)}, a {type(model).__name__}"
+            )
+        data = images_of_run(folder, None if data_dir is None else Path(data_dir))
+        if looked and not _same_labels(data, looked[0].data):
+            raise ValueError(
+                f"beside: expected a run on the test images of {looked[0].name}, "
+                f"got {printable(folder)}, which has others"
+            )
+        looked.append(_Looked(name, model, data, normaliser_of(model)))
+    return looked
+
+
+def names_of_runs(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each run: its folder's own, or the path where several are called so.
+
+    Raises:
+        ValueError: a folder is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(resolved):
+        if folder in resolved[:number]:
+            raise ValueError(f"beside: expected other runs, got {printable(folders[number])} again")
+    own = [folder.name for folder in resolved]
+    return [
+        printable(name if own.count(name) == 1 else folder)
+        for name, folder in zip(own, resolved, strict=True)
+    ]
+
+
+def _same_labels(data: ImageSet, other: ImageSet) -> bool:
+    """Return whether two sets have as many test images of the same classes in the same order."""
+    same_names = data.class_names == other.class_names
+    return same_names and torch.equal(data.test_labels, other.test_labels)
+
+
+def _own_limits(model: AdaTapeViT) -> dict[str, Any]:
+    own = model.config
+    names = ("halt_threshold", "num_tape_tokens", "topk")
+    return {name: getattr(own, name) for name in names}
 
 
 def _around(threshold: float) -> tuple[float, ...]:
@@ -125,29 +181,30 @@ def _lengths(values: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _measured(
-    model: AdaTapeViT,
-    source: Path,
-    data_dir: Path | None,
-    thresholds: Sequence[float],
-    tapes: Sequence[int],
-    rounds: int,
+    looked: Sequence[_Looked], thresholds: Sequence[float], tapes: Sequence[int], rounds: int
 ) -> list[BudgetResult]:
-    """Measure a model on the test images of its run."""
-    data, normalise = images_of_run(source, data_dir), normaliser_of(model)
-    sample = evenly_spaced(len(data.test_labels), _TIMED_IMAGES)
-    batch = normalise(unit_range(data.test_images[sample]))
-    model.eval()
-    inputs = model.embed(batch[:1])[0].shape[1]
-    limits = [(threshold, longest) for longest in tapes for threshold in thresholds]
+    """Measure models on the test images of their runs."""
+    cases = [
+        (number, threshold, longest)
+        for number in range(len(looked))
+        for longest in tapes
+        for threshold in thresholds
+    ]
+    sample = evenly_spaced(len(looked[0].data.test_labels), _TIMED_IMAGES)
+    batches = [each.normalise(unit_range(each.data.test_images[sample])) for each in looked]
+    for each in looked:
+        each.model.eval()
 
-    def forward(threshold: float, longest: int) -> None:
+    def forward(number: int, threshold: float, longest: int) -> None:
         with torch.no_grad():
-            model(batch, halt_threshold=threshold, num_tape_tokens=longest)
+            looked[number].model(batches[number], halt_threshold=threshold, num_tape_tokens=longest)
 
-    forwards = {str(pair): functools.partial(forward, *pair) for pair in limits}
+    forwards = {str(case): functools.partial(forward, *case) for case in cases}
     times = measure.seconds(forwards, rounds)
     results = []
-    for threshold, longest in limits:
+    for case in cases:
+        number, threshold, longest = case
+        name, model, data, normalise = looked[number]
         output = predict(
             model,
             data.test_images,
@@ -156,16 +213,16 @@ def _measured(
             num_tape_tokens=longest,
         )
         tape = output.tape_lens.double().mean().item()
-        name = str((threshold, longest))
-        timing, images = times[name], len(batch)
+        timing, images = times[str(case)], len(sample)
         results.append(
             BudgetResult(
+                name,
                 threshold,
                 longest,
                 accuracy(output, data.test_labels),
                 tape,
-                inputs + tape,
-                measure.flops(forwards[name]) / images,
+                model.embed(batches[number][:1])[0].shape[1] + tape,
+                measure.flops(forwards[str(case)]) / images,
                 images / timing.median,
                 (images / timing.p80, images / timing.p20),
             )
@@ -174,16 +231,29 @@ def _measured(
 
 
 def table(results: Sequence[BudgetResult]) -> str:
-    """Return the results as text, a line for each pair of limits."""
+    """Return the results as text, a line for each model and pair of limits."""
+    several = len({r.run for r in results}) > 1
+    names = [printable(r.run, _NAME_WIDTH) if several else "" for r in results]
+    width = max(3, *map(len, names))
+
+    def line(name: str, rest: str) -> str:
+        return f"{name:{width}} {rest}" if several else rest
+
     lines = [
         "",
-        f"{'threshold':>9} {'max tape':>9} {'accuracy':>9} {'tape':>7} {'rows':>7} "
-        f"{'MFLOP':>9} {'images/s':>9}",
+        line(
+            "run",
+            f"{'threshold':>9} {'max tape':>9} {'accuracy':>9} {'tape':>7} {'rows':>7} "
+            f"{'MFLOP':>9} {'images/s':>9}",
+        ),
     ]
     lines += [
-        f"{r.halt_threshold:9.3g} {r.num_tape_tokens:9} {r.accuracy:9.2%} "
-        f"{r.mean_tape_tokens:7.2f} {r.mean_rows:7.1f} {r.flops / 1e6:9.2f} "
-        f"{r.images_per_second:9,.0f}"
-        for r in results
+        line(
+            name,
+            f"{r.halt_threshold:9.3g} {r.num_tape_tokens:9} {r.accuracy:9.2%} "
+            f"{r.mean_tape_tokens:7.2f} {r.mean_rows:7.1f} {r.flops / 1e6:9.2f} "
+            f"{r.images_per_second:9,.0f}",
+        )
+        for name, r in zip(names, results, strict=True)
     ]
     return "\n".join(lines)

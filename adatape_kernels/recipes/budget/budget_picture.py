@@ -1,72 +1,61 @@
-"""The picture of one model at many budgets."""
+"""The picture of models at many budgets."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
-from adatape_kernels.recipes.pictures import axes_of, plain_settings
+from adatape_kernels.recipes.pictures import axes_of, drawn_name, plain_settings
 
-# Colours that the colour-blind tell apart; marks and lines differ in black and white too.
-_STYLES: tuple[tuple[str, str, Any], ...] = (
-    ("#0072b2", "o", "-"),
-    ("#d55e00", "s", "--"),
-    ("#009e73", "^", "-."),
-    ("#cc79a7", "D", ":"),
-    ("#56b4e9", "v", (0, (5, 1, 1, 1))),
-)
+# Colours that the colour-blind tell apart; marks and dashes differ in black and white too. As many
+# marks as colours would repeat together, and a sixth line look like the first.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a0527f", "black")
+_MARKS = ("o", "s", "^", "D", "v", "x", "P")
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 
 
 def drawn(results: Sequence[BudgetResult]) -> bytes:
-    """Return the picture as PNG: accuracy against FLOPs and against images per second.
-
-    Each longest tape is a line, along which the threshold grows; each threshold stands beside its
-    mark in the left part.
-    """
+    """Return the picture as PNG."""
     with plain_settings():
-        figure, axes = axes_of(1, 2, 10.5, 4.4)
-        by_flops, by_speed = axes[0]
-        for number, longest in enumerate(dict.fromkeys(r.num_tape_tokens for r in results)):
-            color, marker, line = _STYLES[number % len(_STYLES)]
-            own = [r for r in results if r.num_tape_tokens == longest]
-            accuracies = [100 * r.accuracy for r in own]
-            style: dict[str, Any] = dict(
-                color=color, marker=marker, linestyle=line, markerfacecolor="none"
-            )
-            tokens = "token" if longest == 1 else "tokens"
-            label = f"up to {longest} tape {tokens}"
-            by_flops.plot([r.flops / 1e6 for r in own], accuracies, **style, label=label)
-            by_speed.plot([r.images_per_second for r in own], accuracies, **style)
-            for place, text in _labels(own).items():
-                # Lines that meet have their texts on different sides.
-                by_flops.annotate(
-                    text,
-                    place,
-                    xytext=(7, 0) if number % 2 else (-7, 0),
-                    textcoords="offset points",
-                    ha="left" if number % 2 else "right",
-                    va="center",
-                    color=color,
-                    fontsize=7,
-                )
-        by_flops.set(xlabel="MFLOP an image", ylabel="test accuracy, %")
-        by_flops.set_title("Beside each mark: halting thresholds", fontsize=10)
-        by_speed.set(xlabel="images per second", ylabel="test accuracy, %")
-        for axis in (by_flops, by_speed):
-            axis.margins(x=0.08, y=0.12)
-            axis.spines[["top", "right"]].set_visible(False)
-        by_flops.legend(frameon=False, fontsize=8)
         content = io.BytesIO()
-        figure.savefig(content, dpi=130)
+        figure_of(results).savefig(content, dpi=130)
     return content.getvalue()
 
 
-def _labels(results: Sequence[BudgetResult]) -> dict[tuple[float, float], str]:
-    """Return the text beside each place, (MFLOP, accuracy in %), of results that may coincide."""
-    thresholds: dict[tuple[float, float], list[float]] = {}
-    for r in results:
-        thresholds.setdefault((r.flops / 1e6, 100 * r.accuracy), []).append(r.halt_threshold)
-    return {
-        place: f"{min(own):.3g}" if len(own) == 1 else f"{min(own):.3g} to {max(own):.3g}"
-        for place, own in thresholds.items()
-    }
+def figure_of(results: Sequence[BudgetResult]) -> Any:
+    """Draw accuracy against halting thresholds, rows, FLOPs and images per second.
+
+    Each model and longest tape is a line, along which the threshold grows.
+    """
+    figure, axes = axes_of(2, 2, 10.5, 8)
+    several = len({r.run for r in results}) > 1
+    lines = list(dict.fromkeys((r.run, r.num_tape_tokens) for r in results))
+    for number, (run, longest) in enumerate(lines):
+        own = [r for r in results if (r.run, r.num_tape_tokens) == (run, longest)]
+        label = f"up to {longest} tape {'token' if longest == 1 else 'tokens'}"
+        costs = {
+            "halting threshold": [r.halt_threshold for r in own],
+            "mean rows of an image": [r.mean_rows for r in own],
+            "MFLOP an image": [r.flops / 1e6 for r in own],
+            "images per second": [r.images_per_second for r in own],
+        }
+        for axis, (name, cost) in zip(axes.flat, costs.items(), strict=True):
+            (line,) = axis.plot(
+                cost,
+                [100 * r.accuracy for r in own],
+                color=_COLOURS[number % len(_COLOURS)],
+                marker=_MARKS[number % len(_MARKS)],
+                linestyle=_DASHES[number % len(_DASHES)],
+                markerfacecolor="none",
+            )
+            axis.set(xlabel=name, ylabel="test accuracy, %")
+        line.set_label(f"{drawn_name(run)}, {label}" if several else label)
+    for axis in axes.flat:
+        axis.margins(x=0.06, y=0.08)
+        axis.spines[["top", "right"]].set_visible(False)
+    legend = figure.legend(
+        loc="outside lower center", ncols=2 if several else 3, frameon=False, fontsize=9
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # `$` is a letter of a run's name like any other
+    return figure

@@ -1,4 +1,4 @@
-"""What one model does within one pair of limits."""
+"""What a model does within one pair of limits."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 class BudgetResult:
     """What a model does within limits."""
 
+    run: str
+    """Which run the model is from."""
     halt_threshold: float
     num_tape_tokens: int
     accuracy: float

@@ -19,6 +19,7 @@ from adatape_kernels.data.image_set import Images, evenly_spaced, unit_range
 from adatape_kernels.data.printable import printable
 from adatape_kernels.data.spoiled_images import blurred, noisy
 from adatape_kernels.models import AdaTapeOutput, AdaTapeViT
+from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.heatmap import heatmap_pictures
@@ -28,6 +29,7 @@ from adatape_kernels.recipes.heatmap.read_statistics import (
     PlacesRead,
     correlation,
     entries_read,
+    known,
     mean_of,
     places_read,
 )
@@ -44,6 +46,7 @@ NOISE, BLUR = 0.2, 1.0
 """Standard deviations of the noise, on images in 0 to 1, and of the blur, in pixels."""
 _SPOILED_SEED = 0
 _EXAMPLES = 12
+_MOST_READ = 40
 _MEAN_IMAGES = 200
 
 
@@ -77,6 +80,7 @@ def run(
     images: Sequence[str | os.PathLike[str]] = (),
     beside: Sequence[str | os.PathLike[str]] = (),
     data_dir: str | os.PathLike[str] | None = None,
+    show_images: bool = True,
 ) -> dict[str, Any]:
     """Look at what a model reads of the test images of its run, and write pictures into `out`.
 
@@ -86,6 +90,8 @@ def run(
         images: image files whose reads are drawn in place of those of some test images.
         beside: folders of further runs, drawn beside the first; their images are their own.
         data_dir: the folder of the first run's images; None for where they were.
+        show_images: whether pictures show images of the set; False for images that may not be
+            shown, and for pictures of what is read alone.
 
     Returns:
         What report.json holds.
@@ -97,6 +103,7 @@ def run(
         RuntimeError: a package of the extra `demo` is missing.
     """
     folder = folder_argument("out", out)
+    as_flag("show_images", show_images)
     pictures.require("heatmap")
     check_output_folder(folder)
     first = _look(source, data_dir)
@@ -108,13 +115,14 @@ def run(
             )
     files = [check_path("images", file) for file in images]
     with pictures.plain_settings():
-        drawn = _examples(first, files)
+        drawn = _examples(first, files) if show_images or files else None
     folder.mkdir(parents=True, exist_ok=True)
     with lenient_output(), claim(folder) as writing, pictures.plain_settings():
         report: dict[str, Any] = {
             "run": printable(source),
             "images": len(first.data.test_labels),
-            "reads": _draw_reads(writing, first),
+            "class_names": list(first.data.class_names),
+            "reads": _draw_reads(writing, first, show_images),
             "lengths": _draw_lengths(writing, first),
             "noise": NOISE,
             "blur": BLUR,
@@ -123,7 +131,7 @@ def run(
         if drawn is not None:
             _write(writing, "examples", drawn)
         if others:
-            report["beside"] = _draw_beside(writing, [first, *others])
+            report["beside"] = _draw_beside(writing, [first, *others], show_images)
         writing.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
         print(_told(report))
         print(f"pictures and report: {printable(folder)}{os.sep}")
@@ -150,7 +158,7 @@ def _side(model: AdaTapeViT) -> int | None:
     return c.image_size // c.bank_patch_size if c.bank == "input" else None
 
 
-def _draw_reads(out: RunFolder, looked: _Looked) -> list[dict[str, Any]]:
+def _draw_reads(out: RunFolder, looked: _Looked, show_images: bool) -> list[dict[str, Any]]:
     """Draw every read; return what the report says of each."""
     names, labels = looked.data.class_names, looked.data.test_labels
     side, entries = _side(looked.model), []
@@ -158,12 +166,13 @@ def _draw_reads(out: RunFolder, looked: _Looked) -> list[dict[str, Any]]:
         suffix = "" if len(looked.output.reads) == 1 else f"-layer{layer}"
         if side is not None:
             places = places_read(read, labels, len(names), side)
-            means = [_mean(looked.data.test_images, (labels == c).nonzero()[:, 0])
-                     for c in range(len(names))]  # fmt: skip
-            mean = _mean(looked.data.test_images, torch.arange(len(labels)))
-            assert mean is not None
-            panels = heatmap_pictures.class_panels(places, means, mean, names)
-            title = f"Mean images, and which patches are read before layer {layer}"
+            classes = labels.unique().tolist()
+            means, title = None, f"Which patches are read before layer {layer}"
+            if show_images:
+                means = [_mean(looked.data.test_images, labels == c) for c in classes]
+                means.append(_mean(looked.data.test_images, labels == labels))
+                title = f"Mean images, and which patches are read before layer {layer}"
+            panels = heatmap_pictures.class_panels(places, classes, means, names)
             _write(out, f"heatmap{suffix}", heatmap_pictures.draw_panels(panels, title))
             _write(out, f"steps{suffix}", heatmap_pictures.draw_steps(places))
             entries.append({"layer": layer, **_places_entries(places)})
@@ -175,28 +184,40 @@ def _draw_reads(out: RunFolder, looked: _Looked) -> list[dict[str, Any]]:
 
 
 def _places_entries(places: PlacesRead) -> dict[str, Any]:
-    known = places.centre_share == places.centre_share
     return {
-        "centre_share": places.centre_share if known else None,
+        "centre_share": known(places.centre_share),
         "uniform_share": places.uniform_share,
+        "centre_share_by_step": [known(share) for share in places.centre_share_by_step.tolist()],
         "images_by_step": places.images_by_step.tolist(),
         "share_by_patch": places.over_all.tolist(),
     }
 
 
 def _entries_entries(found: EntriesRead) -> dict[str, Any]:
+    order = found.counts.argsort(descending=True, stable=True)[:_MOST_READ]
+    most_read = [
+        {
+            "entry": entry,
+            "count": int(found.counts[entry]),
+            "counts_by_class": found.by_class[:, entry].tolist(),
+        }
+        for entry in order.tolist()
+        if found.counts[entry]
+    ]
     return {
         "dead_entries": found.dead,
         "bank_size": len(found.counts),
         "entropy_bits": found.entropy,
+        "class_information_bits": found.class_information,
         "counts": found.counts.tolist(),
+        "most_read": most_read,
     }
 
 
-def _mean(images: Images, chosen: Tensor) -> Tensor | None:
-    """Return the mean of some of the chosen images, None of none."""
-    some = chosen[evenly_spaced(len(chosen), _MEAN_IMAGES)]
-    return unit_range(images[some]).mean(0) if len(some) else None
+def _mean(images: Images, chosen: Tensor) -> Tensor:
+    """Return the mean of some images where `chosen` is True, as it is for one at least."""
+    numbers = chosen.nonzero()[:, 0]
+    return unit_range(images[numbers[evenly_spaced(len(numbers), _MEAN_IMAGES)]]).mean(0)
 
 
 def _draw_lengths(out: RunFolder, looked: _Looked) -> dict[str, Any]:
@@ -255,7 +276,9 @@ def _examples(looked: _Looked, files: Sequence[Path]) -> Any:
     return heatmap_pictures.draw_examples(pixels, titles, read, side)
 
 
-def _draw_beside(out: RunFolder, looked: Sequence[_Looked]) -> list[dict[str, Any]]:
+def _draw_beside(
+    out: RunFolder, looked: Sequence[_Looked], show_images: bool
+) -> list[dict[str, Any]]:
     """Draw what several models read over all their images, side by side."""
     panels, entries = [], []
     for each in looked:
@@ -263,8 +286,7 @@ def _draw_beside(out: RunFolder, looked: Sequence[_Looked]) -> list[dict[str, An
         assert side is not None
         labels = each.data.test_labels
         places = places_read(each.output.reads[0], labels, each.data.num_classes, side)
-        mean = _mean(each.data.test_images, torch.arange(len(labels)))
-        assert mean is not None
+        mean = _mean(each.data.test_images, labels == labels) if show_images else None
         c = each.model.config
         title = f"input /{c.patch_size}, bank /{c.bank_patch_size}"
         panels.append(heatmap_pictures.Panel(title, mean, places.over_all))
@@ -291,7 +313,8 @@ def _told(report: dict[str, Any]) -> str:
         if "dead_entries" in read:
             lines.append(
                 f"{where}{read['dead_entries']:,} of {read['bank_size']:,} entries are never read, "
-                f"entropy {read['entropy_bits']:.2f} bits"
+                f"entropy {read['entropy_bits']:.2f} bits; an entry that is read tells "
+                f"{read['class_information_bits']:.2f} bits of the class"
             )
         elif read["centre_share"] is None:
             lines.append(f"{where}nothing")

@@ -14,55 +14,75 @@ from adatape_kernels.recipes.pictures import axes_of, drawn_name, shown_image, t
 _COLOURS = "cividis_r"
 _MOST_CLASSES, _MOST_STEPS, _MOST_ENTRIES = 11, 16, 40
 _BAR = "#0072b2"
+# A number of two digits of 96 / side points fits into a patch of a single image, and one of less
+# than 3 points is none that can be read.
+_POINTS_ACROSS, _LEAST_POINTS = 96, 3.0
 
 
 class Panel(NamedTuple):
     """A mean image, and the share of images that read each of its patches."""
 
     title: str
-    image: Tensor
-    """(channels, height, width) in 0 to 1."""
+    image: Tensor | None
+    """(channels, height, width) in 0 to 1; None where no image is shown."""
     share: Tensor
     """(side, side)."""
 
 
 def draw_panels(panels: Sequence[Panel], title: str) -> Any:
-    """Draw mean images, and beside each what is read of it, on one scale."""
+    """Draw mean images, and beside each what is read of it, on one scale.
+
+    Args:
+        panels: what is drawn, all with an image or all without.
+        title: what stands above them.
+    """
+    parts = 1 if panels[0].image is None else 2
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = axes_of(rows, 2 * columns, max(6.5, 3.3 * columns), 1.9 * rows + 0.9)
+    # One picture alone has the room that its title needs; two share the room of one title.
+    width = max(6.5, 3.3 * columns if parts == 2 else 1.75 * columns + 1.6)
+    height = 1.75 * rows + 0.7 if parts == 2 else 2.1 * rows + 0.6
+    figure, axes = axes_of(rows, parts * columns, width, height)
     for axis in axes.flat:
         axis.axis("off")
     most = max(0.01, *(panel.share.max().item() for panel in panels))
     for number, panel in enumerate(panels):
         row, column = divmod(number, columns)
-        mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
-        mean_axis.imshow(shown_image(panel.image), cmap="gray")
-        titled(mean_axis, panel.title)
+        heat_axis = axes[row, parts * column + parts - 1]
         heat = heat_axis.imshow(panel.share.numpy(), cmap=_COLOURS, vmin=0, vmax=most)
-        titled(heat_axis, f"up to {panel.share.max():.0%}")
+        highest = f"up to {panel.share.max():.0%}"
+        if panel.image is None:
+            titled(heat_axis, f"{panel.title}\n{highest}")
+        else:
+            mean_axis = axes[row, parts * column]
+            mean_axis.imshow(shown_image(panel.image), cmap="gray")
+            titled(mean_axis, panel.title)
+            titled(heat_axis, highest)
     figure.colorbar(heat, ax=axes, shrink=0.8, label="share of the images\nthat read this patch")
     figure.suptitle(title, parse_math=False)
     return figure
 
 
 def class_panels(
-    places: PlacesRead, means: Sequence[Tensor | None], mean: Tensor, names: Sequence[str]
+    places: PlacesRead,
+    classes: Sequence[int],
+    means: Sequence[Tensor] | None,
+    names: Sequence[str],
 ) -> list[Panel]:
     """Return a panel for each class that has images, as many as can be seen, and one for all.
 
     Args:
         places: where images are read.
-        means: the mean image of each class, None where it has none.
-        mean: the mean image of all.
-        names: the classes' names.
+        classes: numbers of the classes that have images.
+        means: the mean image of each of these classes, and that of all; None to show no image.
+        names: the names of all classes.
     """
+    images = [None] * (len(classes) + 1) if means is None else means
     panels = [
-        Panel(drawn_name(name), image, places.by_class[c])
-        for c, (name, image) in enumerate(zip(names, means, strict=True))
-        if image is not None
+        Panel(drawn_name(names[c]), image, places.by_class[c])
+        for c, image in zip(classes, images, strict=False)
     ]
-    return [*panels[:_MOST_CLASSES], Panel("all", mean, places.over_all)]
+    return [*panels[:_MOST_CLASSES], Panel("all", images[-1], places.over_all)]
 
 
 def draw_steps(places: PlacesRead) -> Any:
@@ -97,6 +117,8 @@ def draw_examples(
     figure, axes = axes_of(rows, columns, max(5, 2.1 * columns), 2.5 * rows + 0.6)
     for axis in axes.flat:
         axis.axis("off")
+    size = min(6.0, _POINTS_ACROSS / side)
+    numbered = size >= _LEAST_POINTS
     for axis, image, title, indices in zip(axes.flat, images, titles, read.indices, strict=False):
         height, width = image.shape[1:]
         axis.imshow(shown_image(image), cmap="gray", alpha=0.75)
@@ -104,21 +126,36 @@ def draw_examples(
         for step, chosen in enumerate(indices.tolist()):
             for index in chosen:
                 if index >= 0:
-                    _draw_patch(axis, index, step, height / side, width / side, side)
-    figure.suptitle("Patches that were read, and the step that read each")
+                    corner = (
+                        index % side * width / side - 0.5,
+                        index // side * height / side - 0.5,
+                    )
+                    _draw_patch(axis, corner, width / side, height / side)
+                    if numbered:
+                        _write_step(axis, corner, width / side, height / side, step, size)
+    steps = ", and the step that read each" if numbered else ""
+    figure.suptitle(f"Patches that were read{steps}")
     return figure
 
 
-def _draw_patch(axis: Any, index: int, step: int, height: float, width: float, side: int) -> None:
-    """Outline a patch, and write the number of its step into it."""
+def _draw_patch(axis: Any, corner: tuple[float, float], width: float, height: float) -> None:
+    """Outline a patch."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import Normal, Stroke
 
-    y, x = divmod(index, side)
-    corner = (x * width - 0.5, y * height - 0.5)
-    axis.add_patch(Rectangle(corner, width, height, fill=False, color="#d55e00", linewidth=1))
+    # A light line on both sides of a dark one is seen on any image, in black and white too.
+    outline = Rectangle(corner, width, height, fill=False, color="#a63d00", linewidth=0.9)
+    outline.set_path_effects([Stroke(linewidth=2.1, foreground="white"), Normal()])
+    axis.add_patch(outline)
+
+
+def _write_step(
+    axis: Any, corner: tuple[float, float], width: float, height: float, step: int, size: float
+) -> None:
+    """Write the number of a step, counted from 1 there, into the patch that it read."""
     axis.text(
         corner[0] + width / 2, corner[1] + height / 2, str(step + 1),
-        ha="center", va="center", fontsize=6, color="black",
+        ha="center", va="center", fontsize=size, color="black",
         bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.3},
     )  # fmt: skip
 
@@ -145,9 +182,16 @@ def draw_entries(entries: EntriesRead, names: Sequence[str]) -> Any:
     shares.set_yticks(
         range(len(shown)), [drawn_name(names[c]) for c in shown], fontsize=8, parse_math=False
     )
+    shares.set_xticks(
+        [place for place in range(len(top)) if place == 0 or place % 5 == 4],
+        [str(place + 1) for place in range(len(top)) if place == 0 or place % 5 == 4],
+    )
     shares.set(xlabel=f"the {len(top)} entries that are read most")
-    shares.set_title("Share of a class's reads")
-    figure.colorbar(heat, ax=shares)
+    shares.set_title(
+        "Which classes read them: an entry that is read\n"
+        f"tells {entries.class_information:.2f} bits of the class"
+    )
+    figure.colorbar(heat, ax=shares, label="share of the class's reads")
     return figure
 
 

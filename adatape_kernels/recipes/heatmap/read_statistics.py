@@ -24,6 +24,8 @@ class PlacesRead:
     """(num_tape_tokens,) int64, the number of images that take each step."""
     centre_share: float
     """Share of all reads that fall on the patches of the middle, NaN where nothing is read."""
+    centre_share_by_step: Tensor
+    """(num_tape_tokens,) float64, the same of the reads of each step, NaN where none takes it."""
     uniform_share: float
     """What it would be if every patch were read alike."""
 
@@ -58,13 +60,15 @@ def places_read(read: TapeSelection, labels: Tensor, classes: int, side: int) ->
             for c in range(classes)
         ]
     )
-    total, inside = marks.sum(), marks[..., middle(side).flatten()].sum()
+    by_step = marks.sum(0)
+    total, inside = by_step.sum(1), by_step[:, middle(side).flatten()].sum(1)
     return PlacesRead(
         by_class.unflatten(1, (side, side)),
         per_image.sum(0).div(max(1, images)).unflatten(0, (side, side)),
-        (marks.sum(0) / taking.clamp(min=1)[:, None]).unflatten(1, (side, side)),
+        (by_step / taking.clamp(min=1)[:, None]).unflatten(1, (side, side)),
         taking,
-        (inside / total).item() if total else torch.nan,
+        (inside.sum() / total.sum()).item(),
+        inside / total,
         middle(side).double().mean().item(),
     )
 
@@ -81,6 +85,9 @@ class EntriesRead:
     """Number of entries that nobody reads."""
     entropy: float
     """Entropy of the reads over the entries, in bits; at most log2(bank_size)."""
+    class_information: float
+    """What an entry that is read says of the image's class, on average over the reads, in bits: 0
+    where all classes read alike, and at most log2(classes)."""
 
 
 def entries_read(read: TapeSelection, labels: Tensor, classes: int, bank_size: int) -> EntriesRead:
@@ -98,9 +105,16 @@ def entries_read(read: TapeSelection, labels: Tensor, classes: int, bank_size: i
     flat = classes_of_reads * bank_size + indices[chosen]
     by_class = flat.bincount(minlength=classes * bank_size).view(classes, bank_size)
     counts = by_class.sum(0)
+    entropy = entropy_bits(counts)
+    # The mutual information of class and entry: H(class) + H(entry) - H(class, entry).
+    information = entropy_bits(by_class.sum(1)) + entropy - entropy_bits(by_class.flatten())
+    return EntriesRead(counts, by_class, int((counts == 0).sum()), entropy, max(0.0, information))
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Return the entropy in bits of a distribution that is given by counts, 0 of none."""
     shares = counts[counts > 0].double() / counts.sum().clamp(min=1)
-    entropy = -(shares * shares.log2()).sum().item()
-    return EntriesRead(counts, by_class, int((counts == 0).sum()), entropy + 0.0)
+    return -(shares * shares.log2()).sum().item() + 0.0
 
 
 @dataclass(frozen=True)
@@ -120,8 +134,13 @@ class LengthsRead:
     the same for all."""
 
     def entries(self) -> dict[str, Any]:
-        """Return what report.json holds; None stands for NaN, which JSON lacks."""
-        return {name: None if value != value else value for name, value in vars(self).items()}
+        """Return what report.json holds, which knows no NaN."""
+        return {name: known(value) for name, value in vars(self).items()}
+
+
+def known(value: float) -> float | None:
+    """Return a value, None in the place of NaN."""
+    return None if value != value else value
 
 
 def mean_of(lengths: Tensor) -> float:

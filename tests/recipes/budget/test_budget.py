@@ -11,15 +11,6 @@ from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.train_loop import accuracy, predict
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("budget") / "run"
-    options = ["--epochs", "1", "--limit", "48", "--depth", "1", "--dim", "16", "--heads", "2"]
-    options += ["--ffn", "16", "--seed", "3"]
-    assert main(["train", "--data", "digits", *options, "--out", str(folder)]) == 0
-    return folder
-
-
 def test_each_line_is_a_model_that_was_loaded_with_these_limits(run, tmp_path, capsys):
     limits = ["--thresholds", "1.5,0.5", "--max-tape", "4,1", "--rounds", "1"]
     assert main(["budget", str(run), *limits, "--out", str(tmp_path / "b")]) == 0

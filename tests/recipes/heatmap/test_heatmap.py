@@ -12,23 +12,6 @@ from adatape_kernels.recipes.heatmap import heatmap
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.train_loop import predict
 
-TRAIN = ["train", "--data", "digits", "--epochs", "1", "--limit", "48", "--seed", "3", "--depth"]
-TRAIN += ["1", "--dim", "16", "--heads", "2", "--ffn", "16"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run that reads patches, one that reads learned tokens, and a ViT that reads nothing."""
-    folder = tmp_path_factory.mktemp("runs")
-    options = {
-        "input": [],
-        "learn": ["--bank", "learn", "--bank-size", "30"],
-        "vit": ["--num-tape-tokens", "0"],
-    }
-    for name, own in options.items():
-        assert main([*TRAIN, *own, "--out", str(folder / name)]) == 0
-    return folder
-
 
 def test_pictures_and_numbers_of_a_bank_of_patches(runs, tmp_path, capsys):
     assert main(["heatmap", str(runs / "input"), "--out", str(tmp_path / "h")]) == 0

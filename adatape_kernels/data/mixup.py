@@ -1,0 +1,60 @@
+"""Mixup: each image of a batch is mixed with another one, and its target likewise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the images of a batch are mixed, each with the one before it.
+
+    Source: Zhang et al., mixup: Beyond Empirical Risk Minimization; scenic
+    dataset_lib/dataset_utils.py, mixup, which draws one share for a whole batch.
+
+    Example:
+        >>> import torch
+        >>> from adatape_kernels.data.mixup import Mixture
+        >>> mixture = Mixture(torch.tensor([0.75, 1.0]))
+        >>> mixture.targets(torch.tensor([0, 2]), num_classes=3).tolist()
+        [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
+    """
+
+    shares: Tensor
+    """(batch,) float32, each image's share of what it becomes, from 1/2 to 1."""
+
+    @classmethod
+    def draw(cls, batch: int, alpha: float, generator: Generator) -> "Mixture":
+        """Return shares of a Beta(alpha, alpha) distribution, or of 1 less such a number.
+
+        Of the two the larger is taken, which changes nothing but which of two images is named
+        first. So an image's own label is always that of the larger share.
+
+        Args:
+            batch: number of images.
+            alpha: above 0; the larger, the nearer are the shares to 1/2.
+            generator: gives all random numbers.
+        """
+        # torch draws such numbers from its default generator alone.
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        drawn = torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, batch))
+        return cls(torch.maximum(drawn, 1 - drawn).float())
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return mixed images (batch, channels, height, width) of the same dtype and device."""
+        share = self.shares.to(images).view(-1, 1, 1, 1)
+        return share * images + (1 - share) * images.roll(1, 0)
+
+    def targets(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Return a probability of each class, (batch, num_classes) float32.
+
+        Args:
+            labels: (batch,) int64, those of the images before they were mixed.
+            num_classes: number of classes.
+        """
+        own = F.one_hot(labels, num_classes).float()
+        share = self.shares.to(own).unsqueeze(1)
+        return share * own + (1 - share) * own.roll(1, 0)

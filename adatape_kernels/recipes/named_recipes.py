@@ -1,0 +1,135 @@
+"""Named configurations of `train`: whole sets of options, which those that are given go before."""
+
+from typing import Any
+
+from adatape_kernels.arguments import shown
+
+_SMALL: dict[str, Any] = {
+    "patch": 4,
+    "bank_patch": 4,
+    "num_tape_tokens": 8,
+    "topk": 4,
+    "loss": "softmax",
+    "label_smoothing": 0.1,
+    "weight_decay": 0.05,
+    "warmup_share": 0.1,
+    "max_grad_norm": 1.0,
+    "ema": 0.999,
+    "batch": 64,
+    "lr": 1e-3,
+}
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "fashion-mnist": {
+            **_SMALL,
+            "dim": 96,
+            "depth": 6,
+            "heads": 3,
+            "ffn": 192,
+            "epochs": 40,
+        },
+        "cifar10": {
+            **_SMALL,
+            "dim": 128,
+            "depth": 6,
+            "heads": 4,
+            "ffn": 256,
+            "epochs": 40,
+        },
+    },
+    "imagenet": {
+        "imagefolder": {
+            "variant": "S/16",
+            "image_size": 224,
+            "bank": "input",
+            "bank_patch": 8,
+            "num_tape_tokens": 10,
+            "topk": 5,
+            "halt_threshold": 2.0,
+            "activation": "gelu_tanh",
+            "loss": "sigmoid",
+            "label_smoothing": 0.0,
+            "mixup": 0.5,
+            "randaugment": 2,
+            "randaugment_magnitude": 29,
+            "random_erasing": 0.0,
+            "ema": 0.0,
+            "epochs": 300,
+            "batch": 4096,
+            "lr": 1e-3,
+            "weight_decay": 0.1,
+            "max_grad_norm": 1.0,
+            "warmup_share": 10_000 / (300 * (1_281_167 // 4096)),
+        }
+    },
+}
+"""The options of each recipe, by the image sets that it is for.
+
+"small" trains an AdaTape of less than a million parameters on two cores within about an hour.
+
+"imagenet" is scenic's configuration of AdaTape on ImageNet, with the images in folders. Its source
+is google-research/scenic, projects/adatape/adatape_vit/configs/imagenet_adatape_vit_config.py; the
+names in brackets are those of its entries, the others those of the files that they are read in.
+
+| options | scenic |
+|---|---|
+| variant S/16 | [VARIANT]; width 384, depth 12, 6 heads, feed-forward 1,536 |
+| image_size 224 | [pp_train], decode_jpeg_and_inception_crop(224) |
+| bank input, bank_patch 8 | [bank_type], [patch_bank_size] |
+| num_tape_tokens 10 | [num_tape_tokens] |
+| halt_threshold 2 | [act_epsilon] |
+| topk 5 | layers.py, ACTFunction: num_tape_tokens // threshold |
+| activation gelu_tanh | flax's gelu, which approximates by tanh |
+| loss sigmoid | adatape_vit.py, AdaTapeMultiLabelClassificationModel; [init_head_bias] -6.9 |
+| label_smoothing 0 | [label_smoothing] None |
+| mixup 0.5 | [mixup.alpha]; one share for a batch there, one for each image here |
+| randaugment 2 | [pp_train], randaug(2, 15) |
+| randaugment_magnitude 29 | the same: 15 on a scale that counts to 10 for what is 30 in kornia's |
+| random_erasing 0, ema 0 | nothing of the kind is there |
+| epochs 300, batch 4096, lr 0.001 | [num_training_epochs], [batch_size], [base_learning_rate] |
+| weight_decay 0.1 | [optimizer_configs.weight_decay]; train_lib/optimizers.py makes adam adamw |
+| max_grad_norm 1 | [max_grad_norm] |
+| warmup_share | [warmup_steps] 10,000 of 300 epochs of 1,281,167 // 4,096 steps |
+
+The schedule is [factors] there as here: a linear warm-up times a cosine over all steps. There is no
+dropout, and no stochastic depth: [dropout_rate] and [attention_dropout_rate] are 0, and
+stochastic_depth is not among the entries. What differs: an image is cut to the square in its middle
+and moved by up to an eighth of its side, where scenic cuts a part of random size and shape out of
+it.
+"""
+
+MODEL_FIELDS: dict[str | None, dict[str, Any]] = {
+    "small": {"tape_ffn_dim": 0},
+    "imagenet": {
+        "key_split": 6,
+        "read_layers": (1,),
+        "tape_ffn_dim": 0,
+        "tape_mlp_dim": 1536,
+        "loss_type": "entropy",
+        "average_query": True,
+    },
+}
+"""Fields of an AdaTape's configuration that a recipe decides and that are no options.
+
+Tape tokens of "small" share the feed-forward of the input tokens, as those of "imagenet" do. Those
+of "imagenet" are [split_tt], which is the number of heads, [add_tape_token_to_layers],
+[enc_tt_mlp_dim], [tt_mlp_dim], [act_loss_type] and [complex_query].
+"""
+
+
+def recipe_values(recipe: str, data: str) -> dict[str, Any]:
+    """Return the options of a recipe for an image set.
+
+    Args:
+        recipe: a name in RECIPES.
+        data: name of the image set.
+
+    Raises:
+        ValueError: there is no such recipe for this set.
+    """
+    fitting = [name for name, sets in RECIPES.items() if data in sets]
+    if recipe not in fitting:
+        expected = " or ".join(fitting) or "none"
+        raise ValueError(f"recipe: expected {expected} for {data}, got {shown(recipe)}")
+    return RECIPES[recipe][data]
