@@ -1,19 +1,18 @@
-"""How lines of several models are told apart, in colour, by the colour-blind, and in grey."""
+"""How the lines of a picture are told apart: in colour, by the colour-blind, and in grey."""
 
 from typing import Any
 
-STYLES: tuple[tuple[str, str, Any], ...] = (
-    ("#0072b2", "o", "-"),
-    ("#d55e00", "s", "--"),
-    ("#009e73", "^", "-."),
-    ("#cc79a7", "D", ":"),
-    ("#56b4e9", "v", (0, (9, 3))),
-    ("#5d3a00", "P", (0, (1, 1))),
-)
-"""Colour, mark and dashes of a line; the colours keep apart for the colour-blind."""
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a0527f", "black", "#56b4e9")
+# One more than there are colours and dashes, so that a seventh line does not look like the first.
+_MARKS = ("o", "s", "^", "D", "v", "X", "P")
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (9, 3)))
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Return matplotlib's names and values for line `number`, whose mark is hollow."""
-    color, marker, dashes = STYLES[number % len(STYLES)]
-    return dict(color=color, marker=marker, linestyle=dashes, markerfacecolor="none")
+    """Return colour, mark and dashes of line `number`, by the names that matplotlib has for them."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKS[number % len(_MARKS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "markerfacecolor": "none",
+    }
