@@ -9,7 +9,7 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (9, 3))
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Return colour, mark and dashes of line `number`, by the names that matplotlib has for them."""
+    """Return colour, mark and dashes of line `number`, by the names that matplotlib has."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKS[number % len(_MARKS)],
