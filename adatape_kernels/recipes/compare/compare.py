@@ -183,10 +183,12 @@ class _Comparison:
 
     def _title(self, plan: ComparePlan) -> str:
         seeds, epochs = len(self.config.seeds), plan.epochs
+        over = "one seed"
+        if seeds > 1:
+            over = f"means over {seeds} seeds, thin crosses: their standard deviation"
         return (
             f"{self.config.data}: {epochs} epoch{'s' * (epochs > 1)} of {plan.images:,} training "
-            f"images, {f'means over {seeds} seeds' if seeds > 1 else 'one seed'}; "
-            "numbers of layers stand beside the marks"
+            f"images; {over}; beside the marks: layers"
         )
 
     def _spent(self) -> float:

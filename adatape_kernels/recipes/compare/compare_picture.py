@@ -24,9 +24,9 @@ _LABELS: dict[Cost, str] = {
 }
 _UNITS: dict[Cost, float] = {"images_per_second": 1.0, "flops_per_image": 1e6}
 # Characters of a panel's title that fit beside one another.
-_TITLE_WIDTH = 62
+_TITLE_WIDTH = 78
 # Where the texts of successive models stand beside their marks, in points.
-_PLACES = ((6, 5), (6, -11), (-6, 5), (-6, -11), (0, 8), (0, -14))
+_PLACES = ((6, 5), (6, -11), (-6, 5), (-6, -11), (8, -3), (-8, -3))
 
 
 def drawn(results: Sequence[CompareResult], title: str) -> bytes:
@@ -75,6 +75,8 @@ def _draw_front(axis: Any, front: Sequence[Group], cost: Cost) -> None:
 
 
 def _draw_model(axis: Any, groups: Sequence[Group], cost: Cost, number: int) -> None:
+    from matplotlib.patheffects import withStroke
+
     style = style_of(number)
     points = [_point(group, cost) for group in groups]
     axis.plot(*zip(*points, strict=True), **style, label=groups[0].model)
@@ -88,8 +90,8 @@ def _draw_model(axis: Any, groups: Sequence[Group], cost: Cost, number: int) -> 
         right, above = _PLACES[number % len(_PLACES)]
         axis.annotate(
             str(group.size), point, xytext=(right, above), textcoords="offset points",
-            ha="left" if right > 0 else "right" if right < 0 else "center",
-            color=style["color"], fontsize=8,
+            ha="left" if right > 0 else "right", color=style["color"], fontsize=8,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
 
 

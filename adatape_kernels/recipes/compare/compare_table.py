@@ -17,18 +17,19 @@ COST_NAMES: dict[Cost, str] = {
     "images_per_second": "images per second",
     "flops_per_image": "FLOPs per image",
 }
+_SHORT: dict[Cost, str] = {"images_per_second": "speed", "flops_per_image": "FLOPs"}
 _TITLES = (
     "model",
     "layers",
     "accuracy, %",
     "images/s",
-    "MFLOP/image",
-    "rows/image",
-    "tape tokens",
+    "MFLOP",
+    "rows",
+    "tape",
     "parameters",
-    "on the front by",
+    "front",
 )
-_WORDS = ("model", "on the front by")
+_WORDS = ("model", "front")
 
 
 def table(results: Sequence[CompareResult]) -> str:
@@ -54,8 +55,9 @@ def table(results: Sequence[CompareResult]) -> str:
     over = "of one seed" if seeds == 1 else f"means over {seeds} seeds ± their standard deviation"
     lines = [line(rows[0]), line(rule), *map(line, rows[1:]), ""]
     lines += [
-        f"Numbers are {over}. Rows are those of an image in all layers together. A model is on the",
-        "Pareto front where no other one is at least as accurate and as cheap, and better in one.",
+        f"Numbers are {over}.",
+        "MFLOP, rows in all layers and tape tokens are those of an image. On the Pareto front is",
+        "what no other model and size beats in accuracy and cost.",
     ]
     lines += [
         f"Accuracy against {COST_NAMES[cost]}: {front_in_words(groups, cost)}." for cost in COSTS
@@ -64,9 +66,7 @@ def table(results: Sequence[CompareResult]) -> str:
 
 
 def _row(group: Group, fronts: dict[Cost, list[Group]]) -> tuple[str, ...]:
-    on = [
-        name for cost, name in zip(COSTS, ("speed", "FLOPs"), strict=True) if group in fronts[cost]
-    ]
+    on = [name for cost, name in _SHORT.items() if group in fronts[cost]]
     tape = _text(group.spread("mean_tape_tokens"), "{:.2f}".format) if group.is_adatape else ""
     return (
         group.model,
@@ -77,7 +77,7 @@ def _row(group: Group, fronts: dict[Cost, list[Group]]) -> tuple[str, ...]:
         _text(group.spread("mean_rows"), "{:.1f}".format),
         tape,
         f"{group.results[0].parameters:,}",
-        ", ".join(on),
+        "both" if len(on) == len(COSTS) else "".join(on),
     )
 
 
