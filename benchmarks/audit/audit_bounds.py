@@ -118,7 +118,9 @@ BOUNDS = (
     # From 9.0 on the first product's tiles come by bulk copies, which are no groups to be counted.
     Bound("_dual_ffn_up_kernel", "^384 × .*grouped, (bf16|fp16)", (80,), in_flight=2),
     Bound("_dual_ffn_act_fwd_kernel", MODELS, blocks=6, wide=90),
-    Bound("_dual_ffn_act_bwd_kernel", MODELS, blocks=6, wide=90),
+    # On 9.0 a model's training step takes the grouped products' epilogue in its place.
+    Bound("_dual_ffn_act_bwd_kernel", MODELS, (80, 86, 89, 100, 120), blocks=6, wide=90),
+    Bound("_dual_ffn_up_kernel", MODELS, (90,), blocks=2, wide=85, waves=1.0, products=("bf16",)),
     # What only moves memory needs many warps, and accesses as wide as they come.
     Bound("_add_layer_norm_fwd_kernel", MODELS, blocks=12, wide=70, filled=1.0),
     Bound("_add_layer_norm_bwd_kernel", MODELS, blocks=5, wide=80),

@@ -80,13 +80,18 @@ def _accumulate_rows_fwd_kernel(
     tl.store(sum_ptr + sum_rows[:, None] + offs_d, after, whole)
 
 
-def _registers(total: Tensor) -> dict[str, int]:
+def _registers(total: Tensor, vector: int) -> dict[str, int]:
     """Return a bound on a thread's registers where ptxas has to be told that there are so many.
 
-    For 10.0 it spills two of 32 so that 16 blocks fit a multiprocessor; 12 fit of 40.
+    For 10.0 it spills two of 32 so that 16 blocks fit a multiprocessor; 12 fit of 40. Narrow
+    accesses need more registers, which it gives them unasked.
+
+    Args:
+        total: what is added to.
+        vector: number of elements of an access.
     """
-    many = facts_of(total.device).capability >= (10, 0) and total.element_size() == 2
-    return {"maxnreg": 40} if many else {}
+    wide = vector > 1 and total.element_size() == 2
+    return {"maxnreg": 40} if wide and facts_of(total.device).capability >= (10, 0) else {}
 
 
 def _limits(device: Any, total: Tensor, rows: Tensor, *rest: Any) -> str | None:
@@ -103,6 +108,7 @@ def _launch(
 ) -> None:
     """Launch the kernel that adds; in place where the sums are the total."""
     in_place, rows = sums is total, with_dense_rows(rows)
+    vector = min(elements_per_access(total), elements_per_access(rows))
     (num_total, dim), num_rows = total.shape, rows.shape[0]
     launch(
         _accumulate_rows_fwd_kernel,
@@ -120,11 +126,11 @@ def _launch(
         num_rows=num_rows,
         dim=dim,
         IN_PLACE=in_place,
-        VECTOR=min(elements_per_access(total), elements_per_access(rows)),
+        VECTOR=vector,
         BLOCK_R=BLOCK_R,
         BLOCK_D=BLOCK_D,
         num_warps=4,
-        **_registers(total),
+        **_registers(total, vector),
     )
 
 
