@@ -37,8 +37,18 @@ LAST_SECONDS = 20
 GRACE_SECONDS = 5
 """A step whose time is over is interrupted, and killed if it has not ended after so long."""
 
-CHECK_COMPILATIONS, TEST_COMPILATIONS = 420, 650
-"""Kernels that `check` compiles, and those of the tests. A test counts 403 for check's cases."""
+CHECK_COMPILATIONS = 340
+"""Kernels that `check` compiles: a test counts those of its cases."""
+
+CASES_OF_A_KIND = 3
+"""So many cases run of each kind of test (tests/case_sample.py): all would take too long."""
+
+TEST_COMPILATIONS, TEST_CASES = 760, 2250
+"""Kernels that these cases compile, and how many there are.
+
+Each run of the tests on a CPU counts both of those cases that it has (tests/count_compilations.py),
+and fails if there are more.
+"""
 
 COMPILATION_SECONDS = 1.3
 """What one takes: the audit's 264 took 331 s on a core that it shared with others."""
@@ -46,8 +56,8 @@ COMPILATION_SECONDS = 1.3
 BUILD_SECONDS = 46
 """What the build took beside an H200, on 16 cores."""
 
-TEST_SECONDS = 505
-"""What all tests take besides: 2,849 of them took 240 s in six processes beside an H200."""
+CASE_SECONDS = 505 / 2849
+"""What a case takes besides: 2,849 took 505 s beside an H200, not counting what they compiled."""
 
 START_SECONDS = 15
 """Until processes have imported torch and have a context on the GPU, or pytest has collected."""
@@ -114,7 +124,7 @@ def expected_seconds(cores: int) -> dict[str, float]:
     """Return what the steps before the benchmarks take by the number of their compilations."""
 
     check = CHECK_COMPILATIONS * COMPILATION_SECONDS
-    tests = TEST_COMPILATIONS * COMPILATION_SECONDS + TEST_SECONDS
+    tests = TEST_COMPILATIONS * COMPILATION_SECONDS + TEST_CASES * CASE_SECONDS
     return {
         "build": BUILD_SECONDS * 16 / cores,
         "check": START_SECONDS + check / jobs_of_cores(cores),
@@ -183,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=records.DEFAULT_OUT)
     parser.add_argument("--minutes", type=float, default=7.5, help="of everything together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tests", default="-m cuda", help="arguments of pytest; default: -m cuda")
+    tests = f"-m cuda --cases-of-a-kind {CASES_OF_A_KIND}"
+    parser.add_argument("--tests", default=tests, help=f"arguments of pytest; default: {tests}")
     parser.add_argument("--only", nargs="*", metavar="STEP", help="run these steps only")
     arguments = parser.parse_args(argv)
     end = time.monotonic() + 60 * arguments.minutes - LAST_SECONDS

@@ -25,6 +25,7 @@ except ImportError:  # on a GPU machine perhaps, where nothing is to be installe
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import case_sample
 import emulation
 import selection
 
@@ -56,6 +57,19 @@ _NEEDS = {
 }
 _missing = [name for name in _NEEDS if find_spec(name) is None]
 collect_ignore_glob = sorted({file for name in _missing for file in _NEEDS[name]})
+
+
+def pytest_addoption(parser):
+    explained = "run at most N cases of each kind: see case_sample.py"
+    parser.addoption("--cases-of-a-kind", type=int, metavar="N", help=explained)
+
+
+def pytest_configure(config):
+    """Count what a GPU would compile: in a clone, where benchmarks/gpu.py reckons with it."""
+    if triton_runtime.INTERPRETED and find_spec("adatape_kernels.benchmarks"):
+        from count_compilations import CompilationCounter
+
+        config.pluginmanager.register(CompilationCounter())
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -119,9 +133,15 @@ def pytest_pycollect_makeitem():
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         selection.mark_for_other_runs(item)
+    most = config.getoption("--cases-of-a-kind")
+    if most is not None:
+        kept = case_sample.sample(items, most)
+        numbers = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in numbers])
+        items[:] = kept
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ The CUDA kernels run as C++ on the host, in a library that tests/cuda_host build
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -98,26 +99,52 @@ def shared_memory(kib):
 def compilation(launch):
     """Return what Triton compiles a launch's kernel for: another such value is another compilation.
 
-    It goes by the dtypes of tensors and whether they are aligned, by the values of constants, and
-    by whether an integer is 1, a multiple of 16, or longer than 32 bits.
+    It goes by the dtypes of tensors, by the values of constants and options, and by whether an
+    integer is longer than 32 bits. Unless the kernel says otherwise (`compiled_for`), it goes by
+    whether a tensor is aligned, and whether an integer is 1 or a multiple of 16.
     """
+    parameters = _parameters(launch.kernel)
 
-    def kind(name, value):
+    def kind(parameter, value):
         if isinstance(value, torch.Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
+            free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            return value.dtype, free or value.data_ptr() % 16 == 0
         if isinstance(value, tuple):
-            return tuple(kind(name, part) for part in value)
+            return tuple(kind(parameter, part) for part in value)
         if hasattr(value, "block_shape"):  # a tensor that the GPU copies by blocks
             return value.base.dtype, tuple(value.block_shape)
-        if type(value) is int and not name.isupper() and name not in OPTIONS:
-            return value == 1, value % 16 == 0, abs(value) >= 2**31
-        return float if isinstance(value, float) and not name.isupper() else value
+        if type(value) is int:
+            long = not -(2**31) <= value < 2**31
+            return long if parameter.do_not_specialize else (value == 1, value % 16 == 0, long)
+        return float if isinstance(value, float) else value
 
-    kinds = {name: kind(name, value) for name, value in launch.arguments.items()}
-    return launch.kernel.__name__, tuple(sorted(kinds.items(), key=lambda item: item[0]))
+    kinds = []
+    for name, value in sorted(launch.arguments.items()):
+        parameter = parameters.get(name)
+        constant = parameter is None or parameter.is_constexpr
+        kinds.append((name, value if constant else kind(parameter, value)))
+    return launch.kernel.__name__, tuple(kinds)
 
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+@functools.cache
+def _parameters(kernel):
+    """Return what Triton knows of a kernel's parameters, by name."""
+    from triton.runtime.jit import JITFunction
+
+    # The interpreter's kernels keep the function and the options of the decorator.
+    made = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
+    return {parameter.name: parameter for parameter in made.params}
+
+
+def tensors_of(values):
+    """Yield the tensors of a launch's arguments, and of tuples and descriptors among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors_of(value)
+        elif hasattr(value, "block_shape"):
+            yield value.base
 
 
 def sum_products_in_one_order():

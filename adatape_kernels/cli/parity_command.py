@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
         default=("adatape", "transformer", "universal"),
         metavar="NAME,NAME",
         help="adatape, transformer, universal, and the ablations adatape-last-read, "
-        "adatape-fixed-query and adatape-one-by-one; default: adatape,transformer,universal",
+        "adatape-fixed-query, adatape-one-by-one and adatape-wide-keys; "
+        "default: adatape,transformer,universal",
     )
     add(
         "--seeds",
@@ -40,7 +41,6 @@ def add(commands: Any) -> None:
         ("steps", int, 2500, "number of steps of a run"),
         ("batch", int, 256, "number of new sequences in a step"),
         ("lr", float, 1e-3, "the highest learning rate"),
-        ("curriculum", float, 0.0, "share of the steps in which sequences grow to their length"),
         ("eval-examples", int, 6400, "number of fixed sequences that a run is measured on"),
     ):
         help_text = f"{text}; default: %(default)s"
@@ -51,6 +51,20 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="uniform symbols, or extrapolate: train where at most half of the symbols are not 0, "
         "measure where more are; default: %(default)s",
+    )
+    add(
+        "--curriculum",
+        type=float,
+        metavar="N",
+        help="share of the steps behind which sequences, which grow from 8 symbols as a model "
+        "learns them, have their length; default: 0 for uniform symbols up to length 32, else 0.5",
+    )
+    add(
+        "--sequence-token",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let AdaTape see the sequence as one token beside its tape; default: where all "
+        "sequences of a run have one length",
     )
     add("--jobs", type=int, metavar="N", help="runs at a time, a thread each; default: one a core")
     add_backend(parser)

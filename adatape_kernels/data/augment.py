@@ -71,5 +71,6 @@ def erase(images: Tensor, probability: float, generator: Generator) -> Tensor:
     y, x = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
     top, left, tall, wide = (edge.view(-1, 1, 1) for edge in (top, left, tall, wide))
     inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
-    noise = torch.rand(images.shape, generator=generator).to(images.dtype)
-    return noise.where((inside & erased.view(-1, 1, 1)).unsqueeze(1), images)
+    noise = torch.rand(images.shape, generator=generator).to(images)
+    covered = (inside & erased.view(-1, 1, 1)).unsqueeze(1).to(images.device)
+    return noise.where(covered, images)

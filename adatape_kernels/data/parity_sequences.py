@@ -55,17 +55,6 @@ def sparse_sequences(
     return _labelled(torch.zeros_like(signs).scatter_(1, order, signs * _first(chosen, length)))
 
 
-def short_sequences(count: int, length: int, longest: int, generator: Generator) -> ParitySequences:
-    """Return sequences that are 0 behind their first few symbols, which are uniform.
-
-    How many symbols come first is uniform too, from 1 to `longest`: what a curriculum over lengths
-    trains on.
-    """
-    lengths = torch.randint(1, longest + 1, (count, 1), generator=generator)
-    symbols = torch.randint(-1, 2, (count, length), generator=generator)
-    return _labelled(symbols * _first(lengths, length))
-
-
 def _first(lengths: Tensor, length: int) -> Tensor:
     """Return (count, length), 1 at the first places of each row and then 0."""
     return (torch.arange(length) < lengths).long()

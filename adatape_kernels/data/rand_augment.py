@@ -1,5 +1,7 @@
 """RandAugment: each training image passes a few operations that are drawn for it; from kornia."""
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
@@ -62,12 +64,27 @@ class RandAugment:
         channels = images.shape[1]
         # Saturation is that of red, green and blue; a grey image has none, and stays grey.
         result = images.expand(-1, 3, -1, -1).clone()
-        # kornia draws from torch's default generator, whose state must not depend on it.
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        with torch.no_grad(), _seeded(images.device, generator):
             for _ in range(self.operations):
                 drawn = torch.randint(len(self._policy), (len(images),), generator=generator)
                 for number in drawn.unique().tolist():
-                    chosen = (drawn == number).nonzero().squeeze(1)
+                    chosen = (drawn == number).nonzero().squeeze(1).to(images.device)
                     result[chosen] = self._policy[number](result[chosen]).to(result.dtype)
         return result.clamp_(0, 1)[:, :channels]
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, generator: Generator) -> Iterator[None]:
+    """Let torch's default generators begin with a seed of `generator`, then be as they were.
+
+    kornia draws from them, and what is drawn must not depend on what was drawn before, nor change
+    what is drawn later.
+    """
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    of_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if of_gpu else []):
+        torch.random.default_generator.manual_seed(seed)
+        if of_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.models.adatape import AdaTape
@@ -31,12 +32,12 @@ class AdaTapeParityConfig(AdaTapeConfig):
     """
 
     seq_len: int = 40
-    """Number of elements of a sequence."""
+    """Most elements of a sequence."""
     element_dim: int = 3
     """Number of features of an element, which is a one-hot symbol."""
     sequence_token: bool = True
     """Whether a token stands for the whole sequence. Without it the class token is the only input,
-    the model knows a sequence through its tape alone, and sequences may be shorter than seq_len."""
+    and the model knows a sequence through its tape alone."""
 
     def _check_values(self) -> None:
         super()._check_values()
@@ -59,10 +60,11 @@ class AdaTapeParityConfig(AdaTapeConfig):
 
 @saved_with(AdaTapeParityConfig)
 class AdaTapeParity(AdaTape):
-    """A classifier of sequences (batch, seq_len, element_dim).
+    """A classifier of sequences (batch, length, element_dim), of length topk to seq_len.
 
     One token stands for the whole sequence, unless the configuration leaves it out; single elements
-    reach the model through the tape.
+    reach the model through the tape. In the token of a shorter sequence the features of the
+    elements that it lacks are 0.
 
     Args:
         config: sizes and choices.
@@ -103,11 +105,12 @@ class AdaTapeParity(AdaTape):
         """Flatten each sequence into one token, and make each element a bank token.
 
         Args:
-            inputs: (batch, seq_len, element_dim), or shorter without a sequence token.
+            inputs: (batch, length, element_dim), of length topk to seq_len, or 1 to seq_len where
+                the bank is learnable.
 
         Returns:
             Input tokens (batch, 1 (+ 1), dim), with the class token where the model has one and the
-            sequence's where it has that; and the bank (batch, seq_len, dim), None where it is
+            sequence's where it has that; and the bank (batch, length, dim), None where it is
             learnable.
 
         Raises:
@@ -125,7 +128,7 @@ class AdaTapeParity(AdaTape):
         """
         check_kind("inputs", inputs, Tensor)
         c = self.config
-        least = c.seq_len if self.sequence_embed is not None else c.topk
+        least = c.topk if c.bank == "input" else 1
         length, features = inputs.shape[1:] if inputs.dim() == 3 else (0, 0)
         if not least <= length <= c.seq_len or features != c.element_dim:
             lengths = c.seq_len if least == c.seq_len else f"{least} to {c.seq_len}"
@@ -133,7 +136,9 @@ class AdaTapeParity(AdaTape):
                 f"inputs: expected (batch, ({lengths}, {c.element_dim})), got {tuple(inputs.shape)}"
             )
         if self.sequence_embed is not None:
-            tokens = self.sequence_embed(inputs.flatten(1)).unsqueeze(1)
+            lacking = c.seq_len - length
+            whole = functional.pad(inputs, (0, 0, 0, lacking)) if lacking else inputs
+            tokens = self.sequence_embed(whole.flatten(1)).unsqueeze(1)
         else:
             tokens = inputs.new_zeros(inputs.shape[0], 0, c.dim)
         tokens = self.with_class_token(tokens)

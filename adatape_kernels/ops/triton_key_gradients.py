@@ -215,7 +215,8 @@ def key_gradients(
 
     Args:
         query, keys, dweights, dponder, indices, counts, average_query, loss_type: as in the op
-            `tape_select_bwd`. An example reads no entry of its own bank twice.
+            `tape_select_bwd`, but that a row of keys may have further features behind those of the
+            key. An example reads no entry of its own bank twice.
         drows: where the gradients go, (batch, bank_size, key_dim or more) if they are stored,
             (bank_size, key_dim) float32 if they are added, (reads, key_dim) float32 if listed.
         mode: "store", "add" or "list", as the kernel has it.
@@ -224,14 +225,20 @@ def key_gradients(
     Returns:
         (batch, key_dim), dtype of query.
     """
-    batch, num_tape_tokens, topk = indices.shape
-    bank_size, key_dim = keys.shape[-2:]
-    rows = (drows,) if tape is None else (drows, tape.dtape)
-    config = _config(key_dim, elements_per_access(keys, *rows), topk)
-    vector = config["VECTOR"]
+    _, num_tape_tokens, topk = indices.shape
+    (batch, key_dim), bank_size = query.shape, keys.shape[-2]
+    dtape = weights = offsets = None
+    num_rows = stride_tr = 0
+    if tape is None:
+        vector = elements_per_access(keys, query, drows)
+    else:
+        dtape, weights, offsets = tape
+        vector = elements_per_access(keys, query, drows, dtape)
+        num_rows, _ = dtape.shape
+        stride_tr = dtape.stride(0) // vector
     query, keys = with_dense_rows(query), with_dense_rows(keys, vector)
-    strides = bank_strides(keys, vector)
-    dquery = query.new_empty(*query.shape)
+    stride_kb, stride_km = bank_strides(keys, vector)
+    dquery = query.new_empty(batch, key_dim)
     launch(
         _tape_select_bwd_kernel,
         (batch,),
@@ -244,23 +251,23 @@ def key_gradients(
         states_ptr=query.new_empty(batch, num_tape_tokens + 1, key_dim, dtype=torch.float32),
         dquery_ptr=dquery,
         drows_ptr=drows,
-        dtape_ptr=None if tape is None else tape.dtape,
-        weights_ptr=None if tape is None else tape.weights,
-        offsets_ptr=None if tape is None else tape.offsets,
+        dtape_ptr=dtape,
+        weights_ptr=weights,
+        offsets_ptr=offsets,
         bank_size=bank_size,
         key_dim=key_dim // vector,
         num_tape_tokens=num_tape_tokens,
         topk=topk,
         scale=key_dim**-0.5,
         stride_qb=query.stride(0),
-        stride_kb=strides.example,
-        stride_km=strides.entry,
+        stride_kb=stride_kb,
+        stride_km=stride_km,
         stride_dr=drows.stride(-2) // vector,
-        stride_tr=0 if tape is None else tape.dtape.stride(0) // vector,
-        num_rows=0 if tape is None else len(tape.dtape),
+        stride_tr=stride_tr,
+        num_rows=num_rows,
         AVERAGE_QUERY=average_query,
         ENTROPY=loss_type == "entropy",
         DROWS=mode,
-        **config,
+        **_config(key_dim, vector, topk),
     )
     return dquery

@@ -93,11 +93,11 @@ def recording(*, run: bool = False) -> Iterator[list[Launch]]:
         _recorded = outer
 
 
-def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     """Run a kernel over a grid, on the device of its tensors; an empty grid runs nothing.
 
     `arguments` are the kernel's, by name, the first a tensor, and the options num_warps, num_stages
-    and maxnreg.
+    and maxnreg. The other two have no names, with which Python would compare each of these.
     """
     if 0 in grid:
         return

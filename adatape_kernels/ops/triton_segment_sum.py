@@ -108,7 +108,7 @@ def _sum_segments(
     A launch sums every short segment and the parts of all others; where there can be long segments,
     another adds up the sums of their parts.
     """
-    width = rows.shape[1]
+    (_, width), (stride_r, _) = rows.shape, rows.stride()
     # As many parts behind the first one of their segment are there at most.
     further = max(entries.shape[0] - 1, 0) // _PART
     out = rows.new_empty(bank_size, width, dtype=dtype)
@@ -135,7 +135,7 @@ def _sum_segments(
         row_of_ptr=row_of,
         weights_ptr=weights,
         leading_ptr=leading,
-        stride_r=rows.stride(0),
+        stride_r=stride_r,
         lead_dim=lead_dim,
         VECTOR=vector,
         BLOCK_N=_BLOCK_SEGMENT,

@@ -44,7 +44,7 @@ def segments_in_any_order(entries: Tensor, bank_size: int) -> SegmentOrder:
         **sizes,
         **options,
     )
-    starts = counts.cumsum(0, dtype=torch.int32)
+    starts = counts.cumsum_(0)
     launch(
         _place_contributions_kernel,
         grid,

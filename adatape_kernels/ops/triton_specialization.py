@@ -9,7 +9,7 @@ arguments it is compiled for, and its launcher copies a tensor that lies otherwi
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,15 +83,12 @@ def in_whole_accesses(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)).contiguous()
 
 
-class BankStrides(NamedTuple):
-    """Steps through a bank's memory: from example to example, 0 if they share it, and by entry."""
+def bank_strides(bank: Tensor, elements: int = 1) -> tuple[int, int]:
+    """Return the steps through a bank ([batch,] bank_size, width), counted in so many elements.
 
-    example: int
-    entry: int
-
-
-def bank_strides(bank: Tensor, elements: int = 1) -> BankStrides:
-    """Return the strides of a bank ([batch,] bank_size, width), counted in so many elements."""
-    return BankStrides(
-        bank.stride(0) // elements if bank.dim() == 3 else 0, bank.stride(-2) // elements
-    )
+    The first leads from example to example, and is 0 if they share the bank; the second from entry
+    to entry.
+    """
+    strides = bank.stride()
+    of_examples = strides[0] // elements if len(strides) == 3 else 0
+    return of_examples, strides[-2] // elements

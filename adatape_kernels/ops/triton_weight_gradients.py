@@ -138,12 +138,19 @@ def weight_gradients(
     """
     batch, num_tape_tokens, topk = indices.shape
     bank_size, dim = bank.shape[-2:]
-    dweights = indices.new_empty(*indices.shape, dtype=torch.float32)
-    places, own = (to, None) if isinstance(to, ReadPlaces) else (None, to)
+    dweights = indices.new_empty(batch, num_tape_tokens, topk, dtype=torch.float32)
     vector = elements_per_access(bank, dtape)
-    if own is not None and own.key_dim % vector:
-        vector = 1
-    strides = bank_strides(bank)
+    weights = dbank = entries = row_of = None
+    key_dim = 0
+    if isinstance(to, ReadPlaces):
+        entries, row_of = to
+    else:
+        dbank, key_dim, weights = to
+        if key_dim % vector:
+            vector = 1
+    num_rows, _ = dtape.shape
+    stride_tr, _ = dtape.stride()
+    stride_bb, stride_bm = bank_strides(bank)
     launch(
         _tape_gather_bwd_kernel,
         (batch * num_tape_tokens,),
@@ -152,19 +159,19 @@ def weight_gradients(
         indices_ptr=indices,
         offsets_ptr=offsets,
         given_ptr=given,
-        weights_ptr=None if own is None else own.weights,
+        weights_ptr=weights,
         dweights_ptr=dweights,
-        dbank_ptr=None if own is None else own.dbank,
-        entries_ptr=None if places is None else places.entries,
-        row_of_ptr=None if places is None else places.row_of,
-        stride_tr=dtape.stride(0),
-        stride_bb=strides.example,
-        stride_bm=strides.entry,
+        dbank_ptr=dbank,
+        entries_ptr=entries,
+        row_of_ptr=row_of,
+        stride_tr=stride_tr,
+        stride_bb=stride_bb,
+        stride_bm=stride_bm,
         num_tape_tokens=num_tape_tokens,
         bank_size=bank_size,
         dim=dim,
-        key_dim=0 if own is None else own.key_dim,
-        num_rows=dtape.shape[0],
+        key_dim=key_dim,
+        num_rows=num_rows,
         TOPK=topk,
         VECTOR=vector,
         BLOCK_D=BLOCK_D,

@@ -16,7 +16,6 @@ _SMALL: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "ema": 0.999,
     "batch": 64,
-    "lr": 1e-3,
 }
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -27,7 +26,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "depth": 6,
             "heads": 3,
             "ffn": 192,
-            "epochs": 40,
+            "epochs": 38,
+            "lr": 2e-3,
+            "random_erasing": 0.25,
         },
         "cifar10": {
             **_SMALL,
@@ -35,7 +36,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "depth": 6,
             "heads": 4,
             "ffn": 256,
-            "epochs": 40,
+            "epochs": 36,
+            "lr": 1e-3,
         },
     },
     "imagenet": {
@@ -66,7 +68,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """The options of each recipe, by the image sets that it is for.
 
-"small" trains an AdaTape of less than a million parameters on two cores within about an hour.
+"small" trains an AdaTape of less than a million parameters on two cores within one to two hours.
 
 "imagenet" is scenic's configuration of AdaTape on ImageNet, with the images in folders. Its source
 is google-research/scenic, projects/adatape/adatape_vit/configs/imagenet_adatape_vit_config.py; the
@@ -92,8 +94,8 @@ names in brackets are those of its entries, the others those of the files that t
 | max_grad_norm 1 | [max_grad_norm] |
 | warmup_share | [warmup_steps] 10,000 of 300 epochs of 1,281,167 // 4,096 steps |
 
-The schedule is [factors] there as here: a linear warm-up times a cosine over all steps. There is no
-dropout, and no stochastic depth: [dropout_rate] and [attention_dropout_rate] are 0, and
+The schedule is [factors], a linear warm-up and then a cosine, which begins where the warm-up ends.
+There is no dropout, and no stochastic depth: [dropout_rate] and [attention_dropout_rate] are 0, and
 stochastic_depth is not among the entries. What differs: an image is cut to the square in its middle
 and moved by up to an eighth of its side, where scenic cuts a part of random size and shape out of
 it.
@@ -115,6 +117,12 @@ MODEL_FIELDS: dict[str | None, dict[str, Any]] = {
 Tape tokens of "small" share the feed-forward of the input tokens, as those of "imagenet" do. Those
 of "imagenet" are [split_tt], which is the number of heads, [add_tape_token_to_layers],
 [enc_tt_mlp_dim], [tt_mlp_dim], [act_loss_type] and [complex_query].
+"""
+
+PLAN_FIELDS: dict[str | None, dict[str, Any]] = {"imagenet": {"decay_after_warmup": True}}
+"""Fields of a TrainPlan that a recipe decides and that are no options.
+
+That of "imagenet" is scenic's cosine_decay in train_lib/lr_schedules.py.
 """
 
 

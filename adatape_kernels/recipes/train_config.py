@@ -26,7 +26,7 @@ from adatape_kernels.recipes.model_options import (
     ModelOptions,
     check_given,
 )
-from adatape_kernels.recipes.named_recipes import MODEL_FIELDS, recipe_values
+from adatape_kernels.recipes.named_recipes import MODEL_FIELDS, PLAN_FIELDS, recipe_values
 from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
 from adatape_kernels.recipes.train_defaults import (
     DEFAULT_BATCH,
@@ -219,6 +219,7 @@ class TrainConfig(ModelOptions, TrainingOptions):
             drop_rest=self.drop_rest,
             loss=self.loss,
             mixup=self.mixup,
+            **PLAN_FIELDS.get(self.recipe, {}),
             halt_threshold_range=self.halt_threshold_range,
         )
 

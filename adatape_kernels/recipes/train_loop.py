@@ -70,6 +70,8 @@ class TrainPlan:
     """The cross entropy of the classes' distribution, "softmax", or of each class, "sigmoid"."""
     mixup: float = 0.0
     """Both parameters of the Beta distribution by whose shares images are mixed; 0 for none."""
+    decay_after_warmup: bool = False
+    """Whether the cosine begins where the warm-up ends, as scenic's, and not at the first step."""
     halt_threshold_range: ThresholdRange | None = None
     """What each step draws its halting threshold from; None for the model's own in all steps."""
 
@@ -101,7 +103,8 @@ class TrainPlan:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
-        as_flag("drop_rest", self.drop_rest)
+        for name in ("drop_rest", "decay_after_warmup"):
+            as_flag(name, getattr(self, name))
         as_choice("loss", self.loss, LOSS_KINDS)
         limits = self.halt_threshold_range
         if limits is not None:
@@ -123,8 +126,11 @@ class TrainPlan:
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step`, counted from 0, of a run of `steps` steps."""
-        warm_up = min(1.0, (step + 1) / max(1.0, self.warmup_share * steps))
-        return self.learning_rate * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+        rising = self.warmup_share * steps
+        warm_up = min(1.0, (step + 1) / max(1.0, rising))
+        before = min(rising, steps - 1) if self.decay_after_warmup else 0.0
+        gone = max(0.0, step - before) / (steps - before)
+        return self.learning_rate * warm_up * (1 + math.cos(math.pi * gone)) / 2
 
     def optimizer(self, model: nn.Module) -> AdamW:
         """Return a new optimizer of the model's parameters."""

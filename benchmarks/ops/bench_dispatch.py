@@ -7,7 +7,8 @@ whose derivative is attached through private names of torch (ops/fast_autograd.p
 autograd" calls a twin of that op, whose derivative `torch.library.register_autograd` attaches. On a
 GPU calls follow each other without waiting, so that the host's time a call is what shows. "ours,
 Triton's launcher" is what the implementation in Triton does beside Triton's own part of a launch:
-it allocates and chooses tiles, on any device, and nothing is launched.
+it allocates and chooses tiles, on any device, and nothing is launched. The same of the backward is
+"ours, Triton's backward launcher".
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from adatape_kernels.ops.op import operation
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
 OP_ALONE, PUBLIC = f"{OURS}, op alone", f"{OURS}, public autograd"
-LAUNCHER = f"{OURS}, Triton's launcher"
+LAUNCHER, BACKWARD_LAUNCHER = f"{OURS}, Triton's launcher", f"{OURS}, Triton's backward launcher"
 
 
 class DispatchedOp(str):
@@ -53,17 +54,23 @@ class DispatchShape(NamedTuple):
     op: DispatchedOp = DispatchedOp(OPS[0])
 
 
-def tiny(op: str, device_type: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+def tiny(
+    op: str, device_type: str, dtype: torch.dtype, *, gradients: bool = False
+) -> Callable[[], Tensor]:
     """Return a call of the op on a few numbers, which returns the op's first result."""
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype).requires_grad_(gradients)
+
     torch.manual_seed(0)
     with torch.device(device_type):
-        query, keys = torch.randn(1, 8).to(dtype), torch.randn(1, 4, 8).to(dtype)
-        q, padded = torch.randn(2, 1, 8).to(dtype), torch.randn(1, 2, 8).to(dtype)
-        ffn = FFN(*(torch.randn(s).to(dtype) for s in ((8, 8), (8,), (8, 8), (8,))))
+        query, keys = made(1, 8), made(1, 4, 8)
+        q, padded = made(2, 1, 8), made(1, 2, 8)
+        ffn = FFN(made(8, 8), made(8), made(8, 8), made(8))
     options = {"num_tape_tokens": 1, "topk": 1, "halt_threshold": 1.0}
     selection = ops.tape_select(query, keys, **options)
     x = ElasticBatch.from_padded(padded)
-    read = (selection.indices, selection.weights, selection.counts)
+    read = (selection.indices, selection.weights.detach(), selection.counts)
     return {
         "tape_select": lambda: ops.tape_select(query, keys, **options).weights,
         "tape_gather": lambda: ops.tape_gather(keys, *read, capacity=1)[0],
@@ -91,11 +98,11 @@ class _SeenArguments(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _arguments_of(op: str, call: Callable[[], Tensor]) -> tuple[Any, ...]:
+def _arguments_of(op: str, call: Callable[[], Any]) -> tuple[Any, ...]:
     """Return what the public function, in a call, gives to the op below it."""
     with contextlib.suppress(_Seen), _SeenArguments(operation(op).overload) as seen:
         call()
-    return seen.arguments
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in seen.arguments)
 
 
 _public_library = torch.library.Library("adatape_public", "DEF")
@@ -133,14 +140,23 @@ def below_function(op: str, overload: Any) -> Callable[[Callable[[], Tensor]], P
     return prepare
 
 
-def launcher_of(op: str) -> Callable[[Callable[[], Tensor]], Prepared]:
+@functools.cache
+def backward_arguments(op: str, device_type: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return what a backward pass behind a tiny call gives to the backward op."""
+    call = tiny(op, device_type, dtype, gradients=True)
+    return _arguments_of(f"{op}_bwd", lambda: call().sum().backward())
+
+
+def launcher_of(
+    op: str, arguments_of: Callable[[Callable[[], Tensor]], tuple[Any, ...]]
+) -> Callable[[Callable[[], Tensor]], Prepared]:
     """Return a provider that calls what launches the op's Triton kernels, without launching."""
 
     def prepare(call: Callable[[], Tensor]) -> Prepared:
         if not triton_runtime.INSTALLED:
             raise Skipped("triton is not installed")
         launcher = operation(op).implementations["triton"].function
-        arguments = _arguments_of(op, call)
+        arguments = arguments_of(call)
 
         def run() -> None:
             with triton_runtime.recording():
@@ -161,19 +177,30 @@ def case(
             return [call()]
 
     alone, twin = below_function(op, operation(op).overload), below_function(op, public_twin(op))
+
+    def of_backward(_: Any = None) -> tuple[Any, ...]:
+        return backward_arguments(op, device_type, dtype)
+
+    def inputs() -> Callable[[], Tensor]:
+        of_backward()  # a provider that called ops of ours for it would not be what its name says
+        return tiny(op, device_type, dtype)
+
+    forward = launcher_of(op, functools.partial(_arguments_of, op))
+    backward = launcher_of(f"{op}_bwd", of_backward)
     return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
         dtype=dtype,
         shape=shape_text(shape),
         device_type=device_type,
-        inputs=lambda: tiny(op, device_type, dtype),
+        inputs=inputs,
         reference=reference,
         providers=[
             Provider(OURS, public_function, ANY_BACKEND, graph=False),
             Provider(OP_ALONE, alone, ANY_BACKEND, graph=False),
             Provider(PUBLIC, twin, ANY_BACKEND, graph=False),
-            Provider(LAUNCHER, launcher_of(op), checked=False, graph=False),
+            Provider(LAUNCHER, forward, checked=False, graph=False),
+            Provider(BACKWARD_LAUNCHER, backward, checked=False, graph=False),
         ],
         flops=0,
         bytes=0,
@@ -191,7 +218,7 @@ SUITE = Suite(
     op="dispatch",
     shape=DispatchShape,
     directions=("forward",),
-    providers=[OURS, OP_ALONE, PUBLIC, LAUNCHER],
+    providers=[OURS, OP_ALONE, PUBLIC, LAUNCHER, BACKWARD_LAUNCHER],
     shapes=shapes,
     dtypes=for_reading,
     case=case,

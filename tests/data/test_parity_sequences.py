@@ -5,7 +5,6 @@ import torch
 
 from adatape_kernels.data.parity_sequences import (
     ParitySequences,
-    short_sequences,
     sparse_sequences,
     uniform_sequences,
 )
@@ -20,9 +19,8 @@ def generator(seed=0):
     [
         lambda g: uniform_sequences(50, 7, g),
         lambda g: sparse_sequences(50, 7, (1, 7), g),
-        lambda g: short_sequences(50, 7, 5, g),
     ],
-    ids=["uniform", "sparse", "short"],
+    ids=["uniform", "sparse"],
 )
 def test_labels_are_counted_and_a_seed_repeats(draw):
     sequences = draw(generator())
@@ -51,10 +49,3 @@ def test_sparse_sequences_have_as_many_symbols_as_asked_at_all_places():
     assert set(counts.tolist()) == {2, 3, 4}
     for place in (symbols != 0).double().mean(0).tolist():
         assert abs(place - 0.3) < 0.04
-
-
-def test_short_sequences_are_zero_behind_their_symbols():
-    symbols = short_sequences(2000, 10, 6, generator()).symbols
-    assert not symbols[:, 6:].any() and symbols[:, 5].any()
-    # A sequence is long enough to reach its sixth symbol, which then is not 0, with 1/6 · 2/3.
-    assert abs((symbols[:, 5] != 0).double().mean().item() - 1 / 9) < 0.03

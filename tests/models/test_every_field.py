@@ -47,6 +47,7 @@ SHARE = (*NO_NUMBER, -0.1, -math.inf, math.inf, 1.1, HUGE)
 PROBABILITY = (*SHARE, 1.0)
 FACTOR = (*NO_NUMBER, -0.1, -math.inf, math.inf)
 POSITIVE = (*FACTOR, 0, 0.0)
+RANGE = (3, "01", {}, (1.0,), (0, 1, 2), (2, 1), (1, 1), (0, math.inf), (math.nan, 1), ("0", 1))
 
 MODEL = {
     "num_classes": COUNT,
@@ -132,6 +133,8 @@ PLAN = {
     "drop_rest": NO_FLAG,
     "loss": NO_WORD,
     "mixup": FACTOR,
+    "decay_after_warmup": NO_FLAG,
+    "halt_threshold_range": RANGE,
 }
 # Of these AdaTape has the ponder weight alone, so that every value of the others is refused.
 HALTING = {
@@ -157,6 +160,7 @@ REGULARISATION = {
     "warmup_share": SHARE,
 }
 OPTIONAL = {"variant", "batch", "limit", "split_seed", "source", "recipe", *HALTING}
+OPTIONAL |= {"halt_threshold_range"}
 TRAINING = {
     "data": NO_WORD,
     "model_name": (*NO_WORD, "transformer_tiny", "vit_tiny_patch8_224"),
@@ -184,6 +188,7 @@ TRAINING = {
     "bank_size": COUNT,
     "split_seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "source": NO_WORD,
+    "halt_threshold_range": RANGE,
     **REGULARISATION,
 }
 

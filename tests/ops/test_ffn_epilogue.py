@@ -89,7 +89,7 @@ def test_rows_keep_their_bits_in_other_company(device, activation):
 
     def up(rows, middle):
         counts = middle, len(rows) - middle
-        return UP.forward(rows, counts, None, activation, flat, sliced=True)
+        return UP.forward(rows, counts, None, activation, UP.pairs(flat), sliced=True)
 
     whole, part = up(x, 140), up(x[37:151].clone(), 103)
     for all_rows, some in zip(whole, part, strict=True):

@@ -76,8 +76,12 @@ def test_imagenet_is_scenic_s():
         **{"epochs": 300, "batch": 4096, "learning_rate": 1e-3, "weight_decay": 0.1},
         **{"label_smoothing": 0.0, "max_grad_norm": 1.0, "loss": "sigmoid", "mixup": 0.5},
         warmup_share=config.warmup_share,
+        decay_after_warmup=True,
     )
     assert plan == made
+    for step, share in ((4_999, 0.5), (9_999, 1.0), (10_000, 1.0), ((steps + 10_000) // 2, 0.5)):
+        assert plan.learning_rate_at(step, steps) == pytest.approx(1e-3 * share, rel=1e-3)
+    assert 0 < plan.learning_rate_at(steps - 1, steps) < 1e-9
 
 
 def test_a_model_that_is_given_keeps_its_own_sizes():

@@ -16,7 +16,7 @@ from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
 from adatape_kernels.ops.dual_ffn import triton_up
 from adatape_kernels.ops.dual_ffn.parameters import Parameters
 from adatape_kernels.ops.dual_ffn.triton_cublas import slices, unused_rows
-from adatape_kernels.ops.dual_ffn.triton_up import tiles_of
+from adatape_kernels.ops.dual_ffn.triton_up import pairs, tiles_of
 from adatape_kernels.ops.triton_specialization import dense
 
 _MEMORY_SHARE = 0.87
@@ -75,7 +75,7 @@ def forward(
     """Launch the first product, and call torch's for each kind; returns y and pre-activations."""
     bounds = None if bounds is None else bounds.contiguous()
     max_rows = (max_input_rows, max_tape_rows)
-    hidden, act = triton_up.forward(x, max_rows, bounds, activation, parameters, sliced=True)
+    hidden, act = triton_up.forward(x, max_rows, bounds, activation, pairs(parameters), sliced=True)
     y = x.new_empty(*x.shape)
     for part, a in zip(slices(*max_rows, bounds, activation, parameters), act, strict=False):
         torch.addmm(part.ffn.b2, a, part.ffn.w2.mT, out=y[part.rows])
@@ -97,10 +97,10 @@ def backward(
     """Launch the first product's gradient, and call torch's products for each kind."""
     bounds = None if bounds is None else bounds.contiguous()
     hiddens = dense(hidden), dense(tape_hidden)
-    ups = triton_up.backward(dy, hiddens, bounds, activation, parameters, sliced=True)
+    ups = triton_up.backward(dy, hiddens, bounds, activation, pairs(parameters), sliced=True)
     dx = x.new_empty(*x.shape)
     grads: list[Tensor] = []
-    max_rows = len(hidden), len(tape_hidden)
+    max_rows = hidden.shape[0], tape_hidden.shape[0]
     parts = slices(*max_rows, bounds, activation, parameters)
     for part, dhidden, act, db1 in zip(parts, *ups, strict=False):
         dy_rows, x_rows = dy[part.rows], x[part.rows]

@@ -5,6 +5,7 @@ dhidden = act'(hidden) ⊙ (dy · w2)               dx = dhidden · w1
 dw1 = dhiddenᵀ · x,  dw2 = dyᵀ · act
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -19,18 +20,20 @@ from adatape_kernels.ops.dual_ffn.triton_grouped_kernels import (
     _dual_ffn_weight_kernel,
 )
 from adatape_kernels.ops.dual_ffn.triton_primitives import CHUNK
-from adatape_kernels.ops.dual_ffn.triton_up import Pair, pairs
+from adatape_kernels.ops.dual_ffn.triton_up import pairs
 from adatape_kernels.ops.triton_runtime import launch, num_blocks
 from adatape_kernels.ops.triton_specialization import dense
 
 
-def _tiles(x: Tensor, w2: Pair) -> dict[str, int]:
+@functools.lru_cache(maxsize=256)
+def _tiles(dtype: torch.dtype, own: torch.Size, of_tape: torch.Size) -> dict[str, int]:
     """Return the shape of the products' tiles, by dtype and by whether 16 divides all widths.
 
-    Otherwise each element of a row is read by itself, and wide tiles would spill registers.
+    `own` and `of_tape` are the shapes of the second weights. Where 16 does not divide the widths,
+    each element of a row is read by itself, and wide tiles would spill registers.
     """
-    divided = all(size % 16 == 0 for w in w2 for size in w.shape)
-    if x.dtype == torch.float32:
+    divided = all(size % 16 == 0 for size in (*own, *of_tape))
+    if dtype == torch.float32:
         num_warps = 4 if divided else 8
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=num_warps, num_stages=3)
     if divided:
@@ -45,13 +48,13 @@ def _num_programs(device: torch.device) -> int:
 
 def _row_arguments(x: Tensor, max_rows: tuple[int, int], bounds: Tensor | None) -> dict[str, Any]:
     """Return the arguments of every kernel that tell which rows there are of each kind."""
-    max_input_rows, max_tape_rows = max_rows
+    (rows, dim), (max_input_rows, max_tape_rows) = x.shape, max_rows
     return dict(
         bounds_ptr=bounds,
-        rows=len(x),
+        rows=rows,
         max_input_rows=max_input_rows,
         max_tape_rows=max_tape_rows,
-        dim=x.shape[1],
+        dim=dim,
     )
 
 
@@ -66,21 +69,23 @@ def forward(
     """Launch the two products; returns y and both pre-activations."""
     bounds = None if bounds is None else bounds.contiguous()
     max_rows = (max_input_rows, max_tape_rows)
+    given = pairs(parameters)
     (hidden, tape_hidden), act = triton_up.forward(
-        x, max_rows, bounds, activation, parameters, sliced=False
+        x, max_rows, bounds, activation, given, sliced=False
     )
-    _, _, w2, b2 = pairs(parameters)
-    y = x.new_empty(*x.shape)
+    own_w2, tape_w2 = given.w2
+    rows = _row_arguments(x, max_rows, bounds)
+    y = x.new_empty(rows["rows"], rows["dim"])
     launch(
         _dual_ffn_down_kernel,
         (_num_programs(x.device),),
         out_ptr=y,
         a_ptrs=act,
-        w_ptrs=w2,
-        b_ptrs=b2,
-        depths=tuple(a.shape[1] for a in act),
-        **_row_arguments(x, max_rows, bounds),
-        **_tiles(x, w2),
+        w_ptrs=given.w2,
+        b_ptrs=given.b2,
+        depths=(own_w2.shape[1], tape_w2.shape[1]),
+        **rows,
+        **_tiles(x.dtype, own_w2.shape, tape_w2.shape),
         BACKWARD=False,
     )
     return y, hidden, tape_hidden
@@ -97,21 +102,20 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Launch the four products; returns the gradients of x and of the parameters."""
     bounds = None if bounds is None else bounds.contiguous()
-    dy, x, (w1, _, w2, _) = dense(dy), dense(x), pairs(parameters)
+    dy, x, given = dense(dy), dense(x), pairs(parameters)
     hiddens = dense(hidden), dense(tape_hidden)
-    dhidden, act, db1 = triton_up.backward(
-        dy, hiddens, bounds, activation, parameters, sliced=False
-    )
-    dx, tiles = x.new_empty(*x.shape), _tiles(x, w2)
-    rows = _row_arguments(x, (len(hidden), len(tape_hidden)), bounds)
+    dhidden, act, db1 = triton_up.backward(dy, hiddens, bounds, activation, given, sliced=False)
+    own_w2, tape_w2 = given.w2
+    dx, tiles = x.new_empty(*x.shape), _tiles(x.dtype, own_w2.shape, tape_w2.shape)
+    rows = _row_arguments(x, (hidden.shape[0], tape_hidden.shape[0]), bounds)
     launch(
         _dual_ffn_down_kernel,
         (_num_programs(x.device),),
         out_ptr=dx,
         a_ptrs=dhidden,
-        w_ptrs=w1,
+        w_ptrs=given.w1,
         b_ptrs=None,
-        depths=tuple(h.shape[1] for h in hiddens),
+        depths=(hidden.shape[1], tape_hidden.shape[1]),
         **rows,
         **tiles,
         BACKWARD=True,
@@ -137,13 +141,14 @@ def _weight_gradients(
     `second` says that they are dy and the activations, which make the gradient of w2.
     """
     programs = _num_programs(rows.device)
-    columns = tuple(t.shape[1] for t in own)
-    shapes = [(rows.shape[1], c) if second else (c, rows.shape[1]) for c in columns]
+    (inputs, own_columns), (tapes, tape_columns) = own[0].shape, own[1].shape
+    dim, columns = rows.shape[1], (own_columns, tape_columns)
+    shapes = [(dim, c) if second else (c, dim) for c in columns]
     num_tiles = [
         num_blocks(m, tiles["BLOCK_M"]) * num_blocks(n, tiles["BLOCK_N"]) for m, n in shapes
     ]
-    chunk = _rows_of_a_split([len(t) for t in own], num_tiles, programs)
-    splits = tuple(max(1, num_blocks(len(t), chunk)) for t in own)
+    chunk = _rows_of_a_split([inputs, tapes], num_tiles, programs)
+    splits = max(1, num_blocks(inputs, chunk)), max(1, num_blocks(tapes, chunk))
     # Of one split too: for another dtype the kernel would be compiled again.
     out = tuple(
         rows.new_empty(n, *s, dtype=torch.float32) for n, s in zip(splits, shapes, strict=True)

@@ -33,7 +33,7 @@ class UpTiles(NamedTuple):
 
 def up_tiles(x: Tensor, w2: Sequence[Tensor], device: DeviceFacts) -> UpTiles:
     """Return the tiles for rows of x that meet these second weights on this device."""
-    return tiles_of(x.dtype, tuple(w.shape for w in w2), device)
+    return tiles_of(x.dtype, tuple([w.shape for w in w2]), device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -62,6 +62,15 @@ def tiles_of(dtype: torch.dtype, shapes: tuple[torch.Size, ...], device: DeviceF
     return UpTiles(dict(**options, maxnreg=128), blocks=2, descriptors=True)
 
 
+class Pairs(NamedTuple):
+    """The parameters, in pairs, as kernels take them: dense."""
+
+    w1: Pair
+    b1: Pair
+    w2: Pair
+    b2: Pair
+
+
 class UpForward(NamedTuple):
     """What the forward writes, of both kinds of rows."""
 
@@ -84,7 +93,7 @@ def forward(
     max_rows: tuple[int, int],
     bounds: Tensor | None,
     activation: str,
-    parameters: Parameters,
+    parameters: Pairs,
     *,
     sliced: bool,
 ) -> UpForward:
@@ -93,36 +102,45 @@ def forward(
     `sliced` says that max_rows are the numbers of rows of each kind, only the last of which, at the
     end of the buffer, may be unused.
     """
-    x, (w1, b1, w2, _) = dense(x), pairs(parameters)
-    inputs, tapes = max_rows
-    hidden = x.new_empty(inputs, w1[0].shape[0]), x.new_empty(tapes, w1[1].shape[0])
-    act = x.new_empty(inputs, w2[0].shape[1]), x.new_empty(tapes, w2[1].shape[1])
-    tiles = up_tiles(x, w2, facts_of(x.device))
-    descriptors = _no_descriptors
-    if tiles.descriptors and len(x):
+    x, (w1, b1, w2, _) = dense(x), parameters
+    (own_w1, tape_w1), (own_w2, tape_w2), (inputs, tapes) = w1, w2, max_rows
+    (rows, dim), own_columns, tape_columns = x.shape, own_w1.shape[0], tape_w1.shape[0]
+    widths = own_w2.shape[1], tape_w2.shape[1]
+    hidden = x.new_empty(inputs, own_columns), x.new_empty(tapes, tape_columns)
+    act = x.new_empty(inputs, widths[0]), x.new_empty(tapes, widths[1])
+    facts = facts_of(x.device)
+    tiles = up_tiles(x, w2, facts)
+    in_desc = w_desc = tape_w_desc = None
+    if tiles.descriptors and rows:
         block_m, block_n, block_k = _blocks(tiles)
-        tape_w1 = w1[1].view(2, w1[1].shape[0] // 2, x.shape[1])
-        descriptors = _descriptors(
-            (x, [block_m, block_k]),
-            (w1[0], [block_n, block_k]),
-            (tape_w1, [2, block_n // 2, block_k]),
-        )
-    _launch(
-        x,
-        max_rows,
-        bounds,
-        tiles,
+        half = tape_columns // 2
+        in_desc = _descriptor(x, [rows, dim], [block_m, block_k])
+        w_desc = _descriptor(own_w1, [own_columns, dim], [block_n, block_k])
+        tape_w_desc = _descriptor(tape_w1, [2, half, dim], [2, block_n // 2, block_k])
+    launch(
+        _dual_ffn_up_kernel,
+        (_num_programs(rows, tiles, facts),),
+        in_ptr=x,
         w_ptrs=w1,
         b_ptrs=b1,
         hidden_ptrs=hidden,
         dhidden_ptrs=None,
         act_ptrs=act,
-        **descriptors,
+        in_desc=in_desc,
+        w_desc=w_desc,
+        tape_w_desc=tape_w_desc,
+        bounds_ptr=bounds,
+        rows=rows,
+        max_input_rows=inputs,
+        max_tape_rows=tapes,
+        dim=dim,
+        widths=widths,
         ACTIVATION=activation,
         INPUTS=True,
         TAPES=True,
         BACKWARD=False,
         SLICED=sliced,
+        **tiles.options,
     )
     return UpForward(hidden, act)
 
@@ -132,7 +150,7 @@ def backward(
     hidden: Pair,
     bounds: Tensor | None,
     activation: str,
-    parameters: Parameters,
+    parameters: Pairs,
     *,
     sliced: bool,
 ) -> UpBackward:
@@ -140,78 +158,74 @@ def backward(
 
     Unused rows of dhidden and of act are zero if `sliced`, as above, and else undefined.
     """
-    dy, (_, _, w2, _) = dense(dy), pairs(parameters)
-    max_rows = inputs, tapes = hidden[0].shape[0], hidden[1].shape[0]
-    act = dy.new_empty(inputs, w2[0].shape[1]), dy.new_empty(tapes, w2[1].shape[1])
-    dhidden = dy.new_empty(*hidden[0].shape), dy.new_empty(*hidden[1].shape)
-    tiles = up_tiles(dy, w2, facts_of(dy.device))
+    dy, w2 = dense(dy), parameters.w2
+    (inputs, columns), (tapes, tape_columns) = hidden[0].shape, hidden[1].shape
+    (rows, dim), width, tape_width = dy.shape, w2[0].shape[1], w2[1].shape[1]
+    act = dy.new_empty(inputs, width), dy.new_empty(tapes, tape_width)
+    dhidden = dy.new_empty(inputs, columns), dy.new_empty(tapes, tape_columns)
+    facts = facts_of(dy.device)
+    tiles = up_tiles(dy, w2, facts)
     block_m, block_n, block_k = _blocks(tiles)
     # The sums of dhidden over the rows of each row of tiles, added up below in their order.
-    db1 = _pair(
-        h.new_empty(num_blocks(len(h), block_m), h.shape[1], dtype=torch.float32) for h in hidden
+    db1 = (
+        dy.new_empty(num_blocks(inputs, block_m), columns, dtype=torch.float32),
+        dy.new_empty(num_blocks(tapes, block_m), tape_columns, dtype=torch.float32),
     )
-    descriptors = _no_descriptors
-    if tiles.descriptors and len(dy):
-        w_block = [block_k, block_n]
-        descriptors = _descriptors((dy, [block_m, block_k]), (w2[0], w_block), (w2[1], w_block))
+    in_desc = w_desc = tape_w_desc = None
+    if tiles.descriptors and rows:
+        in_desc = _descriptor(dy, [rows, dim], [block_m, block_k])
+        w_desc = _descriptor(w2[0], [dim, width], [block_k, block_n])
+        tape_w_desc = _descriptor(w2[1], [dim, tape_width], [block_k, block_n])
     # Each kind by itself: for both at once the registers of two blocks do not suffice.
-    for of_inputs in (True, False) if w2[1].shape[1] else (True,):
-        _launch(
-            dy,
-            max_rows,
-            bounds,
-            tiles,
+    for of_inputs in (True, False) if tape_width else (True,):
+        launch(
+            _dual_ffn_up_kernel,
+            (_num_programs(rows, tiles, facts),),
+            in_ptr=dy,
             w_ptrs=w2,
             b_ptrs=db1,
             hidden_ptrs=hidden,
             dhidden_ptrs=dhidden,
             act_ptrs=act,
-            **descriptors,
+            in_desc=in_desc,
+            w_desc=w_desc,
+            tape_w_desc=tape_w_desc,
+            bounds_ptr=bounds,
+            rows=rows,
+            max_input_rows=inputs,
+            max_tape_rows=tapes,
+            dim=dim,
+            widths=(width, tape_width),
             ACTIVATION=activation,
             INPUTS=of_inputs,
             TAPES=not of_inputs,
             BACKWARD=True,
             SLICED=sliced,
+            **tiles.options,
         )
-    return UpBackward(dhidden, act, _pair(parts.sum(0).to(dy.dtype) for parts in db1))
+    own_sum, tape_sum = (parts.sum(0).to(dy.dtype) for parts in db1)
+    return UpBackward(dhidden, act, (own_sum, tape_sum))
 
 
-def _launch(
-    rows: Tensor,
-    max_rows: tuple[int, int],
-    bounds: Tensor | None,
-    tiles: UpTiles,
-    *,
-    act_ptrs: Pair,
-    **arguments: Any,
-) -> None:
-    if not len(rows):
-        return
-    max_input_rows, max_tape_rows = max_rows
-    act, tape_act = act_ptrs
-    launch(
-        _dual_ffn_up_kernel,
-        (tiles.blocks * facts_of(rows.device).multiprocessors,),
-        in_ptr=rows,
-        act_ptrs=act_ptrs,
-        **arguments,
-        bounds_ptr=bounds,
-        rows=len(rows),
-        max_input_rows=max_input_rows,
-        max_tape_rows=max_tape_rows,
-        dim=rows.shape[1],
-        widths=(act.shape[1], tape_act.shape[1]),
-        **tiles.options,
-    )
+def _num_programs(rows: int, tiles: UpTiles, facts: DeviceFacts) -> int:
+    """Return how many programs walk the tiles; none if there are no rows."""
+    return tiles.blocks * facts.multiprocessors if rows else 0
 
 
-_no_descriptors: dict[str, Any] = dict(in_desc=None, w_desc=None, tape_w_desc=None)
+def _descriptor(x: Tensor, shape: list[int], block: list[int]) -> Any:
+    """Return a kernel's descriptor of a dense tensor, seen in this shape; None of an empty one.
 
-
-def _descriptors(*described: tuple[Tensor, list[int]]) -> dict[str, Any]:
-    """Return the kernel's descriptors of these tensors, by these blocks; None of an empty one."""
-    made = (TensorDescriptor.from_tensor(x, block) if x.numel() else None for x, block in described)
-    return dict(zip(_no_descriptors, made, strict=True))
+    Triton's constructor would check that blocks are powers of two, and rows are dense and begin at
+    multiples of 16 bytes. This holds of all tiles that take descriptors, and checking it for each
+    of three operands would take as long on the host as all else that is done for a launch.
+    """
+    if 0 in shape:
+        return None
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.block_shape = x, shape, block
+    rows, columns = shape[-2:]
+    descriptor.strides = [columns, 1] if len(shape) == 2 else [rows * columns, columns, 1]
+    return descriptor
 
 
 def _blocks(tiles: UpTiles) -> tuple[int, int, int]:
@@ -219,12 +233,8 @@ def _blocks(tiles: UpTiles) -> tuple[int, int, int]:
     return options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
 
 
-def _pair(tensors: Any) -> Pair:
-    of_inputs, of_tape = tensors
-    return of_inputs, of_tape
-
-
-def pairs(parameters: Parameters) -> list[Pair]:
+def pairs(parameters: Parameters) -> Pairs:
     """Return w1, b1, w2 and b2 of both kinds; of no width where there is no tape feed-forward."""
-    w1, b1, w2, b2, *tape_ffn = (dense(p) for p in parameters if p is not None)
-    return list(zip((w1, b1, w2, b2), tape_ffn or (w1[:0], b1[:0], w2[:, :0], b2), strict=True))
+    w1, b1, w2, b2, *tape_ffn = [dense(p) for p in parameters if p is not None]
+    tape_w1, tape_b1, tape_w2, tape_b2 = tape_ffn or (w1[:0], b1[:0], w2[:, :0], b2)
+    return Pairs((w1, tape_w1), (b1, tape_b1), (w2, tape_w2), (b2, tape_b2))

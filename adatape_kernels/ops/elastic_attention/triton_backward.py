@@ -13,8 +13,6 @@ atomics, but eight warps' 128 of 255 registers for these sums alone: one program
 for an example of 50 rows too, or one form for each length.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -187,9 +185,14 @@ def elastic_attention_bwd(
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels."""
-    gradients = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-    _write_gradients(gradients, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
-    return gradients
+    rows, num_heads, head_dim = q.shape
+    dq = q.new_empty(rows, num_heads, head_dim)
+    dk = q.new_empty(rows, num_heads, head_dim)
+    dv = q.new_empty(rows, num_heads, head_dim)
+    vector = options_of(q.dtype, head_dim, backward=True)["VECTOR"]
+    q, k, v = with_dense_rows(q, vector), with_dense_rows(k, vector), with_dense_rows(v, vector)
+    _write_gradients(dq, dk, dv, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
+    return dq, dk, dv
 
 
 @kernel(limits)
@@ -206,18 +209,25 @@ def elastic_attention_qkvpacked_bwd(
     """Launch the kernels, which write into the three parts of one gradient.
 
     Where the parts do not all begin at multiples of 16 bytes, as the kernels take it for granted,
-    they are written apart first.
+    they are read from copies, and written apart first.
     """
+    rows, _, num_heads, head_dim = qkv.shape
     q, k, v = qkv.unbind(1)
-    dqkv = qkv.new_empty(qkv.shape)
-    apart = bool(dqkv.stride(1) * dqkv.element_size() % ALIGNMENT)
-    parts = [q.new_empty(q.shape) for _ in range(3)] if apart else dqkv.unbind(1)
-    _write_gradients(parts, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
-    return torch.stack(parts, 1, out=dqkv) if apart else dqkv
+    dqkv = qkv.new_empty(rows, 3, num_heads, head_dim)
+    apart = bool(num_heads * head_dim * qkv.element_size() % ALIGNMENT)
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3)) if apart else dqkv.unbind(1)
+    # Of a dense qkv whose parts are not apart, these are dense enough as they are.
+    if apart or not qkv.is_contiguous() or qkv.data_ptr() % ALIGNMENT:
+        vector = options_of(q.dtype, head_dim, backward=True)["VECTOR"]
+        q, k, v = with_dense_rows(q, vector), with_dense_rows(k, vector), with_dense_rows(v, vector)
+    _write_gradients(dq, dk, dv, dout, q, k, v, out, lse, cu_inputs, cu_tapes, softmax_scale)
+    return torch.stack((dq, dk, dv), 1, out=dqkv) if apart else dqkv
 
 
 def _write_gradients(
-    gradients: Sequence[Tensor],
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -230,18 +240,19 @@ def _write_gradients(
 ) -> None:
     """Launch the kernels, which write dq, dk and dv; the three have the same strides.
 
-    From a head to the next it is head_dim.
+    From a head to the next it is head_dim. The rows of q, k and v are as `with_dense_rows` returns
+    them.
     """
-    dq, dk, dv = gradients
     rows, num_heads, head_dim = q.shape
     options = options_of(q.dtype, head_dim, backward=True)
-    dout, q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (dout, q, k, v))
-    out, lse = dense(out), lse.contiguous()
+    vector, block_d = options["VECTOR"], options["BLOCK_D"]
+    dout, out, lse = with_dense_rows(dout, vector), dense(out), lse.contiguous()
     (stride_dm, stride_dh, _), (stride_qm, stride_qh, _) = dout.stride(), q.stride()
     (stride_kn, stride_kh, _), (stride_vn, stride_vh, _) = k.stride(), v.stride()
-    delta = lse.new_empty(lse.shape)
-    batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
-    block_delta = min(_DELTA_FEATURES // options["BLOCK_D"], _DELTA_ROWS)
+    delta = lse.new_empty(num_heads, rows)
+    batch = cu_inputs.shape[0] - 1
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    block_delta = min(_DELTA_FEATURES // block_d, _DELTA_ROWS)
     launch(
         _elastic_attention_delta_kernel,
         (num_blocks(rows, block_delta) * num_heads,),
@@ -253,8 +264,8 @@ def _write_gradients(
         rows=rows,
         num_heads=num_heads,
         HEAD_DIM=head_dim,
-        VECTOR=options["VECTOR"],
-        BLOCK_D=options["BLOCK_D"],
+        VECTOR=vector,
+        BLOCK_D=block_d,
         BLOCK_M=block_delta,
         num_warps=4,
     )

@@ -171,11 +171,14 @@ def elastic_attention(
     """Launch the kernel."""
     rows, num_heads, head_dim = q.shape
     options = options_of(q.dtype, head_dim, backward=False)
-    q, k, v = (with_dense_rows(x, options["VECTOR"]) for x in (q, k, v))
+    vector = options["VECTOR"]
+    q, k, v = with_dense_rows(q, vector), with_dense_rows(k, vector), with_dense_rows(v, vector)
     (stride_qm, stride_qh, _), (stride_kn, stride_kh, _) = q.stride(), k.stride()
     stride_vn, stride_vh, _ = v.stride()
-    out, lse = q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=torch.float32)
-    batch, scale = len(cu_inputs) - 1, head_dim**-0.5 if softmax_scale is None else softmax_scale
+    out = q.new_empty(rows, num_heads, head_dim)
+    lse = q.new_empty(num_heads, rows, dtype=torch.float32)
+    batch = cu_inputs.shape[0] - 1
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     launch(
         _elastic_attention_fwd_kernel,
         (num_tiles(rows, batch, options["BLOCK_M"]) * num_heads,),

@@ -70,7 +70,7 @@ def tape_gather(
     if indices.numel() == 0 or bank.numel() == 0:
         return bank.new_zeros(num_rows, dim), offsets
     tape = bank.new_empty(num_rows, dim)
-    strides = bank_strides(bank)
+    stride_bb, stride_bm = bank_strides(bank)
     launch(
         _tape_gather_fwd_kernel,
         (max(batch * num_tape_tokens, num_rows), num_blocks(dim, BLOCK_D)),
@@ -79,8 +79,8 @@ def tape_gather(
         weights_ptr=weights,
         offsets_ptr=offsets,
         tape_ptr=tape,
-        stride_bb=strides.example,
-        stride_bm=strides.entry,
+        stride_bb=stride_bb,
+        stride_bm=stride_bm,
         batch=batch,
         num_tape_tokens=num_tape_tokens,
         bank_size=bank_size,

@@ -34,27 +34,28 @@ def tape_read_bwd(
     loss_type: str,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; a shared bank's gradient is summed in order if torch asks for it."""
-    bank_size, key_dim = bank.shape[-2], query.shape[1]
+    (bank_size, dim), (batch, key_dim) = bank.shape[-2:], query.shape
     if indices.numel() == 0:
         return query.new_zeros(*query.shape), bank.new_zeros(*bank.shape)
     dtape, bank, indices = with_dense_rows(dtape), with_dense_rows(bank), indices.contiguous()
-    keys, weights, dweights = bank[..., :key_dim], weights.contiguous(), dweights.contiguous()
+    weights, dweights = weights.contiguous(), dweights.contiguous()
     offsets, _ = offsets_of(counts, indices, bank_size, checked=False)
     chosen = indices, counts, average_query, loss_type
     if bank.dim() == 3:
-        dbank = bank.new_zeros(*bank.shape)
+        dbank = bank.new_zeros(batch, bank_size, dim)
         own = OwnBankGradient(dbank, key_dim, weights)
         dweights = weight_gradients(dtape, bank, indices, offsets, own, given=dweights)
         tape = TapeGradient(dtape, weights, offsets)
-        dquery = key_gradients(query, keys, dweights, dponder, *chosen, dbank, "store", tape)
+        dquery = key_gradients(query, bank, dweights, dponder, *chosen, dbank, "store", tape)
         return dquery, dbank
     reads = no_places_yet(indices)
     dweights = weight_gradients(dtape, bank, indices, offsets, reads, given=dweights)
     dkeys = query.new_empty(indices.numel(), key_dim, dtype=torch.float32)
+    keys = bank[..., :key_dim]
     dquery = key_gradients(query, keys, dweights, dponder, *chosen, dkeys, "list")
     dbank = segment_sum(
         dtape,
-        reads.entries.flatten(),
+        reads.entries.view(-1),
         bank_size,
         bank.dtype,
         row_of=reads.row_of,

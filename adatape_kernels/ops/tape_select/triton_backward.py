@@ -27,7 +27,7 @@ def tape_select_bwd(
     num_tape_tokens = indices.shape[1]
     bank_size, key_dim = keys.shape[-2:]
     if keys.dim() == 3:
-        drows, mode = keys.new_zeros(*keys.shape), "store"
+        drows, mode = keys.new_zeros(len(keys), bank_size, key_dim), "store"
     elif torch.are_deterministic_algorithms_enabled():
         drows, mode = query.new_empty(indices.numel(), key_dim, dtype=torch.float32), "list"
     else:

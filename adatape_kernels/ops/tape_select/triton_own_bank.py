@@ -240,7 +240,7 @@ def select_from_own_banks(
     (batch, key_dim), bank_size = query.shape, keys.shape[-2]
     _, num_tape_tokens, topk = outputs.weights.shape
     config = own_bank_config(keys.dtype, bank_size, key_dim, topk)
-    strides = bank_strides(keys, config["VECTOR"])
+    stride_kb, stride_km = bank_strides(keys, config["VECTOR"])
     launch(
         _tape_select_fwd_own_kernel,
         (batch,),
@@ -261,8 +261,8 @@ def select_from_own_banks(
         halt_threshold=halt_threshold,
         scale=scale,
         stride_qb=query.stride(0),
-        stride_kb=strides.example,
-        stride_km=strides.entry,
+        stride_kb=stride_kb,
+        stride_km=stride_km,
         AVERAGE_QUERY=average_query,
         ENTROPY=entropy,
         **config,

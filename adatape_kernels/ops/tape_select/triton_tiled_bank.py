@@ -229,14 +229,14 @@ def select_from_tiles(
     capability = facts_of(keys.device).capability
     config = tiled_bank_config(keys.dtype, keys.shape, topk, capability)
     tiles, vector = num_blocks(bank_size, config["BLOCK_M"]), config["VECTOR"]
-    strides = bank_strides(keys, vector)
+    stride_kb, stride_km = bank_strides(keys, vector)
     bank = dict(
         bank_size=bank_size,
         key_dim=key_dim // vector,
         topk=topk,
         tiles=tiles,
-        stride_kb=strides.example,
-        stride_km=strides.entry,
+        stride_kb=stride_kb,
+        stride_km=stride_km,
         VECTOR=vector,
     )
     results = dict(

@@ -34,7 +34,7 @@ _TIMED_IMAGES = 256
 _NAME_WIDTH = 30
 
 
-class _Looked(NamedTuple):
+class _BudgetRun(NamedTuple):
     """A run's model, and what it is measured on."""
 
     name: str
@@ -102,10 +102,10 @@ def run(
 
 def _look(
     sources: Sequence[str | os.PathLike[str]], data_dir: str | os.PathLike[str] | None
-) -> list[_Looked]:
+) -> list[_BudgetRun]:
     """Load runs, all with the test images of the first. Raises ValueError, as `run` does."""
     folders = [check_path("beside" if number else "run", s) for number, s in enumerate(sources)]
-    looked: list[_Looked] = []
+    looked: list[_BudgetRun] = []
     for folder, name in zip(folders, names_of_runs(folders), strict=True):
         argument = "beside" if looked else "run"
         model = load(folder)
@@ -120,7 +120,7 @@ def _look(
                 f"beside: expected a run on the test images of {looked[0].name}, "
                 f"got {printable(folder)}, which has others"
             )
-        looked.append(_Looked(name, model, data, normaliser_of(model)))
+        looked.append(_BudgetRun(name, model, data, normaliser_of(model)))
     return looked
 
 
@@ -181,7 +181,7 @@ def _lengths(values: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _measured(
-    looked: Sequence[_Looked], thresholds: Sequence[float], tapes: Sequence[int], rounds: int
+    looked: Sequence[_BudgetRun], thresholds: Sequence[float], tapes: Sequence[int], rounds: int
 ) -> list[BudgetResult]:
     """Measure models on the test images of their runs."""
     cases = [

@@ -23,25 +23,31 @@ def figure_of(results: Sequence[BudgetResult]) -> Any:
     Each model and longest tape is a line, along which the threshold grows.
     """
     figure, axes = axes_of(2, 2, 10.5, 8)
+    by_speed = axes[1, 1]
     several = len({r.run for r in results}) > 1
     lines = list(dict.fromkeys((r.run, r.num_tape_tokens) for r in results))
     for number, (run, longest) in enumerate(lines):
         own = [r for r in results if (r.run, r.num_tape_tokens) == (run, longest)]
         label = f"up to {longest} tape {'token' if longest == 1 else 'tokens'}"
+        look = style_of(number)
+        accuracies = [100 * r.accuracy for r in own]
         costs = {
             "halting threshold": [r.halt_threshold for r in own],
             "mean rows of an image": [r.mean_rows for r in own],
             "MFLOP an image": [r.flops / 1e6 for r in own],
-            "images per second": [r.images_per_second for r in own],
         }
-        for axis, (name, cost) in zip(axes.flat, costs.items(), strict=True):
-            (line,) = axis.plot(
-                cost,
-                [100 * r.accuracy for r in own],
-                **style_of(number),
-            )
+        for axis, (name, cost) in zip(axes.flat, costs.items(), strict=False):
+            (line,) = axis.plot(cost, accuracies, **look)
             axis.set(xlabel=name, ylabel="test accuracy, %")
         line.set_label(f"{drawn_name(run)}, {label}" if several else label)
+        # Times of a busy machine are in no order, and a line along them would say nothing.
+        speeds = [r.images_per_second for r in own]
+        spans = [sorted(r.images_per_second_p20_p80) for r in own]
+        by_speed.plot(speeds, accuracies, **{**look, "linestyle": "none"})
+        by_speed.hlines(accuracies, *zip(*spans, strict=True), color=look["color"], linewidth=0.7)
+    by_speed.set(
+        xlabel="images per second (lines: 20th to 80th percentile)", ylabel="test accuracy, %"
+    )
     for axis in axes.flat:
         axis.margins(x=0.06, y=0.08)
         axis.spines[["top", "right"]].set_visible(False)

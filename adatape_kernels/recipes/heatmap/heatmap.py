@@ -291,7 +291,8 @@ def _draw_beside(
         title = f"input /{c.patch_size}, bank /{c.bank_patch_size}"
         panels.append(heatmap_pictures.Panel(title, mean, places.over_all))
         entries.append({"run": each.name, "patch": c.patch_size, **_places_entries(places)})
-    figure = heatmap_pictures.draw_panels(panels, "Which bank patches are read, model by model")
+    title = "Which bank patches are read, model by model"
+    figure = heatmap_pictures.draw_panels(panels, title, relative=True)
     _write(out, "beside", figure)
     return entries
 

@@ -29,12 +29,14 @@ class Panel(NamedTuple):
     """(side, side)."""
 
 
-def draw_panels(panels: Sequence[Panel], title: str) -> Any:
+def draw_panels(panels: Sequence[Panel], title: str, *, relative: bool = False) -> Any:
     """Draw mean images, and beside each what is read of it, on one scale.
 
     Args:
         panels: what is drawn, all with an image or all without.
         title: what stands above them.
+        relative: draw each share in units of the panel's mean, by which banks of different sizes
+            are comparable.
     """
     parts = 1 if panels[0].image is None else 2
     columns = min(4, len(panels))
@@ -45,12 +47,16 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Any:
     figure, axes = axes_of(rows, parts * columns, width, height)
     for axis in axes.flat:
         axis.axis("off")
-    most = max(0.01, *(panel.share.max().item() for panel in panels))
-    for number, panel in enumerate(panels):
+    shares = [
+        panel.share / panel.share.mean().clamp(min=1e-9) if relative else panel.share
+        for panel in panels
+    ]
+    most = max(0.01, *(share.max().item() for share in shares))
+    for number, (panel, share) in enumerate(zip(panels, shares, strict=True)):
         row, column = divmod(number, columns)
         heat_axis = axes[row, parts * column + parts - 1]
-        heat = heat_axis.imshow(panel.share.numpy(), cmap=_COLOURS, vmin=0, vmax=most)
-        highest = f"up to {panel.share.max():.0%}"
+        heat = heat_axis.imshow(share.numpy(), cmap=_COLOURS, vmin=0, vmax=most)
+        highest = f"up to {share.max():.1f} times" if relative else f"up to {share.max():.0%}"
         if panel.image is None:
             titled(heat_axis, f"{panel.title}\n{highest}")
         else:
@@ -58,7 +64,10 @@ def draw_panels(panels: Sequence[Panel], title: str) -> Any:
             mean_axis.imshow(shown_image(panel.image), cmap="gray")
             titled(mean_axis, panel.title)
             titled(heat_axis, highest)
-    figure.colorbar(heat, ax=axes, shrink=0.8, label="share of the images\nthat read this patch")
+    label = "share of the images\nthat read this patch"
+    if relative:
+        label = "reads of this patch,\nthe mean being 1"
+    figure.colorbar(heat, ax=axes, shrink=0.8, label=label)
     figure.suptitle(title, parse_math=False)
     return figure
 
@@ -176,8 +185,10 @@ def draw_entries(entries: EntriesRead, names: Sequence[str]) -> Any:
     )
     top = order[:_MOST_ENTRIES]
     shown = [c for c in range(len(names)) if entries.by_class[c].any()][:_MOST_CLASSES]
-    of_class = entries.by_class[shown][:, top].double()
-    of_class = of_class / entries.by_class[shown].sum(1, keepdim=True).clamp(min=1)
+    # Classes with more images, or with longer tapes, would otherwise seem to read each entry more.
+    of_class = entries.by_class[shown].double()
+    of_class = of_class[:, top] / of_class.sum(1, keepdim=True).clamp(min=1)
+    of_class = of_class / of_class.sum(0).clamp(min=1e-9)
     heat = shares.imshow(of_class.numpy(), cmap=_COLOURS, vmin=0, aspect="auto")
     shares.set_yticks(
         range(len(shown)), [drawn_name(names[c]) for c in shown], fontsize=8, parse_math=False
@@ -191,7 +202,7 @@ def draw_entries(entries: EntriesRead, names: Sequence[str]) -> Any:
         "Which classes read them: an entry that is read\n"
         f"tells {entries.class_information:.2f} bits of the class"
     )
-    figure.colorbar(heat, ax=shares, label="share of the class's reads")
+    figure.colorbar(heat, ax=shares, label="share of the entry's reads")
     return figure
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
+from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.recipes.list_options import distinct_integers, distinct_names
 from adatape_kernels.recipes.parity.parity_models import MODELS
 
 MOST_LENGTH = 1024
 MOST_STEPS = 10_000_000
+_LONGEST_WITHOUT_GROWTH, _GROWING_SHARE = 32, 0.5
 
 Protocol = Literal["uniform", "extrapolate"]
 """What is trained and measured on: uniform symbols; or sequences most of whose symbols are 0, up to
@@ -50,12 +51,17 @@ class ParityConfig:
     """Number of sequences in a step, new ones each time."""
     lr: float = 1e-3
     """The highest learning rate."""
-    curriculum: float = 0.0
-    """Share of the steps in which the sequences grow from length 4 to the whole length."""
+    curriculum: float | None = None
+    """Share of the steps behind which the sequences, which grow from length 8 as a model learns
+    them, have the whole length. None is 0 for uniform symbols up to length 32, and else 0.5."""
     eval_examples: int = 6400
     """Number of fixed sequences that a run is measured on."""
     protocol: Protocol = "uniform"
     """What is trained and measured on."""
+    sequence_token: bool | None = None
+    """Whether AdaTape sees the sequence as a token beside its tape. None is where all sequences of
+    a run have one length: the token of short sequences tells their labels, but not those of longer
+    ones."""
 
     def __post_init__(self) -> None:
         """Check the values before any work."""
@@ -68,15 +74,15 @@ class ParityConfig:
         self._set("lr", as_number("lr", self.lr))
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a number above 0, got {self.lr}")
-        self._set("curriculum", as_number("curriculum", self.curriculum))
-        if not 0 <= self.curriculum <= 1:
-            raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
+        if self.curriculum is not None:
+            self._set("curriculum", as_number("curriculum", self.curriculum))
+            if not 0 <= self.curriculum <= 1:
+                raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
+        if self.sequence_token is not None:
+            self._set("sequence_token", as_flag("sequence-token", self.sequence_token))
         as_choice("protocol", self.protocol, ("uniform", "extrapolate"))
-        if self.protocol == "extrapolate":
-            if self.curriculum:
-                raise ValueError("curriculum: expected 0 with the protocol extrapolate")
-            if min(self.lengths) < 2:
-                raise ValueError("lengths: expected 2 or more with the protocol extrapolate, got 1")
+        if self.protocol == "extrapolate" and min(self.lengths) < 2:
+            raise ValueError("lengths: expected 2 or more with the protocol extrapolate, got 1")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -88,7 +94,24 @@ class ParityConfig:
                 for seed in self.seeds:
                     yield Run(model, length, seed)
 
-    def training(self) -> dict[str, float | str]:
-        """Return what decides a run beside its model, its length and its seed."""
-        names = "steps", "batch", "lr", "curriculum", "eval_examples", "protocol"
-        return {name: getattr(self, name) for name in names}
+    def growing_share(self, length: int) -> float:
+        """Return the share of the steps behind which sequences have the whole length."""
+        if self.curriculum is not None:
+            return self.curriculum
+        simple = self.protocol == "uniform" and length <= _LONGEST_WITHOUT_GROWTH
+        return 0.0 if simple else _GROWING_SHARE
+
+    def has_sequence_token(self, length: int) -> bool:
+        """Return whether AdaTape sees a sequence as a token beside its tape."""
+        if self.sequence_token is not None:
+            return self.sequence_token
+        return self.protocol == "uniform" and not self.growing_share(length)
+
+    def training(self, length: int) -> dict[str, float | str]:
+        """Return what decides a run of a length beside its model and its seed."""
+        names = "steps", "batch", "lr", "eval_examples", "protocol"
+        return {
+            **{name: getattr(self, name) for name in names},
+            "curriculum": self.growing_share(length),
+            "sequence_token": self.has_sequence_token(length),
+        }

@@ -17,6 +17,10 @@ from adatape_kernels.models import (
 from adatape_kernels.recipes.parity.fixed_query import FixedQueryReader
 
 _DIM, _DEPTH, _HEADS = 96, 2, 4
+# Without a sequence token a key is so small a part of a token. Scores by short keys are close to
+# one another, so that a step which splits a pair of ones shows both of its symbols; where one of
+# them weighs nearly 1 instead, the pair looks like a pair of ones, and no gradient tells otherwise.
+_KEY_SPLIT = 8
 # Number of steps that a Universal Transformer may take.
 _UNIVERSAL_STEPS = 6
 # Widths are tried in steps in which each head stays a multiple of 2 wide.
@@ -24,7 +28,15 @@ _WIDTH_STEP = 2 * _HEADS
 _WIDEST = 256
 
 
-def _adatape(length: int, sequence_token: bool, topk: int = 2, **choices: Any) -> AdaTapeParity:
+def _adatape(
+    length: int,
+    sequence_token: bool,
+    topk: int = 2,
+    key_split: int | None = None,
+    **choices: Any,
+) -> AdaTapeParity:
+    if key_split is None:
+        key_split = 1 if sequence_token else _KEY_SPLIT
     # Of the entries that a step reads the best weighs 1 / topk or more: the threshold lets an
     # example read its whole bank where they always weigh the same.
     reads = -(-length // topk)
@@ -38,6 +50,7 @@ def _adatape(length: int, sequence_token: bool, topk: int = 2, **choices: Any) -
             num_tape_tokens=reads,
             halt_threshold=reads / topk,
             topk=min(topk, length),
+            key_split=key_split,
             seq_len=length,
             sequence_token=sequence_token,
             **choices,
@@ -58,6 +71,10 @@ def _fixed_query(length: int, sequence_token: bool) -> AdaTapeParity:
 
 def _one_by_one(length: int, sequence_token: bool) -> AdaTapeParity:
     return _adatape(length, sequence_token, topk=1)
+
+
+def _wide_keys(length: int, sequence_token: bool) -> AdaTapeParity:
+    return _adatape(length, sequence_token, key_split=1)
 
 
 def _transformer(length: int, dim: int, ffn_dim: int) -> Transformer:
@@ -112,13 +129,15 @@ _MODELS: dict[str, Callable[[int, bool], Classifier]] = {
     "adatape-last-read": _last_read,
     "adatape-fixed-query": _fixed_query,
     "adatape-one-by-one": _one_by_one,
+    "adatape-wide-keys": _wide_keys,
 }
 
 MODELS = tuple(_MODELS)
 """The names of the models.
 
-The last three are ablations of AdaTape: a new query that is what was read alone, a query that never
-moves, and steps that read one entry instead of two.
+The last four are ablations of AdaTape: a new query that is what was read alone, a query that never
+moves, steps that read one entry instead of two, and keys that are whole tokens, as AdaTape has them
+beside a sequence token.
 """
 
 
@@ -129,7 +148,8 @@ def new_model(name: str, length: int, *, sequence_token: bool = True) -> Classif
         name: one of MODELS.
         length: number of symbols of a sequence.
         sequence_token: whether AdaTape sees the sequence as a token beside its tape. The dense
-            layer that makes the token knows only sequences like those that it was trained on.
+            layer that makes the token knows only sequences like those that it was trained on. A
+            model without it has short keys.
     """
     return _MODELS[name](length, sequence_token)
 

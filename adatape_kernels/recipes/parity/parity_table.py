@@ -101,7 +101,8 @@ def _train_rest(
             stem, result = event.run.stem, event.result
             out.write(f"{stem}.safetensors", event.model)
             out.write(
-                f"{stem}.json", _json({"training": config.training(), "result": result.entries()})
+                f"{stem}.json",
+                _json({"training": config.training(event.run.length), "result": result.entries()}),
             )
             done[event.run] = result
             bars.end(stem, f"{result.accuracy:.2%} in {result.seconds:.0f} s")
@@ -175,7 +176,7 @@ def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | N
         fits = False
     if not fits:
         raise ValueError(f"{file}: expected the result of {each.stem}, got another content")
-    expected = config.training()
+    expected = config.training(each.length)
     for name, value in expected.items():
         if training.get(name) != value:
             raise ValueError(

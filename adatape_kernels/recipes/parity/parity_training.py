@@ -11,11 +11,11 @@ from torch import nn
 
 from adatape_kernels.data.parity_sequences import (
     ParitySequences,
-    short_sequences,
     sparse_sequences,
     uniform_sequences,
 )
 from adatape_kernels.models import Classifier
+from adatape_kernels.recipes.parity.growing_lengths import GrowingLengths
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
 from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
 from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repeatable
@@ -23,7 +23,6 @@ from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repea
 _EVAL_SEED = 20_260_101
 _EVAL_BATCH = 400
 _CURVE_POINTS = 25
-_FIRST_LENGTH = 4
 # Sequences that a point of the curve is measured on, of those that the result is.
 _CURVE_EXAMPLES = 1600
 
@@ -90,7 +89,9 @@ def train(
     """
     torch.manual_seed(run.seed)
     uniform = config.protocol == "uniform"
-    model = new_model(run.model, run.length, sequence_token=uniform)
+    sequence_token = config.has_sequence_token(run.length)
+    model = new_model(run.model, run.length, sequence_token=sequence_token)
+    growing = GrowingLengths(run.length, config.growing_share(run.length) * config.steps)
     # An epoch is a step, for which the plan's learning rate is made.
     plan = TrainPlan(
         1, config.batch, config.lr, weight_decay=0.0, warmup_share=0.1, max_grad_norm=1.0
@@ -106,14 +107,15 @@ def train(
     with repeatable():
         for step in range(config.steps):
             start = time.perf_counter()
-            sequences = _training_sequences(run.length, step, config, generator)
+            sequences = _training_sequences(run.length, growing.at(step), config, generator)
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate_at(step, config.steps)
-            loss = _step(model, sequences, optimizer, plan.max_grad_norm)
+            loss, right = _step(model, sequences, optimizer, plan.max_grad_norm)
             if not math.isfinite(loss):
                 raise RuntimeError(
                     f"loss: expected a finite value in {run.stem} at step {step}, got {loss}"
                 )
+            growing.learn(right)
             losses += loss
             seconds += time.perf_counter() - start
             if (step + 1) % every == 0:
@@ -135,17 +137,24 @@ def train(
 
 
 def _training_sequences(
-    length: int, step: int, config: ParityConfig, generator: torch.Generator
+    length: int, longest: int, config: ParityConfig, generator: torch.Generator
 ) -> ParitySequences:
-    """Return the new sequences of a step, which grow while the curriculum lasts."""
-    if config.protocol == "extrapolate":
-        return sparse_sequences(config.batch, length, (1, length // 2), generator)
-    growing = config.curriculum * config.steps
-    if step >= growing or length <= _FIRST_LENGTH:
+    """Return the new sequences of a step.
+
+    Args:
+        length: number of symbols of the sequences that are measured.
+        longest: most symbols of a sequence of this step.
+        config: what is trained on, and on how many sequences a step.
+        generator: where the random numbers come from.
+    """
+    uniform = config.protocol == "uniform"
+    if uniform and longest == length:
         return uniform_sequences(config.batch, length, generator)
-    share = step / growing
-    longest = round(_FIRST_LENGTH * (length / _FIRST_LENGTH) ** share)
-    return short_sequences(config.batch, length, longest, generator)
+    # Half as long up to the longest, and with few symbols up to nothing but symbols that are not 0:
+    # the ones with few symbols are learned first, and no model relies on many zeros.
+    some = 2 * int(torch.randint(max(1, longest // 4), longest // 2 + 1, (), generator=generator))
+    most = some if uniform else min(some, length // 2)
+    return sparse_sequences(config.batch, some, (1, most), generator)
 
 
 def _step(
@@ -153,14 +162,15 @@ def _step(
     sequences: ParitySequences,
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
-) -> float:
-    """Take a step of the optimizer; return the loss before it."""
-    loss = model.loss(model(sequences.one_hot()), sequences.labels)
+) -> tuple[float, float]:
+    """Take a step of the optimizer; return the loss and the share of right answers before it."""
+    output = model(sequences.one_hot())
+    loss = model.loss(output, sequences.labels)
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
-    return loss.item()
+    return loss.item(), (output.logits.argmax(1) == sequences.labels).double().mean().item()
 
 
 def measure(model: Classifier, sequences: ParitySequences) -> tuple[float, float]:

@@ -119,5 +119,5 @@ def test_the_legend_is_whole_and_names_each_line(name, runs_drawn):
     assert all(not text.get_parse_math() for text in legend.get_texts())
     for axis in figure.axes:
         assert not box.overlaps(axis.xaxis.label.get_window_extent(canvas.get_renderer()))
-        looks = {(li.get_color(), li.get_marker(), li.get_linestyle()) for li in axis.lines}
+        looks = {(line.get_color(), line.get_marker()) for line in axis.lines}
         assert len(looks) == runs_drawn

@@ -5,7 +5,7 @@ import torch
 
 import adatape_kernels as ak
 from adatape_kernels.data.parity_sequences import ParitySequences
-from adatape_kernels.models import AdaTapeParityConfig
+from adatape_kernels.models import AdaTapeParity, AdaTapeParityConfig
 from adatape_kernels.recipes.parity.fixed_query import FixedQueryReader
 from adatape_kernels.recipes.parity.parity_models import MODELS, new_model, num_parameters
 
@@ -84,7 +84,7 @@ def test_without_recursion_has_adatapes_parameters():
 
 
 def test_without_a_sequence_token_a_model_knows_its_tape_alone():
-    """Shorter sequences are taken; the order and whatever is not read change nothing."""
+    """The order and whatever is not read change nothing."""
     torch.manual_seed(0)
     model = new_model("adatape", 10, sequence_token=False).eval()
     assert model.sequence_embed is None
@@ -94,10 +94,45 @@ def test_without_a_sequence_token_a_model_knows_its_tape_alone():
     shuffled = inputs[:, torch.randperm(10)]
     torch.testing.assert_close(model(shuffled).logits, logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.padded()(inputs).logits, logits, atol=1e-4, rtol=1e-4)
-    assert model(inputs[:, :3]).logits.shape == (5, 2)
+
+
+@pytest.mark.parametrize("sequence_token", [True, False])
+def test_shorter_sequences_lack_the_features_of_their_last_symbols(sequence_token):
+    torch.manual_seed(0)
+    model = new_model("adatape", 10, sequence_token=sequence_token).eval()
+    inputs = torch.nn.functional.one_hot(torch.randint(0, 3, (5, 6)), 3).float()
+    tokens, bank = model.embed(inputs)
+    assert bank.shape == (5, 6, 96)
+    if sequence_token:
+        layer = model.sequence_embed
+        expected = inputs.flatten(1) @ layer.weight[:, : 6 * 3].T + layer.bias
+        torch.testing.assert_close(tokens[:, 1], expected)
+    output = model(inputs)
+    assert output.logits.shape == (5, 2) and output.tape_lens.max() <= 3
+    torch.testing.assert_close(model.padded()(inputs).logits, output.logits, atol=1e-4, rtol=1e-4)
     for wrong in (inputs[:, :1], torch.zeros(5, 11, 3), torch.zeros(5, 10, 2), torch.zeros(5, 10)):
         with pytest.raises(ValueError, match=r"^inputs: expected \(batch, \(2 to 10, 3\)\), got"):
             model(wrong)
+
+
+def test_a_learnable_bank_takes_sequences_down_to_one_symbol():
+    sizes = dict(num_classes=2, dim=8, depth=1, num_heads=2, ffn_dim=8, seq_len=10, topk=3)
+    model = AdaTapeParity(AdaTapeParityConfig(**sizes, bank="learn", bank_size=20)).eval()
+    assert model(torch.zeros(4, 1, 3)).logits.shape == (4, 2)
+    for wrong in (torch.zeros(4, 0, 3), torch.zeros(4, 11, 3)):
+        with pytest.raises(ValueError, match=r"^inputs: expected \(batch, \(1 to 10, 3\)\), got"):
+            model(wrong)
+
+
+def test_keys_are_short_without_a_sequence_token():
+    for name in MODELS:
+        if name.startswith("adatape"):
+            with_token, without = (
+                new_model(name, 8, sequence_token=token).encoder.readers["0"].key_dim
+                for token in (True, False)
+            )
+            assert with_token == 96
+            assert without == (96 if name == "adatape-wide-keys" else 12)
 
 
 @pytest.mark.parametrize("choices", [dict(pooling="mean", query="gap"), dict(bank="learn")])

@@ -127,7 +127,6 @@ def test_a_process_that_is_killed_is_named(tmp_path):
         (["--eval-examples", "0"], ["eval-examples: expected 1 to"]),
         (["--protocol", "foo"], ["protocol: expected 'uniform' or 'extrapolate'", "'foo'"]),
         (["--protocol", "extrapolate", "--lengths", "1"], ["lengths: expected 2 or more"]),
-        (["--protocol", "extrapolate", "--curriculum", "1"], ["curriculum: expected 0"]),
         (["--jobs", "0"], ["jobs: expected 1 to"]),
         (["--backend", "cudnn"], ["use_backend: expected one of"]),
     ],

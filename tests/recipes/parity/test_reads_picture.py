@@ -28,7 +28,8 @@ def test_each_step_reads_what_its_query_finds(average_query):
     inputs = sequences.one_hot()
     embedded, read = model.embed_elastic(inputs), model(inputs).reads[0]
     reader = model.encoder.readers["0"]
-    keys, query, _ = reader.normalised(embedded.bank, embedded.tokens.pool("token"))
+    values, pooled, _ = reader.normalised(embedded.bank, embedded.tokens.pool("token"))
+    keys, query = values[..., : reader.key_dim], pooled[:, : reader.key_dim]
     torch.testing.assert_close(reading.queries[:, 0], query)
     assert torch.equal(reading.counts, read.counts)
     for i in range(6):
