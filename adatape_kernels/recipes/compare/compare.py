@@ -72,7 +72,12 @@ from adatape_kernels.recipes.run_folder import (
 from adatape_kernels.recipes.run_images import normaliser_of
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output, say
-from adatape_kernels.recipes.worker_processes import MOST_JOBS, in_processes, usable_cores
+from adatape_kernels.recipes.worker_processes import (
+    MOST_JOBS,
+    in_processes,
+    one_thread,
+    usable_cores,
+)
 
 # Share of the budget, and seconds for a model and a size, in which training steps are timed.
 _TIMING_SHARE, _LEAST_TIMING, _MOST_TIMING = 0.03, 0.2, 3.0
@@ -90,7 +95,7 @@ def run(
 
     report.json, table.md and compare.png are written in the end. Before that plan.json says by what
     all runs are trained, and each run leaves MODEL-SIZE-SEED.json and .safetensors; so a comparison
-    that was interrupted goes on where it ended.
+    that was interrupted goes on where it ended. Training and measuring take one thread each.
 
     Args:
         out: a new or empty folder, or one that holds a part of this comparison.
@@ -118,7 +123,7 @@ def run(
     jobs = usable_cores() if jobs is None else as_integer("jobs", jobs, 1, MOST_JOBS)
     pictures.require("compare")
     check_output_folder(folder)
-    with lenient_output():
+    with lenient_output(), one_thread():
         comparison = _Comparison(config, where, jobs, backends, started)
         return comparison.run(folder)
 

@@ -16,6 +16,7 @@ from adatape_kernels.recipes.compare.compare_config import CompareConfig, Compar
 from adatape_kernels.recipes.compare.compare_measuring import measured
 from adatape_kernels.recipes.compare.compare_training import Trained, Training, images_of
 from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.worker_processes import one_thread
 
 _NAN = '{"seconds": NaN, "train_loss": 1, "train_accuracy": 1}'
 OPTIONS = ["compare", "--data", "digits", "--dim", "16", "--heads", "2", "--ffn", "16"]
@@ -107,7 +108,8 @@ def test_a_run_is_the_one_that_train_trains(compared, tmp_path):
     options = ["train", "--data", "digits", "--dim", "16", "--heads", "2", "--ffn", "16"]
     options += ["--limit", "60", "--epochs", "1", "--model", "avit", "--depth", "1"]
     options += ["--seed", "4", "--split-seed", "0", "--out", str(tmp_path / "t")]
-    assert main(options) == 0
+    with one_thread():
+        assert main(options) == 0
     theirs = ak.load(tmp_path / "t").state_dict()
     ours = ak.load(compared / "avit-1-4.safetensors").state_dict()
     assert ours.keys() == theirs.keys()
