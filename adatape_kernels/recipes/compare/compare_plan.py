@@ -14,8 +14,9 @@ _AIM = 0.95
 # Share of the time that measuring may take before fewer rounds than wanted are planned for.
 _MOST_MEASURING = 0.35
 _LEAST_ROUNDS = 3
-# The share of what fits that whole epochs over all images must use up, or images are left out.
-_LEAST_USED = 0.85
+# Whole epochs over all images are chosen where they are between these shares of what fits; else
+# images are left out.
+_LEAST_USED, _MOST_USED = 0.85, 1.04
 # Fewer images than these make no comparison.
 _LEAST_IMAGES = 100
 COUNTING_PASSES = 2.0
@@ -105,7 +106,9 @@ def planned(
             f"on this machine, got {time_text(config.budget)}"
         )
     epochs, used = int(fitting), images
-    if epochs < _LEAST_USED * fitting:
+    if epochs + 1 <= _MOST_USED * fitting:
+        epochs += 1
+    elif epochs < _LEAST_USED * fitting:
         epochs = math.ceil(fitting)
         used = max(1, min(images, round(images * fitting / epochs)))
     return _plan(config, epochs, used, rounds, epochs * used * by_image, measuring, fitting)

@@ -66,6 +66,17 @@ def test_what_is_foreseen_is_near_the_budget(budget):
     assert ("are left out" in text) == (plan.images < 6000)
 
 
+def test_whole_epochs_that_nearly_fit_leave_no_image_out():
+    plans = [plan_of(budget)[1] for budget in range(60, 500, 3)]
+    whole = [plan for plan in plans if plan.images == 6000]
+    shares = [plan.epochs / plan.fitting_epochs for plan in whole]
+    assert 0.85 <= min(shares) < 0.87 and 1.02 < max(shares) <= 1.04
+    parts = [plan for plan in plans if plan.images < 6000]
+    assert all(plan.images < 0.97 * 6000 for plan in parts) and parts
+    for plan in parts:
+        assert plan.epochs * plan.images / 6000 == pytest.approx(plan.fitting_epochs, rel=1e-3)
+
+
 def test_a_budget_that_no_training_fits_into_says_what_is_enough():
     with pytest.raises(ValueError, match=r"^budget: expected 1[0-9]s or more for 8 runs.*, got 3s"):
         plan_of(3)
