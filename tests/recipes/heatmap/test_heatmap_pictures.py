@@ -54,7 +54,7 @@ def check_texts(figure):
         assert not first.overlaps(second)
 
 
-@pytest.mark.parametrize("classes, shown", [(2, True), (10, False), (12, True), (1, False)])
+@pytest.mark.parametrize("classes, shown", [(5, True), (11, False), (1, False)])
 def test_titles_of_classes(classes, shown):
     labels = torch.arange(2 * classes) % classes
     places = places_read(read_of(2 * classes, 2, 3, 64), labels, classes, 8)
@@ -83,7 +83,7 @@ def test_texts_of_lengths():
         assert len(figure.axes[0].patches) == 4  # nothing is known of blurred images
 
 
-@pytest.mark.parametrize("side, images", [(4, 1), (16, 2), (32, 7), (56, 1)])
+@pytest.mark.parametrize("side, images", [(4, 1), (32, 2), (56, 1)])
 def test_a_number_is_no_wider_than_its_patch_or_is_not_there(side, images):
     numbers, read = side <= 32, read_of(images, 11, 1, side * side)
     pixels = [torch.rand(3, 112, 112)] * images
@@ -120,3 +120,28 @@ def test_no_image_of_the_set_is_shown(runs, tmp_path):
     (read,) = report["reads"]
     assert len(read["centre_share_by_step"]) == len(read["images_by_step"])
     assert report["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_banks_of_different_sizes_are_drawn_in_units_of_their_means():
+    shares = torch.tensor([[0.1, 0.3], [0.0, 0.0]]), torch.full((4, 4), 0.7)
+    panels = [heatmap_pictures.Panel("a", None, share) for share in shares]
+    figure = heatmap_pictures.draw_panels(panels, "title", relative=True)
+    first, second = (axis.images[0].get_array() for axis in figure.axes[:2])
+    assert torch.as_tensor(first).flatten().tolist() == pytest.approx([1, 3, 0, 0])
+    assert torch.as_tensor(second).flatten().tolist() == pytest.approx([1] * 16)
+    assert [axis.get_title() for axis in figure.axes[:2]] == [
+        "a\nup to 3.0 times",
+        "a\nup to 1.0 times",
+    ]
+    assert figure.axes[0].images[0].get_clim() == pytest.approx((0, 3))
+
+
+def test_an_entry_that_two_classes_read_alike_is_theirs_alike():
+    """The first class has three images, the second one; both read entry 0 and their own."""
+    labels = torch.tensor([0, 0, 0, 1])
+    indices = torch.tensor([[[0, 1]], [[0, 1]], [[0, 1]], [[0, 2]]], dtype=torch.int32)
+    weights = torch.ones(4, 1, 2)
+    read = TapeSelection(indices, weights, torch.ones(4).int(), torch.ones(4))
+    figure = heatmap_pictures.draw_entries(entries_read(read, labels, 2, 4), ["a", "b"])
+    shown = torch.as_tensor(figure.axes[1].images[0].get_array())
+    assert shown.tolist() == [[0.5, 1.0, 0.0, 0.0], [0.5, 0.0, 1.0, 0.0]]
