@@ -9,6 +9,7 @@ from adatape_kernels._build import VERSION
 from adatape_kernels.cli import (
     budget_command,
     check_command,
+    compare_command,
     demo_command,
     export_command,
     finetune_command,
@@ -38,6 +39,7 @@ COMMANDS = (
     budget_command,
     heatmap_command,
     parity_command,
+    compare_command,
     predict_command,
     export_command,
 )

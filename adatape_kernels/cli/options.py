@@ -44,6 +44,11 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Return the words of a list with commas."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Return the numbers of a list with commas; raise ValueError, which argparse reports."""
     return tuple(float(part) for part in text.split(","))

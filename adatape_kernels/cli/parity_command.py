@@ -11,6 +11,7 @@ from adatape_kernels.cli.options import (
     asked_device,
     chosen_backend,
     integers,
+    names,
 )
 
 
@@ -29,7 +30,7 @@ def add(commands: Any) -> None:
     )
     add(
         "--models",
-        type=_names,
+        type=names,
         default=("adatape", "transformer", "universal"),
         metavar="NAME,NAME",
         help="adatape, transformer, universal, and the ablations adatape-last-read, "
@@ -85,17 +86,13 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Train the table, or what is missing of it."""
     from adatape_kernels.recipes.parity import parity_table
     from adatape_kernels.recipes.parity.parity_config import ParityConfig
 
-    names = [field.name for field in dataclasses.fields(ParityConfig)]
-    config = ParityConfig(**{name: getattr(arguments, name) for name in names})
+    fields = [field.name for field in dataclasses.fields(ParityConfig)]
+    config = ParityConfig(**{name: getattr(arguments, name) for name in fields})
     backends = arguments.backend.split(",") if arguments.backend else ()
     with chosen_backend(arguments.backend):  # which says what is wrong with the names
         parity_table.run(

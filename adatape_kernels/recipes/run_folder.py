@@ -177,6 +177,17 @@ def leftovers(folder: Path) -> set[str]:
     return {LOCK, *_names(content)}
 
 
+def check_empty_folder(folder: Path) -> None:
+    """Raise ValueError unless a folder is absent, or empty but for what a killed start has left."""
+    names = {inner.name for inner in folder.iterdir()} if folder.exists() else set()
+    found = min(names - leftovers(folder), default=None)
+    if found is not None:
+        raise ValueError(
+            f"out: expected a new or empty folder, got {printable(folder)}, which holds "
+            f"{printable(found)}"
+        )
+
+
 def folder_argument(name: str, value: object) -> Path:
     """Return an argument as a path, of which nothing is known yet.
 

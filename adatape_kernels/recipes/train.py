@@ -29,7 +29,7 @@ from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_la
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
-from adatape_kernels.recipes.run_folder import claim, folder_argument, leftovers
+from adatape_kernels.recipes.run_folder import check_empty_folder, claim, folder_argument
 from adatape_kernels.recipes.run_images import folder_of_images
 from adatape_kernels.recipes.source_file import SourceFile, sha256_of
 from adatape_kernels.recipes.terminal import lenient_output, say
@@ -283,14 +283,9 @@ def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
 
 def _refuse_to_overwrite(out: Path) -> None:
     """Raise ValueError unless a folder is absent, or empty but for what a killed start has left."""
-    names = {inner.name for inner in out.iterdir()} if out.exists() else set()
-    if checkpoint.INDEX in names:
+    if (out / checkpoint.INDEX).exists():
         raise ValueError(f"out: expected a new folder, or --resume, got {out}, which holds a run")
-    found = min(names - leftovers(out), default=None)
-    if found is not None:
-        raise ValueError(
-            f"out: expected a new or empty folder, got {out}, which holds {printable(found)}"
-        )
+    check_empty_folder(out)
 
 
 def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) -> Checkpoint:

@@ -174,6 +174,7 @@ def train(
     title: str = "training",
     after_epoch: Callable[[EpochResult], str] | None = None,
     execution: Execution | None = None,
+    bar: Any = None,
 ) -> None:
     """Train the model in place, where it is, with a progress bar on stderr.
 
@@ -190,6 +191,8 @@ def train(
         title: a few words that stand beside the progress bar.
         after_epoch: called with each epoch's result; returns a line to print.
         execution: how steps are computed; None for float32 in one part.
+        bar: what shows the progress in the place of a bar on stderr, by the methods of tqdm that
+            are called: update, set_postfix and write; used as a context.
 
     Raises:
         ValueError: the last batch is one image, which a batch norm of the model cannot train on,
@@ -210,15 +213,16 @@ def train(
     optimizer = plan.optimizer(model) if optimizer is None else optimizer
     per_epoch = plan.images_per_epoch(len(data.train_labels))
     with lenient_output(), repeatable():
-        bar = tqdm(
-            total=plan.epochs * per_epoch,
-            initial=epochs_done * per_epoch,
-            desc=title,
-            unit=" images",
-            # A log file gets a line every few seconds instead of a moving bar.
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
-        )
+        if bar is None:
+            bar = tqdm(
+                total=plan.epochs * per_epoch,
+                initial=epochs_done * per_epoch,
+                desc=title,
+                unit=" images",
+                # A log file gets a line every few seconds instead of a moving bar.
+                mininterval=0.1 if sys.stderr.isatty() else 10,
+                dynamic_ncols=True,
+            )
         with bar, execution.forward_of(model) as forward:
             for epoch in range(epochs_done, plan.epochs):
                 model.train()

@@ -5,13 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
+from adatape_kernels.recipes.line_styles import style_of
 from adatape_kernels.recipes.pictures import axes_of, drawn_name, plain_settings
-
-# Colours that the colour-blind tell apart; marks and dashes differ in black and white too. As many
-# marks as colours would repeat together, and a sixth line look like the first.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a0527f", "black")
-_MARKS = ("o", "s", "^", "D", "v", "x", "P")
-_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 
 
 def drawn(results: Sequence[BudgetResult]) -> bytes:
@@ -34,12 +29,7 @@ def figure_of(results: Sequence[BudgetResult]) -> Any:
     for number, (run, longest) in enumerate(lines):
         own = [r for r in results if (r.run, r.num_tape_tokens) == (run, longest)]
         label = f"up to {longest} tape {'token' if longest == 1 else 'tokens'}"
-        look: dict[str, Any] = dict(
-            color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKS[number % len(_MARKS)],
-            linestyle=_DASHES[number % len(_DASHES)],
-            markerfacecolor="none",
-        )
+        look = style_of(number)
         accuracies = [100 * r.accuracy for r in own]
         costs = {
             "halting threshold": [r.halt_threshold for r in own],

@@ -1,13 +1,13 @@
 """The options of `parity`: which runs there are, and how each is trained."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from adatape_kernels.arguments import shown
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.recipes.execution import DTYPES
+from adatape_kernels.recipes.list_options import distinct_integers, distinct_names
 from adatape_kernels.recipes.parity.parity_models import MODELS
 
 MOST_LENGTH = 1024
@@ -68,9 +68,9 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         """Check the values before any work."""
-        self._set("lengths", _distinct("lengths", self.lengths, 1, MOST_LENGTH))
-        self._set("seeds", _distinct("seeds", self.seeds, 0, (1 << 32) - 1))
-        self._set("models", _known(self.models))
+        self._set("lengths", distinct_integers("lengths", self.lengths, 1, MOST_LENGTH))
+        self._set("seeds", distinct_integers("seeds", self.seeds, 0, (1 << 32) - 1))
+        self._set("models", distinct_names("models", self.models, MODELS))
         for name, most in (("steps", MOST_STEPS), ("batch", 1 << 20), ("eval_examples", 1 << 24)):
             option = name.replace("_", "-")
             self._set(name, as_integer(option, getattr(self, name), 1, most))
@@ -119,26 +119,3 @@ class ParityConfig:
             "curriculum": self.growing_share(length),
             "sequence_token": self.has_sequence_token(length),
         }
-
-
-def _distinct(name: str, values: object, least: int, most: int) -> tuple[int, ...]:
-    """Return distinct integers; raise ValueError where they are none, or out of range."""
-    if not isinstance(values, Iterable) or isinstance(values, str):
-        raise ValueError(f"{name}: expected integers, got {shown(values)}")
-    numbers = tuple(as_integer(name, value, least, most) for value in values)
-    if not numbers or len(set(numbers)) != len(numbers):
-        raise ValueError(f"{name}: expected one or more distinct integers, got {shown(values)}")
-    return numbers
-
-
-def _known(names: object) -> tuple[str, ...]:
-    """Return distinct names of models; raise ValueError where one is unknown."""
-    if not isinstance(names, Iterable) or isinstance(names, str):
-        raise ValueError(f"models: expected names, got {shown(names)}")
-    known = tuple(names)
-    for name in known:
-        if not isinstance(name, str) or name not in MODELS:
-            raise ValueError(f"models: expected some of {', '.join(MODELS)}, got {shown(name)}")
-    if not known or len(set(known)) != len(known):
-        raise ValueError(f"models: expected one or more distinct names, got {shown(names)}")
-    return known

@@ -3,16 +3,9 @@
 import io
 import warnings
 
+from adatape_kernels.recipes.line_styles import style_of
 from adatape_kernels.recipes.parity.parity_training import ParityResult
 
-# Colours that the colour-blind tell apart, and marks that stay different in black and white.
-_STYLES = (
-    ("#0072b2", "o", "-"),
-    ("#d55e00", "s", "--"),
-    ("#009e73", "^", "-."),
-    ("#cc79a7", "D", ":"),
-    ("#56b4e9", "v", (0, (5, 1, 1, 1))),
-)
 _CHANCE = 50
 # How far the marks of neighbouring models stand apart, as a share of a length.
 _APART = 0.035
@@ -31,7 +24,9 @@ def drawn(results: list[ParityResult]) -> bytes:
         models = list(dict.fromkeys(result.model for result in results))
         lengths = sorted({result.length for result in results})
         for number, model in enumerate(models):
-            color, marker, line = _STYLES[number % len(_STYLES)]
+            style = style_of(number)
+            line = {**style, "marker": ""}
+            marks = {**style, "linestyle": "none"}
             # Marks of models that come out alike would hide one another.
             beside = 1 + _APART * (number - (len(models) - 1) / 2)
             own = [result for result in results if result.model == model]
@@ -40,17 +35,14 @@ def drawn(results: list[ParityResult]) -> bytes:
                 for length in lengths
                 if (values := [r.accuracy for r in own if r.length == length])
             ]
-            axis.plot(*zip(*means, strict=True), color=color, linestyle=line, linewidth=1.5)
+            axis.plot(*zip(*means, strict=True), **line, linewidth=1.5)
             axis.plot(
                 [result.length * beside for result in own],
                 [100 * result.accuracy for result in own],
-                color=color,
-                marker=marker,
-                markerfacecolor="none",
-                linestyle="none",
+                **marks,
             )
             # What the legend shows is the line with its mark.
-            axis.plot([], [], color=color, linestyle=line, marker=marker, label=model)
+            axis.plot([], [], **style, label=model)
         axis.axhline(_CHANCE, color="0.6", linewidth=1)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_minor_locator(NullLocator())

@@ -18,26 +18,21 @@ from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
-from adatape_kernels.recipes.parity.parity_bars import ParityBars
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.parity_picture import drawn
 from adatape_kernels.recipes.parity.parity_training import ParityResult, eval_sequences
-from adatape_kernels.recipes.parity.parity_workers import (
-    Progress,
-    Workplace,
-    in_processes,
-    usable_cores,
-)
+from adatape_kernels.recipes.parity.parity_workers import Progress, Workplace, in_processes
 from adatape_kernels.recipes.parity.reads_picture import (
     drawn_reads,
     pairs_tell_parity,
     reading_of,
 )
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
+from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output
+from adatape_kernels.recipes.worker_processes import MOST_JOBS, usable_cores
 
 REPORT, PICTURE = "report.json", "parity.png"
-_MOST_JOBS = 1024
 _DRAWN_EXAMPLES = 400
 
 
@@ -79,7 +74,7 @@ def run(
     folder = folder_argument("out", out)
     if jobs is None:
         jobs = usable_cores() if where.type == "cpu" else 1
-    jobs = as_integer("jobs", jobs, 1, _MOST_JOBS)
+    jobs = as_integer("jobs", jobs, 1, MOST_JOBS)
     pictures.require("parity")
     check_output_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,10 +98,13 @@ def _train_rest(
         return [result for result in done.values() if result is not None]
 
     left = [each for each, result in done.items() if result is None]
-    with ParityBars(len(done), len(finished()), config.steps) as bars:
+    with TableBars(len(done), len(finished())) as bars:
         for event in in_processes(left, config, workplace):
             if isinstance(event, Progress):
-                bars.move(event)
+                known = event.accuracy
+                shown_accuracy = "" if known is None else f"{known:.1%}"
+                beside = {"loss": f"{event.loss:.3f}", "accuracy": shown_accuracy}
+                bars.move(event.run.stem, event.steps, config.steps, beside)
                 continue
             stem, result = event.run.stem, event.result
             out.write(f"{stem}.safetensors", event.model)
@@ -115,7 +113,8 @@ def _train_rest(
                 _json({"training": config.training(event.run.length), "result": result.entries()}),
             )
             done[event.run] = result
-            bars.end(event)
+            bars.end(stem, f"{result.accuracy:.2%} in {result.seconds:.0f} s")
+            bars.advance()
             _write_report(out, config, finished(), workplace.device)
     pairs = _draw_reads(out, config, finished(), workplace.device)
     _write_report(out, config, finished(), workplace.device, pairs)

@@ -1,0 +1,213 @@
+"""What a worker process does for the comparison: it times some steps, or trains a model."""
+
+import functools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from adatape_kernels.data import ImageSet, Normaliser, Preprocessing, load
+from adatape_kernels.models import ImageClassifier
+from adatape_kernels.models.model_file import serialised
+from adatape_kernels.recipes.compare.compare_config import CompareRun
+from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.train_loop import EpochResult, TrainPlan, train
+from adatape_kernels.recipes.worker_processes import Tell
+
+_SECONDS_BETWEEN_MESSAGES = 0.3
+# Steps of which the first ones, in which memory is new and caches are cold, are not counted.
+_FIRST_STEPS, _COUNTED_STEPS = 2, 3
+_MOST_STEPS = 500
+
+
+class TrainTask(NamedTuple):
+    """A run, and how and on what it is trained."""
+
+    run: CompareRun
+    config: TrainConfig
+    data_dir: Path | None
+
+
+class TrainProgress(NamedTuple):
+    """How far a run is."""
+
+    run: CompareRun
+    images: int
+    """Number of images that it has trained on, each as often as it was."""
+    step: int
+    """Number of steps behind it."""
+    steps: int
+    """Number of all its steps."""
+    loss: str
+    """The loss as a progress bar shows it."""
+
+
+class Training(NamedTuple):
+    """What training a run came to."""
+
+    seconds: float
+    """What it took."""
+    train_loss: float
+    """Mean of the last epoch."""
+    train_accuracy: float
+    """Share of the training images of the last epoch that were classified right."""
+
+
+class Trained(NamedTuple):
+    """A run that has ended."""
+
+    run: CompareRun
+    training: Training
+    model: bytes
+    """A safetensors file."""
+
+
+class StepTime(NamedTuple):
+    """How long a training step of a run takes, by the image."""
+
+    run: CompareRun
+    seconds: float
+
+
+class TimingTask(NamedTuple):
+    """A run whose training steps are to be timed, for about so many seconds."""
+
+    train: TrainTask
+    seconds: float
+
+
+def images_of(config: TrainConfig, data_dir: Path | None) -> tuple[ImageSet, Normaliser]:
+    """Load the images that a configuration asks for.
+
+    Raises:
+        ValueError, RuntimeError, OSError: as in `data.load`.
+    """
+    return _load(config.data, data_dir, config.image_size, config.split, config.limit)
+
+
+def _load(
+    name: str, data_dir: Path | None, image_size: int, split: int, limit: int | None
+) -> tuple[ImageSet, Normaliser]:
+    data = load(name, data_dir, image_size=image_size, seed=split)
+    data = data if limit is None else data.limited(limit, split)
+    return data, Normaliser.of(data.train_images)
+
+
+# All tasks of a process are about the same images.
+_load_once = functools.lru_cache(maxsize=1)(_load)
+
+
+def new_model(config: TrainConfig, data: ImageSet, normalise: Normaliser) -> ImageClassifier:
+    """Return the model of a run before any training."""
+    torch.manual_seed(config.seed)
+    return config.model(data.num_classes, len(normalise.mean))
+
+
+def work(task: TrainTask | TimingTask, tell: Tell) -> Trained | StepTime:
+    """Do what a task is about."""
+    return _timed(task) if isinstance(task, TimingTask) else _trained(task, tell)
+
+
+def _prepared(task: TrainTask) -> tuple[ImageSet, Normaliser, TrainPlan, ImageClassifier]:
+    config = task.config
+    data, normalise = _load_once(
+        config.data, task.data_dir, config.image_size, config.split, config.limit
+    )
+    plan = config.with_batch_for(len(data.train_labels)).plan()
+    return data, normalise, plan, new_model(config, data, normalise)
+
+
+def _trained(task: TrainTask, tell: Tell) -> Trained:
+    """Train a run, and tell the progress now and then."""
+    data, normalise, plan, model = _prepared(task)
+    last: list[EpochResult] = []
+
+    def after_epoch(result: EpochResult) -> str:
+        last[:] = [result]
+        return ""
+
+    steps = plan.epochs * plan.steps_per_epoch(len(data.train_labels))
+    start = time.perf_counter()
+    train(
+        model,
+        data,
+        plan,
+        normalise,
+        task.config.augmentation(),
+        after_epoch=after_epoch,
+        bar=_Teller(task.run, steps, tell),
+    )
+    seconds = time.perf_counter() - start
+    preprocessing = Preprocessing.of(task.config.image_size, normalise)
+    content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
+    return Trained(task.run, Training(seconds, last[0].loss, last[0].accuracy), content)
+
+
+def _timed(task: TimingTask) -> StepTime:
+    """Time training steps of a new model: a few, and then as many as the seconds allow."""
+    data, normalise, plan, model = _prepared(task.train)
+    augment, batch = task.train.config.augmentation(), min(plan.batch, len(data.train_labels))
+    times: list[float] = []
+    steps = _FIRST_STEPS + _COUNTED_STEPS
+    for skipped in (_FIRST_STEPS, 0):
+        clock = _Clock()
+        epochs = -(-steps * batch // len(data.train_labels))
+        some = data if epochs > 1 else data.limited(steps * batch, 0)
+        train(model, some, replace(plan, epochs=epochs), normalise, augment, bar=clock)
+        times += clock.times[skipped:]
+        spent = sum(clock.times)
+        steps = min(_MOST_STEPS, int((task.seconds - spent) / (sum(times) / len(times) * batch)))
+        if steps < 1:
+            break
+    return StepTime(task.train.run, sum(times) / len(times))
+
+
+class _Listener:
+    """Stands in the place of the training loop's progress bar."""
+
+    def __enter__(self) -> "_Listener":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def set_postfix(self, shown: dict[str, str], refresh: bool) -> None:
+        """Take what a bar would show."""
+
+    def write(self, line: str) -> None:
+        """Take a line that a bar would leave above it."""
+
+
+class _Clock(_Listener):
+    """Notes the seconds that each step took, by the image."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._last = time.perf_counter()
+
+    def update(self, images: int) -> None:
+        now = time.perf_counter()
+        self.times.append((now - self._last) / images)
+        self._last = now
+
+
+class _Teller(_Listener):
+    """Tells how far a run is."""
+
+    def __init__(self, run: CompareRun, steps: int, tell: Tell):
+        self._run, self._steps, self._tell = run, steps, tell
+        self._images = self._step = 0
+        self._last = time.monotonic()
+        self._loss = ""
+
+    def set_postfix(self, shown: dict[str, str], refresh: bool) -> None:
+        self._loss = shown["loss"]
+
+    def update(self, images: int) -> None:
+        self._images += images
+        self._step += 1
+        if (now := time.monotonic()) - self._last >= _SECONDS_BETWEEN_MESSAGES:
+            self._last = now
+            self._tell(TrainProgress(self._run, self._images, self._step, self._steps, self._loss))
