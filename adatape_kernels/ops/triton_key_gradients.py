@@ -65,6 +65,7 @@ def _tape_select_bwd_kernel(
     AVERAGE_QUERY: tl.constexpr,
     ENTROPY: tl.constexpr,
     DROWS: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -75,7 +76,9 @@ def _tape_select_bwd_kernel(
     query of step s, and from its turn on that query's gradient. DROWS says what becomes of a row's
     gradient: "store" it in the example's own bank, "add" it to a bank that examples share, or
     "list" it, row after row as `indices_ptr` has them. Where a tape's gradient is given, what the
-    merging into its tokens adds to these features is added before a row is rounded.
+    merging into its tokens adds to these features is added before a row is rounded. WHOLE_ROWS says
+    that keys have all features of their rows: the gradients of the weights that rows were merged
+    with can then be computed here, and are added to those given.
     """
     keep: tl.constexpr = 0.5 if AVERAGE_QUERY else 0.0
     take: tl.constexpr = 0.5 if AVERAGE_QUERY else 1.0
@@ -135,7 +138,11 @@ def _tape_select_bwd_kernel(
             rows, q = _columns(key_rows, q_row, mask_j, offs_c, key_dim)
             dnext = tl.load(q_row + key_dim + offs_c, mask=offs_c < key_dim, other=0.0)
             scores += tl.sum(rows * q, 1)
-            dw += tl.sum(rows * (take * dnext), 1)
+            dmerged = take * dnext
+            if WHOLE_ROWS:
+                exists = (offs_c < key_dim) & (row < num_rows)
+                dmerged += tl.load(tape_row + offs_c, mask=exists, other=0.0).to(tl.float32)
+            dw += tl.sum(rows * dmerged, 1)
         weights = softmax(scores * scale, mask_j)
         if ENTROPY:
             dw -= 2.0 * dponder * weights
@@ -220,7 +227,8 @@ def key_gradients(
         drows: where the gradients go, (batch, bank_size, key_dim or more) if they are stored,
             (bank_size, key_dim) float32 if they are added, (reads, key_dim) float32 if listed.
         mode: "store", "add" or "list", as the kernel has it.
-        tape: what else the gradients of stored rows consist of.
+        tape: what else the gradients of stored rows consist of. Where keys have all features of
+            the rows, what it adds to `dweights` is added here.
 
     Returns:
         (batch, key_dim), dtype of query.
@@ -229,13 +237,15 @@ def key_gradients(
     (batch, key_dim), bank_size = query.shape, keys.shape[-2]
     dtape = weights = offsets = None
     num_rows = stride_tr = 0
+    whole_rows = False
     if tape is None:
         vector = elements_per_access(keys, query, drows)
     else:
         dtape, weights, offsets = tape
         vector = elements_per_access(keys, query, drows, dtape)
-        num_rows, _ = dtape.shape
+        num_rows, dim = dtape.shape
         stride_tr = dtape.stride(0) // vector
+        whole_rows = key_dim == dim
     query, keys = with_dense_rows(query), with_dense_rows(keys, vector)
     stride_kb, stride_km = bank_strides(keys, vector)
     dquery = query.new_empty(batch, key_dim)
@@ -268,6 +278,7 @@ def key_gradients(
         AVERAGE_QUERY=average_query,
         ENTROPY=loss_type == "entropy",
         DROWS=mode,
+        WHOLE_ROWS=whole_rows,
         **_config(key_dim, vector, topk),
     )
     return dquery

@@ -207,6 +207,7 @@ def _gather_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
 def _read_cases(dtype: torch.dtype) -> Iterator[AuditCase]:
     for bank, shape, key_dim, batch in (
         ("input 784 × 384", (256, 784, 384), 64, 256),
+        ("input 196 × 768", (256, 196, 768), 768, 256),
         ("learn 10000 × 768", (10_000, 768), 768, 256),
         ("learn 500 × 50", (500, 50), 24, 64),
     ):

@@ -226,21 +226,27 @@ def feed_forwards(
     yield RooflineLine("dual_ffn_bwd", shape, needed, ours[1])
 
 
-def norms(rows: int, dim: int, repeats: int) -> Iterator[RooflineLine]:
+def norms(rows: int, dim: int, parts: int) -> Iterator[RooflineLine]:
     """Count the residual sum with its LayerNorm.
 
-    Our work on these rows stands for `repeats` times as many.
+    What one and two of so many equal parts of the rows take tells what each further part takes;
+    the sums over all rows that the gradient ends with are as large for any number of them.
     """
-    x, branch = torch.randn(2, rows, dim).to(HALF).unbind(0)
-    weight = torch.ones(dim, dtype=HALF)
-    forward, (total, normed, *saved) = measured("add_layer_norm", x, branch, weight, weight, 1e-6)
-    dtotal = total.clone()
-    backward, _ = measured("add_layer_norm_bwd", dtotal, normed, total, weight, *saved)
-    rows *= repeats
+
+    def works(rows: int) -> tuple[CountedWork, CountedWork]:
+        x, branch = torch.randn(2, rows, dim).to(HALF).unbind(0)
+        weight = torch.ones(dim, dtype=HALF)
+        forward, results = measured("add_layer_norm", x, branch, weight, weight, 1e-6)
+        total, normed, *saved = results
+        given = total.clone(), normed
+        backward, _ = measured("add_layer_norm_bwd", *given, total, weight, *saved)
+        return forward, backward
+
     token, shape = rows * dim * SIZE, f"{rows} rows, D={dim}"
-    ours = [CountedWork().plus(work, repeats) for work in (forward, backward)]
-    yield RooflineLine("add_layer_norm", shape, CountedWork(4 * token), ours[0])
-    yield RooflineLine("add_layer_norm_bwd", shape, CountedWork(4 * token), ours[1])
+    one, two = works(rows // parts), works(2 * rows // parts)
+    for name, first, both in zip(("add_layer_norm", "add_layer_norm_bwd"), one, two, strict=True):
+        ours = first.plus(both.plus(first, -1), parts - 1)
+        yield RooflineLine(name, shape, CountedWork(4 * token), ours)
 
 
 def leaving(examples: int, dim: int, kept: float) -> Iterator[RooflineLine]:
@@ -285,8 +291,8 @@ def lines(quick: bool) -> Iterator[RooflineLine]:
     for products in ("cublas", "epilogue"):
         yield from feed_forwards(16 * 197, 16 * 10, 384, 1536, 384, products, repeats=16)
         yield from feed_forwards(16 * 50, 16 * 64, 768, 3072, 768, products, repeats=16)
-    yield from norms(16 * 207, 384, repeats=16)
-    yield from norms(16 * 114, 768, repeats=16)
+    yield from norms(256 * 207, 384, parts=16)
+    yield from norms(256 * 114, 768, parts=16)
     for kept in (0.25, 0.75):
         yield from leaving(32, 768, kept)
 

@@ -1,8 +1,9 @@
 """The gradient of `tape_read` in Triton: a bank's gradient is written once.
 
 A bank of an example's own is filled with zeros, and then the rows that were read are written: their
-keys by the program that goes back over the example's steps, the other features by those that merge
-its tokens. For a bank that examples share, both list what a read adds, which is summed by entry.
+keys by the program that goes back over the example's steps, the other features, if there are any,
+by those that merge its tokens. For a bank that examples share, both list what a read adds, which is
+summed by entry.
 """
 
 import torch
@@ -43,8 +44,9 @@ def tape_read_bwd(
     chosen = indices, counts, average_query, loss_type
     if bank.dim() == 3:
         dbank = bank.new_zeros(batch, bank_size, dim)
-        own = OwnBankGradient(dbank, key_dim, weights)
-        dweights = weight_gradients(dtape, bank, indices, offsets, own, given=dweights)
+        if key_dim < dim:
+            own = OwnBankGradient(dbank, key_dim, weights)
+            dweights = weight_gradients(dtape, bank, indices, offsets, own, given=dweights)
         tape = TapeGradient(dtape, weights, offsets)
         dquery = key_gradients(query, bank, dweights, dponder, *chosen, dbank, "store", tape)
         return dquery, dbank
