@@ -3,7 +3,14 @@
 import argparse
 from typing import Any
 
-from adatape_kernels.cli.options import add_backend, chosen_backend, integers, names
+from adatape_kernels.cli.options import (
+    add_backend,
+    add_device,
+    asked_device,
+    chosen_backend,
+    integers,
+    names,
+)
 
 _MODELS = "adatape-input,adatape-learn,vit,uvit,u2t,avit"
 _BUDGET = "20m"
@@ -74,8 +81,14 @@ def add(commands: Any) -> None:
         metavar="N",
         help="timed passes over the test images, all models in turn; default: %(default)s",
     )
-    add("--jobs", type=int, metavar="N", help="runs at a time, a thread each; default: one a core")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time, a thread each; default: one a core, and 1 on a GPU",
+    )
     add_backend(parser)
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -107,5 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
             data_dir=arguments.data_dir,
             jobs=arguments.jobs,
             backends=backends,
+            device=asked_device(arguments),
         )
     return 0

@@ -99,7 +99,7 @@ def test_names_of_gpus():
 
 
 COMMANDS = ["check", "demo", "train --data digits", "finetune --data digits", "budget run"]
-COMMANDS += ["heatmap run", "parity", "predict run a.png", "verify a.npz", "export run"]
+COMMANDS += ["heatmap run", "parity", "compare", "predict run a.png", "verify a.npz", "export run"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

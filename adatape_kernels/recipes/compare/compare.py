@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.value_checks import as_integer
@@ -60,6 +62,7 @@ from adatape_kernels.recipes.compare.compare_training import (
     work,
 )
 from adatape_kernels.recipes.data_fingerprint import data_facts
+from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
@@ -90,6 +93,7 @@ def run(
     data_dir: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     backends: Sequence[str] = (),
+    device: str | torch.device = "auto",
 ) -> list[CompareResult]:
     """Train what is not trained yet, measure all models, and write what came out into `out`.
 
@@ -102,9 +106,10 @@ def run(
         config: what is compared, and how long it may take.
         data_dir: the image set's folder, as in `data.load`.
         jobs: number of runs that are trained at a time, each in a process with one thread; None for
-            one a core.
+            one a core, and for one alone on a GPU.
         backends: the backend that serves the ops where runs are trained, and those that serve what
             it does not; the fastest by default.
+        device: where to compute, as `devices.chosen_device` has it.
 
     Returns:
         The results of all runs, in their order.
@@ -120,11 +125,14 @@ def run(
     started = time.monotonic()
     folder = folder_argument("out", out)
     where = None if data_dir is None else folder_argument("data-dir", data_dir)
-    jobs = usable_cores() if jobs is None else as_integer("jobs", jobs, 1, MOST_JOBS)
+    place = chosen_device(device)
+    if jobs is None:
+        jobs = usable_cores() if place.type == "cpu" else 1
+    jobs = as_integer("jobs", jobs, 1, MOST_JOBS)
     pictures.require("compare")
     check_output_folder(folder)
     with lenient_output(), one_thread():
-        comparison = _Comparison(config, where, jobs, backends, started)
+        comparison = _Comparison(config, where, jobs, backends, place, started)
         return comparison.run(folder)
 
 
@@ -137,10 +145,12 @@ class _Comparison:
         data_dir: Path | None,
         jobs: int,
         backends: Sequence[str],
+        device: torch.device,
         started: float,
     ):
         self.config, self.data_dir = config, data_dir
-        self.jobs, self.backends, self.started = jobs, backends, started
+        self.jobs, self.backends = jobs, backends
+        self.device, self.started = device, started
         self.runs = [*config.runs()]
         first = config.train_config(self.runs[0], 1, config.limit)
         self.data, self.normalise = images_of(first, data_dir)
@@ -200,7 +210,9 @@ class _Comparison:
         return time.monotonic() - self.started
 
     def _task(self, run: CompareRun, epochs: int, limit: int | None) -> TrainTask:
-        return TrainTask(run, self.config.train_config(run, epochs, limit), self.data_dir)
+        return TrainTask(
+            run, self.config.train_config(run, epochs, limit), self.data_dir, self.device
+        )
 
     def _plan(self) -> tuple[ComparePlan, Costs]:
         """Time some steps of each model and size, and choose how much is trained."""
@@ -226,7 +238,8 @@ class _Comparison:
         costs = {}
         for key, run in pairs.items():
             model = new_model(c.train_config(run, 1, c.limit), data, self.normalise)
-            costs[key] = RunCost(train[key], seconds_by_image(model, images))
+            test = seconds_by_image(model.to(self.device), images)
+            costs[key] = RunCost(train[key], test)
         plan = planned(
             c,
             costs,
@@ -311,7 +324,7 @@ class _Comparison:
     ) -> list[CompareResult]:
         """Measure all models."""
         data, tests = self.data, len(self.data.test_labels)
-        models = {run: _loaded(out.folder, run) for run in self.runs}
+        models = {run: _loaded(out.folder, run, self.device) for run in self.runs}
         # All were trained with the same one, of the images that were used.
         normalise = normaliser_of(models[self.runs[0]])
         found = {}
@@ -362,12 +375,12 @@ class _Comparison:
             "data": self.facts,
             "jobs": self.jobs,
             "wall_seconds": self._spent(),
-            **environment(),
+            **environment(self.device),
         }
         out.write(REPORT, json_bytes(report))
 
 
-def _loaded(folder: Path, run: CompareRun) -> ImageClassifier:
-    model = load(folder / f"{run.stem}.safetensors")
+def _loaded(folder: Path, run: CompareRun, device: torch.device) -> ImageClassifier:
+    model = load(folder / f"{run.stem}.safetensors", device=device)
     assert isinstance(model, ImageClassifier)
     return model

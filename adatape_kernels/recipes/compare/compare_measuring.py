@@ -13,6 +13,7 @@ from adatape_kernels.data.image_set import unit_range
 from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.compare.compare_config import CompareRun
+from adatape_kernels.recipes.devices import CPU, device_of, moved, wait
 from adatape_kernels.recipes.measure import Timing
 from adatape_kernels.recipes.model_comparison import rows_by_layer
 from adatape_kernels.recipes.train_loop import PREDICT_BATCH, accuracy, predict
@@ -65,7 +66,7 @@ def timed(
     not timed.
 
     Args:
-        models: the trained models.
+        models: the trained models, all on one device.
         data: its test half is used.
         normalise: what the models were trained with.
         rounds: number of passes.
@@ -75,10 +76,13 @@ def timed(
         The time of a pass of each.
     """
     times: dict[CompareRun, list[float]] = {run: [] for run in models}
+    device = CPU
     for model in models.values():
         model.eval()
+        device = device_of(model)
     for round_ in range(rounds):
         for images in _batches(data, normalise):
+            images = moved(images, device)
             for run, model in models.items():
                 seconds = _forward_seconds(model, images)
                 if len(times[run]) <= round_:
@@ -91,6 +95,7 @@ def timed(
 def seconds_by_image(model: ImageClassifier, images: Tensor) -> float:
     """Return what a forward pass over a batch takes by the image, beyond the first pass."""
     model.eval()
+    images = moved(images, device_of(model))
     times = [_forward_seconds(model, images) for _ in range(1 + _CALIBRATION_PASSES)]
     return median(times[1:]) / len(images)
 
@@ -106,7 +111,9 @@ def _batches(data: ImageSet, normalise: Normaliser) -> Iterator[Tensor]:
 
 
 def _forward_seconds(model: ImageClassifier, images: Tensor) -> float:
+    wait(images.device)
     start = time.perf_counter()
     with torch.no_grad():
         model(images)
+    wait(images.device)
     return time.perf_counter() - start

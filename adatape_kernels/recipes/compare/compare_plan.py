@@ -11,15 +11,16 @@ from adatape_kernels.recipes.compare.compare_config import CompareConfig, Compar
 
 # Share of the budget that is planned for; starting processes and writing take the rest.
 _AIM = 0.95
-# Share of the time that measuring may take before fewer rounds than wanted are planned for.
-_MOST_MEASURING = 0.35
+# Share of the time that measuring may take before fewer rounds than wanted are planned for, down to
+# three; and the share that it may take with three, before there are fewer still.
+_MOST_MEASURING, _AT_LAST_MEASURING = 0.35, 0.6
 _LEAST_ROUNDS = 3
 # Whole epochs over all images are chosen where they are between these shares of what fits; else
 # images are left out.
 _LEAST_USED, _MOST_USED = 0.85, 1.04
 # Fewer images than these make no comparison.
 _LEAST_IMAGES = 100
-COUNTING_PASSES = 2.0
+COUNTING_PASSES = 1.5
 """The pass that counts FLOPs takes about as long as so many that are timed."""
 
 
@@ -96,9 +97,11 @@ def planned(
     room = _AIM * config.budget - spent
     rounds = int((_MOST_MEASURING * room - counting) / by_pass)
     rounds = min(config.rounds, max(_LEAST_ROUNDS, rounds))
+    least = min(images, _LEAST_IMAGES)
+    while rounds > 1 and rounds * by_pass + counting > _AT_LAST_MEASURING * room:
+        rounds -= 1
     measuring = rounds * by_pass + counting
     fitting = (room - measuring) / by_image / images
-    least = min(images, _LEAST_IMAGES)
     if fitting * images < least:
         enough = math.ceil((spent + measuring + least * by_image) / _AIM)
         raise ValueError(

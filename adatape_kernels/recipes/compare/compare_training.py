@@ -12,6 +12,7 @@ from adatape_kernels.data import ImageSet, Normaliser, Preprocessing, load
 from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.model_file import serialised
 from adatape_kernels.recipes.compare.compare_config import CompareRun
+from adatape_kernels.recipes.devices import CPU, chosen_device, wait
 from adatape_kernels.recipes.train_config import TrainConfig
 from adatape_kernels.recipes.train_loop import EpochResult, TrainPlan, train
 from adatape_kernels.recipes.worker_processes import Tell
@@ -28,6 +29,7 @@ class TrainTask(NamedTuple):
     run: CompareRun
     config: TrainConfig
     data_dir: Path | None
+    device: torch.device = CPU
 
 
 class TrainProgress(NamedTuple):
@@ -116,7 +118,8 @@ def _prepared(task: TrainTask) -> tuple[ImageSet, Normaliser, TrainPlan, ImageCl
         config.data, task.data_dir, config.image_size, config.split, config.limit
     )
     plan = config.with_batch_for(len(data.train_labels)).plan()
-    return data, normalise, plan, new_model(config, data, normalise)
+    model = new_model(config, data, normalise).to(chosen_device(task.device))
+    return data, normalise, plan, model
 
 
 def _trained(task: TrainTask, tell: Tell) -> Trained:
@@ -152,7 +155,7 @@ def _timed(task: TimingTask) -> StepTime:
     times: list[float] = []
     steps = _FIRST_STEPS + _COUNTED_STEPS
     for skipped in (_FIRST_STEPS, 0):
-        clock = _Clock()
+        clock = _Clock(task.train.device)
         epochs = -(-steps * batch // len(data.train_labels))
         some = data if epochs > 1 else data.limited(steps * batch, 0)
         train(model, some, replace(plan, epochs=epochs), normalise, augment, bar=clock)
@@ -183,11 +186,13 @@ class _Listener:
 class _Clock(_Listener):
     """Notes the seconds that each step took, by the image."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.times: list[float] = []
+        self._device = device
         self._last = time.perf_counter()
 
     def update(self, images: int) -> None:
+        wait(self._device)
         now = time.perf_counter()
         self.times.append((now - self._last) / images)
         self._last = now

@@ -80,8 +80,11 @@ def test_whole_epochs_that_nearly_fit_leave_no_image_out():
 def test_a_budget_that_no_training_fits_into_says_what_is_enough():
     with pytest.raises(ValueError, match=r"^budget: expected 1[0-9]s or more for 8 runs.*, got 3s"):
         plan_of(3)
+    # 10 s have passed, a round takes 0.8 s, counting 1.2 s, and 100 images 1.2 s.
     _, plan = plan_of(19)
-    assert plan.epochs == 1 and 100 <= plan.images < 6000
+    assert (plan.epochs, plan.rounds) == (1, 3) and 100 <= plan.images < 6000
+    _, plan = plan_of(15)
+    assert (plan.epochs, plan.rounds) == (1, 1) and 100 <= plan.images < 200
 
 
 def test_epochs_that_are_given_are_kept():
