@@ -1,7 +1,8 @@
 """Facts by which an image set is recognised, so that a run goes on with the images it began with.
 
 Labels and images in memory are hashed whole. Of images that are files, the names within the set's
-folder and the sizes are hashed and not the contents, which would all have to be read.
+folder and the sizes are hashed and not the contents, which would all have to be read; of images in
+shards, the names of the shards, and where in them the images lie.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from torch import Tensor
 from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.image_folder import FolderImages
 from adatape_kernels.data.image_set import Images, Subset
+from adatape_kernels.data.shards import ShardImages
 
 HASHED = {
     "train_labels_sha256": "training labels",
@@ -54,6 +56,8 @@ def _sha256_of_images(images: Images, root: Path | None) -> str:
         chosen, images = images.chosen[chosen], images.images
     if isinstance(images, FolderImages):
         return _sha256_of_files([images.files[index] for index in chosen.tolist()], root)
+    if isinstance(images, ShardImages):
+        return _sha256_of_members(images, chosen, root)
     return _sha256_of_tensors(*(images[indices] for indices in chosen.split(_BATCH)))
 
 
@@ -72,4 +76,14 @@ def _sha256_of_files(files: list[Path], root: Path | None) -> str:
     for file in files:
         name = file if root is None else os.path.relpath(file, root)
         found.update(os.fsencode(name) + b"\0%d\0" % file.stat().st_size)
+    return found.hexdigest()
+
+
+def _sha256_of_members(images: ShardImages, chosen: Tensor, root: Path | None) -> str:
+    """Return the hash of the shards' names and of the places of images in them, in their order."""
+    found = hashlib.sha256()
+    for indices in chosen.split(_BATCH):
+        for shard, offset, size in images.facts(indices):
+            name = shard if root is None else os.path.relpath(shard, root)
+            found.update(os.fsencode(name) + b"\0%d %d\0" % (offset, size))
     return found.hexdigest()

@@ -24,6 +24,7 @@ from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.execution import Execution
+from adatape_kernels.recipes.loading_options import Loading, with_draws
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
 from adatape_kernels.recipes.model_report import REPORT, write_report
@@ -31,6 +32,7 @@ from adatape_kernels.recipes.output_folder import check_output_folder, check_run
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import check_empty_folder, claim, folder_argument
 from adatape_kernels.recipes.run_images import folder_of_images
+from adatape_kernels.recipes.run_loader import LookedAt
 from adatape_kernels.recipes.source_file import SourceFile, sha256_of
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import (
@@ -75,6 +77,7 @@ def run(
     resume: bool = False,
     device: str | torch.device = "auto",
     execution: Mapping[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> ModelComparison:
     """Train, or go on with a run, and write its report into `out`.
 
@@ -93,6 +96,7 @@ def run(
         device: where to compute, as `devices.chosen_device` has it.
         execution: values by field of Execution, but for the dtype, which is one of the options;
             absent or None for what the run was last computed with.
+        loading: values by field of Loading; absent or None as those of `execution`.
 
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
@@ -103,7 +107,8 @@ def run(
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         where = chosen_device(device)
         asked = {} if execution is None else execution
-        return _run(out, options, data_dir, source, resume, where, asked, until_the_end)
+        read = {} if loading is None else loading
+        return _run(out, options, data_dir, source, resume, where, asked, read, until_the_end)
 
 
 def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
@@ -127,12 +132,14 @@ def _run(
     resume: bool,
     device: torch.device,
     asked: Mapping[str, Any],
+    read: Mapping[str, Any],
     until_the_end: contextlib.ExitStack,
 ) -> ModelComparison:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
     check_kind("execution", asked, Mapping)
+    check_kind("loading", read, Mapping)
     as_flag("resume", resume)
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
@@ -153,8 +160,11 @@ def _run(
             start = SourceFile.read(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
-        config = TrainConfig.of(options, start)
-    execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
+        config = TrainConfig.of(with_draws(options, read), start)
+    before = None if saved is None else saved.environment
+    execution = Execution.of_run(config.dtype, asked, before)
+    loading = Loading.of_run(read, before)
+    loading.check_options(config)
     execution.check_thresholds(config.halt_threshold_range)
     config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
@@ -163,11 +173,13 @@ def _run(
     for note in data.notes:
         say(f"adatape-kernels: note: {note}")
     chosen = config.batch is None
+    config.with_batch_for(len(data.train_labels))  # raises before any image is decoded
+    looked = LookedAt.of(data, config, loading)
+    data = looked.data
     config = config.with_batch_for(len(data.train_labels))
     plan = config.plan()
     print(_plan_line(data, plan, chosen))
-    data.look()
-    normalise = Normaliser.of(data.train_images)
+    normalise = Normaliser.of(looked.sample)
     torch.manual_seed(config.seed)
     # Parameters are drawn on the CPU, so that a seed gives the same ones on every device.
     model = config.model(data.num_classes, len(normalise.mean), start).to(device)
@@ -177,7 +189,7 @@ def _run(
     evaluated = evaluated_model(model, averaged)
     # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
     tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
-    first = Subset(data.train_images, torch.arange(min(tried, len(data.train_labels))))
+    first = Subset(looked.sample, torch.arange(min(tried, len(looked.sample))))
     pixels = normalise(unit_range(first[torch.arange(len(first))]))
     with repeatable():  # as in training, since a compiled graph is one of its mode
         execution.try_step(model, moved(pixels, device))
@@ -192,6 +204,7 @@ def _run(
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
         note_differences(saved.environment, environment)
+    environment |= loading.entries()
     if run_folder is None:
         folder.mkdir(parents=True, exist_ok=True)
         # A folder that cannot be written shows here, before any training.
@@ -227,22 +240,26 @@ def _run(
         }
         save([*history, row])
         history.append(row)
-        return _line(row, plan.epochs)
+        line = _line(row, plan.epochs)
+        return line if result.loading is None else f"{line}; {result.loading.line()}"
 
     try:
-        train(
-            model,
-            data,
-            plan,
-            normalise,
-            config.augmentation(),
-            optimizer=optimizer,
-            averaged=averaged,
-            epochs_done=len(history),
-            title=f"training on {config.data}",
-            after_epoch=after_epoch,
-            execution=execution,
-        )
+        with looked.loader(config, plan, normalise, loading, device) as loader:
+            train(
+                model,
+                data,
+                plan,
+                normalise,
+                config.augmentation(),
+                optimizer=optimizer,
+                averaged=averaged,
+                epochs_done=len(history),
+                title=f"training on {config.data}",
+                after_epoch=after_epoch,
+                execution=execution,
+                loader=loader,
+            )
+        looked.say_unreadable()
         entries = {"config": asdict(config), "data": facts, "metrics": history}
         return write_report(
             writing, evaluated, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
