@@ -24,7 +24,7 @@ class ShardImages:
     """Images in shards that look like a uint8 tensor (n, 3, size, size), decoded on access.
 
     Any image is read by one seek, in any order; no file stays open between two accesses. Memory
-    holds 24 bytes for each image, and those that were asked for.
+    holds 28 bytes for each image, and those that were asked for.
 
     Args:
         shards: the tar files.

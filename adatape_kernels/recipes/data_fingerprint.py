@@ -7,16 +7,20 @@ shards, the names of the shards, and where in them the images lie.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adatape_kernels.arguments import shown
 from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.image_folder import FolderImages
 from adatape_kernels.data.image_set import Images, Subset
+from adatape_kernels.data.printable import printable
 from adatape_kernels.data.shards import ShardImages
+from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
 
 HASHED = {
     "train_labels_sha256": "training labels",
@@ -27,6 +31,7 @@ HASHED = {
 """The facts that are hashes, and what each is one of."""
 
 _BATCH = 1000
+_SHOWN_CHARACTERS = 200
 
 
 def data_facts(data: ImageSet, normalise: Normaliser, root: Path | None) -> dict[str, Any]:
@@ -48,6 +53,37 @@ def data_facts(data: ImageSet, normalise: Normaliser, root: Path | None) -> dict
         "train_images_sha256": _sha256_of_images(data.train_images, root),
         "test_images_sha256": _sha256_of_images(data.test_images, root),
     }
+
+
+def check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: int) -> None:
+    """Raise ValueError where the images are not those that a run was started with.
+
+    Args:
+        out: the run's folder, for errors.
+        saved: its last checkpoint.
+        facts: those of the images now, by `data_facts`.
+        steps: number of steps that an epoch over them takes.
+    """
+    file = out / INDEX
+    for name, value in facts.items():
+        if name in HASHED:
+            # In format 1 there are no hashes, and numbers and names are compared alone.
+            if saved.format > 1 and saved.data.get(name) != value:
+                raise ValueError(
+                    f"data-dir: expected the {HASHED[name]} that the run of {file} began with, "
+                    "got others"
+                )
+        elif saved.data.get(name) != value:
+            raise ValueError(
+                f"data-dir: expected the images of {file} with {name} "
+                f"{printable(saved.data.get(name), _SHOWN_CHARACTERS)}, "
+                f"got {printable(value, _SHOWN_CHARACTERS)}"
+            )
+    if saved.step != saved.epoch * steps:
+        raise ValueError(
+            f"{file}: expected step {saved.epoch * steps} at the end of epoch {saved.epoch}, "
+            f"got {shown(saved.step)}"
+        )
 
 
 def _sha256_of_images(images: Images, root: Path | None) -> str:

@@ -33,7 +33,9 @@ class LoadingOptions:
     def check_set(self, data: str) -> None:
         """Raise ValueError where images of a set in memory may be skipped."""
         if self.unreadable == "skip" and data not in SETS_OF_FILES:
-            raise ValueError(f"unreadable: expected stop for {data}, whose files are read whole")
+            raise ValueError(
+                f"unreadable: expected stop for {data}, whose files are read whole, got skip"
+            )
 
 
 def check_loading_option(field: str, value: object) -> Any:

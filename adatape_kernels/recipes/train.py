@@ -21,7 +21,8 @@ from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
-from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
+from adatape_kernels.recipes.data_fingerprint import check_facts, data_facts
+from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.loading_options import Loading, with_draws
@@ -46,11 +47,8 @@ from adatape_kernels.recipes.train_loop import (
     TrainPlan,
     accuracy,
     predict,
-    repeatable,
     train,
 )
-
-_SHOWN_CHARACTERS = 200
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
@@ -200,7 +198,7 @@ def _run(
     history: list[dict[str, Any]] = []
     columns = _columns(config)
     if saved is not None:
-        _check_facts(folder, saved, facts, steps)
+        check_facts(folder, saved, facts, steps)
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
         note_differences(saved.environment, environment)
@@ -350,30 +348,6 @@ def _check_history(history: Sequence[Any], config: Mapping[str, Any]) -> None:
         for name in columns:
             if not math.isfinite(as_number(f"history: {name}", row[name])):
                 raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
-
-
-def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: int) -> None:
-    """Raise ValueError where the images are not those that the run was started with."""
-    file = out / checkpoint.INDEX
-    for name, value in facts.items():
-        if name in HASHED:
-            # In format 1 there are no hashes, and numbers and names are compared alone.
-            if saved.format > 1 and saved.data.get(name) != value:
-                raise ValueError(
-                    f"data-dir: expected the {HASHED[name]} that the run of {file} began with, "
-                    "got others"
-                )
-        elif saved.data.get(name) != value:
-            raise ValueError(
-                f"data-dir: expected the images of {file} with {name} "
-                f"{printable(saved.data.get(name), _SHOWN_CHARACTERS)}, "
-                f"got {printable(value, _SHOWN_CHARACTERS)}"
-            )
-    if saved.step != saved.epoch * steps:
-        raise ValueError(
-            f"{file}: expected step {saved.epoch * steps} at the end of epoch {saved.epoch}, "
-            f"got {shown(saved.step)}"
-        )
 
 
 def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:

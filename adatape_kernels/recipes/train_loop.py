@@ -6,12 +6,11 @@ random comes from torch's own generator, whose state a checkpoint holds. A run t
 end of an epoch therefore repeats the curve of an unbroken one.
 """
 
-import contextlib
 import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from adatape_kernels.data.loading.batch_draws import generator_of
 from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import device_of, moved, wait
 from adatape_kernels.recipes.drawn_thresholds import (
     ThresholdRange,
@@ -377,24 +377,3 @@ def epoch_generator(seed: int, epoch: int) -> Generator:
     """
     seed, epoch = as_integer("seed", seed, 0), as_integer("epoch", epoch, 0)
     return generator_of(seed, epoch)
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Run with torch's deterministic algorithms.
-
-    Without them a sum whose addends two threads compute, such as the gradient of a bank, may be
-    added in another order on each run, and two equal runs differ in the last bit.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # mypy does not know the property of this module
-    fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # Deterministic mode would also fill new memory with NaN, to show bugs, which takes time.
-    memory.fill_uninitialized_memory = before and fill
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        memory.fill_uninitialized_memory = fill
