@@ -36,15 +36,19 @@ def adatape_of_run(argument: str, folder: Path, device: torch.device) -> AdaTape
     return model
 
 
-def names_of_runs(folders: Sequence[Path]) -> list[str]:
+def names_of_runs(folders: Sequence[Path], *, again: bool = False) -> list[str]:
     """Return a name for each run: its folder's own, or the path where several are called so.
 
+    Args:
+        folders: those of the runs.
+        again: whether a folder may be given twice.
+
     Raises:
-        ValueError: a folder is given twice.
+        ValueError: it may not, and is.
     """
     resolved = [folder.resolve() for folder in folders]
     for number, folder in enumerate(resolved):
-        if folder in resolved[:number]:
+        if not again and folder in resolved[:number]:
             raise ValueError(f"beside: expected other runs, got {printable(folders[number])} again")
     own = [folder.name for folder in resolved]
     return [

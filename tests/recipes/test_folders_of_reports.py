@@ -92,26 +92,26 @@ def test_an_impossible_result_of_compare_is_measured_again(tmp_path, name, value
     assert compare_folder.saved_results(tmp_path, config) is None
 
 
-class Bank:
+class BankOfPatches:
     """A model's configuration as far as its bank is concerned."""
 
     image_size, bank_patch_size, bank, bank_size, topk = 8, 2, "input", 30, 5
 
 
-class Model:
-    config = Bank()
+class ModelWithPatches:
+    config = BankOfPatches()
 
 
 def test_a_tape_is_no_longer_than_its_bank_has_entries():
-    assert [budget._possible(Model(), n) for n in (0, 3, 4, 1 << 20)] == [0, 3, 4, 4]
+    assert [budget._possible(ModelWithPatches(), n) for n in (0, 3, 4, 1 << 20)] == [0, 3, 4, 4]
 
 
 def test_images_that_differ_in_pixels_alone_are_others():
-    class Images:
+    class TwoImages:
         class_names, test_labels = ("a", "b"), torch.tensor([0, 1])
 
         def __init__(self, pixel):
             self.test_images = torch.full((2, 1, 4, 4), pixel, dtype=torch.uint8)
 
-    assert budget._same_images(Images(3), Images(3))
-    assert not budget._same_images(Images(3), Images(4))
+    assert budget._same_images(TwoImages(3), TwoImages(3))
+    assert not budget._same_images(TwoImages(3), TwoImages(4))

@@ -104,9 +104,9 @@ def run(
         What report.json holds.
 
     Raises:
-        ValueError: a folder holds no run of an AdaTape of images or is given twice, an image cannot
-            be decoded, or `out` cannot be written or is the folder of a run or of another command;
-            the error names it.
+        ValueError: a folder holds no run of an AdaTape of images, an image cannot be decoded, or
+            `out` cannot be written or is the folder of a run or of another command; the error names
+            it.
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
@@ -118,9 +118,10 @@ def run(
     check_output_folder(folder)
     check_report_folder(folder, ("reads", "lengths"))
     folders = [check_path("beside" if number else "run", s) for number, s in enumerate(sources)]
+    names = names_of_runs(folders, again=True)
     first, *others = (
         _look("beside" if number else "run", each, name, None if number else data_dir, place)
-        for number, (each, name) in enumerate(zip(folders, names_of_runs(folders), strict=True))
+        for number, (each, name) in enumerate(zip(folders, names, strict=True))
     )
     for each in [first, *others] if others else []:
         if _side(each.model) is None:
