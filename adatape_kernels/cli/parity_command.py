@@ -57,8 +57,8 @@ def add(commands: Any) -> None:
         "--protocol",
         default="uniform",
         metavar="NAME",
-        help="uniform symbols, or extrapolate: train where at most half of the symbols are not 0, "
-        "measure where more are; default: %(default)s",
+        help="uniform symbols, or extrapolate: train where at most half as many symbols as the "
+        "length are not 0, measure where more are; default: %(default)s",
     )
     add(
         "--curriculum",
