@@ -134,7 +134,9 @@ class TrainConfig(ModelOptions, TrainingOptions):
         elif defaults["variant"] is not None:  # that of a recipe
             defaults |= dict.fromkeys(SIZES_OF_A_VARIANT)
         config = cls(**{**defaults, **given}).checked()
-        if "randaugment_magnitude" in given and not config.randaugment:
+        # A whole configuration may be given, which holds the default.
+        differs = config.randaugment_magnitude != defaults["randaugment_magnitude"]
+        if differs and not config.randaugment:
             raise ValueError(
                 "randaugment-magnitude: expected none without --randaugment, got "
                 f"{config.randaugment_magnitude}"
