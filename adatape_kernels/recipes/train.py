@@ -98,7 +98,8 @@ def run(
 
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
-        RuntimeError: a package is missing, or the loss is not finite.
+        RuntimeError: a package is missing, or a loss or a logit of a test image is not finite; the
+            checkpoint is then that of the epoch before.
         OSError: a file cannot be read or written.
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
@@ -231,7 +232,7 @@ def _run(
             "epoch": result.epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
-            "test_accuracy": accuracy(output, data.test_labels),
+            "test_accuracy": accuracy(output, data.test_labels, f" after epoch {result.epoch}"),
             **_work(evaluated, output),
             "images_per_second": result.images_per_second,
             "learning_rate": result.learning_rate,

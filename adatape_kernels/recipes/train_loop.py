@@ -364,8 +364,14 @@ def predict(
     return joined(outputs).to("cpu")
 
 
-def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
-    """Return the share of examples, 0 to 1, whose largest logit is that of their label."""
+def accuracy(output: AdaTapeOutput, labels: Tensor, when: str = "") -> float:
+    """Return the share of examples, 0 to 1, whose largest logit is that of their label.
+
+    Raises RuntimeError where a logit is not finite; `when` then stands in the error.
+    """
+    wrong = output.logits[~output.logits.isfinite()]
+    if len(wrong):
+        raise RuntimeError(f"logits: expected finite values{when}, got {wrong[0].item()}")
     return (output.logits.argmax(1) == labels.to(output.device)).double().mean().item()
 
 
