@@ -12,8 +12,7 @@ from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.model_loading import load
-
-REPORT = "report.json"
+from adatape_kernels.recipes.report_file import REPORT
 
 
 def adatape_of_run(argument: str, folder: Path, device: torch.device) -> AdaTapeViT:

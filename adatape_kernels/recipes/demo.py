@@ -1,7 +1,5 @@
 """The demo: train a small AdaTape ViT on real digits, and compare it with the padded model."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
+from adatape_kernels.recipes.one_thread import one_thread
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
@@ -74,7 +73,7 @@ def run(
     torch.manual_seed(plan.seed)
     model = AdaTapeViT(CONFIG).to(where)
     # A folder that cannot be written shows here, before a minute of training.
-    with lenient_output(), claim(folder) as run_folder, _one_thread():
+    with lenient_output(), claim(folder) as run_folder, one_thread():
         train(
             model,
             data,
@@ -86,17 +85,3 @@ def run(
         )
         entries = {"epochs": plan.epochs, "seed": plan.seed}
         return write_report(run_folder, model, data, normalise, entries, rounds=ROUNDS, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run with one thread of torch.
-
-    Products this small gain nothing from a second thread, and lose much where a core is busy.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

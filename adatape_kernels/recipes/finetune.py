@@ -24,8 +24,8 @@ from adatape_kernels.recipes import checkpoint, model_loading, pictures, train
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
-from adatape_kernels.recipes.model_report import REPORT
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument, leftovers
 from adatape_kernels.recipes.source_file import SourceFile, timm_tensors
 from adatape_kernels.recipes.terminal import lenient_output
@@ -192,7 +192,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         own = until_the_end.enter_context(claim(folder))
         # What is given when a comparison goes on counts for its runs that are not begun yet.
-        own.write(PLAN, (json.dumps(vars(plan), indent=2) + "\n").encode())
+        own.write(PLAN, json_bytes(vars(plan)))
         return _run(own, plan, _How(where, plan.execution))
 
 
@@ -285,7 +285,7 @@ def _run(out: RunFolder, plan: FinetunePlan, how: _How) -> FinetuneReport:
     }
     found = report(start, data, vits, runs, how.device, one.dtype)
     entries = {**found.entries(), "plan": vars(plan), "source_sha256": start.facts.sha256}
-    out.write(REPORT, (json.dumps(entries, indent=2) + "\n").encode())
+    out.write(REPORT, json_bytes(entries))
     print(found.table())
     print(f"runs and report: {printable(out.folder)}{os.sep}")
     return found

@@ -17,7 +17,7 @@ from adatape_kernels.recipes.execution import computing_in, in_float32
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import COMPARED_IMAGES
 from adatape_kernels.recipes.model_loading import load
-from adatape_kernels.recipes.model_report import REPORT
+from adatape_kernels.recipes.report_file import REPORT
 from adatape_kernels.recipes.source_file import SourceFile
 from adatape_kernels.recipes.train_loop import accuracy, predict
 

@@ -18,9 +18,8 @@ from adatape_kernels.models import AdaTapeConfig, EncoderConfig
 from adatape_kernels.models.model_file import FILE, Description, SavedModel, read
 from adatape_kernels.recipes import checkpoint, demo
 from adatape_kernels.recipes.model_tensors import evaluated_weights
+from adatape_kernels.recipes.report_file import REPORT
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
-
-_REPORT = "report.json"
 
 
 def load(
@@ -112,8 +111,8 @@ def _found(
         description = Description(config)
     elif description is not None and config is not None and description.config != config:
         raise ValueError(f"config: expected none, or that of {printable(file)}, got another")
-    if description is None and (file.parent / _REPORT).is_file():
-        description = _of_report(file.parent / _REPORT)
+    if description is None and (file.parent / REPORT).is_file():
+        description = _of_report(file.parent / REPORT)
     if description is None:
         raise ValueError(
             f"{printable(file)}: expected a model's configuration in the file's metadata, as "

@@ -1,6 +1,5 @@
 """The report of a trained model: accuracy, and its cost beside that of the padded model."""
 
-import json
 import os
 from typing import Any
 
@@ -13,10 +12,8 @@ from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.devices import device_of
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import ModelComparison, compare
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder
-
-REPORT = "report.json"
-"""Name of the report's file in a run's folder."""
 
 
 def write_report(
@@ -45,7 +42,7 @@ def write_report(
     """
     comparison, output = compare(model, data, normalise, rounds, dtype)
     report = {**comparison.report(), **entries, **environment(device_of(model))}
-    out.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    out.write(REPORT, json_bytes(report))
     preprocessing = Preprocessing.of(model.config.image_size, normalise)
     content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
     out.write(FILE, content)

@@ -75,7 +75,7 @@ of its entries, the others those of the files that they are read in.
 | label_smoothing 0 | [label_smoothing] None |
 | mixup 0.5 | [mixup.alpha]; one share for a batch there, one for each image here |
 | randaugment 2 | [pp_train], randaug(2, 15) |
-| randaugment_magnitude 29 | the same: 15 on a scale that counts to 10 for what is 30 in kornia's |
+| randaugment_magnitude 29 | the same: its 15 on a scale of 10 is 45 of kornia's, whose most is 29 |
 | random_erasing 0, ema 0 | nothing of the kind is there |
 | epochs 300, batch 4096, lr 0.001 | [num_training_epochs], [batch_size], [base_learning_rate] |
 | weight_decay 0.1 | [optimizer_configs.weight_decay]; train_lib/optimizers.py makes adam adamw |

@@ -25,7 +25,8 @@ class Prediction:
     file: str
     """The image's file."""
     top: tuple[tuple[str, float], ...]
-    """The most probable classes and their probabilities, the most probable first."""
+    """The most probable classes and their probabilities, the most probable first: the softmax of
+    the logits, whatever loss the model was trained with."""
     tape_tokens: int
     """Number of tape tokens that the image read."""
     milliseconds: float

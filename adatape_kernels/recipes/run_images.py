@@ -8,9 +8,8 @@ from adatape_kernels.data import ImageSet, Normaliser, digits, load
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models.model_file import SavedModel
 from adatape_kernels.recipes import checkpoint
+from adatape_kernels.recipes.report_file import REPORT
 from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
-
-_REPORT = "report.json"
 
 
 def images_of_run(folder: Path, data_dir: Path | None = None) -> ImageSet:
@@ -35,7 +34,7 @@ def images_of_run(folder: Path, data_dir: Path | None = None) -> ImageSet:
             seed=config.split,
         )
     try:
-        report = json.loads((folder / _REPORT).read_bytes())
+        report = json.loads((folder / REPORT).read_bytes())
         seed = report["seed"]
         known = "config" not in report and type(seed) is int and seed >= 0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -28,8 +28,9 @@ from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.loading_options import Loading, with_draws
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
-from adatape_kernels.recipes.model_report import REPORT, write_report
+from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.report_file import REPORT
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import check_empty_folder, claim, folder_argument
 from adatape_kernels.recipes.run_images import folder_of_images

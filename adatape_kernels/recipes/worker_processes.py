@@ -30,17 +30,6 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as worker processes do; two that share a busy core wait long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def in_processes(
     tasks: Sequence[tuple[str, Any]], work: Work, jobs: int, backends: Sequence[str] = ()
 ) -> Iterator[Any]:

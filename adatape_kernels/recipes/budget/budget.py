@@ -1,7 +1,6 @@
 """The command `budget`: accuracy, rows, FLOPs and images per second of models at many limits."""
 
 import functools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import measure, pictures
 from adatape_kernels.recipes.adatape_runs import (
-    REPORT,
     adatape_of_run,
     check_report_folder,
     names_of_runs,
@@ -29,6 +27,7 @@ from adatape_kernels.recipes.budget.budget_result import BudgetResult
 from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.output_folder import check_output_folder
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
@@ -106,7 +105,7 @@ def run(
             "beside": [{"run": each.name, "own": _own_limits(each.model)} for each in others],
             **environment(place),
         }
-        writing.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
+        writing.write(REPORT, json_bytes(report))
         writing.write(PICTURE, drawn(results))
         print(table(results))
         print(f"report and picture: {printable(folder)}{os.sep}")

@@ -15,9 +15,7 @@ from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.compare.compare_config import CompareConfig, CompareRun, time_text
 from adatape_kernels.recipes.compare.compare_folder import (
     PICTURE,
-    REPORT,
     TABLE,
-    json_bytes,
     options_of,
     saved_plan,
     saved_results,
@@ -65,7 +63,9 @@ from adatape_kernels.recipes.data_fingerprint import data_facts
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
+from adatape_kernels.recipes.one_thread import one_thread
 from adatape_kernels.recipes.output_folder import check_output_folder
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import (
     RunFolder,
     check_empty_folder,
@@ -78,7 +78,6 @@ from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.worker_processes import (
     MOST_JOBS,
     in_processes,
-    one_thread,
     usable_cores,
 )
 

@@ -15,15 +15,11 @@ from adatape_kernels.recipes.compare.compare_plan import ComparePlan, Costs, Run
 from adatape_kernels.recipes.compare.compare_result import CompareResult
 from adatape_kernels.recipes.compare.compare_training import Trained, Training
 from adatape_kernels.recipes.data_fingerprint import HASHED
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder
 
 _NUMBERS = ("images_per_second", "flops_per_image", "parameters", "mean_rows")
-PLAN, REPORT, TABLE, PICTURE = "plan.json", "report.json", "table.md", "compare.png"
-
-
-def json_bytes(entries: Mapping[str, Any]) -> bytes:
-    """Return the content of a file."""
-    return (json.dumps(entries, indent=2) + "\n").encode()
+PLAN, TABLE, PICTURE = "plan.json", "table.md", "compare.png"
 
 
 def options_of(config: CompareConfig) -> dict[str, Any]:

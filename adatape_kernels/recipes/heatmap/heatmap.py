@@ -1,7 +1,6 @@
 """The command `heatmap`: pictures and numbers of what a trained model reads."""
 
 import io
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.adatape_runs import (
-    REPORT,
     adatape_of_run,
     check_report_folder,
     names_of_runs,
@@ -42,6 +40,7 @@ from adatape_kernels.recipes.heatmap.read_statistics import (
 )
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.output_folder import check_output_folder
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
@@ -147,7 +146,7 @@ def run(
             _write(writing, "examples", drawn)
         if others:
             report["beside"] = _draw_beside(writing, [first, *others], show_images)
-        writing.write(REPORT, (json.dumps(report, indent=2) + "\n").encode())
+        writing.write(REPORT, json_bytes(report))
         print(_told(report))
         print(f"pictures and report: {printable(folder)}{os.sep}")
     return report

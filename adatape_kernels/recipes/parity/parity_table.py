@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,10 +14,11 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeParity
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import pictures
-from adatape_kernels.recipes.adatape_runs import REPORT, check_report_folder
+from adatape_kernels.recipes.adatape_runs import check_report_folder
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
+from adatape_kernels.recipes.one_thread import one_thread
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.parity_models import new_model
@@ -30,10 +30,11 @@ from adatape_kernels.recipes.parity.reads_picture import (
     pairs_tell_parity,
     reading_of,
 )
+from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.worker_processes import MOST_JOBS, one_thread, usable_cores
+from adatape_kernels.recipes.worker_processes import MOST_JOBS, usable_cores
 
 PICTURE = "parity.png"
 _DRAWN_EXAMPLES = 400
@@ -115,7 +116,9 @@ def _train_rest(
             out.write(f"{stem}.safetensors", event.model)
             out.write(
                 f"{stem}.json",
-                _json({"training": config.training(event.run.length), "result": result.entries()}),
+                json_bytes(
+                    {"training": config.training(event.run.length), "result": result.entries()}
+                ),
             )
             done[event.run] = result
             bars.end(stem, f"{result.accuracy:.2%} in {result.seconds:.0f} s")
@@ -165,12 +168,8 @@ def _write_report(
         "options": asdict(config),
         **environment(device),
     }
-    out.write(REPORT, _json(report))
+    out.write(REPORT, json_bytes(report))
     out.write(PICTURE, drawn(results))
-
-
-def _json(entries: dict[str, Any]) -> bytes:
-    return (json.dumps(entries, indent=2) + "\n").encode()
 
 
 def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | None:
