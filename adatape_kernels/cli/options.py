@@ -106,3 +106,28 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 def asked_execution(options: dict[str, Any]) -> dict[str, Any]:
     """Take the values of `add_execution` out of a command's options, and return them."""
     return {name: options.pop(name) for name in ("accumulate", "checkpoint_layers", "compiled")}
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of how images are read, of which `asked_loading` takes some out."""
+    group = parser.add_argument_group("reading images")
+    for name, kind, text in (
+        ("workers", int, "number of processes that prepare batches ahead; any gives one curve"),
+        ("unreadable-limit", int, "the most images of a half that are skipped; default: 100"),
+    ):
+        group.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    group.add_argument(
+        "--look",
+        metavar="WHICH",
+        help="images that are decoded once before training: all, test or none; default: all",
+    )
+    group.add_argument(
+        "--unreadable",
+        metavar="KIND",
+        help="what an image file that cannot be read does: stop, or skip it; default: stop",
+    )
+
+
+def asked_loading(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what no curve depends on out of a command's options, and return it."""
+    return {name: options.pop(name) for name in ("workers", "look")}

@@ -8,8 +8,10 @@ from adatape_kernels.cli.options import (
     add_device,
     add_dtype,
     add_execution,
+    add_loading,
     asked_device,
     asked_execution,
+    asked_loading,
     chosen_backend,
     numbers,
 )
@@ -28,7 +30,9 @@ def add(commands: Any) -> None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `train`, whose defaults depend on the image set and stand with it."""
     add = parser.add_argument
-    add("--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10 or imagefolder")
+    add(
+        "--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10, imagefolder or shards"
+    )
     add(
         "--data-dir",
         metavar="FOLDER",
@@ -45,11 +49,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         metavar="NAME",
         help="whole defaults by name: small, for fashion-mnist and cifar10 on two cores, or "
-        "imagenet, scenic's for AdaTape S/16 on ImageNet's folders",
+        "imagenet, scenic's for AdaTape S/16 on ImageNet's folders or shards",
     )
     add_backend(parser)
     add_device(parser)
     add_execution(parser)
+    add_loading(parser)
     add_options(parser)
 
 
@@ -65,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--variant", metavar="NAME", help="a ViT's size and patch, as in Ti/4")
     for name, kind, text in (
-        ("image-size", int, "imagefolder: side that images are brought to, in pixels"),
+        ("image-size", int, "imagefolder, shards: side that images are brought to"),
         ("patch", int, "side of an input patch, in pixels"),
         ("bank-patch", int, "side of a bank patch, in pixels"),
         ("dim", int, "width of a token"),
@@ -158,5 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = {name: options.pop(name) for name in ("data_dir", "source")}
     with chosen_backend(arguments.backend):
         execution = asked_execution(options)
-        train.run(out, options, **files, resume=resume, device=device, execution=execution)
+        loading = asked_loading(options)
+        ways: dict[str, Any] = {"device": device, "execution": execution, "loading": loading}
+        train.run(out, options, **files, resume=resume, **ways)
     return 0

@@ -11,6 +11,7 @@ from adatape_kernels.data.image_set import ImageSet, Normaliser
 from adatape_kernels.data.packing import packed_batches, packed_indices
 from adatape_kernels.data.preprocessing import Preprocessing
 from adatape_kernels.data.printable import printable
+from adatape_kernels.data.shards import shard_set
 
 __all__ = [
     "NAMES",
@@ -26,7 +27,7 @@ __all__ = [
     "packed_indices",
 ]
 
-NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "imagefolder")
+NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "imagefolder", "shards")
 """The image sets that `load` knows."""
 
 # The folder that Debian's package dataset-fashion-mnist installs its files in.
@@ -42,7 +43,7 @@ def load(
         name: one of NAMES.
         folder: the folder that holds the set's files. It may be None for digits, which have no
             files, and for fashion-mnist where Debian's package dataset-fashion-mnist is installed.
-        image_size: side in pixels that the images of an imagefolder are brought to.
+        image_size: side in pixels that the images of an imagefolder or of shards are brought to.
         seed: decides which images are for the test, where the files themselves do not.
 
     Raises:
@@ -77,4 +78,6 @@ def load(
         return cifar10(folder)
     if name == "imagefolder":
         return image_folder(folder, image_size, seed)
+    if name == "shards":
+        return shard_set(folder, image_size, seed)
     return mnist_layout(folder, FASHION_CLASSES if name == "fashion-mnist" else DIGIT_CLASSES)

@@ -32,6 +32,8 @@ MOST_FILE_BYTES = 1 << 29
 
 # A read of so many bytes is not worth asking how long the file is.
 _BLOCK = 1 << 16
+# So many bytes tell that a file is WebP.
+_HEAD = 12
 
 # Python's filters of warnings belong to the process, whose threads change them one at a time.
 _filters = threading.Lock()
@@ -65,24 +67,42 @@ def decode_to(file: Path, sides: Callable[[int, int], tuple[int, int]]) -> Tenso
             format than JPEG, PNG, WebP and BMP; the error names the file in one line.
         RuntimeError: Pillow is not installed.
     """
-    image_module, image_ops = pillow()
     with _opened_by_name(file) as image:
-        height, width = sides(image.height, image.width)
-        image.draft("RGB", (width, height))
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(
-                f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all"
-            )
-        raw_mode = _raw_mode(image)
-        image.load()
-        upright = to_rgb(image, raw_mode)
-        turn = _turn(image)
-        if turn is not None:
-            upright = upright.transpose(turn)
-            if turn in _quarter_turns():
-                height, width = width, height
-        cut = image_ops.fit(upright, (width, height), image_module.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
+        return _upright_and_cut(image, sides)
+
+
+def decode_content(content: bytes, name: str, size: int) -> Tensor:
+    """Return the content of an image file as `decode` returns the file.
+
+    Args:
+        content: the bytes of the file.
+        name: what errors call it.
+        size: side in pixels of the square that the image is brought to.
+
+    Raises:
+        ValueError, RuntimeError: as in `decode_to`.
+    """
+    with _one_line(name, lambda: content[:_HEAD]), _opened(io.BytesIO(content)) as image:
+        return _upright_and_cut(image, lambda height, width: (size, size))
+
+
+def _upright_and_cut(image: Any, sides: Callable[[int, int], tuple[int, int]]) -> Tensor:
+    """Decode an image that is open, as `decode_to` says."""
+    image_module, image_ops = pillow()
+    height, width = sides(image.height, image.width)
+    image.draft("RGB", (width, height))
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} by {image.height} pixels, more than {MOST_PIXELS} in all")
+    raw_mode = _raw_mode(image)
+    image.load()
+    upright = to_rgb(image, raw_mode)
+    turn = _turn(image)
+    if turn is not None:
+        upright = upright.transpose(turn)
+        if turn in _quarter_turns():
+            height, width = width, height
+    cut = image_ops.fit(upright, (width, height), image_module.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
 
 
 def sides_in_file(file: Path) -> tuple[int, int]:
@@ -101,9 +121,7 @@ def sides_in_file(file: Path) -> tuple[int, int]:
 @contextlib.contextmanager
 def _opened_by_name(file: Path) -> Iterator[Any]:
     """Open an image; whatever goes wrong with it becomes one line that names the file."""
-    image_module, _ = pillow()
-    name = printable(file)
-    try:
+    with _one_line(printable(file), lambda: _head(file)):
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             # To open a pipe would wait for a writer, and a device may do anything.
@@ -112,8 +130,22 @@ def _opened_by_name(file: Path) -> Iterator[Any]:
             raise ValueError(f"{status.st_size} bytes, more than {MOST_FILE_BYTES}")
         with _SparingFile(file) as bytes_of_file, _opened(bytes_of_file) as image:
             yield image
+
+
+@contextlib.contextmanager
+def _one_line(name: str, head: Callable[[], bytes]) -> Iterator[None]:
+    """Make one line, which begins with a name, of whatever goes wrong with an image.
+
+    Args:
+        name: what the image is called.
+        head: returns the first bytes of its file.
+    """
+    image_module, _ = pillow()
+    try:
+        yield
     except image_module.UnidentifiedImageError:
-        came = "WebP, which this Pillow cannot decode" if _is_webp(file) else "no readable one"
+        webp = _is_undecodable_webp(head())
+        came = "WebP, which this Pillow cannot decode" if webp else "no readable one"
         raise ValueError(
             f"{name}: expected a JPEG or PNG image (or WebP or BMP), got {came}"
         ) from None
@@ -144,7 +176,7 @@ class _SparingFile(io.BufferedReader):
         return super().read(size)
 
 
-def _opened(file: _SparingFile) -> Any:
+def _opened(file: _SparingFile | io.BytesIO) -> Any:
     """Open an image without decoding it."""
     image_module, _ = pillow()
     with _filters, warnings.catch_warnings():
@@ -266,12 +298,15 @@ def _formats(image_module: Any) -> list[str]:
     return [name for name in _FORMATS if name in image_module.OPEN]
 
 
-def _is_webp(file: Path) -> bool:
-    """Return whether a file is WebP and Pillow was built without it."""
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(_HEAD)
+
+
+def _is_undecodable_webp(head: bytes) -> bool:
+    """Return whether a file that begins so is WebP, and Pillow was built without it."""
     from PIL import features
 
-    with file.open("rb") as stream:
-        head = stream.read(12)
     return head[:4] == b"RIFF" and head[8:] == b"WEBP" and not features.check("webp")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from adatape_kernels.data.class_folders import SkippedEntries, class_files
 from adatape_kernels.data.image_file import decode, pillow
 from adatape_kernels.data.image_set import ImageSet
+from adatape_kernels.data.packed_paths import PackedPaths
 from adatape_kernels.data.printable import printable
 
 TEST_SHARE = 0.2
@@ -27,7 +28,7 @@ class FolderImages:
     """
 
     def __init__(self, files: Sequence[Path], size: int):
-        self.files = tuple(files)
+        self.files = PackedPaths(files)
         self.size = size
 
     def __len__(self) -> int:

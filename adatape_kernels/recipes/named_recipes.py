@@ -22,44 +22,45 @@ _SMALL: dict[str, Any] = {
     "batch": 64,
 }
 
+_IMAGENET: dict[str, Any] = {
+    "variant": "S/16",
+    "image_size": 224,
+    "bank": "input",
+    "bank_patch": 8,
+    "num_tape_tokens": 10,
+    "topk": 5,
+    "halt_threshold": 2.0,
+    "activation": "gelu_tanh",
+    "loss": "sigmoid",
+    "label_smoothing": 0.0,
+    "mixup": 0.5,
+    "randaugment": 2,
+    "randaugment_magnitude": 29,
+    "random_erasing": 0.0,
+    "ema": 0.0,
+    "epochs": 300,
+    "batch": 4096,
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "warmup_share": 10_000 / (300 * (1_281_167 // 4096)),
+}
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "fashion-mnist": {**_SMALL, "epochs": 38, "lr": 2e-3, "random_erasing": 0.25},
         "cifar10": {**_SMALL, "epochs": 52, "lr": 1.5e-3},
     },
-    "imagenet": {
-        "imagefolder": {
-            "variant": "S/16",
-            "image_size": 224,
-            "bank": "input",
-            "bank_patch": 8,
-            "num_tape_tokens": 10,
-            "topk": 5,
-            "halt_threshold": 2.0,
-            "activation": "gelu_tanh",
-            "loss": "sigmoid",
-            "label_smoothing": 0.0,
-            "mixup": 0.5,
-            "randaugment": 2,
-            "randaugment_magnitude": 29,
-            "random_erasing": 0.0,
-            "ema": 0.0,
-            "epochs": 300,
-            "batch": 4096,
-            "lr": 1e-3,
-            "weight_decay": 0.1,
-            "max_grad_norm": 1.0,
-            "warmup_share": 10_000 / (300 * (1_281_167 // 4096)),
-        }
-    },
+    "imagenet": {"imagefolder": _IMAGENET, "shards": _IMAGENET},
 }
 """The options of each recipe, by the image sets that it is for.
 
 "small" trains an AdaTape of less than a million parameters on two cores within one to two hours.
 
-"imagenet" is scenic's configuration of AdaTape on ImageNet, with the images in folders. Its source
-is google-research/scenic, projects/adatape/adatape_vit/configs/imagenet_adatape_vit_config.py; the
-names in brackets are those of its entries, the others those of the files that they are read in.
+"imagenet" is scenic's configuration of AdaTape on ImageNet, whose images are in folders or shards.
+Its source is google-research/scenic,
+projects/adatape/adatape_vit/configs/imagenet_adatape_vit_config.py; the names in brackets are those
+of its entries, the others those of the files that they are read in.
 
 | options | scenic |
 |---|---|

@@ -21,9 +21,11 @@ from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
-from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
+from adatape_kernels.recipes.data_fingerprint import check_facts, data_facts
+from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.execution import Execution
+from adatape_kernels.recipes.loading_options import Loading, with_draws
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
 from adatape_kernels.recipes.model_report import write_report
@@ -32,6 +34,7 @@ from adatape_kernels.recipes.report_file import REPORT
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import check_empty_folder, claim, folder_argument
 from adatape_kernels.recipes.run_images import folder_of_images
+from adatape_kernels.recipes.run_loader import LookedAt
 from adatape_kernels.recipes.source_file import SourceFile, sha256_of
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.train_config import (
@@ -45,11 +48,8 @@ from adatape_kernels.recipes.train_loop import (
     TrainPlan,
     accuracy,
     predict,
-    repeatable,
     train,
 )
-
-_SHOWN_CHARACTERS = 200
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
@@ -76,6 +76,7 @@ def run(
     resume: bool = False,
     device: str | torch.device = "auto",
     execution: Mapping[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> ModelComparison:
     """Train, or go on with a run, and write its report into `out`.
 
@@ -94,6 +95,7 @@ def run(
         device: where to compute, as `devices.chosen_device` has it.
         execution: values by field of Execution, but for the dtype, which is one of the options;
             absent or None for what the run was last computed with.
+        loading: values by field of Loading; absent or None as those of `execution`.
 
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
@@ -105,7 +107,8 @@ def run(
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         where = chosen_device(device)
         asked = {} if execution is None else execution
-        return _run(out, options, data_dir, source, resume, where, asked, until_the_end)
+        read = {} if loading is None else loading
+        return _run(out, options, data_dir, source, resume, where, asked, read, until_the_end)
 
 
 def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
@@ -129,12 +132,14 @@ def _run(
     resume: bool,
     device: torch.device,
     asked: Mapping[str, Any],
+    read: Mapping[str, Any],
     until_the_end: contextlib.ExitStack,
 ) -> ModelComparison:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
     check_kind("execution", asked, Mapping)
+    check_kind("loading", read, Mapping)
     as_flag("resume", resume)
     if data_dir is not None:
         folder_argument("data-dir", data_dir)
@@ -155,8 +160,11 @@ def _run(
             start = SourceFile.read(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
-        config = TrainConfig.of(options, start)
-    execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
+        config = TrainConfig.of(with_draws(options, read), start)
+    before = None if saved is None else saved.environment
+    execution = Execution.of_run(config.dtype, asked, before)
+    loading = Loading.of_run(read, before)
+    loading.check_options(config)
     execution.check_thresholds(config.halt_threshold_range)
     config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
@@ -165,11 +173,13 @@ def _run(
     for note in data.notes:
         say(f"adatape-kernels: note: {note}")
     chosen = config.batch is None
+    config.with_batch_for(len(data.train_labels))  # raises before any image is decoded
+    looked = LookedAt.of(data, config, loading)
+    data = looked.data
     config = config.with_batch_for(len(data.train_labels))
     plan = config.plan()
     print(_plan_line(data, plan, chosen))
-    data.look()
-    normalise = Normaliser.of(data.train_images)
+    normalise = Normaliser.of(looked.sample)
     torch.manual_seed(config.seed)
     # Parameters are drawn on the CPU, so that a seed gives the same ones on every device.
     model = config.model(data.num_classes, len(normalise.mean), start).to(device)
@@ -179,7 +189,7 @@ def _run(
     evaluated = evaluated_model(model, averaged)
     # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
     tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
-    first = Subset(data.train_images, torch.arange(min(tried, len(data.train_labels))))
+    first = Subset(looked.sample, torch.arange(min(tried, len(looked.sample))))
     pixels = normalise(unit_range(first[torch.arange(len(first))]))
     with repeatable():  # as in training, since a compiled graph is one of its mode
         execution.try_step(model, moved(pixels, device))
@@ -190,10 +200,11 @@ def _run(
     history: list[dict[str, Any]] = []
     columns = _columns(config)
     if saved is not None:
-        _check_facts(folder, saved, facts, steps)
+        check_facts(folder, saved, facts, steps)
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
         note_differences(saved.environment, environment)
+    environment |= loading.entries()
     if run_folder is None:
         folder.mkdir(parents=True, exist_ok=True)
         # A folder that cannot be written shows here, before any training.
@@ -229,22 +240,26 @@ def _run(
         }
         save([*history, row])
         history.append(row)
-        return _line(row, plan.epochs)
+        line = _line(row, plan.epochs)
+        return line if result.loading is None else f"{line}; {result.loading.line()}"
 
     try:
-        train(
-            model,
-            data,
-            plan,
-            normalise,
-            config.augmentation(),
-            optimizer=optimizer,
-            averaged=averaged,
-            epochs_done=len(history),
-            title=f"training on {config.data}",
-            after_epoch=after_epoch,
-            execution=execution,
-        )
+        with looked.loader(config, plan, normalise, loading, device) as loader:
+            train(
+                model,
+                data,
+                plan,
+                normalise,
+                config.augmentation(),
+                optimizer=optimizer,
+                averaged=averaged,
+                epochs_done=len(history),
+                title=f"training on {config.data}",
+                after_epoch=after_epoch,
+                execution=execution,
+                loader=loader,
+            )
+        looked.say_unreadable()
         entries = {"config": asdict(config), "data": facts, "metrics": history}
         return write_report(
             writing, evaluated, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
@@ -335,30 +350,6 @@ def _check_history(history: Sequence[Any], config: Mapping[str, Any]) -> None:
         for name in columns:
             if not math.isfinite(as_number(f"history: {name}", row[name])):
                 raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
-
-
-def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: int) -> None:
-    """Raise ValueError where the images are not those that the run was started with."""
-    file = out / checkpoint.INDEX
-    for name, value in facts.items():
-        if name in HASHED:
-            # In format 1 there are no hashes, and numbers and names are compared alone.
-            if saved.format > 1 and saved.data.get(name) != value:
-                raise ValueError(
-                    f"data-dir: expected the {HASHED[name]} that the run of {file} began with, "
-                    "got others"
-                )
-        elif saved.data.get(name) != value:
-            raise ValueError(
-                f"data-dir: expected the images of {file} with {name} "
-                f"{printable(saved.data.get(name), _SHOWN_CHARACTERS)}, "
-                f"got {printable(value, _SHOWN_CHARACTERS)}"
-            )
-    if saved.step != saved.epoch * steps:
-        raise ValueError(
-            f"{file}: expected step {saved.epoch * steps} at the end of epoch {saved.epoch}, "
-            f"got {shown(saved.step)}"
-        )
 
 
 def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:

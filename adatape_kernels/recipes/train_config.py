@@ -21,6 +21,11 @@ from adatape_kernels.recipes.drawn_thresholds import (
     check_nominal,
 )
 from adatape_kernels.recipes.execution import DTYPES
+from adatape_kernels.recipes.loading_options import (
+    LOADING_OPTIONS,
+    LoadingOptions,
+    check_loading_option,
+)
 from adatape_kernels.recipes.model_options import (
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
@@ -61,11 +66,12 @@ _ADDED_NAMES = (
     "dtype",
     *HALTING_OPTIONS,
     *TRAINING_OPTIONS,
+    *LOADING_OPTIONS,
 )
 
 
 @dataclass(frozen=True)
-class TrainConfig(ModelOptions, TrainingOptions):
+class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
     """What decides the curve, by the names of the command's options; saved with a checkpoint.
 
     Make one with `of`, which fills in defaults.
@@ -185,6 +191,7 @@ class TrainConfig(ModelOptions, TrainingOptions):
             )
         if self.recipe is not None:
             recipe_values(self.recipe, self.data)
+        self.check_set(self.data)
         of_some = (*HALTING_OPTIONS, "variant", "source")
         check_given(self.model_name, {name: getattr(self, name) for name in of_some})
         if not self.has_variant:
@@ -316,6 +323,8 @@ def check_option(field: str, value: object) -> Any:
     """
     if field in TRAINING_OPTIONS:
         return check_training_option(field, value)
+    if field in LOADING_OPTIONS:
+        return check_loading_option(field, value)
     name, kind = option_name(field), _KINDS[field]
     if value is None and (field in HALTING_OPTIONS or kind in _MAY_BE_NONE):
         return None

@@ -42,6 +42,9 @@ DEFAULTS: dict[str, Any] = {
     "ema": 0.0,
     "max_grad_norm": 1.0,
     "warmup_share": 0.05,
+    "draws": "epoch",
+    "unreadable": "stop",
+    "unreadable_limit": 100,
 }
 """Of every image set."""
 
@@ -63,6 +66,7 @@ DEFAULT_MODELS: dict[str, dict[str, int]] = {
     "fashion-mnist": {"patch": 7, "bank_patch": 4, "dim": 96, "depth": 4, "heads": 3, "ffn": 192},
     "cifar10": {"patch": 4, "bank_patch": 4, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
     "imagefolder": {"patch": 8, "bank_patch": 8, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
+    "shards": {"patch": 8, "bank_patch": 8, "dim": 128, "depth": 6, "heads": 4, "ffn": 256},
 }
 """The model's sizes, by image set."""
 
@@ -72,5 +76,6 @@ DEFAULT_TRAINING: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"epochs": 32},
     "cifar10": {"epochs": 30},
     "imagefolder": {"epochs": 30, "image_size": 64},
+    "shards": {"epochs": 30, "image_size": 64},
 }
 """What else a new model is trained with, by image set."""

@@ -1,20 +1,19 @@
 """The training loop that the demo and `train` share, and predictions over a whole set.
 
-The order, the augmentation and the mixing of an epoch's images depend on its number and the seed
-alone; everything else that is random comes from torch's own generator, whose state a checkpoint
-holds. A run that goes on from the end of an epoch therefore repeats the curve of an unbroken one.
+The order of an epoch's images depends on its number and the seed alone, and so do their
+augmentation and mixing, in which a loader takes the batch's number besides. Everything else that is
+random comes from torch's own generator, whose state a checkpoint holds. A run that goes on from the
+end of an epoch therefore repeats the curve of an unbroken one.
 """
 
-import contextlib
 import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -22,16 +21,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import check_kind
 from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
-from adatape_kernels.data.mixup import Mixture
+from adatape_kernels.data.loading import BatchLoader, LoadingTimes
+from adatape_kernels.data.loading.batch_draws import generator_of
 from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import device_of, moved, wait
 from adatape_kernels.recipes.drawn_thresholds import (
     ThresholdRange,
     as_threshold_range,
     limits_of_steps,
 )
+from adatape_kernels.recipes.epoch_batches import drawn_by_epoch
 from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
@@ -159,6 +161,8 @@ class EpochResult:
     images_per_second: float
     learning_rate: float
     """Learning rate of the epoch's last step."""
+    loading: LoadingTimes | None = None
+    """How long training waited for its batches; None where it drew them itself."""
 
 
 def train(
@@ -175,6 +179,7 @@ def train(
     after_epoch: Callable[[EpochResult], str] | None = None,
     execution: Execution | None = None,
     bar: Any = None,
+    loader: BatchLoader | None = None,
 ) -> None:
     """Train the model in place, where it is, with a progress bar on stderr.
 
@@ -193,6 +198,8 @@ def train(
         execution: how steps are computed; None for float32 in one part.
         bar: what shows the progress in the place of a bar on stderr, by the methods of tqdm that
             are called: update, set_postfix and write; used as a context.
+        loader: prepares the batches of `plan`, so that neither `normalise` nor `augment` is called;
+            None to draw them here, from one generator for each epoch.
 
     Raises:
         ValueError: the last batch is one image, which a batch norm of the model cannot train on,
@@ -238,6 +245,7 @@ def train(
                     averaged,
                     epoch,
                     bar,
+                    loader,
                 )
                 if after_epoch is not None:
                     bar.write(after_epoch(result))
@@ -268,12 +276,11 @@ def _train_epoch(
     averaged: AveragedModel | None,
     epoch: int,
     bar: Any,
+    loader: BatchLoader | None,
 ) -> EpochResult:
     """Train for one epoch, whose number `epoch` counts from 0, and move the progress bar `bar`."""
     images = len(data.train_labels)
     per_epoch = plan.steps_per_epoch(images)
-    generator = epoch_generator(plan.seed, epoch)
-    order = torch.randperm(images, generator=generator)
     limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     device = device_of(model)
     tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
@@ -284,21 +291,22 @@ def _train_epoch(
 
     wait(device)
     start = time.perf_counter()
-    for step in range(per_epoch):
-        batch = order[step * plan.batch :][: plan.batch]
-        labels = data.train_labels[batch]
+    if loader is None:
+        size, generator = plan.batch, epoch_generator(plan.seed, epoch)
+        batches = drawn_by_epoch(data, size, per_epoch, generator, normalise, augment, plan.mixup)
+    else:
+        batches = loader.epoch(epoch)
+    for step, batch in enumerate(batches):
+        count = len(batch.targets)
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        inputs = normalise(augment(unit_range(data.train_images[batch]), generator))
-        targets = labels
-        if plan.mixup:
-            mixture = Mixture.draw(len(batch), plan.mixup, generator)
-            inputs, targets = mixture.images(inputs), mixture.targets(labels, data.num_classes)
+        if not count:  # none of its images could be read
+            continue
         limited = functools.partial(forward, **limits[step])
         optimizer.zero_grad()
-        sums = add_gradients(limited, loss_of, inputs, targets, device, execution)
-        tally.add(step, len(batch), sums)
+        sums = add_gradients(limited, loss_of, batch.inputs, batch.targets, device, execution)
+        tally.add(step, count, sums)
         if plan.max_grad_norm < math.inf:
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
         optimizer.step()
@@ -311,15 +319,17 @@ def _train_epoch(
                     "loss": f"{tally.loss / tally.seen:.2f}",
                     "accuracy": f"{tally.right / tally.seen:.1%}",
                     tally.unit: f"{tally.work / tally.seen:.1f}",
+                    **({} if loader is None else loader.times.postfix()),
                 },
                 refresh=False,
             )
-        bar.update(len(batch))
+        bar.update(count)
     tally.read()
     wait(device)
     seen = tally.seen
     speed = seen / (time.perf_counter() - start)
-    return EpochResult(epoch + 1, tally.loss / seen, tally.right / seen, speed, rate)
+    loading = None if loader is None else loader.times
+    return EpochResult(epoch + 1, tally.loss / seen, tally.right / seen, speed, rate, loading)
 
 
 def predict(
@@ -372,26 +382,4 @@ def epoch_generator(seed: int, epoch: int) -> Generator:
         ValueError: one of the two is no integer of 0 or more.
     """
     seed, epoch = as_integer("seed", seed, 0), as_integer("epoch", epoch, 0)
-    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    return Generator().manual_seed(int(state[0]))
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Run with torch's deterministic algorithms.
-
-    Without them a sum whose addends two threads compute, such as the gradient of a bank, may be
-    added in another order on each run, and two equal runs differ in the last bit.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # mypy does not know the property of this module
-    fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # Deterministic mode would also fill new memory with NaN, to show bugs, which takes time.
-    memory.fill_uninitialized_memory = before and fill
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        memory.fill_uninitialized_memory = fill
+    return generator_of(seed, epoch)

@@ -14,12 +14,13 @@ from adatape_kernels.data.parity_sequences import (
     uniform_sequences,
 )
 from adatape_kernels.models import Classifier
+from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import CPU, device_of, moved, wait
 from adatape_kernels.recipes.execution import Execution, computing_in
 from adatape_kernels.recipes.parity.growing_lengths import GrowingLengths
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
 from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
-from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, repeatable
+from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator
 from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 _EVAL_SEED = 20_260_101

@@ -1,0 +1,38 @@
+"""Where the random numbers of an epoch and of its batches come from."""
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+
+def generator_of(*numbers: int) -> Generator:
+    """Return a generator that is independent of those of other numbers, each of which is 0 or more.
+
+    Numbers that differ by zeros at their end alone have the same generator.
+    """
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return Generator().manual_seed(int(state[0]))
+
+
+def order_of_epoch(images: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the training images in an epoch, (images,) int64.
+
+    Args:
+        images: number of training images.
+        seed: that of the run.
+        epoch: number of the epoch, from 0 on.
+    """
+    return torch.randperm(images, generator=generator_of(seed, epoch))
+
+
+def batch_generator(seed: int, epoch: int, batch: int, rank: int = 0) -> Generator:
+    """Return what augments and mixes the images that a process has of a batch.
+
+    Args:
+        seed: that of the run.
+        epoch: number of the epoch, from 0 on.
+        batch: number of the batch in its epoch, from 0 on.
+        rank: number of the process among those that share each batch.
+    """
+    # Number 0 would have the generator of the epoch's order.
+    return generator_of(seed, epoch, batch + 1, rank)

@@ -1,0 +1,90 @@
+"""What a run reads of its images before training, and the loader of its batches."""
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from adatape_kernels.data import ImageSet, Normaliser
+from adatape_kernels.data.image_set import STATISTICS_IMAGES, Images, look_at
+from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages
+from adatape_kernels.data.loading.unreadable_images import readable_part, readable_sample
+from adatape_kernels.recipes.loading_options import Loading
+from adatape_kernels.recipes.terminal import say
+from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.train_loop import TrainPlan
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """The images of a run, as far as they can be read and were looked at."""
+
+    data: ImageSet
+    """The set without what was looked at and cannot be read."""
+    sample: Images
+    """Training images that can be read, which normalisation is measured over."""
+    train_unreadable: UnreadableImages
+    test_unreadable: UnreadableImages
+
+    @classmethod
+    def of(cls, data: ImageSet, config: TrainConfig, loading: Loading) -> "LookedAt":
+        """Look at the images that are to be looked at.
+
+        Raises:
+            ValueError: an image cannot be read and may not be skipped; the error names its file.
+        """
+        train, test = (UnreadableImages(config.unreadable_limit) for _ in range(2))
+        if isinstance(data.train_images, torch.Tensor):
+            return cls(data, data.train_images, train, test)
+        looked = {"all": (data.train_images, data.test_images), "test": (data.test_images,)}
+        if config.unreadable == "stop":
+            look_at(looked.get(loading.look, ()))
+            return cls(data, data.train_images, train, test)
+        tested = readable_part(data.test_images, torch.arange(len(data.test_labels)), test)
+        data = replace(data, test_images=tested, test_labels=data.test_labels[tested.chosen])
+        if loading.look == "test":
+            sample = readable_sample(data.train_images, STATISTICS_IMAGES, train)
+            return cls(data, sample, train, test)
+        trained = readable_part(data.train_images, torch.arange(len(data.train_labels)), train)
+        labels = data.train_labels[trained.chosen]
+        data = replace(data, train_images=trained, train_labels=labels)
+        return cls(data, trained, train, test)
+
+    def loader(
+        self,
+        config: TrainConfig,
+        plan: TrainPlan,
+        normalise: Normaliser,
+        loading: Loading,
+        device: torch.device,
+    ) -> contextlib.AbstractContextManager[BatchLoader | None]:
+        """Return the context of the loader; of None where training draws its batches itself."""
+        if config.draws == "epoch":
+            return contextlib.nullcontext()
+        maker = BatchMaker(
+            self.data.train_images,
+            self.data.train_labels,
+            num_classes=self.data.num_classes,
+            batch=plan.batch,
+            batches=plan.steps_per_epoch(len(self.data.train_labels)),
+            seed=plan.seed,
+            normalise=normalise,
+            make_augment=config.augmentation,
+            mixup=plan.mixup,
+            skip=config.unreadable == "skip",
+        )
+        return BatchLoader(
+            maker,
+            loading.workers,
+            pinned=device.type == "cuda",
+            unreadable=self.train_unreadable,
+        )
+
+    def say_unreadable(self) -> None:
+        """Print to stderr how many images were skipped, if any were."""
+        for found, kind in (
+            (self.train_unreadable, "training images"),
+            (self.test_unreadable, "test images"),
+        ):
+            if line := found.line(kind):
+                say(f"adatape-kernels: note: {line}")

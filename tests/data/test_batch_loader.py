@@ -1,0 +1,193 @@
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from checks import refused
+from image_files import write_folder
+
+from adatape_kernels.data import Normaliser, load
+from adatape_kernels.data.augment import crop
+from adatape_kernels.data.loading import BatchLoader, BatchMaker, LoadingTimes, UnreadableImages
+from adatape_kernels.data.loading.batch_draws import batch_generator, generator_of, order_of_epoch
+from adatape_kernels.data.mixup import Mixture
+
+IMAGES = torch.randint(256, (23, 3, 8, 8), generator=generator_of(1), dtype=torch.uint8)
+LABELS = torch.arange(23) % 4
+NORMALISE = Normaliser((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+
+
+def cropping():
+    return crop_by_two
+
+
+def crop_by_two(images, generator):
+    return crop(images, 2, generator)
+
+
+def maker(images=IMAGES, labels=LABELS, **changes):
+    values = {"num_classes": 4, "batch": 5, "batches": -(-len(labels) // 5), "seed": 7}
+    values |= {"normalise": NORMALISE, "make_augment": cropping, **changes}
+    return BatchMaker(images, labels, **values)
+
+
+def batches(made, workers=0, epochs=(0, 1), **options):
+    with BatchLoader(made, workers, **options) as loader:
+        return [(batch.inputs, batch.targets) for epoch in epochs for batch in loader.epoch(epoch)]
+
+
+def same(some, others):
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(a, b) for one, two in pairs for a, b in zip(one, two, strict=True))
+
+
+def children():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_a_batch_is_what_its_seed_epoch_and_number_say():
+    got = batches(maker(mixup=0.4), epochs=(3,))
+    assert [len(targets) for _, targets in got] == [5, 5, 5, 5, 3]
+    order = torch.randperm(23, generator=generator_of(7, 3))
+    for number, chosen in enumerate(order.split(5)):
+        generator = generator_of(7, 3, number + 1)
+        images = NORMALISE(crop(IMAGES[chosen].float() / 255, 2, generator))
+        mixture = Mixture.draw(len(chosen), 0.4, generator)
+        assert torch.equal(got[number][0], mixture.images(images))
+        assert torch.equal(got[number][1], mixture.targets(LABELS[chosen], 4))
+
+
+def test_the_order_and_the_first_batch_draw_from_other_generators():
+    order, first, second = (
+        torch.rand(3, generator=generator)
+        for generator in (generator_of(7, 3), batch_generator(7, 3, 0), batch_generator(7, 3, 1))
+    )
+    assert not torch.equal(order, first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (2, "fork"), (5, None), (1, "spawn")])
+def test_any_number_of_workers_gives_the_same_batches(workers, start):
+    before, state = children(), torch.get_rng_state()
+    assert same(batches(maker(), workers, start=start), batches(maker()))
+    assert children() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_epoch_alone_is_that_of_a_whole_run():
+    assert same(batches(maker(), epochs=(0, 1))[5:], batches(maker(), epochs=(1,)))
+
+
+def test_ranks_share_each_batch():
+    of_ranks = [batches(maker(rank=rank, ranks=3), epochs=(2,)) for rank in range(3)]
+    order = order_of_epoch(23, 7, 2)
+    for number, parts in enumerate(zip(*of_ranks, strict=True)):
+        chosen = order[number * 5 :][:5]
+        assert torch.equal(torch.cat([targets for _, targets in parts]), LABELS[chosen])
+    sizes = [[len(targets) for _, targets in part] for part in of_ranks]
+    assert sizes == [[2, 2, 2, 2, 1], [2, 2, 2, 2, 1], [1, 1, 1, 1, 1]]
+
+
+def test_a_rank_may_have_no_image_of_a_small_batch():
+    last = batches(maker(rank=3, ranks=4), epochs=(0,))[-1]
+    assert len(last[1]) == 0
+
+
+def test_numbers_out_of_range_are_refused():
+    with refused("workers", "0 to 1024", "1025"):
+        BatchLoader(maker(), 1025)
+    with refused("start", "spawn", "'thread'"):
+        BatchLoader(maker(), start="thread")
+    with refused("rank", "0 to 1", "2"):
+        maker(rank=2, ranks=2)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Files of two classes, of which one of each cannot be read; returns the set and the files."""
+    pytest.importorskip("PIL", reason="image folders need Pillow")
+    write_folder(tmp_path / "train", count=6)
+    write_folder(tmp_path / "val", count=2)
+    bad = [tmp_path / "train" / name for name in ("cat/2.png", "dog/1.jpg")]
+    for file in bad:
+        file.write_bytes(file.read_bytes()[:40])
+    return load("imagefolder", tmp_path, image_size=8), bad
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_file_is_one_line_that_names_it(damaged, workers):
+    data, bad = damaged
+    before = children()
+    with pytest.raises(ValueError) as caught:
+        batches(maker(data.train_images, data.train_labels), workers)
+    message = str(caught.value)
+    assert any(str(file) in message for file in bad) and "\n" not in message
+    assert children() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_files_are_skipped_and_counted_once(damaged, workers):
+    data, bad = damaged
+    found = UnreadableImages(2)
+    made = maker(data.train_images, data.train_labels, skip=True)
+    got = batches(made, workers, unreadable=found)
+    assert sum(len(targets) for _, targets in got) == 2 * 10
+    assert sorted(found.reasons) == [2, 7]
+    line = found.line("training images")
+    assert line.startswith("skipped 2 training images") and str(bad[0].parents[1]) in line
+    with refused("unreadable-limit", "at most 1 ", "got 2", str(bad[0].parents[1])):
+        batches(made, workers, unreadable=UnreadableImages(1))
+
+
+def shared_memory():
+    return {file.name for file in Path("/dev/shm").iterdir() if str(os.getpid()) in file.name}
+
+
+def interrupted(workers):
+    with BatchLoader(maker(), workers) as loader:
+        for number, _ in enumerate(loader.epoch(0)):
+            if number == 1:
+                raise KeyboardInterrupt
+
+
+def test_an_interrupted_epoch_leaves_nothing_behind():
+    batches(maker(), 1)  # multiprocessing keeps files of its own from its first use on
+    before = children(), len(os.listdir("/proc/self/fd")), shared_memory()
+    try:
+        interrupted(2)
+    except KeyboardInterrupt:
+        pass
+    assert (children(), len(os.listdir("/proc/self/fd")), shared_memory()) == before
+
+
+def test_a_worker_that_was_killed_is_one_line():
+    with pytest.raises(RuntimeError) as caught, BatchLoader(maker(batches=10_000), 1) as loader:
+        for _ in loader.epoch(0):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+    assert "worker" in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+def test_times_name_a_loader_that_is_too_slow():
+    now = [0.0]
+    times = LoadingTimes(2, clock=lambda: now[0])
+    for _ in range(2):
+        times.ask()
+        now[0] += 1.0  # waiting
+        times.receive(10, 1.5)
+        now[0] += 3.0  # training
+    assert times.images_per_second == pytest.approx(2 * 20 / 3)
+    assert times.waiting_share == pytest.approx(0.25) and times.starving
+    assert times.postfix() == {"waiting for data": "25%"}
+    times.stop()
+    now[0] += 100
+    assert times.line() == (
+        "the loader alone 13 images/s; training waited for data 25% of the time (--workers)"
+    )
+    quick = LoadingTimes(0, clock=lambda: now[0])
+    quick.ask()
+    now[0] += 1
+    quick.receive(8, 0.5)
+    now[0] += 9
+    assert quick.postfix() == {} and quick.line() == "the loader alone 16 images/s"
