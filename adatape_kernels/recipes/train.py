@@ -15,7 +15,6 @@ from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
 from adatape_kernels.recipes import checkpoint, pictures
@@ -23,9 +22,12 @@ from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_mod
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import HASHED, data_facts
 from adatape_kernels.recipes.devices import chosen_device, moved
+from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
+from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.machine import attention_backend
-from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
+from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
@@ -42,7 +44,6 @@ from adatape_kernels.recipes.train_config import (
 from adatape_kernels.recipes.train_loop import (
     EpochResult,
     TrainPlan,
-    accuracy,
     predict,
     repeatable,
     train,
@@ -75,8 +76,11 @@ def run(
     resume: bool = False,
     device: str | torch.device = "auto",
     execution: Mapping[str, Any] | None = None,
-) -> ModelComparison:
+) -> ModelComparison | None:
     """Train, or go on with a run, and write its report into `out`.
+
+    Under torchrun the processes share each step, and rank 0 writes what is written. Where torchrun
+    has started them anew, the run goes on from its last checkpoint.
 
     After each epoch checkpoint.json, the safetensors file that it names and metrics.csv, which has
     a row for each epoch, are written into `out`; in the end report.json, model.safetensors and the
@@ -94,6 +98,9 @@ def run(
         execution: values by field of Execution, but for the dtype, which is one of the options;
             absent or None for what the run was last computed with.
 
+    Returns:
+        What the report compares; None on other ranks than rank 0.
+
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
         RuntimeError: a package is missing, or the loss is not finite.
@@ -103,7 +110,8 @@ def run(
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         where = chosen_device(device)
         asked = {} if execution is None else execution
-        return _run(out, options, data_dir, source, resume, where, asked, until_the_end)
+        ranks = until_the_end.enter_context(started(where))
+        return _run(out, options, data_dir, source, resume, where, asked, ranks, until_the_end)
 
 
 def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
@@ -127,8 +135,9 @@ def _run(
     resume: bool,
     device: torch.device,
     asked: Mapping[str, Any],
+    ranks: Ranks,
     until_the_end: contextlib.ExitStack,
-) -> ModelComparison:
+) -> ModelComparison | None:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
@@ -138,23 +147,27 @@ def _run(
         folder_argument("data-dir", data_dir)
     file = None if source is None else check_path("source", source)
     pictures.require("train")
+    resume = resume or (ranks.restarts > 0 and (folder / checkpoint.INDEX).exists())
     (check_run_folder if resume else check_output_folder)(folder)
     run_folder, saved, start = None, None, None
     if resume:
         checkpoint.require(folder)
         # Another process may be about to write the next checkpoint, until the folder is ours.
-        run_folder = until_the_end.enter_context(claim(folder))
+        if ranks.leads:
+            run_folder = until_the_end.enter_context(claim(folder))
         saved = _saved(folder, options, file)
         config = TrainConfig.of_saved(saved.config)
         data_dir = data_dir or folder_of_images(folder, saved)
     else:
-        _refuse_to_overwrite(folder)
+        if ranks.leads:
+            _refuse_to_overwrite(folder)
         if file is not None:
             start = SourceFile.read(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
         config = TrainConfig.of(options, start)
     execution = Execution.of_run(config.dtype, asked, None if saved is None else saved.environment)
+    execution = replace(execution, ranks=ranks)
     execution.check_thresholds(config.halt_threshold_range)
     config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
@@ -174,7 +187,7 @@ def _run(
     execution.check_model(model)
     optimizer = plan.optimizer(model)
     averaged = averaged_model(model, config.ema) if config.ema else None
-    evaluated = evaluated_model(model, averaged)
+    final = evaluated_model(model, averaged)
     # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
     tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
     first = Subset(data.train_images, torch.arange(min(tried, len(data.train_labels))))
@@ -192,7 +205,8 @@ def _run(
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
         note_differences(saved.environment, environment)
-    if run_folder is None:
+    ranks.check_agreement("out: epochs", len(history), device)
+    if run_folder is None and ranks.leads:
         folder.mkdir(parents=True, exist_ok=True)
         # A folder that cannot be written shows here, before any training.
         run_folder = until_the_end.enter_context(claim(folder))
@@ -201,6 +215,8 @@ def _run(
 
     def save(rows: list[dict[str, Any]]) -> None:
         tensors = checkpoint.tensors_of(model, optimizer, averaged)
+        if writing is None:
+            return
         done = len(rows)
         checkpoint.save(
             writing,
@@ -208,26 +224,29 @@ def _run(
         )
         writing.write("metrics.csv", _metrics_csv(rows, columns))
 
-    checkpoint.remove_leftovers(writing)
+    if writing is not None:
+        checkpoint.remove_leftovers(writing)
     if saved is None:
         save(history)
-    else:
+    elif writing is not None:
         writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        output = predict(evaluated, data.test_images, normalise, dtype=config.dtype)
+        tested = evaluated(final, data, normalise, config.dtype, ranks)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
-            "test_accuracy": accuracy(output, data.test_labels),
-            **_work(evaluated, output),
+            "test_accuracy": tested.accuracy,
+            columns[METRICS.index(_TAPE)]: tested.work,
             "images_per_second": result.images_per_second,
             "learning_rate": result.learning_rate,
+            **({} if result.imbalance is None else result.imbalance.metrics()),
         }
         save([*history, row])
         history.append(row)
-        return _line(row, plan.epochs)
+        line = _line(row, plan.epochs)
+        return line if result.imbalance is None else f"{line}; {result.imbalance.words()}"
 
     try:
         train(
@@ -244,8 +263,10 @@ def _run(
             execution=execution,
         )
         entries = {"config": asdict(config), "data": facts, "metrics": history}
+        if writing is None:
+            return None
         return write_report(
-            writing, evaluated, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
+            writing, final, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -256,13 +277,6 @@ def _run(
 def _columns(config: TrainConfig) -> tuple[str, ...]:
     """Return METRICS, in which rows stand for tape tokens where the model reads none."""
     return METRICS if config.reads else tuple(_ROWS if name == _TAPE else name for name in METRICS)
-
-
-def _work(model: ImageClassifier, output: AdaTapeOutput) -> dict[str, float]:
-    """Return the metric of how much a model computes for an image, on average."""
-    if isinstance(model, AdaTapeViT):
-        return {_TAPE: output.tape_lens.double().mean().item()}
-    return {_ROWS: sum(rows_by_layer(model, output)) / len(output)}
 
 
 def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
@@ -327,10 +341,11 @@ def _check_history(history: Sequence[Any], config: Mapping[str, Any]) -> None:
     if len(history) > epochs:
         raise ValueError(f"history: expected up to {epochs} epochs, got {len(history)}")
     for number, row in enumerate(history, start=1):
-        if type(row) is not dict or tuple(row) != columns:
+        names = tuple(row) if type(row) is dict else ()
+        if names not in (columns, (*columns, *RANK_METRICS)):
             raise ValueError(f"history: expected {', '.join(columns)} for each epoch, got others")
         as_integer("history: epoch", row["epoch"], number, number)
-        for name in columns:
+        for name in names:
             if not math.isfinite(as_number(f"history: {name}", row[name])):
                 raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
 
@@ -360,8 +375,10 @@ def _check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: 
 
 
 def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Return the content of metrics.csv."""
+    """Return the content of metrics.csv, with further columns where ranks shared an epoch."""
     text = io.StringIO()
+    if any(RANK_METRICS[0] in row for row in rows):
+        columns = (*columns, *RANK_METRICS)
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

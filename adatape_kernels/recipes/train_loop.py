@@ -27,12 +27,14 @@ from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.recipes.devices import device_of, moved, wait
+from adatape_kernels.recipes.distributed.dealing import Dealer
+from adatape_kernels.recipes.distributed.imbalance import Imbalance
 from adatape_kernels.recipes.drawn_thresholds import (
     ThresholdRange,
     as_threshold_range,
     limits_of_steps,
 )
-from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
+from adatape_kernels.recipes.execution import Execution, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_step import StepTally, add_gradients
@@ -159,6 +161,8 @@ class EpochResult:
     images_per_second: float
     learning_rate: float
     """Learning rate of the epoch's last step."""
+    imbalance: Imbalance | None = None
+    """How equally several processes shared the rows; None for one process."""
 
 
 def train(
@@ -224,11 +228,12 @@ def train(
                 dynamic_ncols=True,
             )
         with bar, execution.forward_of(model) as forward:
+            dealer = Dealer(forward, execution.ranks, len(data.train_labels))
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
                 result = _train_epoch(
                     model,
-                    forward,
+                    dealer,
                     execution,
                     data,
                     plan,
@@ -258,7 +263,7 @@ def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
 
 def _train_epoch(
     model: Classifier,
-    forward: Forward,
+    dealer: Dealer,
     execution: Execution,
     data: ImageSet,
     plan: TrainPlan,
@@ -276,7 +281,8 @@ def _train_epoch(
     order = torch.randperm(images, generator=generator)
     limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     device = device_of(model)
-    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
+    dealer.begin_epoch(plan.seed, epoch)
+    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}", execution.ranks)
 
     def loss_of(output: AdaTapeOutput, targets: Tensor) -> Tensor:
         smoothing = plan.label_smoothing
@@ -295,9 +301,10 @@ def _train_epoch(
         if plan.mixup:
             mixture = Mixture.draw(len(batch), plan.mixup, generator)
             inputs, targets = mixture.images(inputs), mixture.targets(labels, data.num_classes)
-        limited = functools.partial(forward, **limits[step])
+        limited = functools.partial(dealer.forward, **limits[step])
         optimizer.zero_grad()
-        sums = add_gradients(limited, loss_of, inputs, targets, device, execution)
+        share = dealer.share(batch)
+        sums = add_gradients(limited, loss_of, inputs, targets, device, execution, share)
         tally.add(step, len(batch), sums)
         if plan.max_grad_norm < math.inf:
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
@@ -319,7 +326,8 @@ def _train_epoch(
     wait(device)
     seen = tally.seen
     speed = seen / (time.perf_counter() - start)
-    return EpochResult(epoch + 1, tally.loss / seen, tally.right / seen, speed, rate)
+    loss, right = tally.loss / seen, tally.right / seen
+    return EpochResult(epoch + 1, loss, right, speed, rate, dealer.end_epoch())
 
 
 def predict(

@@ -1,0 +1,124 @@
+"""Two and three processes give what one gives, to rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_cases import CPU, STEPS, new_model
+from torch import nn
+
+from adatape_kernels.cli import main
+from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.execution import Execution
+
+HERE = Path(__file__).parent
+TWO = Ranks(1, 2, 1)
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found, by the number of processes and the rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = HERE.parents[2]
+    done = subprocess.run(
+        [sys.executable, HERE / "rank_cases.py", folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    files = folder.glob("*.pt")
+    results = {tuple(map(int, f.stem.split("-"))): torch.load(f) for f in files}
+    return {**results, "stderr": done.stderr}
+
+
+@needs_gloo
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("kind", "images", "parts"), STEPS)
+def test_a_step_of_several_processes_is_that_of_one(found, count, kind, images, parts):
+    name = f"{kind}-{images}-{parts}"
+    expected = found[1, 0][name]
+    for rank in range(count):
+        actual = found[count, rank][name]
+        assert actual.keys() == expected.keys()
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-11)
+
+
+@needs_gloo
+@pytest.mark.parametrize("count", [2, 3])
+def test_epochs_of_several_processes_are_those_of_one(found, count):
+    """With mixup, clipping, an average, a ragged last batch, and the evaluation shared."""
+    expected = found[1, 0]["epochs"]
+    for rank in range(count):
+        actual = found[count, rank]["epochs"]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+        for name, of_first in found[count, 0]["epochs"].items():
+            assert torch.equal(actual[name], of_first), name  # the ranks stay equal to the bit
+
+
+@needs_gloo
+def test_each_epoch_says_how_equally_it_was_shared(found):
+    assert found[1, 0]["shares"] == [None, None]
+    for count in (2, 3):
+        for share in found[count, 1]["shares"]:
+            assert share["processes"] == count
+            assert 0 <= share["idle_share"] < 1
+            assert share["most_rows"] >= share["rows_per_rank"] > 0
+            assert share["idle_share"] == 1 - share["rows_per_rank"] / share["most_rows"]
+
+
+@needs_gloo
+def test_rank_0_alone_shows_a_bar(found):
+    """Three times: of one process, of two and of three."""
+    assert found["stderr"].count("2/2") > 0
+    assert found["stderr"].count("an epoch") == 0
+    assert found["stderr"].count("100%") == found["stderr"].count("34/34") <= 6
+
+
+def test_without_torchrun_there_is_one_process():
+    with started(CPU) as ranks:
+        assert ranks == Ranks() and ranks.leads and not ranks.several
+        assert not dist.is_initialized()
+        assert Ranks.of_environment({"RANK": "0", "WORLD_SIZE": "1"}) == ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "2"), ("RANK", "-1"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", "9")]
+)
+def test_damaged_variables_are_refused(name, value):
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", name: value}
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got '?{value}"):
+        Ranks.of_environment(given)
+
+
+def test_what_cannot_be_shared_is_refused():
+    execution = Execution(ranks=TWO)
+    with pytest.raises(ValueError, match=r"^compile: expected one process, got 2"):
+        Execution(compiled=True, ranks=TWO)
+    normed = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"^processes: expected 1 with the batch norm 0.* got 2$"):
+        execution.check_model(normed)
+
+    execution.check_model(new_model("avit"))
+    model = new_model("avit")
+    object.__setattr__(model.config, "distribution_weight", 0.1)
+    with pytest.raises(ValueError, match=r"^processes: expected 1 for an A-ViT.* got 2$"):
+        execution.check_model(model)
+
+
+def test_other_commands_than_train_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == (
+        "adatape-kernels: torchrun: expected the command train, got info\n"
+    )
