@@ -25,6 +25,22 @@ _EXIT = 2
 _FAILED = "failed"
 
 
+def store_of_torchrun(purpose: str, restarts: int) -> Any:
+    """Return a connection to torchrun's own store, or None where rank 0 is to hold one.
+
+    Args:
+        purpose: begins the names of what is stored.
+        restarts: how often torchrun has started the processes anew, which begins them too: its
+            store may still hold what those before have written.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if host is None or port is None or not agent:
+        return None
+    store = dist.TCPStore(host, int(port), None, False, timeout=timedelta(seconds=30))
+    return dist.PrefixStore(f"adatape-kernels/{restarts}/{purpose}", store)
+
+
 class RankWatch:
     """Watches the next rank while its context lasts, and stops the process where it is gone.
 
@@ -49,17 +65,6 @@ class RankWatch:
         self._store, self._lock = store, threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="rank watch")
-
-    @classmethod
-    def of_environment(cls, number: int, count: int, restarts: int) -> "RankWatch":
-        """Return a watch by torchrun's own store, or one of nothing where there is none."""
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        # Without this variable rank 0 holds the store, and nobody could say that it is gone.
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if host is None or port is None or not agent:
-            return cls(None, number, count)
-        store = dist.TCPStore(host, int(port), None, False, timeout=timedelta(seconds=30))
-        return cls(dist.PrefixStore(f"adatape-kernels/{restarts}", store), number, count)
 
     def __enter__(self) -> "RankWatch":
         if self._store is not None:

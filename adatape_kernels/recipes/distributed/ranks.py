@@ -1,9 +1,13 @@
 """The processes that train together, as torchrun's environment describes them."""
 
+import atexit
 import contextlib
 import gc
 import io
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.models.value_checks import as_integer
-from adatape_kernels.recipes.distributed.rank_watch import RankWatch
+from adatape_kernels.recipes.distributed.rank_watch import RankWatch, store_of_torchrun
 
 EXIT_BY_ANOTHER = 2
 """Exit code of a rank that stops because another one has failed and said why."""
@@ -124,6 +128,7 @@ def started(device: torch.device) -> Iterator[Ranks]:
 
     Raises:
         ValueError: torchrun's variables are damaged, or several processes would share a GPU.
+        KeyboardInterrupt: torchrun ends this process, as it does with all when one has died.
         SystemExit: another rank has failed, and has said why.
     """
     ranks = Ranks.of_environment()
@@ -138,43 +143,70 @@ def started(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
-    watch = RankWatch.of_environment(ranks.number, ranks.count, ranks.restarts)
+    # Where rank 0 holds the store, nobody could say there that it is gone.
+    watch = RankWatch(store_of_torchrun("watch", ranks.restarts), ranks.number, ranks.count)
     try:
         if ours:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
+                store=store_of_torchrun("group", ranks.restarts),
                 rank=ranks.number,
                 world_size=ranks.count,
                 timeout=_LONGEST_WAIT,
             )
-        with watch, _quiet(not ranks.leads), warnings.catch_warnings():
+        with watch, _quiet(not ranks.leads), _interruptible(), warnings.catch_warnings():
             for text in _NO_FAULTS:
                 warnings.filterwarnings("ignore", text)
             yield ranks
-    except KeyboardInterrupt:
-        if ranks.leads:
-            raise
-        raise SystemExit(EXIT_BY_ANOTHER) from None
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         _stop(ranks, watch, error)
     if ours:
         gc.collect()  # what has hooks that use the group must be gone before it
         dist.destroy_process_group()
 
 
-def _stop(ranks: Ranks, watch: RankWatch, error: Exception) -> NoReturn:
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Take SIGTERM, by which torchrun ends processes, for an interruption, which says one line."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is still to be written
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
+
+
+def _stop(ranks: Ranks, watch: RankWatch, error: BaseException) -> NoReturn:
     """Raise the error of the first rank that fails, and end the others without a word."""
+    atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else EXIT_BY_ANOTHER)
     if not watch.report():
         raise SystemExit(EXIT_BY_ANOTHER) from None
     if _is_of_communication(error):
         raise RuntimeError(
             f"rank {ranks.number} of {ranks.count}: expected an answer of every other rank, and "
-            "one is gone; the folder holds the last checkpoint"
+            "one is gone; --resume goes on from the last checkpoint"
         ) from None
     raise error
 
 
-def _is_of_communication(error: Exception) -> bool:
+def _leave(code: int) -> None:
+    """End the process without taking the group down, which would wait for ranks that are gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _is_of_communication(error: BaseException) -> bool:
     """Return whether an error says that another process could not be reached."""
     if isinstance(error, dist.DistError):
         return True

@@ -8,6 +8,7 @@ writes what it found into FOLDER, and the tests compare.
 
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,9 +28,12 @@ from adatape_kernels.models import (
 )
 from adatape_kernels.recipes.averaged_model import averaged_model
 from adatape_kernels.recipes.distributed.dealing import Dealer
+from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
 from adatape_kernels.recipes.execution import Execution
+from adatape_kernels.recipes.run_folder import write_file
+from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.train_loop import TrainPlan, train
 from adatape_kernels.recipes.train_step import add_gradients
 
@@ -40,13 +44,13 @@ TAPE = {"depth": 1, "tape_ffn_dim": 8, "num_tape_tokens": 4, "topk": 2, "bank_pa
 MODELS = {
     "adatape": (AdaTapeViT, AdaTapeViTConfig, {**TAPE, "halt_threshold": 1.2}),
     "no tape": (AdaTapeViT, AdaTapeViTConfig, {**TAPE, "halt_threshold": 0.0}),
-    "no ponder": (AdaTapeViT, AdaTapeViTConfig, {**TAPE, "ponder_weight": 0.0}),
     "uvit": (UViT, UViTConfig, {"depth": 4}),
     "avit": (AViT, AViTConfig, {"depth": 3, "gate_center": 4.0, "distribution_weight": 0.0}),
 }
 BATCHES = (7, 2)
 """Sizes of batches; the second has fewer images than three ranks."""
-STEPS = [(kind, images, 1) for kind in MODELS for images in BATCHES] + [("adatape", 7, 3)]
+STEPS = [(kind, BATCHES[0], 1) for kind in MODELS] + [("adatape", 7, 3)]
+STEPS += [(kind, BATCHES[1], 1) for kind in ("adatape", "uvit")]
 IMAGES = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(30) % 5
 DATA = ImageSet(IMAGES[:17], LABELS[:17], IMAGES[17:], LABELS[17:], tuple("abcde"))
@@ -113,32 +117,83 @@ def found_by(ranks):
     return {**found, "shares": shares}
 
 
-def serve(rank, count, folder, port):
-    """Be one of the ranks, and write what it found."""
+def save_found(ranks, folder):
+    """Write what a rank found."""
+    torch.save(found_by(ranks), folder / f"{ranks.count}-{ranks.number}.pt")
+
+
+def wait_for_the_dead(ranks, folder):
+    """Be killed as rank 1, in the middle of steps; otherwise write files until that is felt."""
+    for step in range(1000):
+        if ranks.leads:
+            write_file(folder / "written", step * b"whole")
+        if step == 3 and ranks.number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.summed(torch.ones(3))
+
+
+def fail(ranks, folder):
+    """Fail as rank 2, while the others wait for it."""
+    if ranks.number == 2:
+        raise ValueError("photos/a.jpg: expected an image, got another file")
+    ranks.summed(torch.ones(3))
+
+
+def hang(ranks, folder):
+    """Stop as rank 1, so that no connection closes and the watch alone can tell."""
+    if ranks.number == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    ranks.summed(torch.ones(3))
+
+
+def serve(rank, count, folder, port, work):
+    """Be one of the ranks, which does some work."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     with started(CPU) as ranks:
-        torch.save(found_by(ranks), folder / f"{count}-{rank}.pt")
+        work(ranks, folder)
+
+
+def in_ranks(count, folder, work, name=None):
+    """The exit codes of ranks that each do some work; their last words go into files."""
+    store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
+    children = []
+    for rank in range(count):
+        pid = os.fork()
+        if not pid:
+            if name is not None:
+                words = os.open(folder / f"{name}-{rank}.txt", os.O_CREAT | os.O_WRONLY)
+                os.dup2(words, 2)
+            try:
+                serve(rank, count, folder, store.port, work)
+            except Exception as error:
+                say(f"adatape-kernels: {error}")
+                os._exit(2)
+            except SystemExit as stop:
+                os._exit(stop.code)
+            sys.stderr.flush()
+            os._exit(0)
+        children.append(pid)
+    codes = {}
+    while len(codes) < count:
+        pid, status = os.wait()
+        codes[children.index(pid)] = os.waitstatus_to_exitcode(status)
+        if work is hang and codes.keys() == {0, 2}:  # as torchrun does, when it gives up
+            os.kill(children[1], signal.SIGKILL)
+    return [codes[rank] for rank in range(count)]
 
 
 def main(folder):
+    torch.set_num_threads(1)
     for count in (3, 2, 1):
-        store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
-        children = []
-        for rank in range(count):
-            pid = os.fork()
-            if not pid:
-                code = 1
-                try:
-                    serve(rank, count, folder, store.port)
-                    code = 0
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-        assert codes == count * [0], codes
+        assert in_ranks(count, folder, save_found) == count * [0]
+    RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
+    codes = {work.__name__: in_ranks(3, folder, work, work.__name__) for work in FAULTS}
+    torch.save(codes, folder / "codes")
+
+
+FAULTS = (wait_for_the_dead, fail, hang)
 
 
 if __name__ == "__main__":

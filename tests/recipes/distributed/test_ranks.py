@@ -1,6 +1,7 @@
 """Two and three processes give what one gives, to rounding."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ def found(tmp_path_factory):
     assert "Warning" not in done.stderr
     files = folder.glob("*.pt")
     results = {tuple(map(int, f.stem.split("-"))): torch.load(f) for f in files}
-    return {**results, "stderr": done.stderr}
+    words = {f.stem: f.read_text() for f in folder.glob("*.txt")}
+    written = (folder / "written").read_bytes()
+    codes = torch.load(folder / "codes")
+    return {**results, "stderr": done.stderr, "words": words, "written": written, "codes": codes}
 
 
 @needs_gloo
@@ -82,6 +86,38 @@ def test_rank_0_alone_shows_a_bar(found):
     assert found["stderr"].count("2/2") > 0
     assert found["stderr"].count("an epoch") == 0
     assert found["stderr"].count("100%") == found["stderr"].count("34/34") <= 6
+
+
+def last_words(found, fault):
+    """The lines that all ranks together have said."""
+    texts = (found["words"][f"{fault}-{rank}"] for rank in range(3))
+    return [line for text in texts for line in text.splitlines() if "adatape-kernels" in line]
+
+
+@needs_gloo
+def test_a_killed_rank_stops_all_with_one_line(found):
+    assert found["codes"]["wait_for_the_dead"] == [2, -signal.SIGKILL, 2]
+    (line,) = last_words(found, "wait_for_the_dead")
+    assert "of 3: expected an answer of every other rank, and one is gone" in line
+    written = found["written"]
+    assert written == len(written) // 5 * b"whole" and len(written) >= 10
+
+
+@needs_gloo
+def test_a_rank_that_fails_is_the_one_that_says_why(found):
+    assert found["codes"]["fail"] == [2, 2, 2]
+    assert last_words(found, "fail") == [
+        "adatape-kernels: photos/a.jpg: expected an image, got another file"
+    ]
+
+
+@needs_gloo
+def test_a_rank_that_is_silent_is_noticed(found):
+    assert found["codes"]["hang"] == [2, -signal.SIGKILL, 2]
+    (line,) = last_words(found, "hang")
+    assert line.endswith(
+        "rank 0 of 3: expected to hear of rank 1 within 0.5 seconds, and it is gone"
+    )
 
 
 def test_without_torchrun_there_is_one_process():
