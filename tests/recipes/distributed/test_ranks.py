@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from rank_cases import CPU, STEPS, new_model
 from torch import nn
 
 from adatape_kernels.cli import main
+from adatape_kernels.recipes import train
+from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.execution import Execution
+from adatape_kernels.recipes.train import METRICS
+from adatape_kernels.recipes.train_config import TrainConfig
 
 HERE = Path(__file__).parent
 TWO = Ranks(1, 2, 1)
@@ -118,6 +123,21 @@ def test_a_rank_that_is_silent_is_noticed(found):
     assert line.endswith(
         "rank 0 of 3: expected to hear of rank 1 within 0.5 seconds, and it is gone"
     )
+
+
+def test_a_run_goes_on_with_another_number_of_processes():
+    """Its metrics have further columns for the epochs that several have shared."""
+    config = TrainConfig.of({"data": "digits", "epochs": 3})
+    alone = dict.fromkeys(METRICS, 0.5) | {"epoch": 1}
+    shared = alone | dict.fromkeys(RANK_METRICS, 2.0) | {"epoch": 2}
+    train._check_history([alone, shared], asdict(config))
+    assert train._metrics_csv([alone], METRICS).decode().splitlines()[0] == ",".join(METRICS)
+    lines = train._metrics_csv([alone, shared], METRICS).decode().splitlines()
+    assert lines[0] == ",".join((*METRICS, *RANK_METRICS))
+    assert lines[1].endswith(",0.5,,,,") and lines[2].endswith(",2.0,2.0,2.0,2.0")
+    del shared["idle_share"]
+    with pytest.raises(ValueError, match=r"^history: expected epoch, .* for each epoch"):
+        train._check_history([alone, shared], asdict(config))
 
 
 def test_without_torchrun_there_is_one_process():
