@@ -46,9 +46,14 @@ _NEEDS = {
         "models/test_hub.py",
         "models/test_model_file.py",
         "models/test_model_file_tensors.py",
-        *(f"recipes/test_{name}.py" for name in ("export_program", "predict", *_TRAINING)),
+        *(
+            f"recipes/test_{name}.py"
+            for name in ("export_program", "predict", "regularised_run", *_TRAINING)
+        ),
     ),
     "matplotlib": (
+        "recipes/budget/test_budget_beside.py",
+        "recipes/heatmap/test_heatmap_pictures.py",
         "recipes/test_demo.py",
         "recipes/test_pictures.py",
         "recipes/test_titles_of_pictures.py",

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     add("--out", default="adatape-parity", metavar="FOLDER", help="default: %(default)s")
     for name, kind, default, text in (
         ("steps", int, 2500, "number of steps of a run"),
-        ("batch", int, 256, "number of new sequences in a step"),
+        ("batch", int, 64, "number of new sequences in a step"),
         ("lr", float, 1e-3, "the highest learning rate"),
         ("eval-examples", int, 6400, "number of fixed sequences that a run is measured on"),
     ):
@@ -57,8 +57,8 @@ def add(commands: Any) -> None:
         "--protocol",
         default="uniform",
         metavar="NAME",
-        help="uniform symbols, or extrapolate: train where at most half of the symbols are not 0, "
-        "measure where more are; default: %(default)s",
+        help="uniform symbols, or extrapolate: train where at most half as many symbols as the "
+        "length are not 0, measure where more are; default: %(default)s",
     )
     add(
         "--curriculum",

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+# The sums by which numpy draws from larger ones overflow; all shares are 1/2 long before.
+_MOST_ALPHA = 1e300
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -40,6 +43,7 @@ class Mixture:
         """
         # torch draws such numbers from its default generator alone.
         seed = int(torch.randint(1 << 62, (), generator=generator))
+        alpha = min(alpha, _MOST_ALPHA)
         drawn = torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, batch))
         return cls(torch.maximum(drawn, 1 - drawn).float())
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -62,6 +62,8 @@ class FinetunePlan:
     """The file of the source; None for one that is trained here."""
     source_epochs: int | None
     seeds: int
+    execution: dict[str, Any] = field(default_factory=dict)
+    """What was asked for of how steps are computed, by field of Execution."""
 
     def source_options(self) -> dict[str, Any]:
         """Return the options of the run that trains the source."""
@@ -87,6 +89,7 @@ class FinetunePlan:
 
     def check(self) -> None:
         """Raise ValueError where options are wrong, before any training."""
+        self.check_execution()
         bank = self.options.get("bank")
         if bank is not None:
             raise ValueError(f"bank: expected none, as both kinds are compared, got {shown(bank)}")
@@ -112,13 +115,24 @@ class FinetunePlan:
             for kind in KINDS:
                 TrainConfig.of(self.kind_options(kind, self.seeds - 1), start)
 
+    def check_execution(self) -> None:
+        """Raise ValueError where a run could not be computed as was asked for."""
+        drawn = self.options.get("halt_threshold_range")
+        Execution.of_run("float32", self.execution).check_thresholds(drawn)
+
     def check_data(self) -> None:
-        """Raise ValueError where the image set cannot be read, before anything is written."""
+        """Refuse an image set that cannot be read, before anything is written.
+
+        Raises:
+            ValueError: it cannot.
+            RuntimeError: a package that an option needs is not installed.
+        """
         if self.source is None:
             config = TrainConfig.of(self.source_options())
         else:
             start = _read_source(Path(self.source), self.options)
             config = TrainConfig.of(self.kind_options("plain", 0), start)
+        config.require_packages()
         load(config.data, self.data_dir, image_size=config.image_size, seed=config.split)
 
 
@@ -156,11 +170,12 @@ def run(
         OSError: a file cannot be read or written.
         KeyboardInterrupt: the comparison was interrupted; the message says how far it has come.
     """
-    how = _How(chosen_device(device), {} if execution is None else execution)
+    where = chosen_device(device)
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
-    check_kind("execution", how.execution, Mapping)
-    Execution.of_run("float32", how.execution)
+    asked = {} if execution is None else execution
+    check_kind("execution", asked, Mapping)
+    entries = Execution.of_run("float32", asked).entries()
     as_flag("resume", resume)
     pictures.require("finetune")
     (check_run_folder if resume else check_output_folder)(folder)
@@ -170,14 +185,15 @@ def run(
         "source": None if source is None else _whole(check_path("source", source)),
         "source_epochs": source_epochs,
         "seeds": None if seeds is None else as_integer("seeds", seeds, 1, MOST_SEEDS),
+        "execution": {n: entries[n] for n, value in asked.items() if value is not None},
     }
     plan = _saved_plan(folder, given) if resume else _new_plan(folder, given)
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         folder.mkdir(parents=True, exist_ok=True)
         own = until_the_end.enter_context(claim(folder))
-        if not resume:
-            own.write(PLAN, (json.dumps(vars(plan), indent=2) + "\n").encode())
-        return _run(own, plan, how)
+        # What is given when a comparison goes on counts for its runs that are not begun yet.
+        own.write(PLAN, (json.dumps(vars(plan), indent=2) + "\n").encode())
+        return _run(own, plan, _How(where, plan.execution))
 
 
 def _whole(path: Path) -> str:
@@ -211,6 +227,7 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
     try:
         saved = json.loads(file.read_bytes())
         plan = FinetunePlan(**saved)
+        check_kind("execution", plan.execution, Mapping)
         as_integer("seeds", plan.seeds, 1, MOST_SEEDS)
         plan.check()
     except FileNotFoundError:
@@ -229,7 +246,13 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
                 f"{option_name(name)}: expected {shown(before)}, as in {printable(file)}, "
                 f"got {shown(value)}"
             )
-    return plan if given["data_dir"] is None else replace(plan, data_dir=given["data_dir"])
+    plan = replace(
+        plan,
+        data_dir=given["data_dir"] or plan.data_dir,
+        execution={**plan.execution, **given["execution"]},
+    )
+    plan.check_execution()
+    return plan
 
 
 def _run(out: RunFolder, plan: FinetunePlan, how: _How) -> FinetuneReport:

@@ -30,6 +30,7 @@ from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import REPORT, write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
+from adatape_kernels.recipes.repeatable_sums import repeatable
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import check_empty_folder, claim, folder_argument
 from adatape_kernels.recipes.run_images import folder_of_images
@@ -45,7 +46,6 @@ from adatape_kernels.recipes.train_loop import (
     EpochResult,
     TrainPlan,
     predict,
-    repeatable,
     train,
 )
 
@@ -103,7 +103,8 @@ def run(
 
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
-        RuntimeError: a package is missing, or the loss is not finite.
+        RuntimeError: a package is missing, or a loss or a logit of a test image is not finite; the
+            checkpoint is then that of the epoch before.
         OSError: a file cannot be read or written.
         KeyboardInterrupt: the run was interrupted; the message says which epoch `out` holds.
     """
@@ -232,7 +233,8 @@ def _run(
         writing.write("metrics.csv", _metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        tested = evaluated(final, data, normalise, config.dtype, ranks)
+        when = f" after epoch {result.epoch}"
+        tested = evaluated(final, data, normalise, config.dtype, ranks, when)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,

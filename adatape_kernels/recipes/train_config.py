@@ -106,7 +106,8 @@ class TrainConfig(ModelOptions, TrainingOptions):
             source: the pretrained ViT to begin with, whose sizes are the model's.
 
         Raises:
-            ValueError: there is no such set, or an option is out of range or not as in the source.
+            ValueError: there is no such set, or an option is out of range, not as in the source, or
+                of no effect without another.
         """
         name = _known_set(options.get("data"))
         _check_names(options)
@@ -132,7 +133,15 @@ class TrainConfig(ModelOptions, TrainingOptions):
             defaults |= {**dict.fromkeys(SIZES_OF_A_VARIANT), "variant": None}
         elif defaults["variant"] is not None:  # that of a recipe
             defaults |= dict.fromkeys(SIZES_OF_A_VARIANT)
-        return cls(**{**defaults, **given}).checked()
+        config = cls(**{**defaults, **given}).checked()
+        # A whole configuration may be given, which holds the default.
+        differs = config.randaugment_magnitude != defaults["randaugment_magnitude"]
+        if differs and not config.randaugment:
+            raise ValueError(
+                "randaugment-magnitude: expected none without --randaugment, got "
+                f"{config.randaugment_magnitude}"
+            )
+        return config
 
     @classmethod
     def of_saved(cls, saved: Mapping[str, Any]) -> "TrainConfig":

@@ -5,12 +5,11 @@ alone; everything else that is random comes from torch's own generator, whose st
 holds. A run that goes on from the end of an epoch therefore repeats the curve of an unbroken one.
 """
 
-import contextlib
 import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,7 @@ from adatape_kernels.recipes.drawn_thresholds import (
 )
 from adatape_kernels.recipes.execution import Execution, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
+from adatape_kernels.recipes.repeatable_sums import repeatable
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
@@ -362,8 +362,14 @@ def predict(
     return joined(outputs).to("cpu")
 
 
-def accuracy(output: AdaTapeOutput, labels: Tensor) -> float:
-    """Return the share of examples, 0 to 1, whose largest logit is that of their label."""
+def accuracy(output: AdaTapeOutput, labels: Tensor, when: str = "") -> float:
+    """Return the share of examples, 0 to 1, whose largest logit is that of their label.
+
+    Raises RuntimeError where a logit is not finite; `when` then stands in the error.
+    """
+    wrong = output.logits[~output.logits.isfinite()]
+    if len(wrong):
+        raise RuntimeError(f"logits: expected finite values{when}, got {wrong[0].item()}")
     return (output.logits.argmax(1) == labels.to(output.device)).double().mean().item()
 
 
@@ -376,24 +382,3 @@ def epoch_generator(seed: int, epoch: int) -> Generator:
     seed, epoch = as_integer("seed", seed, 0), as_integer("epoch", epoch, 0)
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return Generator().manual_seed(int(state[0]))
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Run with torch's deterministic algorithms.
-
-    Without them a sum whose addends two threads compute, such as the gradient of a bank, may be
-    added in another order on each run, and two equal runs differ in the last bit.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # mypy does not know the property of this module
-    fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # Deterministic mode would also fill new memory with NaN, to show bugs, which takes time.
-    memory.fill_uninitialized_memory = before and fill
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        memory.fill_uninitialized_memory = fill

@@ -105,8 +105,7 @@ def check_training_option(field: str, value: object) -> Any:
     if field in ("mixup", "max_grad_norm"):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name}: expected 0 or more, got {shown(number)}")
-    elif not 0 <= number <= 1:
-        raise ValueError(f"{name}: expected 0 to 1, got {shown(number)}")
-    elif field == "ema" and number == 1:
-        raise ValueError(f"{name}: expected 0 to below 1, got {shown(number)}")
+    elif not 0 <= number <= 1 or (field == "ema" and number == 1):
+        expected = "0 to below 1" if field == "ema" else "0 to 1"
+        raise ValueError(f"{name}: expected {expected}, got {shown(number)}")
     return number

@@ -180,6 +180,7 @@ TRAINING = {
     "batch": (*NO_INTEGER, 0, -1),
     "lr": POSITIVE,
     "weight_decay": FACTOR,
+    "dtype": NO_WORD,
     "seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "limit": (*NO_INTEGER, 0, -1, -HUGE),
     "drop_rest": NO_FLAG,

@@ -14,11 +14,11 @@ from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint, sealed
+from adatape_kernels.recipes.repeatable_sums import repeatable
 from adatape_kernels.recipes.train_loop import (
     TrainPlan,
     epoch_generator,
     predict,
-    repeatable,
     train,
 )
 

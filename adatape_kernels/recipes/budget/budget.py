@@ -18,20 +18,26 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import measure, pictures
+from adatape_kernels.recipes.adatape_runs import (
+    REPORT,
+    adatape_of_run,
+    check_report_folder,
+    names_of_runs,
+)
 from adatape_kernels.recipes.budget.budget_picture import drawn
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
 from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.machine import environment
-from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import accuracy, predict
 
-REPORT, PICTURE = "report.json", "budget.png"
+PICTURE = "budget.png"
 MOST_TAPE = 1 << 20
 _TIMED_IMAGES = 256
+_COMPARED_IMAGES = 64
 _NAME_WIDTH = 30
 
 
@@ -69,7 +75,8 @@ def run(
 
     Raises:
         ValueError: a folder holds no run of an AdaTape of images, runs have different test images,
-            a limit is out of range, or `out` cannot be written; the error names it.
+            a limit is out of range, or `out` cannot be written or is the folder of a run or of
+            another command; the error names it.
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
@@ -80,6 +87,7 @@ def run(
     tapes = _lengths(max_tape)
     pictures.require("budget")
     check_output_folder(folder)
+    check_report_folder(folder, ("results", "own"))
     first, *others = looked = _look([source, *beside], data_dir, place)
     own = first.model.config
     results = _measured(
@@ -115,14 +123,9 @@ def _look(
     looked: list[_BudgetRun] = []
     for folder, name in zip(folders, names_of_runs(folders), strict=True):
         argument = "beside" if looked else "run"
-        model = load(folder, device=device)
-        if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
-            raise ValueError(
-                f"{argument}: expected that of an AdaTape of images that reads, "
-                f"got {printable(folder)}, a {type(model).__name__}"
-            )
+        model = adatape_of_run(argument, folder, device)
         data = images_of_run(folder, None if data_dir is None else Path(data_dir))
-        if looked and not _same_labels(data, looked[0].data):
+        if looked and not _same_images(data, looked[0].data):
             raise ValueError(
                 f"beside: expected a run on the test images of {looked[0].name}, "
                 f"got {printable(folder)}, which has others"
@@ -131,27 +134,18 @@ def _look(
     return looked
 
 
-def names_of_runs(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its folder's own, or the path where several are called so.
+def _same_images(data: ImageSet, other: ImageSet) -> bool:
+    """Return whether two sets have the same test images, as far as can be told by some of them.
 
-    Raises:
-        ValueError: a folder is given twice.
+    Images of two sizes are told apart by their labels alone.
     """
-    resolved = [folder.resolve() for folder in folders]
-    for number, folder in enumerate(resolved):
-        if folder in resolved[:number]:
-            raise ValueError(f"beside: expected other runs, got {printable(folders[number])} again")
-    own = [folder.name for folder in resolved]
-    return [
-        printable(name if own.count(name) == 1 else folder)
-        for name, folder in zip(own, resolved, strict=True)
-    ]
-
-
-def _same_labels(data: ImageSet, other: ImageSet) -> bool:
-    """Return whether two sets have as many test images of the same classes in the same order."""
-    same_names = data.class_names == other.class_names
-    return same_names and torch.equal(data.test_labels, other.test_labels)
+    if data.class_names != other.class_names or not torch.equal(
+        data.test_labels, other.test_labels
+    ):
+        return False
+    some = evenly_spaced(len(data.test_labels), _COMPARED_IMAGES)
+    ours, theirs = unit_range(data.test_images[some]), unit_range(other.test_images[some])
+    return ours.shape != theirs.shape or torch.equal(ours, theirs)
 
 
 def _own_limits(model: AdaTapeViT) -> dict[str, Any]:
@@ -209,8 +203,13 @@ def _measured(
         each.model.eval()
 
     def forward(number: int, threshold: float, longest: int) -> None:
+        model = looked[number].model
         with torch.no_grad():
-            looked[number].model(batches[number], halt_threshold=threshold, num_tape_tokens=longest)
+            model(
+                batches[number],
+                halt_threshold=threshold,
+                num_tape_tokens=_possible(model, longest),
+            )
 
     forwards = {str(case): functools.partial(forward, *case) for case in cases}
     times = measure.seconds(forwards, rounds, device=device)
@@ -223,7 +222,7 @@ def _measured(
             data.test_images,
             normalise,
             halt_threshold=threshold,
-            num_tape_tokens=longest,
+            num_tape_tokens=_possible(model, longest),
         )
         tape = output.tape_lens.double().mean().item()
         timing, images = times[str(case)], len(sample)
@@ -241,6 +240,16 @@ def _measured(
             )
         )
     return results
+
+
+def _possible(model: AdaTapeViT, longest: int) -> int:
+    """Return the most tape tokens that a read of up to `longest` can have of the model's bank.
+
+    A step beyond them would read nothing, and yet have room in memory.
+    """
+    c = model.config
+    entries = (c.image_size // c.bank_patch_size) ** 2 if c.bank == "input" else c.bank_size
+    return min(longest, -(-entries // c.topk))
 
 
 def table(results: Sequence[BudgetResult]) -> str:

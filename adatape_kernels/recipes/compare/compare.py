@@ -174,7 +174,8 @@ class _Comparison:
             if saved is None:
                 check_empty_folder(folder)
                 write_plan(out, self.config, self.facts, plan, costs)
-            results = saved_results(folder, self.config)
+            whole = all(saved_run(folder, run) is not None for run in self.runs)
+            results = saved_results(folder, self.config) if whole else None
             if results is None:
                 results = self._results(out, plan, costs)
                 self._write_report(out, plan, results)
@@ -324,7 +325,7 @@ class _Comparison:
     ) -> list[CompareResult]:
         """Measure all models."""
         data, tests = self.data, len(self.data.test_labels)
-        models = {run: _loaded(out.folder, run, self.device) for run in self.runs}
+        models = {run: self._loaded(out.folder, run, plan) for run in self.runs}
         # All were trained with the same one, of the images that were used.
         normalise = normaliser_of(models[self.runs[0]])
         found = {}
@@ -356,6 +357,17 @@ class _Comparison:
             for run, model in models.items()
         ]
 
+    def _loaded(self, folder: Path, run: CompareRun, plan: ComparePlan) -> ImageClassifier:
+        """Return the model of a run. Raises ValueError where the file is none, or another's."""
+        file = folder / f"{run.stem}.safetensors"
+        model = load(file, device=self.device)
+        options = self.config.train_config(run, plan.epochs, plan.images)
+        with torch.device("meta"):
+            expected = new_model(options, self.data, self.normalise)
+        if not isinstance(model, ImageClassifier) or model.config != expected.config:
+            raise ValueError(f"{printable(file)}: expected the model of {run.stem}, got another")
+        return model
+
     def _write_report(
         self, out: RunFolder, plan: ComparePlan, results: list[CompareResult]
     ) -> None:
@@ -378,9 +390,3 @@ class _Comparison:
             **environment(self.device),
         }
         out.write(REPORT, json_bytes(report))
-
-
-def _loaded(folder: Path, run: CompareRun, device: torch.device) -> ImageClassifier:
-    model = load(folder / f"{run.stem}.safetensors", device=device)
-    assert isinstance(model, ImageClassifier)
-    return model

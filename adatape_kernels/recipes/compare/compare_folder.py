@@ -10,20 +10,14 @@ from typing import Any
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models.value_checks import as_number
-from adatape_kernels.recipes.compare.compare_config import CompareConfig, CompareRun
+from adatape_kernels.recipes.compare.compare_config import MODELS, CompareConfig, CompareRun
 from adatape_kernels.recipes.compare.compare_plan import ComparePlan, Costs, RunCost
 from adatape_kernels.recipes.compare.compare_result import CompareResult
 from adatape_kernels.recipes.compare.compare_training import Trained, Training
 from adatape_kernels.recipes.data_fingerprint import HASHED
 from adatape_kernels.recipes.run_folder import RunFolder
 
-_NUMBERS = (
-    "accuracy",
-    "images_per_second",
-    "flops_per_image",
-    "parameters",
-    "mean_rows",
-)
+_NUMBERS = ("images_per_second", "flops_per_image", "parameters", "mean_rows")
 PLAN, REPORT, TABLE, PICTURE = "plan.json", "report.json", "table.md", "compare.png"
 
 
@@ -142,14 +136,23 @@ def saved_results(folder: Path, config: CompareConfig) -> list[CompareResult] | 
             return None
         results = [CompareResult(**entry) for entry in report["results"]]
         for result in results:
-            for name in _NUMBERS:
-                as_number(name, getattr(result, name))
-            if result.mean_tape_tokens is not None:
-                as_number("mean_tape_tokens", result.mean_tape_tokens)
+            if not _is_possible(result):
+                return None
     except (ValueError, KeyError, TypeError):
         return None
     runs = [CompareRun(result.model, result.size, result.seed) for result in results]
     return results if runs == [*config.runs()] else None
+
+
+def _is_possible(result: CompareResult) -> bool:
+    """Return whether a run can have come to such a result. Raises ValueError over other types."""
+    tape = result.mean_tape_tokens
+    return (
+        0 <= as_number("accuracy", result.accuracy) <= 1
+        and all(0 < as_number(name, getattr(result, name)) < math.inf for name in _NUMBERS)
+        and (tape is None or 0 <= as_number("mean_tape_tokens", tape) < math.inf)
+        and (tape is None) == (MODELS[result.model]["model_name"] != "adatape")
+    )
 
 
 def _content(file: Path) -> Any:

@@ -70,7 +70,7 @@ def _draw_front(axis: Any, front: Sequence[Group], cost: Cost) -> None:
     xs, ys = zip(*(_point(group, cost) for group in front), strict=True)
     axis.plot(
         xs, ys, color="0.82", linewidth=7, solid_capstyle="round", drawstyle="steps-post",
-        label="Pareto front", zorder=0,
+        marker="o", markersize=13, label="Pareto front", zorder=0,
     )  # fmt: skip
 
 

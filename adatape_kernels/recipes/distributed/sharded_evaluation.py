@@ -9,7 +9,7 @@ from adatape_kernels.models import AdaTapeViT, ImageClassifier
 from adatape_kernels.recipes.devices import device_of
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.model_comparison import rows_by_layer
-from adatape_kernels.recipes.train_loop import PREDICT_BATCH, predict
+from adatape_kernels.recipes.train_loop import PREDICT_BATCH, accuracy, predict
 
 
 class Evaluation(NamedTuple):
@@ -28,6 +28,7 @@ def evaluated(
     normalise: Normaliser,
     dtype: str = "float32",
     ranks: Ranks = ALONE,
+    when: str = "",
 ) -> Evaluation:
     """Evaluate a model on the test half of a set, of which each rank predicts some batches.
 
@@ -40,6 +41,10 @@ def evaluated(
         normalise: what the model was trained with.
         dtype: what products are computed in, one of `execution.DTYPES`.
         ranks: the processes.
+        when: stands in the error.
+
+    Raises:
+        RuntimeError: a logit is not finite.
     """
     images = len(data.test_labels)
     own = torch.arange(images).split(PREDICT_BATCH)[ranks.number :: ranks.count]
@@ -47,7 +52,7 @@ def evaluated(
     if own:
         indices = torch.cat(own)
         output = predict(model, Subset(data.test_images, indices), normalise, dtype=dtype)
-        right = int((output.logits.argmax(1) == data.test_labels[indices]).sum())
+        right = round(accuracy(output, data.test_labels[indices], when) * len(indices))
         if isinstance(model, AdaTapeViT):
             work = int(output.tape_lens.sum())
         else:

@@ -22,6 +22,12 @@ from adatape_kernels.models import AdaTapeOutput, AdaTapeViT
 from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.op_types import TapeSelection
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.adatape_runs import (
+    REPORT,
+    adatape_of_run,
+    check_report_folder,
+    names_of_runs,
+)
 from adatape_kernels.recipes.devices import chosen_device, device_of, moved
 from adatape_kernels.recipes.heatmap import heatmap_pictures
 from adatape_kernels.recipes.heatmap.read_statistics import (
@@ -35,14 +41,12 @@ from adatape_kernels.recipes.heatmap.read_statistics import (
     places_read,
 )
 from adatape_kernels.recipes.machine import environment
-from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.train_loop import epoch_generator, predict
 
-REPORT = "report.json"
 NOISE, BLUR = 0.2, 1.0
 """Standard deviations of the noise, on images in 0 to 1, and of the blur, in pixels."""
 _SPOILED_SEED = 0
@@ -101,17 +105,24 @@ def run(
 
     Raises:
         ValueError: a folder holds no run of an AdaTape of images, an image cannot be decoded, or
-            `out` cannot be written; the error names it.
+            `out` cannot be written or is the folder of a run or of another command; the error names
+            it.
         OSError: a file cannot be read or written.
         RuntimeError: a package of the extra `demo` is missing.
     """
     place = chosen_device(device)
     folder = folder_argument("out", out)
     as_flag("show_images", show_images)
+    sources = [source, *beside]
     pictures.require("heatmap")
     check_output_folder(folder)
-    first = _look(source, data_dir, place)
-    others = [_look(each, None, place) for each in beside]
+    check_report_folder(folder, ("reads", "lengths"))
+    folders = [check_path("beside" if number else "run", s) for number, s in enumerate(sources)]
+    names = names_of_runs(folders, again=True)
+    first, *others = (
+        _look("beside" if number else "run", each, name, None if number else data_dir, place)
+        for number, (each, name) in enumerate(zip(folders, names, strict=True))
+    )
     for each in [first, *others] if others else []:
         if _side(each.model) is None:
             raise ValueError(
@@ -143,21 +154,17 @@ def run(
 
 
 def _look(
-    source: str | os.PathLike[str],
+    argument: str,
+    folder: Path,
+    name: str,
     data_dir: str | os.PathLike[str] | None,
     device: torch.device,
 ) -> _Looked:
     """Load a run, and let its model predict its test images."""
-    folder = check_path("run", source)
-    model = load(folder, device=device)
-    if not isinstance(model, AdaTapeViT) or not model.config.read_layers:
-        raise ValueError(
-            f"run: expected that of an AdaTape of images that reads, got {printable(folder)}, "
-            f"a {type(model).__name__}"
-        )
+    model = adatape_of_run(argument, folder, device)
     data = images_of_run(folder, None if data_dir is None else Path(data_dir))
     output = predict(model, data.test_images, normaliser_of(model))
-    return _Looked(folder.name or "run", model, data, output)
+    return _Looked(name, model, data, output)
 
 
 def _side(model: AdaTapeViT) -> int | None:
@@ -290,6 +297,7 @@ def _draw_beside(
 ) -> list[dict[str, Any]]:
     """Draw what several models read over all their images, side by side."""
     panels, entries = [], []
+    patches = [(each.model.config.patch_size, each.model.config.bank_patch_size) for each in looked]
     for each in looked:
         side = _side(each.model)
         assert side is not None
@@ -298,6 +306,8 @@ def _draw_beside(
         mean = _mean(each.data.test_images, labels == labels) if show_images else None
         c = each.model.config
         title = f"input /{c.patch_size}, bank /{c.bank_patch_size}"
+        if patches.count((c.patch_size, c.bank_patch_size)) > 1:
+            title = f"{pictures.drawn_name(each.name)}\n{title}"
         panels.append(heatmap_pictures.Panel(title, mean, places.over_all))
         entries.append({"run": each.name, "patch": c.patch_size, **_places_entries(places)})
     title = "Which bank patches are read, model by model"

@@ -99,7 +99,7 @@ def draw_steps(places: PlacesRead) -> Any:
     steps = [s for s in range(len(places.by_step)) if places.images_by_step[s]][:_MOST_STEPS]
     columns = min(8, max(1, len(steps)))
     rows = max(1, -(-len(steps) // columns))
-    figure, axes = axes_of(rows, columns, max(5, 1.5 * columns), 1.9 * rows + 0.7)
+    figure, axes = axes_of(rows, columns, max(7.5, 1.5 * columns), 1.9 * rows + 0.7)
     for axis in axes.flat:
         axis.axis("off")
     for number, step in enumerate(steps):
@@ -176,6 +176,8 @@ def draw_entries(entries: EntriesRead, names: Sequence[str]) -> Any:
     ranks, shares = axes[0, 0], axes[0, 1]
     ranks.plot(range(1, len(order) + 1), entries.counts[order].numpy(), color=_BAR)
     ranks.set_yscale("symlog", linthresh=1)
+    ranks.set_ylim(bottom=0)
+    ranks.xaxis.get_major_locator().set_params(integer=True)
     ranks.set(xlabel="entries, from the most read on", ylabel="times read")
     ranks.spines[["top", "right"]].set_visible(False)
     most = float(torch.tensor(float(len(order))).log2())
@@ -202,7 +204,9 @@ def draw_entries(entries: EntriesRead, names: Sequence[str]) -> Any:
         "Which classes read them: an entry that is read\n"
         f"tells {entries.class_information:.2f} bits of the class"
     )
-    figure.colorbar(heat, ax=shares, label="share of the entry's reads")
+    figure.colorbar(
+        heat, ax=shares, label="share of the entry's reads,\nif all classes read as often"
+    )
     return figure
 
 

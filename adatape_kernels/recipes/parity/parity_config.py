@@ -48,7 +48,7 @@ class ParityConfig:
     """Each decides the parameters and the training sequences of a run."""
     steps: int = 2500
     """Number of steps of the optimizer in each run."""
-    batch: int = 256
+    batch: int = 64
     """Number of sequences in a step, new ones each time."""
     lr: float = 1e-3
     """The highest learning rate."""

@@ -51,7 +51,7 @@ def drawn(results: list[ParityResult]) -> bytes:
         axis.set(xlabel="length of a sequence", ylabel="accuracy on fixed sequences, %")
         axis.set_ylim(min(45, *(100 * r.accuracy - 2 for r in results)), 102)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title("Parity: each mark is a seed, lines are means, grey is guessing")
+        axis.set_title("Each mark is a seed, lines are means, grey is guessing", fontsize=11)
         if models:
             figure.legend(loc="outside right upper", frameon=False)
         content = io.BytesIO()

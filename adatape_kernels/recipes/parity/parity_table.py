@@ -1,6 +1,7 @@
 """The command `parity`: all runs of the table, one after another, each kept when it is done."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,13 +13,15 @@ import torch
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeParity
-from adatape_kernels.models.value_checks import as_integer
+from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.adatape_runs import REPORT, check_report_folder
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
+from adatape_kernels.recipes.parity.parity_models import new_model
 from adatape_kernels.recipes.parity.parity_picture import drawn
 from adatape_kernels.recipes.parity.parity_training import ParityResult, eval_sequences
 from adatape_kernels.recipes.parity.parity_workers import Progress, Workplace, in_processes
@@ -30,9 +33,9 @@ from adatape_kernels.recipes.parity.reads_picture import (
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.worker_processes import MOST_JOBS, usable_cores
+from adatape_kernels.recipes.worker_processes import MOST_JOBS, one_thread, usable_cores
 
-REPORT, PICTURE = "report.json", "parity.png"
+PICTURE = "parity.png"
 _DRAWN_EXAMPLES = 400
 
 
@@ -65,7 +68,8 @@ def run(
 
     Raises:
         ValueError: `out` cannot be made or written, another process writes into it, or it holds a
-            run that was trained in another way; the error names the file. Or jobs is below 1.
+            run that was trained in another way, another model or another command's report; the
+            error names the file. Or jobs is below 1.
         OSError: a file cannot be written.
         RuntimeError: a package of the extra `demo` is missing, a loss is not finite, or a process
             was ended.
@@ -77,8 +81,9 @@ def run(
     jobs = as_integer("jobs", jobs, 1, MOST_JOBS)
     pictures.require("parity")
     check_output_folder(folder)
+    check_report_folder(folder, ("results", "pairs_tell_parity"))
     folder.mkdir(parents=True, exist_ok=True)
-    with lenient_output(), claim(folder) as run_folder:
+    with lenient_output(), one_thread(), claim(folder) as run_folder:
         done = {each: _finished(folder, each, config) for each in config.runs()}
         results = _train_rest(run_folder, config, done, Workplace(jobs, where, tuple(backends)))
         print(table(results))
@@ -134,8 +139,13 @@ def _draw_reads(
     for length in dict.fromkeys(result.length for result in own):
         best = max((r for r in own if r.length == length), key=lambda result: result.accuracy)
         stem = Run(best.model, best.length, best.seed).stem
-        model = load(out.folder / f"{stem}.safetensors", device=device)
-        assert isinstance(model, AdaTapeParity)
+        file = out.folder / f"{stem}.safetensors"
+        model = load(file, device=device)
+        expected = new_model(
+            best.model, length, sequence_token=config.has_sequence_token(length)
+        ).config
+        if not isinstance(model, AdaTapeParity) or model.config != expected:
+            raise ValueError(f"{printable(file)}: expected the model of {stem}, got another")
         sequences = eval_sequences(length, _DRAWN_EXAMPLES, config.protocol)
         out.write(f"reads-{length}.png", drawn_reads(model, sequences))
         found[str(length)] = pairs_tell_parity(reading_of(model, sequences), sequences.labels)
@@ -164,7 +174,7 @@ def _json(entries: dict[str, Any]) -> bytes:
 
 
 def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | None:
-    """Return the result that a folder has of a run, or None.
+    """Return the result that a folder has of a run, or None where it lacks that or the model.
 
     Raises:
         ValueError: the file is none of ours, or the run was trained in another way.
@@ -182,7 +192,7 @@ def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | N
         training, result = {"dtype": "float32", **entries["training"]}, dict(entries["result"])
         curve = tuple((int(n), float(loss), float(a)) for n, loss, a in result.pop("curve"))
         found = ParityResult(**result, curve=curve)
-        fits = (found.model, found.length, found.seed) == each
+        fits = (found.model, found.length, found.seed) == each and _is_possible(found)
     except (ValueError, KeyError, TypeError, RecursionError):
         fits = False
     if not fits:
@@ -194,7 +204,18 @@ def _finished(folder: Path, each: Run, config: ParityConfig) -> ParityResult | N
                 f"{name.replace('_', '-')}: expected {shown(training.get(name))}, as in {file}, "
                 f"got {shown(value)}"
             )
-    return found
+    return found if (folder / f"{each.stem}.safetensors").exists() else None
+
+
+def _is_possible(result: ParityResult) -> bool:
+    """Return whether a run can have come to such a result. Raises ValueError over other types."""
+    shares = [result.accuracy, result.trained_accuracy, *(point[2] for point in result.curve)]
+    rest = [result.seconds, result.work_per_example, *(point[1] for point in result.curve)]
+    for name in ("parameters", "steps"):
+        as_integer(name, getattr(result, name), 1)
+    return all(0 <= as_number("accuracy", share) <= 1 for share in shares) and all(
+        0 <= as_number("result", number) < math.inf for number in rest
+    )
 
 
 def table(results: list[ParityResult]) -> str:
@@ -211,11 +232,13 @@ def table(results: list[ParityResult]) -> str:
                 continue
             values = [result.accuracy for result in group]
             mean = sum(values) / len(values)
-            spread = f"{mean:8.2%}  {min(values):8.2%} to {max(values):8.2%}"
+            spread = f"{mean:8.2%}"
+            if len(values) > 1:
+                spread += f"  {min(values):8.2%} to {max(values):8.2%}"
             trained = sum(result.trained_accuracy for result in group) / len(group)
             seconds = sum(result.seconds for result in group) / len(group)
             lines.append(
-                f"{length:6}  {model:20} {spread:>32} {trained:11.2%} {len(group):6} "
+                f"{length:6}  {model:20} {spread:32} {trained:11.2%} {len(group):6} "
                 f"{seconds:8.0f} {group[0].parameters:11,}"
             )
     return "\n".join(lines)

@@ -109,6 +109,7 @@ def drawn_reads(model: AdaTapeParity, sequences: ParitySequences) -> bytes:
                 markerfacecolor="none", label=f"number of ones {name}",
             )  # fmt: skip
         over_steps.set(xlabel="steps of the read", ylabel="query, first principal component")
+        over_steps.xaxis.get_major_locator().set_params(integer=True)
         last.set(xlabel="query behind the last step: first component", ylabel="second component")
         for axis in (over_steps, last):
             axis.legend(frameon=False)
@@ -137,6 +138,7 @@ def _draw_order(axis: Any, reading: Reading, ones: Tensor, most: int = 24) -> No
     axis.set(
         xlabel="steps of the read", ylabel="number of ones", xlim=(0, reading.symbols.shape[1])
     )
+    axis.xaxis.get_major_locator().set_params(integer=True)
     handles = [Patch(facecolor=_SHADES[s], edgecolor="0.5", label=f"symbol {s}") for s in _SHADES]
     axis.figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
     axis.set_title("What each step merges, the better one first", loc="left")

@@ -10,8 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
-from adatape_kernels.recipes import checkpoint, pictures
-from adatape_kernels.recipes.budget import budget
+from adatape_kernels.recipes import adatape_runs, checkpoint, pictures
 from adatape_kernels.recipes.budget.budget_picture import figure_of
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
@@ -91,9 +90,9 @@ def test_refusals_are_one_line(runs, tmp_path, capsys, beside, words):
 
 def test_runs_whose_folders_are_called_alike_are_told_apart(tmp_path):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
-    assert budget.names_of_runs(folders) == [str(folders[0]), str(folders[1]), "c"]
+    assert adatape_runs.names_of_runs(folders) == [str(folders[0]), str(folders[1]), "c"]
     with refused("beside", "again"):
-        budget.names_of_runs([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+        adatape_runs.names_of_runs([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
 RESULT = BudgetResult("run", 1.0, 8, 0.5, 2.0, 18.0, 5e6, 1000.0, (900.0, 1100.0))
