@@ -27,6 +27,7 @@ from adatape_kernels.cli.options import (
     OneLineParser,
 )
 from adatape_kernels.data.printable import printable
+from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.terminal import say
 
 COMMANDS = (
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "bench":
             return _run_bench(argv[1:])
+        if arguments.command != "train" and Ranks.of_environment().several:
+            raise ValueError(f"torchrun: expected the command train, got {arguments.command}")
         return arguments.run(arguments)
     except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,8 @@ from adatape_kernels.recipes.one_thread import one_thread
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_loop import TrainPlan, train
+from adatape_kernels.recipes.train_loop import train
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 EPOCHS = 50
 BATCH = 48

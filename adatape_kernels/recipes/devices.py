@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.ops.device_facts import OLDEST_CAPABILITY
+from adatape_kernels.recipes.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")
 _NAME = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
@@ -23,8 +24,9 @@ def chosen_device(name: str | torch.device, backend: str | None = None) -> torch
     """Return the device that a name stands for.
 
     Args:
-        name: "cpu"; "cuda" for torch's current GPU; "cuda:1" for a GPU by its number; or "auto",
-            which is "cuda" where torch finds a GPU that the kernels run on, and else "cpu".
+        name: "cpu"; "cuda" for torch's current GPU, or for this process's own where torchrun has
+            started several; "cuda:1" for a GPU by its number; or "auto", which is "cuda" where
+            torch finds a GPU that the kernels run on, and else "cpu".
         backend: the backend that is forced, as --backend has it; "auto" is the CPU for one that
             runs nowhere else.
 
@@ -43,10 +45,12 @@ def chosen_device(name: str | torch.device, backend: str | None = None) -> torch
         raise ValueError(f"device: expected one that is here, got {text}, and torch finds no GPU")
     gpus = torch.cuda.device_count()
     _, _, number = text.partition(":")
-    index = int(number) if number else torch.cuda.current_device()
+    ranks = Ranks.of_environment()
+    own = ranks.local if ranks.several else torch.cuda.current_device()
+    index = int(number) if number else own
     if index >= gpus:
         there = "cuda:0" if gpus == 1 else f"cuda:0 to cuda:{gpus - 1}"
-        raise ValueError(f"device: expected {there}, got {text}")
+        raise ValueError(f"device: expected {there}, got cuda:{index}")
     os.environ.setdefault(*_WORKSPACE)
     return torch.device("cuda", index)
 

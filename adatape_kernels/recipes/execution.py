@@ -12,6 +12,8 @@ from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeOutput, AViTConfig, Classifier
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer
+from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
+from adatape_kernels.recipes.distributed.shared_gradients import SharedGradients
 
 DTYPES = ("float32", "bf16")
 """What products may be computed in; parameters are float32 in either case."""
@@ -37,6 +39,8 @@ class Execution:
     """Whether the backward pass computes the layers once more, so that less is kept for it."""
     compiled: bool = False
     """Whether torch's compiler makes the training steps."""
+    ranks: Ranks = ALONE
+    """The processes that share each step."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -45,6 +49,11 @@ class Execution:
         object.__setattr__(self, "accumulate", parts)
         as_flag("checkpoint-layers", self.checkpoint_layers)
         as_flag("compile", self.compiled)
+        if self.compiled and self.ranks.several:
+            raise ValueError(
+                f"compile: expected one process, got {self.ranks.count}; the gradients of several "
+                "are brought together within the steps"
+            )
 
     @classmethod
     def of_run(
@@ -82,18 +91,21 @@ class Execution:
 
         What is computed of a whole batch is another number for each part of it.
         """
-        if self.accumulate > 1:
+        parts, option = self.accumulate, "accumulate"
+        if parts == 1:
+            parts, option = self.ranks.count, "processes"
+        if parts > 1:
             for name, module in model.named_modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     raise ValueError(
-                        f"accumulate: expected 1 with the batch norm {name}, whose statistics are "
-                        f"those of a whole batch, got {self.accumulate}"
+                        f"{option}: expected 1 with the batch norm {name}, whose statistics are "
+                        f"those of a whole batch, got {parts}"
                     )
             config = getattr(model, "config", None)
             if isinstance(config, AViTConfig) and config.distribution_weight:
                 raise ValueError(
-                    "accumulate: expected 1 for an A-ViT, whose distribution loss is that of a "
-                    f"whole batch, or --distribution-weight 0, got {self.accumulate}"
+                    f"{option}: expected 1 for an A-ViT, whose distribution loss is that of a "
+                    f"whole batch, or --distribution-weight 0, got {parts}"
                 )
         if self.checkpoint_layers and not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(
@@ -131,7 +143,7 @@ class Execution:
         if self.checkpoint_layers:
             model.set_grad_checkpointing(True)
         try:
-            yield forward
+            yield SharedGradients(model) if self.ranks.several else forward
         finally:
             if self.checkpoint_layers:
                 model.set_grad_checkpointing(before)
@@ -156,7 +168,8 @@ class Execution:
             model.loss(in_float32(output), labels).backward()
 
         gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus), self.forward_of(model) as forward:
+        alone = replace(self, ranks=ALONE)
+        with torch.random.fork_rng(gpus), alone.forward_of(model) as forward:
             model.train()
             step(model)
             if self.compiled:

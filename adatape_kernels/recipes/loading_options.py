@@ -10,7 +10,7 @@ from adatape_kernels.models.value_checks import as_choice, as_integer
 
 LOADING_OPTIONS = ("draws", "unreadable", "unreadable_limit")
 """The fields of LoadingOptions."""
-DRAWS = ("epoch", "batch")
+DRAWS = ("epoch", "image")
 UNREADABLE = ("stop", "skip")
 LOOKS = ("all", "test", "none")
 SETS_OF_FILES = ("imagefolder", "shards")
@@ -23,7 +23,7 @@ class LoadingOptions:
     """How images are read, as far as it decides the curve."""
 
     draws: str
-    """What augments and mixes images: one generator for an "epoch", or for each "batch", as a
+    """What augments and mixes images: one generator for an "epoch", or for each "image", as a
     loader needs. No option sets it: `with_draws` chooses, and a run goes on as it began."""
     unreadable: str
     """What an image that cannot be read does: "stop" the run, or the run goes on and "skip" it."""
@@ -106,8 +106,8 @@ class Loading:
 def with_draws(options: Mapping[str, Any], loading: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a new run with what its batches are drawn from.
 
-    That is a generator for each batch where images are files or workers are asked for, be it none
+    That is a generator for each image where images are files or workers are asked for, be it none
     of them, and otherwise one for each epoch, as in runs of versions without a loader.
     """
-    by_batch = options.get("data") in SETS_OF_FILES or loading.get("workers") is not None
-    return {"draws": "batch" if by_batch else "epoch", **options}
+    by_image = options.get("data") in SETS_OF_FILES or loading.get("workers") is not None
+    return {"draws": "image" if by_image else "epoch", **options}

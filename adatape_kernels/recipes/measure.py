@@ -98,7 +98,7 @@ def peak_bytes(run: Run, device: torch.device = CPU) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -109,7 +109,7 @@ def peak_bytes(run: Run, device: torch.device = CPU) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """Drop what is written to file descriptor 2, where the profiler writes a greeting."""
     if sys.stderr is not None:
         sys.stderr.flush()

@@ -31,6 +31,7 @@ def run_environment(
         "backend": backend,
         "device": device_name(device),
         **execution.entries(),
+        "processes": execution.ranks.count,
         "data_dir": None if data_dir is None else str(Path(data_dir).resolve()),
     }
 
@@ -42,7 +43,7 @@ def note_differences(saved: Mapping[str, Any], environment: Mapping[str, Any]) -
         saved: what `run_environment` returned when the run was last computed.
         environment: what it returns now.
     """
-    known = {"device": "cpu", **Execution().entries(), **saved}
+    known = {"device": "cpu", "processes": 1, **Execution().entries(), **saved}
     for name, value in environment.items():
         before = known.get(name)
         if name != "data_dir" and value != before:

@@ -4,15 +4,17 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from adatape_kernels.data import ImageSet, Normaliser
-from adatape_kernels.data.image_set import STATISTICS_IMAGES, Images, look_at
+from adatape_kernels.data.image_set import STATISTICS_IMAGES, Images, Subset, evenly_spaced, look_at
 from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages
-from adatape_kernels.data.loading.unreadable_images import readable_part, readable_sample
+from adatape_kernels.data.loading.unreadable_images import count_unreadable
+from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.loading_options import Loading
 from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import TrainPlan
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class LookedAt:
     test_unreadable: UnreadableImages
 
     @classmethod
-    def of(cls, data: ImageSet, config: TrainConfig, loading: Loading) -> "LookedAt":
-        """Look at the images that are to be looked at.
+    def of(
+        cls, data: ImageSet, config: TrainConfig, loading: Loading, ranks: Ranks = ALONE
+    ) -> "LookedAt":
+        """Look at the images that are to be looked at, each rank at its share of them.
 
         Raises:
             ValueError: an image cannot be read and may not be skipped; the error names its file.
@@ -38,14 +42,16 @@ class LookedAt:
             return cls(data, data.train_images, train, test)
         looked = {"all": (data.train_images, data.test_images), "test": (data.test_images,)}
         if config.unreadable == "stop":
-            look_at(looked.get(loading.look, ()))
+            own = (Subset(part, ranks.own(len(part))) for part in looked.get(loading.look, ()))
+            look_at(own)
             return cls(data, data.train_images, train, test)
-        tested = readable_part(data.test_images, torch.arange(len(data.test_labels)), test)
+        tested = _readable(data.test_images, torch.arange(len(data.test_labels)), test, ranks)
         data = replace(data, test_images=tested, test_labels=data.test_labels[tested.chosen])
+        images = len(data.train_labels)
         if loading.look == "test":
-            sample = readable_sample(data.train_images, STATISTICS_IMAGES, train)
-            return cls(data, sample, train, test)
-        trained = readable_part(data.train_images, torch.arange(len(data.train_labels)), train)
+            some = evenly_spaced(images, STATISTICS_IMAGES)
+            return cls(data, _readable(data.train_images, some, train, ranks), train, test)
+        trained = _readable(data.train_images, torch.arange(images), train, ranks)
         labels = data.train_labels[trained.chosen]
         data = replace(data, train_images=trained, train_labels=labels)
         return cls(data, trained, train, test)
@@ -88,3 +94,24 @@ class LookedAt:
         ):
             if line := found.line(kind):
                 say(f"adatape-kernels: note: {line}")
+
+
+def _readable(images: Images, asked: Tensor, unreadable: UnreadableImages, ranks: Ranks) -> Subset:
+    """Return those of some images that can be read, each of which a rank reads for it.
+
+    Args:
+        images: the images that are chosen from.
+        asked: (n,) int64, the numbers of those that are looked at.
+        unreadable: counts the others; it has counted none.
+        ranks: the processes, which all get the same images.
+
+    Raises:
+        ValueError: more cannot be read than the limit allows, or all of them.
+    """
+    found = UnreadableImages(unreadable.limit)
+    count_unreadable(images, asked[ranks.own(len(asked))], found)
+    unreadable.add(ranks.gathered([*found.reasons.items()]))
+    kept = asked[~torch.isin(asked, torch.tensor([*unreadable.reasons], dtype=torch.long))]
+    if not len(kept):
+        raise ValueError(f"images: expected one that can be read, got {len(asked)} that cannot")
+    return Subset(images, kept)

@@ -1,10 +1,7 @@
 """Training on an image set from local files, with checkpoints and a report."""
 
 import contextlib
-import csv
-import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,27 @@ from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.models.model_file import FILE
-from adatape_kernels.models.value_checks import as_flag, as_integer, as_number
+from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.data_fingerprint import check_facts, data_facts
 from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import chosen_device, moved
+from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
+from adatape_kernels.recipes.epoch_metrics import (
+    WORK,
+    check_history,
+    columns_of,
+    epoch_line,
+    metrics_csv,
+)
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.loading_options import Loading, with_draws
 from adatape_kernels.recipes.machine import attention_backend
-from adatape_kernels.recipes.model_comparison import ModelComparison, rows_by_layer
+from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.report_file import REPORT
@@ -43,28 +48,11 @@ from adatape_kernels.recipes.train_config import (
     option_name,
     with_present_names,
 )
-from adatape_kernels.recipes.train_loop import (
-    EpochResult,
-    TrainPlan,
-    accuracy,
-    predict,
-    train,
-)
+from adatape_kernels.recipes.train_loop import EpochResult, predict, train
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
-_TAPE, _ROWS = "mean_tape_length", "mean_rows"
-METRICS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "test_accuracy",
-    _TAPE,
-    "images_per_second",
-    "learning_rate",
-)
-"""Columns of metrics.csv, and the entries of each epoch's history in a checkpoint, in order; of a
-model that reads no tape the fifth is "mean_rows", that an image has in all layers together."""
 
 
 def run(
@@ -77,8 +65,11 @@ def run(
     device: str | torch.device = "auto",
     execution: Mapping[str, Any] | None = None,
     loading: Mapping[str, Any] | None = None,
-) -> ModelComparison:
+) -> ModelComparison | None:
     """Train, or go on with a run, and write its report into `out`.
+
+    Under torchrun the processes share each step, and rank 0 writes what is written. Where torchrun
+    has started them anew, the run goes on from its last checkpoint.
 
     After each epoch checkpoint.json, the safetensors file that it names and metrics.csv, which has
     a row for each epoch, are written into `out`; in the end report.json, model.safetensors and the
@@ -97,6 +88,9 @@ def run(
             absent or None for what the run was last computed with.
         loading: values by field of Loading; absent or None as those of `execution`.
 
+    Returns:
+        What the report compares; None on other ranks than rank 0.
+
     Raises:
         ValueError: an option, the image set, or the checkpoint is not what was expected.
         RuntimeError: a package is missing, or a loss or a logit of a test image is not finite; the
@@ -108,7 +102,10 @@ def run(
         where = chosen_device(device)
         asked = {} if execution is None else execution
         read = {} if loading is None else loading
-        return _run(out, options, data_dir, source, resume, where, asked, read, until_the_end)
+        ranks = until_the_end.enter_context(started(where))
+        return _run(
+            out, options, data_dir, source, resume, where, asked, read, ranks, until_the_end
+        )
 
 
 def finished(out: Path, options: Mapping[str, Any], source: Path | None = None) -> bool:
@@ -133,8 +130,9 @@ def _run(
     device: torch.device,
     asked: Mapping[str, Any],
     read: Mapping[str, Any],
+    ranks: Ranks,
     until_the_end: contextlib.ExitStack,
-) -> ModelComparison:
+) -> ModelComparison | None:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     folder = folder_argument("out", out)
     check_kind("options", options, Mapping)
@@ -145,24 +143,27 @@ def _run(
         folder_argument("data-dir", data_dir)
     file = None if source is None else check_path("source", source)
     pictures.require("train")
+    resume = resume or (ranks.restarts > 0 and (folder / checkpoint.INDEX).exists())
     (check_run_folder if resume else check_output_folder)(folder)
     run_folder, saved, start = None, None, None
     if resume:
         checkpoint.require(folder)
         # Another process may be about to write the next checkpoint, until the folder is ours.
-        run_folder = until_the_end.enter_context(claim(folder))
+        if ranks.leads:
+            run_folder = until_the_end.enter_context(claim(folder))
         saved = _saved(folder, options, file)
         config = TrainConfig.of_saved(saved.config)
         data_dir = data_dir or folder_of_images(folder, saved)
     else:
-        _refuse_to_overwrite(folder)
+        if ranks.leads:
+            _refuse_to_overwrite(folder)
         if file is not None:
             start = SourceFile.read(
                 file, heads=options.get("heads"), activation=options.get("activation")
             )
         config = TrainConfig.of(with_draws(options, read), start)
     before = None if saved is None else saved.environment
-    execution = Execution.of_run(config.dtype, asked, before)
+    execution = replace(Execution.of_run(config.dtype, asked, before), ranks=ranks)
     loading = Loading.of_run(read, before)
     loading.check_options(config)
     execution.check_thresholds(config.halt_threshold_range)
@@ -174,7 +175,7 @@ def _run(
         say(f"adatape-kernels: note: {note}")
     chosen = config.batch is None
     config.with_batch_for(len(data.train_labels))  # raises before any image is decoded
-    looked = LookedAt.of(data, config, loading)
+    looked = LookedAt.of(data, config, loading, ranks)
     data = looked.data
     config = config.with_batch_for(len(data.train_labels))
     plan = config.plan()
@@ -186,7 +187,7 @@ def _run(
     execution.check_model(model)
     optimizer = plan.optimizer(model)
     averaged = averaged_model(model, config.ema) if config.ema else None
-    evaluated = evaluated_model(model, averaged)
+    final = evaluated_model(model, averaged)
     # A compiler makes graphs for ranges of sizes, and should make that of the batches here.
     tried = -(-plan.batch // execution.accumulate) if execution.compiled else 2
     first = Subset(looked.sample, torch.arange(min(tried, len(looked.sample))))
@@ -198,14 +199,15 @@ def _run(
     environment = run_environment(data_dir, backend, device, execution)
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
-    columns = _columns(config)
+    columns = columns_of(config)
     if saved is not None:
         check_facts(folder, saved, facts, steps)
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
         history = saved.history
         note_differences(saved.environment, environment)
     environment |= loading.entries()
-    if run_folder is None:
+    ranks.check_agreement("out: epochs", len(history), device)
+    if run_folder is None and ranks.leads:
         folder.mkdir(parents=True, exist_ok=True)
         # A folder that cannot be written shows here, before any training.
         run_folder = until_the_end.enter_context(claim(folder))
@@ -214,34 +216,38 @@ def _run(
 
     def save(rows: list[dict[str, Any]]) -> None:
         tensors = checkpoint.tensors_of(model, optimizer, averaged)
+        if writing is None:
+            return
         done = len(rows)
         checkpoint.save(
             writing,
             Checkpoint(done, done * steps, asdict(config), facts, rows, environment, tensors),
         )
-        writing.write("metrics.csv", _metrics_csv(rows, columns))
+        writing.write("metrics.csv", metrics_csv(rows, columns))
 
-    checkpoint.remove_leftovers(writing)
+    if writing is not None:
+        checkpoint.remove_leftovers(writing)
     if saved is None:
         save(history)
-    else:
-        writing.write("metrics.csv", _metrics_csv(history, columns))
+    elif writing is not None:
+        writing.write("metrics.csv", metrics_csv(history, columns))
 
     def after_epoch(result: EpochResult) -> str:
-        output = predict(evaluated, data.test_images, normalise, dtype=config.dtype)
+        when = f" after epoch {result.epoch}"
+        tested = evaluated(final, data, normalise, config.dtype, ranks, when)
         row = {
             "epoch": result.epoch,
             "train_loss": result.loss,
             "train_accuracy": result.accuracy,
-            "test_accuracy": accuracy(output, data.test_labels, f" after epoch {result.epoch}"),
-            **_work(evaluated, output),
+            "test_accuracy": tested.accuracy,
+            columns[WORK]: tested.work,
             "images_per_second": result.images_per_second,
             "learning_rate": result.learning_rate,
+            **({} if result.imbalance is None else result.imbalance.metrics()),
         }
         save([*history, row])
         history.append(row)
-        line = _line(row, plan.epochs)
-        return line if result.loading is None else f"{line}; {result.loading.line()}"
+        return "; ".join((epoch_line(row, plan.epochs), *result.remarks()))
 
     try:
         with looked.loader(config, plan, normalise, loading, device) as loader:
@@ -261,25 +267,15 @@ def _run(
             )
         looked.say_unreadable()
         entries = {"config": asdict(config), "data": facts, "metrics": history}
+        if writing is None:
+            return None
         return write_report(
-            writing, evaluated, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
+            writing, final, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{folder} holds epoch {len(history)} of {plan.epochs}; --resume goes on from there"
         ) from None
-
-
-def _columns(config: TrainConfig) -> tuple[str, ...]:
-    """Return METRICS, in which rows stand for tape tokens where the model reads none."""
-    return METRICS if config.reads else tuple(_ROWS if name == _TAPE else name for name in METRICS)
-
-
-def _work(model: ImageClassifier, output: AdaTapeOutput) -> dict[str, float]:
-    """Return the metric of how much a model computes for an image, on average."""
-    if isinstance(model, AdaTapeViT):
-        return {_TAPE: output.tape_lens.double().mean().item()}
-    return {_ROWS: sum(rows_by_layer(model, output)) / len(output)}
 
 
 def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:
@@ -316,7 +312,7 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
     try:
         config = saved.config if saved.format > 1 else with_present_names(saved.config)
         saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
-        _check_history(saved.history, saved.config)
+        check_history(saved.history, saved.config)
         Execution.of_run(saved.config["dtype"], {}, saved.environment)
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
@@ -336,36 +332,3 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
             f"source: expected {began}, as in {file}, got {printable(source)}, which is another"
         )
     return saved
-
-
-def _check_history(history: Sequence[Any], config: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each entry holds the metrics of an epoch of a run."""
-    epochs, columns = config["epochs"], _columns(TrainConfig.of_saved(config))
-    if len(history) > epochs:
-        raise ValueError(f"history: expected up to {epochs} epochs, got {len(history)}")
-    for number, row in enumerate(history, start=1):
-        if type(row) is not dict or tuple(row) != columns:
-            raise ValueError(f"history: expected {', '.join(columns)} for each epoch, got others")
-        as_integer("history: epoch", row["epoch"], number, number)
-        for name in columns:
-            if not math.isfinite(as_number(f"history: {name}", row[name])):
-                raise ValueError(f"history: {name}: expected a finite number, got {row[name]}")
-
-
-def _metrics_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    """Return the content of metrics.csv."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _line(row: Mapping[str, Any], epochs: int) -> str:
-    """Return the line that is printed after an epoch."""
-    work = f"tape tokens {row[_TAPE]:.2f}" if _TAPE in row else f"rows {row[_ROWS]:.1f}"
-    return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, "
-        f"train {row['train_accuracy']:.2%}, test {row['test_accuracy']:.2%}, "
-        f"{work}, {row['images_per_second']:,.0f} images/s"
-    )

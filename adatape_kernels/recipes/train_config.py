@@ -45,7 +45,8 @@ from adatape_kernels.recipes.train_defaults import (
     LEAST_STEPS,
     OF_A_MODEL,
 )
-from adatape_kernels.recipes.train_loop import MOST_EPOCHS, Augment, TrainPlan
+from adatape_kernels.recipes.train_loop import Augment
+from adatape_kernels.recipes.train_plan import MOST_EPOCHS, TrainPlan
 from adatape_kernels.recipes.training_options import (
     TRAINING_OPTIONS,
     TrainingOptions,

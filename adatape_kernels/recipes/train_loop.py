@@ -1,9 +1,9 @@
 """The training loop that the demo and `train` share, and predictions over a whole set.
 
 The order of an epoch's images depends on its number and the seed alone, and so do their
-augmentation and mixing, in which a loader takes the batch's number besides. Everything else that is
-random comes from torch's own generator, whose state a checkpoint holds. A run that goes on from the
-end of an epoch therefore repeats the curve of an unbroken one.
+augmentation and mixing, in which a loader takes each image's number besides. Everything else that
+is random comes from torch's own generator, whose state a checkpoint holds. A run that goes on from
+the end of an epoch therefore repeats the curve of an unbroken one.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import check_kind
@@ -24,125 +24,20 @@ from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_ra
 from adatape_kernels.data.loading import BatchLoader, LoadingTimes
 from adatape_kernels.data.loading.batch_draws import generator_of
 from adatape_kernels.models import AdaTapeOutput, Classifier
-from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
-from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
+from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import device_of, moved, wait
-from adatape_kernels.recipes.drawn_thresholds import (
-    ThresholdRange,
-    as_threshold_range,
-    limits_of_steps,
-)
-from adatape_kernels.recipes.epoch_batches import drawn_by_epoch
-from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
+from adatape_kernels.recipes.distributed.dealing import Dealer
+from adatape_kernels.recipes.distributed.imbalance import Imbalance
+from adatape_kernels.recipes.drawn_thresholds import limits_of_steps
+from adatape_kernels.recipes.epoch_batches import Augment, drawn_by_epoch, loaded
+from adatape_kernels.recipes.execution import Execution, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
+from adatape_kernels.recipes.train_plan import TrainPlan
 from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
-Augment = Callable[[Tensor, Generator], Tensor]
-"""Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""
-
 PREDICT_BATCH = 256
-MOST_EPOCHS = 1_000_000
-"""Most epochs that a plan may have."""
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """How to train: with AdamW, whose learning rate rises linearly and falls as a cosine to 0.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    epochs: int
-    """Number of passes over the training images."""
-    batch: int
-    """Number of images in a step of the optimizer."""
-    learning_rate: float
-    """The highest learning rate."""
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-    """Share of the target that is spread over all classes."""
-    warmup_share: float = 0.02
-    """Share of all steps in which the learning rate rises."""
-    max_grad_norm: float = math.inf
-    """Norm that the gradient of all parameters is scaled down to where it is larger."""
-    seed: int = 0
-    """Decides, with the number of the epoch, the order and the augmentation of the images."""
-    drop_rest: bool = False
-    """Whether an epoch leaves out the images that do not fill a last batch."""
-    loss: LossKind = "softmax"
-    """The cross entropy of the classes' distribution, "softmax", or of each class, "sigmoid"."""
-    mixup: float = 0.0
-    """Both parameters of the Beta distribution by whose shares images are mixed; 0 for none."""
-    decay_after_warmup: bool = False
-    """Whether the cosine begins where the warm-up ends, as scenic's, and not at the first step."""
-    halt_threshold_range: ThresholdRange | None = None
-    """What each step draws its halting threshold from; None for the model's own in all steps."""
-
-    def __post_init__(self) -> None:
-        """Check the numbers before any training."""
-        for name, least, most in (
-            ("epochs", 1, MOST_EPOCHS),
-            ("batch", 1, None),
-            ("seed", 0, (1 << 32) - 1),
-        ):
-            number = as_integer(name, getattr(self, name), least)
-            self._set(name, as_integer(name, number, least, most))
-        for name, shown_name in (
-            ("learning_rate", "lr"),
-            ("weight_decay", "weight-decay"),
-            ("label_smoothing", "label_smoothing"),
-            ("warmup_share", "warmup_share"),
-            ("max_grad_norm", "max_grad_norm"),
-            ("mixup", "mixup"),
-        ):
-            self._set(name, as_number(shown_name, getattr(self, name)))
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"lr: expected a number above 0, got {self.learning_rate}")
-        for value, shown_name in ((self.weight_decay, "weight-decay"), (self.mixup, "mixup")):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{shown_name}: expected 0 or more, got {value}")
-        for name in ("label_smoothing", "warmup_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
-        for name in ("drop_rest", "decay_after_warmup"):
-            as_flag(name, getattr(self, name))
-        as_choice("loss", self.loss, LOSS_KINDS)
-        limits = self.halt_threshold_range
-        if limits is not None:
-            self._set("halt_threshold_range", as_threshold_range("halt-threshold-range", limits))
-
-    def _set(self, name: str, value: object) -> None:
-        """Replace a field by an equal value of the type that it is declared with."""
-        object.__setattr__(self, name, value)
-
-    def steps_per_epoch(self, images: int) -> int:
-        """Return the number of steps that an epoch over so many images takes."""
-        if self.drop_rest:
-            return max(1, images // self.batch)
-        return -(-images // self.batch)
-
-    def images_per_epoch(self, images: int) -> int:
-        """Return how many of so many images an epoch uses."""
-        return min(images, self.steps_per_epoch(images) * self.batch)
-
-    def learning_rate_at(self, step: int, steps: int) -> float:
-        """Return the learning rate of step `step`, counted from 0, of a run of `steps` steps."""
-        rising = self.warmup_share * steps
-        warm_up = min(1.0, (step + 1) / max(1.0, rising))
-        before = min(rising, steps - 1) if self.decay_after_warmup else 0.0
-        gone = max(0.0, step - before) / (steps - before)
-        return self.learning_rate * warm_up * (1 + math.cos(math.pi * gone)) / 2
-
-    def optimizer(self, model: nn.Module) -> AdamW:
-        """Return a new optimizer of the model's parameters."""
-        return AdamW(
-            model.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
-        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +57,14 @@ class EpochResult:
     learning_rate: float
     """Learning rate of the epoch's last step."""
     loading: LoadingTimes | None = None
-    """How long training waited for its batches; None where it drew them itself."""
+    """How long this process waited for its batches; None where it drew them itself."""
+    imbalance: Imbalance | None = None
+    """How equally several processes shared the rows; None for one process."""
+
+    def remarks(self) -> list[str]:
+        """Return what is said of the loading and of the processes, if there is anything."""
+        loading = [] if self.loading is None else [self.loading.line()]
+        return loading + ([] if self.imbalance is None else [self.imbalance.words()])
 
 
 def train(
@@ -231,11 +133,12 @@ def train(
                 dynamic_ncols=True,
             )
         with bar, execution.forward_of(model) as forward:
+            dealer = Dealer(forward, execution.ranks, len(data.train_labels))
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
                 result = _train_epoch(
                     model,
-                    forward,
+                    dealer,
                     execution,
                     data,
                     plan,
@@ -266,7 +169,7 @@ def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
 
 def _train_epoch(
     model: Classifier,
-    forward: Forward,
+    dealer: Dealer,
     execution: Execution,
     data: ImageSet,
     plan: TrainPlan,
@@ -283,7 +186,8 @@ def _train_epoch(
     per_epoch = plan.steps_per_epoch(images)
     limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     device = device_of(model)
-    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}")
+    dealer.begin_epoch(plan.seed, epoch)
+    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}", execution.ranks)
 
     def loss_of(output: AdaTapeOutput, targets: Tensor) -> Tensor:
         smoothing = plan.label_smoothing
@@ -292,21 +196,21 @@ def _train_epoch(
     wait(device)
     start = time.perf_counter()
     if loader is None:
-        size, generator = plan.batch, epoch_generator(plan.seed, epoch)
-        batches = drawn_by_epoch(data, size, per_epoch, generator, normalise, augment, plan.mixup)
+        batches = drawn_by_epoch(data, plan, epoch, normalise, augment, dealer)
     else:
-        batches = loader.epoch(epoch)
+        batches = loaded(loader, epoch, dealer)
     for step, batch in enumerate(batches):
-        count = len(batch.targets)
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if not count:  # none of its images could be read
+        if not batch.images:  # none of them could be read
             continue
-        limited = functools.partial(forward, **limits[step])
+        limited = functools.partial(dealer.forward, **limits[step])
         optimizer.zero_grad()
-        sums = add_gradients(limited, loss_of, batch.inputs, batch.targets, device, execution)
-        tally.add(step, count, sums)
+        sums = add_gradients(
+            limited, loss_of, batch.inputs, batch.targets, device, execution, batch.share
+        )
+        tally.add(step, batch.images, sums)
         if plan.max_grad_norm < math.inf:
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
         optimizer.step()
@@ -323,13 +227,20 @@ def _train_epoch(
                 },
                 refresh=False,
             )
-        bar.update(count)
+        bar.update(batch.images)
     tally.read()
     wait(device)
     seen = tally.seen
     speed = seen / (time.perf_counter() - start)
-    loading = None if loader is None else loader.times
-    return EpochResult(epoch + 1, tally.loss / seen, tally.right / seen, speed, rate, loading)
+    return EpochResult(
+        epoch + 1,
+        tally.loss / seen,
+        tally.right / seen,
+        speed,
+        rate,
+        None if loader is None else loader.times,
+        dealer.end_epoch(),
+    )
 
 
 def predict(

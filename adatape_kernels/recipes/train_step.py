@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adatape_kernels.models import AdaTapeOutput
 from adatape_kernels.recipes.devices import moved
+from adatape_kernels.recipes.distributed.dealing import Share
+from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
 
 STEPS_BETWEEN_READS = 20
@@ -38,37 +40,69 @@ def add_gradients(
     labels: Tensor,
     device: torch.device,
     execution: Execution,
+    share: Share | None = None,
 ) -> StepSums:
     """Add the gradients of a batch's mean loss to those of the parameters.
 
-    A part of the batch counts by its share of the images, so that parts of any sizes add up to what
-    the whole batch gives, but for rounding.
+    A part of the batch counts by its share of the images, so that parts of any sizes, on any number
+    of ranks, add up to what the whole batch gives, but for rounding.
 
     Args:
-        forward: the model, on the device.
+        forward: the model, on the device; with a share a SharedGradients.
         loss_of: a mean over the examples that it is given.
-        pixels: (batch, …) normalised images, on any device.
+        pixels: (batch, …) normalised images, on any device; with a share those of this rank.
         labels: (batch,) int64, or (batch, classes) a probability of each class.
         device: where to compute.
         execution: in which dtype, and in how many parts.
+        share: what this rank computes of the batch, and the sums are of that alone; None where
+            there is one process.
     """
-    found = []
+    found, outputs = [], []
     parts = min(execution.accumulate, len(labels))
     split = zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
-    for some_pixels, some_labels in split:
-        expected = moved(some_labels, device)
-        with computing_in(execution.dtype, device):
-            output = forward(moved(some_pixels, device))
+    for number, (some_pixels, some_labels) in enumerate(split, start=1):
+        part = _Part(some_pixels, moved(some_labels, device), loss_of, device, execution)
+        if share is None:
+            loss, output = part.loss_and_output(forward)
+            if parts > 1:
+                loss = loss * (len(output) / len(labels))
+            loss.backward()
+        else:
+            weight = share.weight(len(some_labels))
+            with share.adding(last=number == parts):
+                both: Any = forward(part.loss_and_output)
+                mean, output = both
+                # The ranks' gradients become their mean, and are to be their sum.
+                (mean * (weight * share.ranks.count)).backward()
+            loss = mean.detach() * weight
+            outputs.append(output)
+        found.append(_sums(output, part.labels, loss.detach()))
+    loss, right, work = (torch.stack(each).sum() for each in list(zip(*found, strict=True))[:3])
+    if share is not None:
+        share.learn(outputs)
+        if not len(share.positions):
+            right, work = torch.zeros_like(right), torch.zeros_like(work)
+    return StepSums(loss, right, work, found[0].unit)
+
+
+class _Part(NamedTuple):
+    """A part of a step's batch, and what its loss is computed with."""
+
+    pixels: Tensor
+    labels: Tensor
+    loss_of: LossOf
+    device: torch.device
+    execution: Execution
+
+    def loss_and_output(self, forward: Forward) -> tuple[Tensor, AdaTapeOutput]:
+        """Return the mean loss, and the output without gradients."""
+        with computing_in(self.execution.dtype, self.device):
+            output = forward(moved(self.pixels, self.device))
         output = in_float32(output)
+        expected = self.labels
         if expected.is_floating_point():
             expected = expected.to(output.logits.dtype)
-        loss = loss_of(output, expected)
-        if parts > 1:
-            loss = loss * (len(expected) / len(labels))
-        loss.backward()
-        found.append(_sums(output, expected, loss.detach()))
-    loss, right, work = (torch.stack(each).sum() for each in list(zip(*found, strict=True))[:3])
-    return StepSums(loss, right, work, found[0].unit)
+        return self.loss_of(output, expected), output.detach()
 
 
 def _sums(output: AdaTapeOutput, labels: Tensor, loss: Tensor) -> StepSums:
@@ -88,10 +122,11 @@ class StepTally:
     Args:
         device: where the steps are computed.
         place: says which step a number is, for errors.
+        ranks: the processes, each of which adds its part of every step.
     """
 
-    def __init__(self, device: torch.device, place: Callable[[int], str]):
-        self.place = place
+    def __init__(self, device: torch.device, place: Callable[[int], str], ranks: Ranks = ALONE):
+        self.place, self.ranks = place, ranks
         self.every = 1 if device.type == "cpu" else STEPS_BETWEEN_READS
         self.seen, self.loss, self.right, self.work, self.unit = 0, 0.0, 0.0, 0.0, ""
         self.steps, self.last_loss, self.last_right = 0, math.nan, math.nan
@@ -126,9 +161,8 @@ class StepTally:
             return
         steps, sizes, sums = zip(*self._unread, strict=True)
         self._unread = []
-        for step, images, (loss, right, work) in zip(
-            steps, sizes, torch.stack(sums).tolist(), strict=True
-        ):
+        together = self.ranks.summed(torch.stack(sums)).tolist()
+        for step, images, (loss, right, work) in zip(steps, sizes, together, strict=True):
             if not math.isfinite(loss):
                 raise RuntimeError(f"loss: expected a finite value {self.place(step)}, got {loss}")
             self.steps, self.last_loss, self.last_right = self.steps + 1, loss, right / images

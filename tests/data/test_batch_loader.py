@@ -10,8 +10,14 @@ from image_files import write_folder
 
 from adatape_kernels.data import Normaliser, load
 from adatape_kernels.data.augment import crop
-from adatape_kernels.data.loading import BatchLoader, BatchMaker, LoadingTimes, UnreadableImages
-from adatape_kernels.data.loading.batch_draws import batch_generator, generator_of, order_of_epoch
+from adatape_kernels.data.loading import (
+    BatchLoader,
+    BatchMaker,
+    BatchPlace,
+    LoadingTimes,
+    UnreadableImages,
+)
+from adatape_kernels.data.loading.batch_draws import generator_of, image_generator, order_of_epoch
 from adatape_kernels.data.mixup import Mixture
 
 IMAGES = torch.randint(256, (23, 3, 8, 8), generator=generator_of(1), dtype=torch.uint8)
@@ -47,24 +53,44 @@ def children():
     return {process.pid for process in multiprocessing.active_children()}
 
 
-def test_a_batch_is_what_its_seed_epoch_and_number_say():
+def test_a_batch_is_what_its_seed_and_epoch_and_the_numbers_of_its_images_say():
     got = batches(maker(mixup=0.4), epochs=(3,))
     assert [len(targets) for _, targets in got] == [5, 5, 5, 5, 3]
     order = torch.randperm(23, generator=generator_of(7, 3))
     for number, chosen in enumerate(order.split(5)):
-        generator = generator_of(7, 3, number + 1)
-        images = NORMALISE(crop(IMAGES[chosen].float() / 255, 2, generator))
-        mixture = Mixture.draw(len(chosen), 0.4, generator)
-        assert torch.equal(got[number][0], mixture.images(images))
-        assert torch.equal(got[number][1], mixture.targets(LABELS[chosen], 4))
+        generators = [generator_of(7, 3, int(image) + 1) for image in chosen]
+        pairs = zip(chosen.split(1), generators, strict=True)
+        moved = [crop(IMAGES[image].float() / 255, 2, each) for image, each in pairs]
+        images, shares = NORMALISE(torch.cat(moved)), [float(_share(each)) for each in generators]
+        for at, share in enumerate(shares):
+            other = at ^ 1 if at ^ 1 < len(chosen) else at
+            mixed = share * images[at] + (1 - share) * images[other]
+            torch.testing.assert_close(got[number][0][at], mixed)
+            expected = torch.zeros(4).index_add_(
+                0, LABELS[chosen[[at, other]]], torch.tensor([share, 1 - share])
+            )
+            torch.testing.assert_close(got[number][1][at], expected)
 
 
-def test_the_order_and_the_first_batch_draw_from_other_generators():
+def _share(generator):
+    return Mixture.draw(1, 0.4, generator).shares
+
+
+def test_the_order_and_the_first_image_draw_from_other_generators():
     order, first, second = (
         torch.rand(3, generator=generator)
-        for generator in (generator_of(7, 3), batch_generator(7, 3, 0), batch_generator(7, 3, 1))
+        for generator in (generator_of(7, 3), image_generator(7, 3, 0), image_generator(7, 3, 1))
     )
     assert not torch.equal(order, first) and not torch.equal(first, second)
+
+
+def test_an_image_is_the_same_in_a_batch_of_any_size():
+    numbers = order_of_epoch(23, 7, 2)
+    found = {}
+    for size in (1, 4, 23):
+        parts = [maker(batch=size)[BatchPlace(2, batch)] for batch in range(-(-23 // size))]
+        found[size] = torch.cat([part.inputs for part in parts])[numbers.argsort()]
+    assert torch.equal(found[1], found[4]) and torch.equal(found[1], found[23])
 
 
 @pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (2, "fork"), (5, None), (1, "spawn")])
@@ -79,19 +105,18 @@ def test_an_epoch_alone_is_that_of_a_whole_run():
     assert same(batches(maker(), epochs=(0, 1))[5:], batches(maker(), epochs=(1,)))
 
 
-def test_ranks_share_each_batch():
-    of_ranks = [batches(maker(rank=rank, ranks=3), epochs=(2,)) for rank in range(3)]
-    order = order_of_epoch(23, 7, 2)
-    for number, parts in enumerate(zip(*of_ranks, strict=True)):
-        chosen = order[number * 5 :][:5]
-        assert torch.equal(torch.cat([targets for _, targets in parts]), LABELS[chosen])
-    sizes = [[len(targets) for _, targets in part] for part in of_ranks]
-    assert sizes == [[2, 2, 2, 2, 1], [2, 2, 2, 2, 1], [1, 1, 1, 1, 1]]
-
-
-def test_a_rank_may_have_no_image_of_a_small_batch():
-    last = batches(maker(rank=3, ranks=4), epochs=(0,))[-1]
-    assert len(last[1]) == 0
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_of_each_batch_is_that_part_of_it(workers):
+    parts = [
+        torch.tensor(part, dtype=torch.long) for part in ([0, 1], [2, 3, 4], [], [4], [0, 1, 2])
+    ]
+    with BatchLoader(maker(mixup=0.4), workers) as loader:
+        whole = list(loader.epoch(2))
+        got = list(loader.epoch(2, parts.__getitem__))
+    for batch, part, positions in zip(whole, got, parts, strict=True):
+        assert torch.equal(part.positions, positions)
+        assert torch.equal(part.targets, batch.targets[positions].reshape(part.targets.shape))
+        assert torch.equal(part.inputs, batch.inputs[positions].reshape(part.inputs.shape))
 
 
 def test_numbers_out_of_range_are_refused():
@@ -99,8 +124,8 @@ def test_numbers_out_of_range_are_refused():
         BatchLoader(maker(), 1025)
     with refused("start", "spawn", "'thread'"):
         BatchLoader(maker(), start="thread")
-    with refused("rank", "0 to 1", "2"):
-        maker(rank=2, ranks=2)
+    with refused("batch", "1 or more", "0"):
+        maker(batch=0)
 
 
 @pytest.fixture
@@ -138,6 +163,28 @@ def test_unreadable_files_are_skipped_and_counted_once(damaged, workers):
     assert line.startswith("skipped 2 training images") and str(bad[0].parents[1]) in line
     with refused("unreadable-limit", "at most 1 ", "got 2", str(bad[0].parents[1])):
         batches(made, workers, unreadable=UnreadableImages(1))
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_a_pair_of_which_one_cannot_be_read_is_not_mixed(damaged, mixup):
+    data, _ = damaged
+    made = maker(data.train_images, data.train_labels, num_classes=2, skip=True, mixup=mixup)
+    plain = maker(data.train_images, data.train_labels, num_classes=2, skip=True)
+    alone = 0
+    for number in range(made.batches):
+        batch, unmixed = made[BatchPlace(0, number)], plain[BatchPlace(0, number)]
+        assert torch.equal(batch.positions, unmixed.positions)
+        for row, position in enumerate(batch.positions.tolist()):
+            single = position ^ 1 not in batch.positions.tolist()
+            alone += single
+            if single or not mixup:
+                torch.testing.assert_close(batch.inputs[row], unmixed.inputs[row])
+            else:
+                assert not torch.allclose(batch.inputs[row], unmixed.inputs[row])
+    assert alone >= 1
+    inputs, targets = made.blank()
+    assert inputs.shape == (1, *batch.inputs.shape[1:]) and not inputs.any()
+    assert targets.shape == (1, *batch.targets.shape[1:]) and targets.dtype == batch.targets.dtype
 
 
 def shared_memory():

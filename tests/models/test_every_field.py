@@ -31,7 +31,7 @@ from adatape_kernels.models import (
 )
 from adatape_kernels.models.encoder_config import MOST_LAYERS
 from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import TrainPlan
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 HUGE = 10**30
 UNWRITABLE = 10**5000  # Python refuses to write it in decimal

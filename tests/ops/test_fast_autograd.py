@@ -73,6 +73,9 @@ torch.set_num_threads(1)
 torch.compile(lambda x: x.sin(), backend="aot_eager")(torch.ones(2))  # no threads of autograd
 for line in sys.stdin.read().splitlines():
     if (child := os.fork()) == 0:
+        # Torch gives a child of a fork a new thread pool when the pool is next used, and two
+        # threads that use it at once can find none. Here there is one thread still.
+        torch.set_num_threads(1)
         print(line, digest(line.split()), flush=True)
         os._exit(0)
     _, status = os.waitpid(child, 0)

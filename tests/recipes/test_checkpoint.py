@@ -15,12 +15,8 @@ from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint, sealed
 from adatape_kernels.recipes.deterministic_mode import repeatable
-from adatape_kernels.recipes.train_loop import (
-    TrainPlan,
-    epoch_generator,
-    predict,
-    train,
-)
+from adatape_kernels.recipes.train_loop import epoch_generator, predict, train
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 # Everything that draws from torch's generator in training is on.
 CONFIG = AdaTapeViTConfig(

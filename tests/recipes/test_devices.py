@@ -27,8 +27,9 @@ from adatape_kernels.recipes.parity import parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.reads_picture import reading_of
 from adatape_kernels.recipes.predict import Predictor
-from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, predict
+from adatape_kernels.recipes.train_loop import epoch_generator, predict
 from adatape_kernels.recipes.train_loop import train as train_loop
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 SIZES = dict(num_classes=10, dim=16, depth=1, num_heads=2, ffn_dim=16)
 IMAGES = dict(image_size=8, in_channels=1, patch_size=4)

@@ -16,7 +16,8 @@ from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import TrainPlan, train
+from adatape_kernels.recipes.train_loop import train
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
 TINY += ["--ffn", "16", "--num-tape-tokens", "3", "--topk", "2", "--epochs", "3"]

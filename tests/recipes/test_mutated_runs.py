@@ -14,8 +14,8 @@ from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
+from adatape_kernels.recipes.epoch_metrics import METRICS
 from adatape_kernels.recipes.execution import Execution
-from adatape_kernels.recipes.train import METRICS
 from adatape_kernels.recipes.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "8", "--depth", "1", "--heads", "2"]

@@ -12,7 +12,8 @@ from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import demo, measure, model_comparison
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator, train
+from adatape_kernels.recipes.train_loop import epoch_generator, train
+from adatape_kernels.recipes.train_plan import TrainPlan
 
 NO_COUNT = (None, True, 1.0, math.nan, 1j, "1", [], torch.tensor(1), 0, -1)
 

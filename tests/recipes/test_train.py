@@ -19,7 +19,7 @@ from adatape_kernels.data import NAMES, augment
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
-from adatape_kernels.recipes.train import METRICS
+from adatape_kernels.recipes.epoch_metrics import METRICS
 from adatape_kernels.recipes.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]

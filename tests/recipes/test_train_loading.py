@@ -48,7 +48,7 @@ def test_a_run_goes_on_with_another_number_of_workers(photos, tmp_path, monkeypa
     recipe.run(whole, {**FOLDER, "mixup": 0.2}, data_dir=photos)
     assert "; the loader alone " in capsys.readouterr().out
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(recipe, "_line", interrupt)
+        patched.setattr(recipe, "epoch_line", interrupt)
         recipe.run(broken, {**FOLDER, "mixup": 0.2}, data_dir=photos)
     assert len(curve(broken)) == 1
     recipe.run(broken, {}, resume=True, loading={"workers": 1, "look": "none"})
@@ -65,7 +65,7 @@ def test_a_run_that_draws_by_epoch_goes_on_so(photos, tmp_path, monkeypatch):
     options = {**FOLDER, "draws": "epoch"}
     recipe.run(whole, options, data_dir=photos)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(recipe, "_line", interrupt)
+        patched.setattr(recipe, "epoch_line", interrupt)
         recipe.run(broken, options, data_dir=photos)
     with refused("workers", "0 for a run that began without", "got 2"):
         recipe.run(broken, {}, resume=True, loading={"workers": 2})
@@ -83,8 +83,8 @@ def test_saved_runs_without_these_options_draw_by_epoch():
 
 def test_what_new_runs_draw_from():
     assert with_draws({"data": "digits"}, {})["draws"] == "epoch"
-    assert with_draws({"data": "digits"}, {"workers": 0})["draws"] == "batch"
-    assert with_draws({"data": "shards"}, {"workers": None})["draws"] == "batch"
+    assert with_draws({"data": "digits"}, {"workers": 0})["draws"] == "image"
+    assert with_draws({"data": "shards"}, {"workers": None})["draws"] == "image"
 
 
 @pytest.mark.parametrize("look", ["all", "test"])

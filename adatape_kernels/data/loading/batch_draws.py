@@ -1,4 +1,4 @@
-"""Where the random numbers of an epoch and of its batches come from."""
+"""Where the random numbers of an epoch and of its images come from."""
 
 import numpy as np
 import torch
@@ -25,14 +25,13 @@ def order_of_epoch(images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(images, generator=generator_of(seed, epoch))
 
 
-def batch_generator(seed: int, epoch: int, batch: int, rank: int = 0) -> Generator:
-    """Return what augments and mixes the images that a process has of a batch.
+def image_generator(seed: int, epoch: int, image: int) -> Generator:
+    """Return what augments and mixes an image, whatever batch and process it is in.
 
     Args:
         seed: that of the run.
         epoch: number of the epoch, from 0 on.
-        batch: number of the batch in its epoch, from 0 on.
-        rank: number of the process among those that share each batch.
+        image: number of the image in the training set, from 0 on.
     """
     # Number 0 would have the generator of the epoch's order.
-    return generator_of(seed, epoch, batch + 1, rank)
+    return generator_of(seed, epoch, image + 1)

@@ -4,17 +4,17 @@ import gc
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adatape_kernels.arguments import check_int, shown
-from adatape_kernels.data.loading.batch_maker import BatchMaker, PreparedBatch
+from adatape_kernels.data.loading.batch_maker import BatchMaker, BatchPlace, PreparedBatch
 from adatape_kernels.data.loading.loading_times import LoadingTimes
 from adatape_kernels.data.loading.unreadable_images import UnreadableImages
 from adatape_kernels.data.printable import printable
@@ -25,6 +25,13 @@ PREFETCH = 2
 _STARTS = ("fork", "spawn", "forkserver")
 # What an image that cannot be decoded or a package that is missing raises.
 _EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)
+
+Part = Callable[[int], Tensor | None]
+"""Returns the positions that are asked for of a batch, given its number; None for all of it."""
+
+
+def _whole(batch: int) -> None:
+    """Ask for all of a batch."""
 
 
 class BatchLoader:
@@ -103,15 +110,21 @@ class BatchLoader:
             # torch's queues refer to themselves, and their pipes would stay open for a while.
             gc.collect()
 
-    def epoch(self, epoch: int) -> Iterator[PreparedBatch]:
-        """Yield the batches of an epoch, whose number counts from 0, in their order.
+    def epoch(self, epoch: int, part: Part = _whole) -> Iterator[PreparedBatch]:
+        """Yield the batches of an epoch in their order, or a part of each.
+
+        Args:
+            epoch: its number, from 0 on.
+            part: the part that this process trains on, where several share a batch; it is called
+                in this process for each batch, some batches ahead.
 
         Raises:
             ValueError: an image cannot be read, or more than the limit; the error names the file.
             RuntimeError: a package is missing, or a worker process was ended.
             OSError, MemoryError: what a worker met.
         """
-        self._iterator = self._prepared(epoch) if self.workers == 0 else self._received(epoch)
+        self._places.epoch, self._places.part = epoch, part
+        self._iterator = self._prepared() if self.workers == 0 else self._received()
         self.times = LoadingTimes(self.workers)
         for _ in range(self.maker.batches):
             self.times.ask()
@@ -141,20 +154,19 @@ class BatchLoader:
             raise found.kind(found.message)
         return found
 
-    def _prepared(self, epoch: int) -> Iterator[PreparedBatch]:
+    def _prepared(self) -> Iterator[PreparedBatch]:
         """Yield batches that this process prepares when they are asked for."""
-        for number in range(self.maker.batches):
+        for place in self._places:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                batch = self.maker[epoch, number]
+                batch = self.maker[place]
             finally:
                 torch.set_num_threads(threads)
             yield batch
 
-    def _received(self, epoch: int) -> Iterator[Any]:
+    def _received(self) -> Iterator[Any]:
         """Return torch's iterator over an epoch, whose workers stay for the next one."""
-        self._places.epoch = epoch
         with warnings.catch_warnings():
             # torch warns of more processes than cores, which is for the user to choose.
             warnings.simplefilter("ignore", UserWarning)
@@ -177,16 +189,17 @@ class BatchLoader:
 
 
 class _Places:
-    """What the workers are asked for: the numbers of an epoch and of each batch in it."""
+    """What is asked for: each batch of an epoch, or a part of it."""
 
     def __init__(self, batches: int):
         self.epoch, self.batches = 0, batches
+        self.part: Part = _whole
 
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, number) for number in range(self.batches))
+    def __iter__(self) -> Iterator[BatchPlace]:
+        return (BatchPlace(self.epoch, batch, self.part(batch)) for batch in range(self.batches))
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,7 @@ class _Guarded(Dataset[Any]):
     def __init__(self, maker: BatchMaker):
         self.maker = maker
 
-    def __getitem__(self, place: tuple[int, int]) -> PreparedBatch | _Failure:
+    def __getitem__(self, place: BatchPlace) -> PreparedBatch | _Failure:
         try:
             return self.maker[place]
         except _EXPECTED as error:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from adatape_kernels.data.image_set import Images, Subset, evenly_spaced
+from adatape_kernels.data.image_set import Images
 
 # The number of images that are asked for at a time.
 _BATCH = 16
@@ -83,36 +83,16 @@ def readable_images(
     )
 
 
-def readable_part(images: Images, asked: Tensor, unreadable: UnreadableImages) -> Subset:
-    """Return those of some images that can be read, each of which is read for it.
+def count_unreadable(images: Images, asked: Tensor, unreadable: UnreadableImages) -> None:
+    """Read some images, and count those that cannot be read.
 
     Args:
         images: the images that are chosen from.
-        asked: (n,) int64, the numbers of those that are looked at.
-        unreadable: counts the others.
+        asked: (n,) int64, the numbers of those that are read.
+        unreadable: counts them.
 
     Raises:
-        ValueError: more cannot be read than the limit allows, or all of them.
+        ValueError: more cannot be read than the limit allows; the error names the last file.
     """
-    kept = []
     for indices in asked.split(_BATCH):
-        _, readable, others = readable_images(images, indices)
-        unreadable.add(others)
-        kept.append(readable)
-    if not sum(map(len, kept)):
-        raise ValueError(f"images: expected one that can be read, got {len(asked)} that cannot")
-    return Subset(images, torch.cat(kept))
-
-
-def readable_sample(images: Images, count: int, unreadable: UnreadableImages) -> Subset:
-    """Return the readable ones of images that are evenly spaced over a set.
-
-    Args:
-        images: the set's images.
-        count: the most that are looked at.
-        unreadable: counts those that cannot be read.
-
-    Raises:
-        ValueError: as in `readable_part`.
-    """
-    return readable_part(images, evenly_spaced(len(images), count), unreadable)
+        unreadable.add(readable_images(images, indices)[2])

@@ -20,7 +20,8 @@ from adatape_kernels.recipes.execution import Execution, computing_in
 from adatape_kernels.recipes.parity.growing_lengths import GrowingLengths
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
 from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
-from adatape_kernels.recipes.train_loop import TrainPlan, epoch_generator
+from adatape_kernels.recipes.train_loop import epoch_generator
+from adatape_kernels.recipes.train_plan import TrainPlan
 from adatape_kernels.recipes.train_step import StepTally, add_gradients
 
 _EVAL_SEED = 20_260_101

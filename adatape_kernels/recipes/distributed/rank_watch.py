@@ -1,0 +1,129 @@
+"""A thread of each rank that ends the process when another rank is gone.
+
+torchrun sees a process of its own machine die, and gloo sees a connection close. Neither helps
+with a machine that lost its power or with NCCL, which waits for minutes. So each rank counts up a
+number in torchrun's store every few seconds and looks at that of the next rank, and the first that
+fails says so there.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 3.0
+"""How often each rank says that it is alive, and looks whether the others are."""
+PATIENCE_SECONDS = 40.0
+"""How long a rank may be silent. With the beat, and a look at the store, it is below a minute."""
+
+_EXIT = 2
+_FAILED = "failed"
+
+
+def store_of_torchrun(purpose: str, restarts: int) -> Any:
+    """Return a connection to torchrun's own store, or None where rank 0 is to hold one.
+
+    Args:
+        purpose: begins the names of what is stored.
+        restarts: how often torchrun has started the processes anew, which begins them too: its
+            store may still hold what those before have written.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if host is None or port is None or not agent:
+        return None
+    store = dist.TCPStore(host, int(port), None, False, timeout=timedelta(seconds=30))
+    return dist.PrefixStore(f"adatape-kernels/{restarts}/{purpose}", store)
+
+
+class RankWatch:
+    """Watches the next rank while its context lasts, and stops the process where it is gone.
+
+    Args:
+        store: what all ranks read and write, or None where there is none, so that nothing is
+            watched. No other thread may use it.
+        number: the rank of this process.
+        count: number of processes.
+        beat: seconds between two looks.
+        patience: seconds after which a silent rank is gone.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        number: int,
+        count: int,
+        beat: float = BEAT_SECONDS,
+        patience: float = PATIENCE_SECONDS,
+    ):
+        self.number, self.count, self.beat, self.patience = number, count, beat, patience
+        self._store, self._lock = store, threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="rank watch")
+
+    def __enter__(self) -> "RankWatch":
+        if self._store is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._ended.set()
+        if self._store is not None and kind is None:
+            with contextlib.suppress(RuntimeError), self._lock:
+                self._store.set(f"done/{self.number}", "1")
+
+    def report(self) -> bool:
+        """Tell all ranks that this one has failed; return whether it is the first that does."""
+        if self._store is None:
+            return True
+        try:
+            with self._lock:
+                mine = str(self.number)
+                return self._store.compare_set(_FAILED, "", mine).decode() == mine
+        except RuntimeError:  # the store is gone, with whom it could tell
+            return True
+
+    def _watch(self) -> None:
+        """Beat, and look, until the context ends or another rank fails."""
+        following = (self.number + 1) % self.count
+        heard, since = -1, time.monotonic()
+        while not self._ended.wait(self.beat):
+            try:
+                with self._lock:
+                    self._store.add(f"beat/{self.number}", 1)
+                    found = self._store.add(f"beat/{following}", 0)
+                    failed = self._store.check([_FAILED])
+                    done = self._store.check([f"done/{following}"])
+            except RuntimeError:
+                self._end("expected torchrun's store, which is gone")
+                return
+            if failed:
+                # The rank that failed says why; its peers would otherwise wait for it.
+                self._end(None)
+                return
+            if found != heard or done:
+                heard, since = found, time.monotonic()
+            elif time.monotonic() - since > self.patience:
+                lost = f"expected to hear of rank {following} within {self.patience:g} seconds"
+                self._end(f"{lost}, and it is gone" if self.report() else None)
+                return
+
+    def _end(self, reason: str | None) -> None:
+        """End the process at once, as its main thread may wait for one that is gone.
+
+        What it has written is whole: files get their names only when they are.
+        """
+        if self._ended.is_set():
+            return
+        if reason is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream = sys.__stderr__
+                if stream is not None:
+                    rank = f"rank {self.number} of {self.count}"
+                    print(f"adatape-kernels: {rank}: {reason}", file=stream, flush=True)
+        os._exit(_EXIT)

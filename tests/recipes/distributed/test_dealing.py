@@ -1,0 +1,115 @@
+"""Which rank gets which images, and how much idle time that saves."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from adatape_kernels.benchmarks.deal_simulation import distribution, main, recorded, simulated
+from adatape_kernels.recipes.distributed.dealing import Dealer, dealt, in_turn, rows_of
+from adatape_kernels.recipes.distributed.imbalance import Imbalance
+from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
+
+
+def largest(rows, hands):
+    return max(sum(rows[position] for position in hand) for hand in hands)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("images", [0, 1, 2, 7])
+def test_every_image_is_dealt_once_and_nearly_as_well_as_can_be(images, ranks):
+    generator = np.random.default_rng(images)
+    rows = generator.integers(1, 60, images).tolist()
+    hands = dealt(rows, ranks)
+    assert len(hands) == ranks and all(hand == sorted(hand) for hand in hands)
+    assert sorted(itertools.chain(*hands)) == list(range(images))
+    if images and ranks**images <= 3000:
+        best = min(
+            max(sum(r for r, to in zip(rows, chosen, strict=True) if to == k) for k in range(ranks))
+            for chosen in itertools.product(range(ranks), repeat=images)
+        )
+        assert best <= largest(rows, hands) <= 4 / 3 * best
+    assert largest(rows, hands) <= largest(rows, in_turn(images, ranks)) * 4 / 3
+
+
+def test_images_of_equal_cost_are_dealt_evenly():
+    assert [len(hand) for hand in dealt(17 * [4.0], 5)] == [4, 4, 3, 3, 3]
+
+
+@pytest.mark.parametrize("ranks", [8, 32])
+@pytest.mark.parametrize("lengths", ["skewed", "uniform"])
+def test_dealing_by_rows_halves_the_idle_time(lengths, ranks):
+    work = simulated(distribution(lengths, 50), ranks, 32, 197, steps=5)
+    assert work.in_turn < work.balanced <= 1
+    assert work.idle_left < 0.5
+    changed = simulated(distribution(lengths, 50), ranks, 32, 197, changed=1.0, steps=5)
+    assert changed.balanced < work.balanced  # lengths that are forgotten are of no use
+
+
+def test_the_simulation_is_a_command(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    file.write_text('{"images_by_tape_length": [1, 0, 3]}')
+    assert recorded(file).tolist() == [0.25, 0, 0.75]
+    assert main(["--lengths", str(file), "--ranks", "2,4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("| recorded | 4 | ")
+
+
+def dealers(count):
+    """The dealers of all ranks, whose model has 5 rows an image and whose group is a sum."""
+    config = SimpleNamespace(num_patches=4)
+    module = SimpleNamespace(model=SimpleNamespace(config=config, num_prefix_tokens=1))
+    forward = SimpleNamespace(module=module)
+    return [Dealer(forward, Ranks(number, count), 6) for number in range(count)]
+
+
+def test_what_images_took_decides_the_next_epoch(monkeypatch):
+    lens, batch = torch.tensor([0, 9, 0, 4, 4, 0]), torch.tensor([5, 3, 1, 4, 2, 0])
+    two, parts = dealers(2), []
+    for dealer in two:
+        share = dealer.share(batch)
+        assert len(share.positions) == 3  # nothing is known yet
+        assert share.weight(2) == 2 / 6
+        taken = share.taken(lens[batch])
+        share.learn([SimpleNamespace(halted=None, tape_lens=taken)])
+    monkeypatch.setattr(
+        Ranks, "summed", lambda self, tensor: parts.append(tensor.clone()) or tensor
+    )
+    for dealer in two:
+        dealer.end_epoch()
+    rows, steps = parts[0] + parts[2], parts[1] + parts[3]
+    assert rows.tolist() == (lens + 5).tolist()
+    assert steps.sum() == rows.sum() and steps.shape == (1, 2)
+    for dealer in two:
+        dealer.rows = rows
+    hands = [dealer.share(batch).positions for dealer in two]
+    assert sorted(torch.cat(hands).tolist()) == list(range(6))
+    assert [rows[batch[hand]].sum().item() for hand in hands] == [24, 23]
+
+
+def test_a_rank_without_images_counts_for_nothing():
+    share = dealers(3)[2].share(torch.tensor([4, 2]))
+    assert share.positions.tolist() == [] and share.weight(1) == 0
+    assert share.taken(torch.tensor([7, 8])).tolist() == [7]
+
+
+def test_one_process_is_dealt_nothing():
+    dealer = Dealer(None, ALONE, 6)
+    assert dealer.share(torch.arange(3)) is None and dealer.end_epoch() is None
+
+
+def test_rows_of_models_that_halt_are_those_of_all_steps():
+    examples = SimpleNamespace(halted=SimpleNamespace(steps=torch.tensor([4, 2])))
+    assert rows_of(examples, 10).tolist() == [40, 20]
+    rows = SimpleNamespace(halted=SimpleNamespace(steps=torch.tensor([[1, 3], [2, 0]])))
+    assert rows_of(rows, 10).tolist() == [4, 2]
+
+
+def test_an_imbalance_says_what_ranks_wait_for():
+    found = Imbalance.of(torch.tensor([[10, 30], [20, 20], [0, 40]]))
+    assert found.rows_per_rank == 20 and found.most_rows == 30
+    assert found.idle_share == pytest.approx(1 / 3)
+    assert found.words() == "2 ranks of 20 rows a step, 33.3% idle"
+    assert Imbalance.of(torch.zeros(2, 2)).idle_share == 0
