@@ -39,17 +39,21 @@ if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
     emulation.load_cuda_host(library)
 
 # What a GPU machine may lack, and the files that are of no use without it.
-_TRAINING = ("checkpoint", "demo", "every_image", "finetune", "flushing", "lenient_output", "train")
-_TRAINING += ("train_from_source",)
+_RUNS = ("checkpoint", "demo", "finetune", "flushing", "lenient_output")
+_TRAINING = ("every_image", "train", "train_from_source", "train_loading")
+_OF_RUNS = (
+    *(f"recipes/test_{name}.py" for name in _RUNS),
+    *(f"recipes/training/test_{name}.py" for name in _TRAINING),
+)
 _NEEDS = {
     "safetensors": (
         "models/test_hub.py",
         "models/test_model_file.py",
         "models/test_model_file_tensors.py",
-        *(
-            f"recipes/test_{name}.py"
-            for name in ("export_program", "predict", "regularised_run", *_TRAINING)
-        ),
+        "recipes/test_export_program.py",
+        "recipes/test_predict.py",
+        "recipes/training/test_regularised_run.py",
+        *_OF_RUNS,
     ),
     "matplotlib": (
         "recipes/budget/test_budget_beside.py",
@@ -58,7 +62,7 @@ _NEEDS = {
         "recipes/test_pictures.py",
         "recipes/test_titles_of_pictures.py",
     ),
-    "PIL": ("data/test_*.py", *(f"recipes/test_{name}.py" for name in _TRAINING)),
+    "PIL": ("data/test_*.py", *_OF_RUNS),
 }
 _missing = [name for name in _NEEDS if find_spec(name) is None]
 collect_ignore_glob = sorted({file for name in _missing for file in _NEEDS[name]})

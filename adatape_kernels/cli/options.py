@@ -8,7 +8,7 @@ import torch
 
 from adatape_kernels.ops.op import BACKENDS, use_backend
 from adatape_kernels.recipes.devices import chosen_device
-from adatape_kernels.recipes.execution import DTYPES
+from adatape_kernels.recipes.training.execution import DTYPES
 
 EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
 

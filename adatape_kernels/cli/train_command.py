@@ -154,7 +154,7 @@ def add_regularisation(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, or go on with a run."""
-    from adatape_kernels.recipes import train
+    from adatape_kernels.recipes.training import train
 
     options, device = {**vars(arguments)}, asked_device(arguments)
     for name in ("command", "run", "backend", "device"):

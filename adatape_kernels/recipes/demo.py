@@ -9,15 +9,15 @@ from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.devices import chosen_device
-from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.one_thread import one_thread
 from adatape_kernels.recipes.output_folder import check_output_folder
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_loop import train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.train_loop import train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 EPOCHS = 50
 BATCH = 48

@@ -20,17 +20,18 @@ from adatape_kernels.data import load
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViTConfig
 from adatape_kernels.models.value_checks import as_flag, as_integer
-from adatape_kernels.recipes import checkpoint, model_loading, pictures, train
+from adatape_kernels.recipes import checkpoint, model_loading, pictures
 from adatape_kernels.recipes.devices import chosen_device
-from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument, leftovers
-from adatape_kernels.recipes.source_file import SourceFile, timm_tensors
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_config import TrainConfig, given_options, option_name
-from adatape_kernels.recipes.training_options import TRAINING_OPTIONS
+from adatape_kernels.recipes.training import train
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.source_file import SourceFile, timm_tensors
+from adatape_kernels.recipes.training.train_config import TrainConfig, given_options, option_name
+from adatape_kernels.recipes.training.training_options import TRAINING_OPTIONS
 
 PLAN = "finetune.json"
 """Name of the file that holds what a comparison was started with."""

@@ -13,13 +13,13 @@ from adatape_kernels.data.image_set import ImageSet, Normaliser, evenly_spaced, 
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.devices import CPU, device_name, moved
-from adatape_kernels.recipes.execution import computing_in, in_float32
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import COMPARED_IMAGES
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.report_file import REPORT
-from adatape_kernels.recipes.source_file import SourceFile
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.execution import computing_in, in_float32
+from adatape_kernels.recipes.training.source_file import SourceFile
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"num_tape_tokens": 0},

@@ -12,9 +12,9 @@ from adatape_kernels.models import AdaTape, AdaTapeOutput, ImageClassifier
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.devices import device_of, moved
-from adatape_kernels.recipes.execution import computing_in, in_float32
 from adatape_kernels.recipes.machine import attention_backend
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.execution import computing_in, in_float32
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 COMPARED_IMAGES = 360
 

@@ -9,8 +9,8 @@ import torch
 from adatape_kernels._build import VERSION
 from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes.devices import device_name
-from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.terminal import say
+from adatape_kernels.recipes.training.execution import Execution
 
 
 def run_environment(

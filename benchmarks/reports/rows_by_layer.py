@@ -27,7 +27,7 @@ from adatape_kernels.recipes import model_loading
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_comparison import rows_by_layer, rows_of_image
 from adatape_kernels.recipes.report_file import REPORT
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 REPOSITORY = Path(__file__).parents[2]
 RESULT = REPOSITORY / "benchmarks/results/halting-fashion-mnist.json"

@@ -356,6 +356,6 @@ def test_the_suite_is_collected_where_only_torch_numpy_and_pytest_are_installed(
         text=True,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr
-    left_out = r"left out: .*data/test_.*recipes/test_train.py\b.* \(PIL is not"
+    left_out = r"left out: .*data/test_.*recipes/training/test_train.py\b.* \(PIL is not"
     assert re.search(left_out, result.stdout)
     assert "test_elastic_attention.py: " in result.stdout

@@ -11,7 +11,7 @@ from image_files import write_mnist
 import adatape_kernels as ak
 from adatape_kernels.benchmarks.reports import rows_by_layer
 from adatape_kernels.data import Preprocessing
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 SIZES = {"data": "mnist", "patch": 14, "dim": 16, "depth": 3, "heads": 2, "ffn": 16}

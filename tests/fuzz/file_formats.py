@@ -79,7 +79,7 @@ def _resume(folder):
 
 def _train(folder, options, resume):
     """Start or resume a run, up to its first epoch."""
-    from adatape_kernels.recipes import train as recipe
+    from adatape_kernels.recipes.training import train as recipe
 
     def reached(*args, **kwargs):
         raise Reached

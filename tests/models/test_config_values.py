@@ -11,7 +11,7 @@ from checks import refused
 from adatape_kernels.cli import main
 from adatape_kernels.models import AdaTapeConfig, AdaTapeViTConfig, adatape_vit
 from adatape_kernels.models.parity import AdaTapeParityConfig
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 GOOD = {"num_classes": 10, "dim": 24, "depth": 3, "num_heads": 2, "ffn_dim": 32}
 POSITIVE = ("num_classes", "dim", "depth", "num_heads", "ffn_dim", "topk", "key_split", "bank_size")

@@ -30,8 +30,8 @@ from adatape_kernels.models import (
     adatape_vit,
 )
 from adatape_kernels.models.encoder_config import MOST_LAYERS
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 HUGE = 10**30
 UNWRITABLE = 10**5000  # Python refuses to write it in decimal

@@ -17,7 +17,7 @@ from adatape_kernels.models import (
 )
 from adatape_kernels.op_types import ACTIVATIONS
 from adatape_kernels.ops.op import record
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 SIZES = {"dim": 24, "depth": 2, "num_heads": 3, "ffn_dim": 48, "tape_ffn_dim": 16, "topk": 3}
 VIT = AdaTapeViTConfig(

@@ -14,9 +14,9 @@ from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint, sealed
-from adatape_kernels.recipes.deterministic_mode import repeatable
-from adatape_kernels.recipes.train_loop import epoch_generator, predict, train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.deterministic_mode import repeatable
+from adatape_kernels.recipes.training.train_loop import epoch_generator, predict, train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 # Everything that draws from torch's generator in training is on.
 CONFIG = AdaTapeViTConfig(

@@ -6,7 +6,7 @@ from checks import refused
 
 from adatape_kernels.models import adatape_vit
 from adatape_kernels.recipes import checkpoint
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 pytestmark = pytest.mark.runs_no_op
 

@@ -13,8 +13,8 @@ from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.ops.op import BACKENDS, use_backend
 from adatape_kernels.recipes import demo, measure
 from adatape_kernels.recipes.machine import attention_backend
-from adatape_kernels.recipes.train_loop import train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_loop import train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 PAIRS = ("forward_seconds", "train_step_seconds", "rows", "flops", "peak_bytes")
 PICTURES = ("heatmap", "tape_lengths", "shortest_longest", "costs")

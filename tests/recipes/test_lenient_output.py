@@ -12,7 +12,7 @@ from image_files import write_folder
 
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import terminal
-from adatape_kernels.recipes import train as recipe
+from adatape_kernels.recipes.training import train as recipe
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
 TINY += ["--ffn", "16", "--num-tape-tokens", "2", "--topk", "2", "--image-size", "14"]

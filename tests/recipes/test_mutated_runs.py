@@ -12,11 +12,12 @@ from image_files import write_folder, write_mnist
 
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
-from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
-from adatape_kernels.recipes.epoch_metrics import METRICS
-from adatape_kernels.recipes.execution import Execution
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.epoch_metrics import METRICS
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.loading_options import Loading
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "8", "--depth", "1", "--heads", "2"]
 TINY += ["--ffn", "8", "--num-tape-tokens", "2", "--topk", "2", "--batch", "20", "--epochs", "2"]
@@ -206,6 +207,7 @@ def test_an_option_that_no_command_line_takes(run, finished, capsys, name, value
 
 def test_what_is_compared_with_the_images(run, finished, capsys):
     index = json.loads(finished[INDEX])
+    goes_on_with = Execution().entries() | Loading().entries()
     for part in ("data", "environment"):
         for name in index[part]:
             for value in (None, 5, "x", [], {"a": 1}, False):
@@ -216,9 +218,9 @@ def test_what_is_compared_with_the_images(run, finished, capsys):
                 assert "Traceback" not in error and "\n\n" not in error
                 if part == "data" or (name == "data_dir" and value is not None):
                     assert code == 2 and str(run / INDEX) in error and error.count("\n") == 1
-                elif name in Execution().entries() and code == 2:  # a value that there cannot be
+                elif name in goes_on_with and code == 2:  # a value that there cannot be
                     assert str(run / INDEX) in error and error.count("\n") == 1
-                elif name in Execution().entries():  # the run goes on with it
+                elif name in goes_on_with:  # the run goes on with it
                     assert code == 0 and f"note: {name}" not in error
                 elif name != "data_dir":
                     assert code == 0 and f"note: {name} was {value}" in error

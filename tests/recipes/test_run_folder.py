@@ -259,7 +259,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
 
 def test_a_system_without_locks_can_import_and_write(tmp_path, monkeypatch, capsys):
     script = "import sys; sys.modules['fcntl'] = None\n"
-    script += "import adatape_kernels.recipes.train, adatape_kernels.recipes.demo"
+    script += "import adatape_kernels.recipes.training.train, adatape_kernels.recipes.demo"
     assert subprocess.run([sys.executable, "-c", script], timeout=100).returncode == 0
     monkeypatch.setattr(run_folder, "fcntl", None)
     checkpoint.save(tmp_path, of(1))
@@ -383,7 +383,7 @@ def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
     assert LOCK in names(tmp_path)
     words = ["train", "--data", "digits", "--limit", "20", "--epochs", "1", "--dim", "16"]
     words += ["--depth", "1", "--ffn", "16", "--heads", "2"]
-    from adatape_kernels.recipes import train
+    from adatape_kernels.recipes.training import train
 
     monkeypatch.setattr(train, "write_report", lambda *given, **options: None)
     assert main([*words, "--out", str(tmp_path)]) == 0
@@ -392,7 +392,8 @@ def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", [None, 5, 1.0, True, "", "a\0b", [], b"\0"])
 def test_folders_are_paths(value):
-    from adatape_kernels.recipes import demo, train
+    from adatape_kernels.recipes import demo
+    from adatape_kernels.recipes.training import train
 
     with refused("out"):
         demo.run(value, epochs=1)

@@ -31,7 +31,7 @@ from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import claim, folder_argument
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 PICTURE = "budget.png"
 MOST_TAPE = 1 << 20

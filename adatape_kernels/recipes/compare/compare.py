@@ -59,7 +59,6 @@ from adatape_kernels.recipes.compare.compare_training import (
     new_model,
     work,
 )
-from adatape_kernels.recipes.data_fingerprint import data_facts
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
@@ -75,6 +74,7 @@ from adatape_kernels.recipes.run_folder import (
 from adatape_kernels.recipes.run_images import normaliser_of
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output, say
+from adatape_kernels.recipes.training.data_fingerprint import data_facts
 from adatape_kernels.recipes.worker_processes import (
     MOST_JOBS,
     in_processes,

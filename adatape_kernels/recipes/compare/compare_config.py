@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from adatape_kernels.arguments import shown
 from adatape_kernels.models.encoder_config import MOST_LAYERS
 from adatape_kernels.models.value_checks import as_integer, as_number
-from adatape_kernels.recipes.list_options import distinct_integers, distinct_names
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_plan import MOST_EPOCHS
+from adatape_kernels.recipes.training.list_options import distinct_integers, distinct_names
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_plan import MOST_EPOCHS
 
 MODELS: dict[str, dict[str, Any]] = {
     "adatape-input": {"model_name": "adatape", "bank": "input"},

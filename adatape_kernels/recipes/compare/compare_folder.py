@@ -14,9 +14,9 @@ from adatape_kernels.recipes.compare.compare_config import MODELS, CompareConfig
 from adatape_kernels.recipes.compare.compare_plan import ComparePlan, Costs, RunCost
 from adatape_kernels.recipes.compare.compare_result import CompareResult
 from adatape_kernels.recipes.compare.compare_training import Trained, Training
-from adatape_kernels.recipes.data_fingerprint import HASHED
 from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder
+from adatape_kernels.recipes.training.data_fingerprint import HASHED
 
 _NUMBERS = ("images_per_second", "flops_per_image", "parameters", "mean_rows")
 PLAN, TABLE, PICTURE = "plan.json", "table.md", "compare.png"

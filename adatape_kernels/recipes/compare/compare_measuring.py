@@ -16,7 +16,7 @@ from adatape_kernels.recipes.compare.compare_config import CompareRun
 from adatape_kernels.recipes.devices import CPU, device_of, moved, wait
 from adatape_kernels.recipes.measure import Timing
 from adatape_kernels.recipes.model_comparison import rows_by_layer
-from adatape_kernels.recipes.train_loop import PREDICT_BATCH, accuracy, predict
+from adatape_kernels.recipes.training.train_loop import PREDICT_BATCH, accuracy, predict
 
 _CALIBRATION_PASSES = 3
 

@@ -13,9 +13,9 @@ from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.model_file import serialised
 from adatape_kernels.recipes.compare.compare_config import CompareRun
 from adatape_kernels.recipes.devices import CPU, chosen_device, wait
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import EpochResult, train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import EpochResult, train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 from adatape_kernels.recipes.worker_processes import Tell
 
 _SECONDS_BETWEEN_MESSAGES = 0.3

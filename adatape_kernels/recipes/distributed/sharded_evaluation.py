@@ -9,7 +9,7 @@ from adatape_kernels.models import AdaTapeViT, ImageClassifier
 from adatape_kernels.recipes.devices import device_of
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.model_comparison import rows_by_layer
-from adatape_kernels.recipes.train_loop import PREDICT_BATCH, accuracy, predict
+from adatape_kernels.recipes.training.train_loop import PREDICT_BATCH, accuracy, predict
 
 
 class Evaluation(NamedTuple):

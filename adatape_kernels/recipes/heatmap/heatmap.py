@@ -44,7 +44,7 @@ from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_loop import epoch_generator, predict
+from adatape_kernels.recipes.training.train_loop import epoch_generator, predict
 
 NOISE, BLUR = 0.2, 1.0
 """Standard deviations of the noise, on images in 0 to 1, and of the blur, in pixels."""

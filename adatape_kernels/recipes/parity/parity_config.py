@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
-from adatape_kernels.recipes.execution import DTYPES
-from adatape_kernels.recipes.list_options import distinct_integers, distinct_names
 from adatape_kernels.recipes.parity.parity_models import MODELS
+from adatape_kernels.recipes.training.execution import DTYPES
+from adatape_kernels.recipes.training.list_options import distinct_integers, distinct_names
 
 MOST_LENGTH = 1024
 MOST_STEPS = 10_000_000

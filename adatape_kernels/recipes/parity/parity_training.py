@@ -14,15 +14,15 @@ from adatape_kernels.data.parity_sequences import (
     uniform_sequences,
 )
 from adatape_kernels.models import Classifier
-from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import CPU, device_of, moved, wait
-from adatape_kernels.recipes.execution import Execution, computing_in
 from adatape_kernels.recipes.parity.growing_lengths import GrowingLengths
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Protocol, Run
 from adatape_kernels.recipes.parity.parity_models import new_model, num_parameters
-from adatape_kernels.recipes.train_loop import epoch_generator
-from adatape_kernels.recipes.train_plan import TrainPlan
-from adatape_kernels.recipes.train_step import StepTally, add_gradients
+from adatape_kernels.recipes.training.deterministic_mode import repeatable
+from adatape_kernels.recipes.training.execution import Execution, computing_in
+from adatape_kernels.recipes.training.train_loop import epoch_generator
+from adatape_kernels.recipes.training.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_step import StepTally, add_gradients
 
 _EVAL_SEED = 20_260_101
 _EVAL_BATCH = 400

@@ -8,7 +8,7 @@ import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.recipes.budget import budget
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 
 def test_each_line_is_a_model_that_was_loaded_with_these_limits(run, tmp_path, capsys):

@@ -14,8 +14,8 @@ from adatape_kernels.recipes import adatape_runs, checkpoint, pictures
 from adatape_kernels.recipes.budget.budget_picture import figure_of
 from adatape_kernels.recipes.budget.budget_result import BudgetResult
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 NAME = "Ba$$in 图像"
 

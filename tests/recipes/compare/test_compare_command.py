@@ -17,7 +17,7 @@ from adatape_kernels.recipes.compare.compare_config import CompareConfig, Compar
 from adatape_kernels.recipes.compare.compare_measuring import measured
 from adatape_kernels.recipes.compare.compare_training import Trained, Training, images_of
 from adatape_kernels.recipes.one_thread import one_thread
-from adatape_kernels.recipes.train_loop import accuracy, predict
+from adatape_kernels.recipes.training.train_loop import accuracy, predict
 
 _NAN = '{"seconds": NaN, "train_loss": 1, "train_accuracy": 1}'
 OPTIONS = ["compare", "--data", "digits", "--dim", "16", "--heads", "2", "--ffn", "16"]

@@ -27,17 +27,17 @@ from adatape_kernels.models import (
     UViT,
     UViTConfig,
 )
-from adatape_kernels.recipes.averaged_model import averaged_model
 from adatape_kernels.recipes.distributed.dealing import Dealer
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
-from adatape_kernels.recipes.execution import Execution
 from adatape_kernels.recipes.run_folder import write_file
 from adatape_kernels.recipes.terminal import say
-from adatape_kernels.recipes.train_loop import train
-from adatape_kernels.recipes.train_plan import TrainPlan
-from adatape_kernels.recipes.train_step import add_gradients
+from adatape_kernels.recipes.training.averaged_model import averaged_model
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.train_loop import train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_step import add_gradients
 
 CPU = torch.device("cpu")
 SIZES = {"num_classes": 5, "dim": 16, "num_heads": 2, "ffn_dim": 16, "image_size": 8}

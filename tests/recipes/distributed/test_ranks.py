@@ -16,9 +16,9 @@ from torch import nn
 from adatape_kernels.cli import main
 from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
-from adatape_kernels.recipes.epoch_metrics import METRICS, check_history, metrics_csv
-from adatape_kernels.recipes.execution import Execution
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training.epoch_metrics import METRICS, check_history, metrics_csv
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 HERE = Path(__file__).parent
 TWO = Ranks(1, 2, 1)

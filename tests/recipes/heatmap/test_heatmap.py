@@ -10,7 +10,7 @@ import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.recipes.heatmap import heatmap
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
-from adatape_kernels.recipes.train_loop import predict
+from adatape_kernels.recipes.training.train_loop import predict
 
 
 def test_pictures_and_numbers_of_a_bank_of_patches(runs, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from adatape_kernels.recipes.parity import parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
-from adatape_kernels.recipes.train_step import StepSums
+from adatape_kernels.recipes.training.train_step import StepSums
 
 CONFIG = ParityConfig(lengths=(2,), steps=60, batch=32, lr=3e-3, eval_examples=300)
 

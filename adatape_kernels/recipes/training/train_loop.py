@@ -25,17 +25,17 @@ from adatape_kernels.data.loading import BatchLoader, LoadingTimes
 from adatape_kernels.data.loading.batch_draws import generator_of
 from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.models.value_checks import as_integer
-from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import device_of, moved, wait
 from adatape_kernels.recipes.distributed.dealing import Dealer
 from adatape_kernels.recipes.distributed.imbalance import Imbalance
-from adatape_kernels.recipes.drawn_thresholds import limits_of_steps
-from adatape_kernels.recipes.epoch_batches import Augment, drawn_by_epoch, loaded
-from adatape_kernels.recipes.execution import Execution, computing_in, in_float32
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.train_plan import TrainPlan
-from adatape_kernels.recipes.train_step import StepTally, add_gradients
+from adatape_kernels.recipes.training.deterministic_mode import repeatable
+from adatape_kernels.recipes.training.drawn_thresholds import limits_of_steps
+from adatape_kernels.recipes.training.epoch_batches import Augment, drawn_by_epoch, loaded
+from adatape_kernels.recipes.training.execution import Execution, computing_in, in_float32
+from adatape_kernels.recipes.training.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_step import StepTally, add_gradients
 
 PREDICT_BATCH = 256
 

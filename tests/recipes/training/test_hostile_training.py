@@ -10,9 +10,10 @@ from adatape_kernels.cli import main
 from adatape_kernels.data import augment
 from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput
-from adatape_kernels.recipes import checkpoint, finetune, pictures, train
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import accuracy
+from adatape_kernels.recipes import checkpoint, finetune, pictures
+from adatape_kernels.recipes.training import train
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import accuracy
 
 TINY = {"data": "digits", "dim": 8, "depth": 1, "heads": 2, "ffn": 8, "num_tape_tokens": 2}
 TINY |= {"topk": 2, "limit": 20, "batch": 20, "bank_size": 8}

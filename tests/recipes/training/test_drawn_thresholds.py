@@ -10,13 +10,14 @@ import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser
 from adatape_kernels.data import load as load_images
-from adatape_kernels.recipes import finetune, train_loop
-from adatape_kernels.recipes import train as train_recipe
+from adatape_kernels.recipes import finetune
 from adatape_kernels.recipes.checkpoint import load
-from adatape_kernels.recipes.drawn_thresholds import as_threshold_range, limits_of_steps
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import accuracy, predict, train
+from adatape_kernels.recipes.training import train as train_recipe
+from adatape_kernels.recipes.training import train_loop
+from adatape_kernels.recipes.training.drawn_thresholds import as_threshold_range, limits_of_steps
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import accuracy, predict, train
 
 TRAIN = ["train", "--data", "digits", "--limit", "48", "--depth", "1", "--dim", "16", "--heads"]
 TRAIN += ["2", "--ffn", "16", "--seed", "3", "--halt-threshold-range=-0.5,4", "--epochs", "2"]

@@ -8,9 +8,9 @@ from image_files import write_folder
 
 from adatape_kernels.data import load
 from adatape_kernels.recipes import checkpoint
-from adatape_kernels.recipes import train as recipe
-from adatape_kernels.recipes.loading_options import LOADING_OPTIONS, Loading, with_draws
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.loading_options import LOADING_OPTIONS, Loading, with_draws
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 pytest.importorskip("PIL", reason="image folders need Pillow")
 

@@ -13,9 +13,9 @@ import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.data import load
 from adatape_kernels.models import AdaTapeOutput, HaltedUnits
-from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.joined_outputs import joined
-from adatape_kernels.recipes.train_config import TrainConfig, with_present_names
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.train_config import TrainConfig, with_present_names
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser, load, rand_augment
 from adatape_kernels.recipes import checkpoint, model_loading
-from adatape_kernels.recipes import train as recipe
-from adatape_kernels.recipes.averaged_model import averaged_model
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import accuracy, predict, train
-from adatape_kernels.recipes.training_options import TRAINING_OPTIONS
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.averaged_model import averaged_model
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import accuracy, predict, train
+from adatape_kernels.recipes.training.training_options import TRAINING_OPTIONS
 
 TINY = {"data": "digits", "dim": 16, "depth": 1, "heads": 2, "ffn": 16, "batch": 16}
 TINY |= {"num_tape_tokens": 3, "topk": 2, "limit": 72, "epochs": 3}

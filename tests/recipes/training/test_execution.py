@@ -20,12 +20,13 @@ from adatape_kernels.models import (
     ViT,
     ViTConfig,
 )
-from adatape_kernels.recipes import checkpoint, model_comparison, pictures, train
-from adatape_kernels.recipes.execution import Execution
+from adatape_kernels.recipes import checkpoint, model_comparison, pictures
 from adatape_kernels.recipes.parity import parity_table, parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_step import StepTally, add_gradients
+from adatape_kernels.recipes.training import train
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_step import StepTally, add_gradients
 
 CPU = torch.device("cpu")
 SIZES = dict(num_classes=10, dim=16, num_heads=2, ffn_dim=16, image_size=8, in_channels=1)

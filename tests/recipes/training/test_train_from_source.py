@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
-from adatape_kernels.recipes import train as recipe
-from adatape_kernels.recipes.source_file import SourceFile, timm_tensors
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.source_file import SourceFile, timm_tensors
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 DIM, DEPTH, HEADS, HIDDEN, PATCH = 16, 2, 2, 24, 14
 TRAINING = ["--epochs", "1", "--batch", "20", "--bank-patch", "7", "--topk", "2"]

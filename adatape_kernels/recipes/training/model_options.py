@@ -10,7 +10,7 @@ from adatape_kernels.models.compared.halting_config import HaltingLevel
 from adatape_kernels.models.config import BankKind
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.op_types import Activation
-from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
+from adatape_kernels.recipes.training.source_file import SourceFacts, SourceFile
 
 SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
 """The sizes that a variant, or a whole name of a model, decides."""

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from adatape_kernels.cli import main
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.recipes import checkpoint
-from adatape_kernels.recipes import train as recipe
 from adatape_kernels.recipes.checkpoint import INDEX
-from adatape_kernels.recipes.epoch_metrics import METRICS
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.epoch_metrics import METRICS
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
 TINY += ["--ffn", "16", "--num-tape-tokens", "3", "--topk", "2", "--batch", "20"]

@@ -12,7 +12,7 @@ from adatape_kernels.data import augment
 from adatape_kernels.data.rand_augment import MOST_MAGNITUDE, RandAugment, require_kornia
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, SIGMOID_HEAD_BIAS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_integer, as_number
-from adatape_kernels.recipes.named_recipes import RECIPES
+from adatape_kernels.recipes.training.named_recipes import RECIPES
 
 TRAINING_OPTIONS = (
     "recipe",

@@ -11,7 +11,7 @@ from adatape_kernels.data.loading import BatchLoader
 from adatape_kernels.data.loading.batch_draws import generator_of
 from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.recipes.distributed.dealing import Dealer, Share
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 Augment = Callable[[Tensor, Generator], Tensor]
 """Changes images (batch, channels, height, width) in 0 to 1 by a generator's random numbers."""

@@ -10,10 +10,10 @@ from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT
 from adatape_kernels.recipes import demo, measure, model_comparison
-from adatape_kernels.recipes import train as recipe
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import epoch_generator, train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import epoch_generator, train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 NO_COUNT = (None, True, 1.0, math.nan, 1j, "1", [], torch.tensor(1), 0, -1)
 

@@ -15,22 +15,10 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.recipes import checkpoint, pictures
-from adatape_kernels.recipes.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.checkpoint import Checkpoint
-from adatape_kernels.recipes.data_fingerprint import check_facts, data_facts
-from adatape_kernels.recipes.deterministic_mode import repeatable
 from adatape_kernels.recipes.devices import chosen_device, moved
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
-from adatape_kernels.recipes.epoch_metrics import (
-    WORK,
-    check_history,
-    columns_of,
-    epoch_line,
-    metrics_csv,
-)
-from adatape_kernels.recipes.execution import Execution
-from adatape_kernels.recipes.loading_options import Loading, with_draws
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
@@ -39,17 +27,29 @@ from adatape_kernels.recipes.report_file import REPORT
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import check_empty_folder, claim, folder_argument
 from adatape_kernels.recipes.run_images import folder_of_images
-from adatape_kernels.recipes.run_loader import LookedAt
-from adatape_kernels.recipes.source_file import SourceFile, sha256_of
 from adatape_kernels.recipes.terminal import lenient_output, say
-from adatape_kernels.recipes.train_config import (
+from adatape_kernels.recipes.training.averaged_model import averaged_model, evaluated_model
+from adatape_kernels.recipes.training.data_fingerprint import check_facts, data_facts
+from adatape_kernels.recipes.training.deterministic_mode import repeatable
+from adatape_kernels.recipes.training.epoch_metrics import (
+    WORK,
+    check_history,
+    columns_of,
+    epoch_line,
+    metrics_csv,
+)
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.loading_options import Loading, with_draws
+from adatape_kernels.recipes.training.run_loader import LookedAt
+from adatape_kernels.recipes.training.source_file import SourceFile, sha256_of
+from adatape_kernels.recipes.training.train_config import (
     TrainConfig,
     check_option,
     option_name,
     with_present_names,
 )
-from adatape_kernels.recipes.train_loop import EpochResult, predict, train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.train_loop import EpochResult, predict, train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 ROUNDS = 7
 """Number of times that the report repeats each timing."""
@@ -314,6 +314,7 @@ def _saved(out: Path, options: Mapping[str, Any], source: Path | None = None) ->
         saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
         check_history(saved.history, saved.config)
         Execution.of_run(saved.config["dtype"], {}, saved.environment)
+        Loading.of_run({}, saved.environment)
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
     for name, value in options.items():

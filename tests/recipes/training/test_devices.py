@@ -15,7 +15,7 @@ from adatape_kernels.cli.options import asked_device
 from adatape_kernels.data import Normaliser, Preprocessing, augment, digits, spoiled_images
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig, AViTConfig, ViT, ViTConfig
 from adatape_kernels.models.compared.avit import AViT
-from adatape_kernels.recipes import checkpoint, measure, model_comparison, pictures, train
+from adatape_kernels.recipes import checkpoint, measure, model_comparison, pictures
 from adatape_kernels.recipes.budget import budget
 from adatape_kernels.recipes.demo import run as demo
 from adatape_kernels.recipes.devices import chosen_device, device_of, moved
@@ -27,9 +27,10 @@ from adatape_kernels.recipes.parity import parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.reads_picture import reading_of
 from adatape_kernels.recipes.predict import Predictor
-from adatape_kernels.recipes.train_loop import epoch_generator, predict
-from adatape_kernels.recipes.train_loop import train as train_loop
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training import train
+from adatape_kernels.recipes.training.train_loop import epoch_generator, predict
+from adatape_kernels.recipes.training.train_loop import train as train_loop
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 SIZES = dict(num_classes=10, dim=16, depth=1, num_heads=2, ffn_dim=16)
 IMAGES = dict(image_size=8, in_channels=1, patch_size=4)

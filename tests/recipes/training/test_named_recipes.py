@@ -4,9 +4,9 @@ import pytest
 from checks import refused
 
 from adatape_kernels.models.scenic_config import model_config
-from adatape_kernels.recipes.named_recipes import MODEL_FIELDS, RECIPES, recipe_values
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.named_recipes import MODEL_FIELDS, RECIPES, recipe_values
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 pytestmark = pytest.mark.no_backend
 

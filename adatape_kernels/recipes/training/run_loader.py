@@ -11,10 +11,10 @@ from adatape_kernels.data.image_set import STATISTICS_IMAGES, Images, Subset, ev
 from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages
 from adatape_kernels.data.loading.unreadable_images import count_unreadable
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
-from adatape_kernels.recipes.loading_options import Loading
 from adatape_kernels.recipes.terminal import say
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training.loading_options import Loading
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 
 @dataclass(frozen=True)

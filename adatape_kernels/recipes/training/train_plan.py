@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 from adatape_kernels.models.cross_entropy import LOSS_KINDS, LossKind
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
-from adatape_kernels.recipes.drawn_thresholds import ThresholdRange, as_threshold_range
+from adatape_kernels.recipes.training.drawn_thresholds import ThresholdRange, as_threshold_range
 
 MOST_EPOCHS = 1_000_000
 """Most epochs that a plan may have."""

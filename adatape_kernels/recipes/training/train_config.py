@@ -15,26 +15,26 @@ from adatape_kernels.models.encoder_config import MOST_PARAMETERS
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
 from adatape_kernels.op_types import ACTIVATIONS
-from adatape_kernels.recipes.drawn_thresholds import (
+from adatape_kernels.recipes.training.drawn_thresholds import (
     ThresholdRange,
     as_threshold_range,
     check_nominal,
 )
-from adatape_kernels.recipes.execution import DTYPES
-from adatape_kernels.recipes.loading_options import (
+from adatape_kernels.recipes.training.execution import DTYPES
+from adatape_kernels.recipes.training.loading_options import (
     LOADING_OPTIONS,
     LoadingOptions,
     check_loading_option,
 )
-from adatape_kernels.recipes.model_options import (
+from adatape_kernels.recipes.training.model_options import (
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
     ModelOptions,
     check_given,
 )
-from adatape_kernels.recipes.named_recipes import MODEL_FIELDS, PLAN_FIELDS, recipe_values
-from adatape_kernels.recipes.source_file import SourceFacts, SourceFile
-from adatape_kernels.recipes.train_defaults import (
+from adatape_kernels.recipes.training.named_recipes import MODEL_FIELDS, PLAN_FIELDS, recipe_values
+from adatape_kernels.recipes.training.source_file import SourceFacts, SourceFile
+from adatape_kernels.recipes.training.train_defaults import (
     DEFAULT_BATCH,
     DEFAULT_BATCHES,
     DEFAULT_MODELS,
@@ -45,9 +45,9 @@ from adatape_kernels.recipes.train_defaults import (
     LEAST_STEPS,
     OF_A_MODEL,
 )
-from adatape_kernels.recipes.train_loop import Augment
-from adatape_kernels.recipes.train_plan import MOST_EPOCHS, TrainPlan
-from adatape_kernels.recipes.training_options import (
+from adatape_kernels.recipes.training.train_loop import Augment
+from adatape_kernels.recipes.training.train_plan import MOST_EPOCHS, TrainPlan
+from adatape_kernels.recipes.training.training_options import (
     TRAINING_OPTIONS,
     TrainingOptions,
     check_training_option,

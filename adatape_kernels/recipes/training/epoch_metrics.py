@@ -8,7 +8,7 @@ from typing import Any
 
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
-from adatape_kernels.recipes.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 _TAPE, _ROWS = "mean_tape_length", "mean_rows"
 METRICS = (

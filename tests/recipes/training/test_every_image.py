@@ -11,13 +11,14 @@ from image_files import write_mnist
 from adatape_kernels.cli import main
 from adatape_kernels.data import ImageSet, Normaliser, augment
 from adatape_kernels.models import AdaTapeViT
-from adatape_kernels.recipes import checkpoint, demo, train_defaults
-from adatape_kernels.recipes import train as recipe
+from adatape_kernels.recipes import checkpoint, demo
 from adatape_kernels.recipes.checkpoint import INDEX
-from adatape_kernels.recipes.execution import Execution
-from adatape_kernels.recipes.train_config import TrainConfig
-from adatape_kernels.recipes.train_loop import train
-from adatape_kernels.recipes.train_plan import TrainPlan
+from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training import train_defaults
+from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_loop import train
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
 TINY += ["--ffn", "16", "--num-tape-tokens", "3", "--topk", "2", "--epochs", "3"]

@@ -11,7 +11,7 @@ from adatape_kernels.models import AdaTapeOutput
 from adatape_kernels.recipes.devices import moved
 from adatape_kernels.recipes.distributed.dealing import Share
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
-from adatape_kernels.recipes.execution import Execution, Forward, computing_in, in_float32
+from adatape_kernels.recipes.training.execution import Execution, Forward, computing_in, in_float32
 
 STEPS_BETWEEN_READS = 20
 """So many steps of a GPU pass before the host waits for their losses."""
