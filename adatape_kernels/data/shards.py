@@ -1,9 +1,9 @@
 """Image sets in tar shards of WebDataset's layout, whose images are read where they lie."""
 
-import os
-import tarfile
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from adatape_kernels.data.image_set import ImageSet, Subset
 from adatape_kernels.data.packed_paths import PackedPaths
 from adatape_kernels.data.printable import printable
 from adatape_kernels.data.shard_index import examples_of
+from adatape_kernels.data.tar_headers import TarHeaders
 
 CLASSES_FILE = "classes.txt"
 """A file beside the shards that has the name of each class on a line, in the order of labels."""
@@ -39,10 +40,7 @@ class ShardImages:
     def __init__(self, shards: Sequence[Path], size: int, num_classes: int | None):
         self.shards = PackedPaths(shards)
         self.size = size
-        parts = [
-            torch.tensor([*examples_of(shard, num_classes)], dtype=torch.int64).view(-1, 3)
-            for shard in shards
-        ]
+        parts = [_examples(shard, num_classes) for shard in shards]
         counts = torch.tensor([len(part) for part in parts])
         self._shard = torch.arange(len(parts), dtype=torch.int32).repeat_interleave(counts)
         self._offset, self._bytes, self.labels = torch.cat(parts).T.contiguous()
@@ -175,11 +173,17 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(count))
 
 
+def _examples(shard: Path, num_classes: int | None) -> Tensor:
+    """Return the offset, the number of bytes and the label of each image, (n, 3) int64."""
+    numbers = array("q", chain.from_iterable(examples_of(shard, num_classes)))
+    return torch.tensor(numbers, dtype=torch.int64).view(-1, 3)
+
+
 def _member_at(shard: Path, offset: int) -> str:
     """Return the name of the member whose bytes begin at an offset, for an error."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            name = next(member.name for member in tar if member.offset_data == offset)
-    except (tarfile.TarError, OSError, StopIteration):
+        with TarHeaders(shard) as headers:
+            name = next(member.name for member in headers if member.offset == offset)
+    except (ValueError, StopIteration):
         return f"the member at byte {offset}"
-    return printable(os.fspath(name), 100)
+    return printable(name, 100)
