@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adatape_kernels.data.halves import TEST_SHARE, halves_of, split_note
 from adatape_kernels.data.image_file import decode_content, pillow
-from adatape_kernels.data.image_folder import DECODERS, TEST_SHARE
+from adatape_kernels.data.image_folder import DECODERS
 from adatape_kernels.data.image_set import ImageSet, Subset
 from adatape_kernels.data.packed_paths import PackedPaths
 from adatape_kernels.data.printable import printable
@@ -93,10 +94,10 @@ def shard_set(folder: Path, size: int, seed: int) -> ImageSet:
     """Find the images of shards.
 
     Args:
-        folder: holds train/ and one of val/ and test/, which each hold files *.tar; or files *.tar
-            itself. A file `CLASSES_FILE` in it may name the classes.
+        folder: holds train/, and beside it val/ or test/ if the test is apart, which each hold
+            files *.tar; or files *.tar itself. A file `CLASSES_FILE` in it may name the classes.
         size: side in pixels of the square that images are brought to.
-        seed: where there is no train/, decides which fifth of the images is for the test.
+        seed: where there is neither, decides which fifth of the images is for the test.
 
     Raises:
         ValueError: there are no shards, or as in `ShardImages`.
@@ -105,19 +106,13 @@ def shard_set(folder: Path, size: int, seed: int) -> ImageSet:
     pillow()
     names = _class_names(folder)
     count = None if names is None else len(names)
-    train = folder / "train"
-    if train.is_dir():
-        test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-        if test is None:
-            raise ValueError(
-                f"data-dir: expected val or test beside {printable(train)}, got neither"
-            )
-        images = ShardImages(_shards(train), size, count)
+    train, test = halves_of(folder)
+    images = ShardImages(_shards(train), size, count)
+    if test is not None:
         known = _count_of(images) if count is None else count
         others = ShardImages(_shards(test), size, known)
         names = names or _numbered(known)
         return ImageSet(images, images.labels, others, others.labels, names)
-    images = ShardImages(_shards(folder), size, count)
     total = len(images)
     if total < 2:
         raise ValueError(f"data-dir: expected two or more images in {printable(folder)}, got one")
@@ -131,7 +126,7 @@ def shard_set(folder: Path, size: int, seed: int) -> ImageSet:
         Subset(images, held),
         images.labels[held],
         names,
-        notes=(f"{len(held):,} of {total:,} images are the test, since there is no train folder",),
+        notes=(split_note(folder, len(held), total, seed),),
     )
 
 
