@@ -11,6 +11,7 @@ import torch
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
+from adatape_kernels.data.loading import decoded_ahead
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag
@@ -196,6 +197,7 @@ def _run(
         execution.try_step(model, moved(pixels, device))
     backend = attention_backend(lambda: predict(model, first, normalise))
     facts = data_facts(data, normalise, None if data_dir is None else Path(data_dir))
+    data = replace(data, test_images=decoded_ahead(data.test_images, loading.workers))
     environment = run_environment(data_dir, backend, device, execution)
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
