@@ -32,7 +32,7 @@ def stopped_at(selection: TapeSelection, threshold: Tensor, loss_type: LossType)
         The selection that `ops.tape_select` returns for the threshold, differentiable in the
         weights, of which the ponder loss is computed anew.
     """
-    indices, weights, counts, ponder = selection
+    indices, weights, counts, _ = selection
     if not weights.shape[1]:
         return selection
     best = weights.detach()[..., 0]

@@ -1,4 +1,4 @@
-"""How the steps of a run are computed: in which dtype and how many parts, compiled or in a graph."""
+"""How steps are computed: in which dtype and how many parts, compiled or as a CUDA graph."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -57,11 +57,8 @@ class Execution:
                 "are brought together within the steps"
             )
         as_flag("graph", self.graph)
-        if self.graph:
-            self._check_graph()
-
-    def _check_graph(self) -> None:
-        """Raise ValueError where another option asks for what a CUDA graph cannot hold."""
+        if not self.graph:
+            return
         if self.ranks.several:
             raise ValueError(
                 f"graph: expected one process, got {self.ranks.count}; what several send each "

@@ -21,8 +21,8 @@ from adatape_kernels.recipes.training.epoch_batches import StepBatch
 from adatape_kernels.recipes.training.train_step import EagerSteps, StepSums
 
 WARM_UPS = 3
-"""Number of times that a step runs before it is captured, so that kernels are compiled and libraries
-have their workspaces."""
+"""Number of times that a step runs before it is captured, so that its kernels are compiled and
+libraries have their workspaces."""
 
 Step = Callable[[], StepSums]
 
@@ -135,10 +135,10 @@ class StepGraph:
             RuntimeError: the step does what no graph holds, such as waiting for a value.
         """
         with torch.cuda.device(self.device):
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             try:
                 # Other threads may pin memory meanwhile, as that of a loader does.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     sums = step()
             except RuntimeError as error:
                 # The end of a capture that failed raises an error of its own.

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.models import AdaTapeOutput, Classifier
-from adatape_kernels.recipes.training.epoch_batches import StepBatch
 from adatape_kernels.recipes.devices import moved
 from adatape_kernels.recipes.distributed.dealing import Share
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
+from adatape_kernels.recipes.training.epoch_batches import StepBatch
 from adatape_kernels.recipes.training.execution import Execution, Forward, computing_in, in_float32
 
 STEPS_BETWEEN_READS = 20

@@ -4,6 +4,8 @@ As in a CUDA graph no Python runs in a replay, addresses and numbers are those o
 what asks the host for a value cannot be captured.
 """
 
+from typing import ClassVar
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,7 +79,7 @@ def _written(function, arguments, named):
 class RecordedGraph:
     """Stands for `graphed_step.StepGraph`."""
 
-    made = []
+    made: ClassVar[list] = []
 
     def __init__(self, device):
         self.captures = self.replays = 0
