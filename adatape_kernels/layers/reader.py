@@ -229,11 +229,11 @@ class TapeReader(ElasticModule):
         if self._may_copy_rows_of(bank, query):
             bank = recomputed(cast(Tensor, bank))
         threshold = budget.halt_threshold
-        later = isinstance(threshold, Tensor)  # it is known when the ops run, on their device
+        later = threshold if isinstance(threshold, Tensor) else None  # known when the ops run
         options: Any = {
             "topk": self.topk,
             "num_tape_tokens": budget.num_tape_tokens,
-            "halt_threshold": math.inf if later else threshold,
+            "halt_threshold": threshold if later is None else math.inf,
             "average_query": self.average_query,
             "loss_type": self.loss_type,
             "bank_lens": bank_lens,
@@ -241,10 +241,10 @@ class TapeReader(ElasticModule):
         if not isinstance(bank, RecomputedBank):
             values, query, read_mask = self.normalised(bank, query)
             query, options["read_mask"] = query[:, : self.key_dim], read_mask
-            if not later:
+            if later is None:
                 return ops.tape_read(query, values, **options, capacity=capacity)
             selection = ops.tape_select(query, values[..., : self.key_dim], **options)
-            selection = stopped_at(selection, threshold, self.loss_type)
+            selection = stopped_at(selection, later, self.loss_type)
             return (*ops.tape_gather(values, *selection[:3], capacity=capacity), selection)
         entries = self._checked(bank.entries, query)
         query, read_mask = self._regularised(query, entries)
@@ -254,8 +254,8 @@ class TapeReader(ElasticModule):
         with torch.no_grad():
             keys = values[..., : self.key_dim]
             selection = ops.tape_select(query, keys, **options, read_mask=read_mask)
-            if later:
-                selection = stopped_at(selection, threshold, self.loss_type)
+            if later is not None:
+                selection = stopped_at(selection, later, self.loss_type)
         rows = self.bank_norm(bank.rows(*rows_of_selection(selection.indices, entries.shape[1])))
         return tape_read_again(
             query,

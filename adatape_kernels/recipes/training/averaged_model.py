@@ -1,10 +1,11 @@
 """The moving average of a model's parameters over the steps of its training."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adatape_kernels.models import ImageClassifier
 
@@ -44,11 +45,13 @@ class MovingAverage(AveragedModel):
         """
         ours, theirs = list(self.module.parameters()), list(model.parameters())
         if isinstance(share, Tensor):
-            torch._foreach_lerp_(ours, theirs, [share] * len(ours))
+            for parameter, present in zip(ours, theirs, strict=True):
+                parameter.lerp_(present, share)
         else:
-            torch._foreach_lerp_(ours, theirs, share)
-        for buffer, present in zip(self.module.buffers(), model.buffers(), strict=True):
-            buffer.copy_(present)
+            move: Callable[..., None] = get_ema_multi_avg_fn(1 - share)
+            move(ours, theirs, None)
+        for buffer, followed in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(followed)
 
 
 def averaged_model(model: nn.Module, decay: float) -> MovingAverage:

@@ -158,7 +158,7 @@ def _not_captured(error: BaseException) -> RuntimeError:
     )
 
 
-def _capacity(eager: EagerSteps, images: int) -> dict[str, int]:
+def _capacity(eager: EagerSteps, images: int) -> dict[str, Any]:
     """Return how many tape rows a model reserves: as many as a part of the batch can read.
 
     Fewer would be a guess, which has to be looked at on the host in each step. The rows that nobody
