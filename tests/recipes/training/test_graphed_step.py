@@ -168,6 +168,18 @@ def test_a_step_that_is_replayed_is_the_step(case, images, recorded):
 
 
 @no_gpu
+def test_a_replayed_step_is_the_exact_one_but_for_rounding(images, recorded):
+    plan = TrainPlan(2, 11, 3e-3, **DRAWN)
+    _, expected = trained(new_model("adatape"), images, plan)
+    with fake_gpu():
+        _, found = trained(
+            new_model("adatape"), images, plan, device=GPU, execution=Execution(graph=True)
+        )
+    for (loss, right), (as_expected, as_right) in zip(found, expected, strict=True):
+        assert abs(loss - as_expected) < 1e-5 and right == as_right
+
+
+@no_gpu
 def test_a_resumed_graph_goes_on(images, recorded):
     """A warm-up leaves the moments as the checkpoint has them, and the numbers that are drawn."""
     plan, execution = TrainPlan(2, 11, 3e-3), Execution(graph=True)
