@@ -50,9 +50,7 @@ class GraphedSteps:
         self._rate, self._share, self._threshold = torch.zeros(3, device=self.device).unbind()
         for group in eager.optimizer.param_groups:
             group["lr"] = self._rate
-            group["capturable"] = self.device.type == "cuda"
-        self._pixels: Tensor | None = None
-        self._labels: Tensor | None = None
+        self._pixels = self._labels = torch.empty(0)  # of a full batch, from the first one on
         self._limits: dict[str, Any] = {}
         self._replay: Step | None = None
 
@@ -83,23 +81,26 @@ class GraphedSteps:
             self._limits = _capacity(self.eager, self.images)
             if limits:
                 self._limits["halt_threshold"] = self._threshold
-        pixels, labels = cast(Tensor, self._pixels), cast(Tensor, self._labels)
-        _write(pixels, batch.inputs)
-        _write(labels, batch.targets)
+        _write(self._pixels, batch.inputs)
+        _write(self._labels, batch.targets)
         if self._replay is None:
-            graph = StepGraph(self.device)
-            with _put_back(self.eager):
-                graph.warm_up(self._step)
-            self._replay = graph.captured(self._step)
+            self._replay = self._captured()
         told(self._replay())
         if averaged is not None:
             averaged.n_averaged += 1
 
+    def _captured(self) -> Step:
+        """Return what replays a graph of a step, and leave all as it was before."""
+        graph = StepGraph(self.device)
+        with _put_back(self.eager):
+            graph.warm_up(self._step)
+        with _capturable(self.eager):
+            return graph.captured(self._step)
+
     def _step(self) -> StepSums:
         """Compute what a graph holds, on the tensors that stay."""
         eager = self.eager
-        pixels, labels = cast(Tensor, self._pixels), cast(Tensor, self._labels)
-        sums = eager.gradients(pixels, labels, self._limits)
+        sums = eager.gradients(self._pixels, self._labels, self._limits)
         eager.update()
         if eager.averaged is not None:
             cast(MovingAverage, eager.averaged).move(eager.model, self._share)
@@ -188,6 +189,20 @@ def _put_back(eager: EagerSteps) -> Iterator[None]:
         for tensor in _moments(eager):
             if id(tensor) not in known:
                 tensor.zero_()  # as the optimizer's first step finds them
+
+
+@contextlib.contextmanager
+def _capturable(eager: EagerSteps) -> Iterator[None]:
+    """Let the optimizer be captured, which it warns about where a step is computed as usual."""
+    groups = eager.optimizer.param_groups
+    before = [group.get("capturable", False) for group in groups]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group["capturable"] = value
 
 
 def _moments(eager: EagerSteps) -> list[Tensor]:
