@@ -167,6 +167,7 @@ def _run(
     loading = Loading.of_run(read, before)
     loading.check_options(config)
     execution.check_thresholds(config.halt_threshold_range)
+    execution.check_device(device)
     config.require_packages()
     data = load(config.data, data_dir, image_size=config.image_size, seed=config.split)
     if config.limit is not None:
