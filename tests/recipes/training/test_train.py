@@ -199,7 +199,8 @@ def test_a_folder_in_use_is_not_overwritten(unbroken, mnist, tmp_path, capsys):
         (["--dim", "32"], ("dim: expected 16", "got 32")),
         (["--seed", "1"], ("seed: expected 0", "got 1")),
         (["--data", "fashion-mnist", "--epochs", "9"], ("data: expected mnist",)),
-        (["--epochs", "4", "--lr", "1"], ("epochs: expected 3", "got 4")),
+        (["--epochs", "4", "--lr", "1"], ("lr: expected 0.002", "got 1.0")),
+        (["--epochs", "2"], ("epochs: expected 3 or more", "got 2")),
     ],
 )
 def test_a_run_resumes_only_as_it_was_started(unbroken, capsys, more, words):
