@@ -53,7 +53,7 @@ def test_an_extended_run_resumes_on_its_curve(mnist, tmp_path, monkeypatch, caps
         recipe.run(tmp_path / name, {**RUN, "epochs": 1}, data_dir=mnist)
     recipe.run(tmp_path / "unbroken", {"epochs": 3}, resume=True)
     with monkeypatch.context() as patch:
-        # Killed before an epoch of the extension is done: the run knows its new length all the same.
+        # Killed within the extension's first epoch, the run knows its new length all the same.
         stop_after(patch, 2, before_the_rest=False)
         with pytest.raises(KeyboardInterrupt, match="holds epoch 1 of 3"):
             recipe.run(tmp_path / "run", {"epochs": 3}, resume=True)

@@ -20,6 +20,7 @@ from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.training import train as recipe
 from adatape_kernels.recipes.training.epoch_metrics import METRICS
+from adatape_kernels.recipes.training.tensorboard_events import PICTURES
 from adatape_kernels.recipes.training.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
@@ -86,6 +87,7 @@ def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
     model.load_state_dict(load_file(unbroken / "model.safetensors"))
     for name in ("heatmap", "tape_lengths", "shortest_longest", "costs"):
         assert (unbroken / f"{name}.png").stat().st_size > 5000
+    assert {file.stem for file in unbroken.glob("*.png")} <= {*PICTURES}
     assert not list(unbroken.glob("*.part"))
 
 

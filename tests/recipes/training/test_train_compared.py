@@ -15,6 +15,7 @@ from adatape_kernels.data import Normaliser, load
 from adatape_kernels.models import AdaTapeOutput, HaltedUnits
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.tensorboard_events import PICTURES
 from adatape_kernels.recipes.training.train_config import TrainConfig, with_present_names
 from adatape_kernels.recipes.training.train_loop import predict
 
@@ -59,6 +60,7 @@ def test_a_model_trains_resumes_reports_and_loads(mnist, tmp_path, monkeypatch, 
     assert "mean_tape_length" not in metrics[0]
     for picture in ("rows_alive", "costs"):
         assert (out / f"{picture}.png").stat().st_size > 5000
+    assert {file.stem for file in out.glob("*.png")} <= {*PICTURES}
     if name == "vit":
         assert rows[-1] == rows[0]
     else:
