@@ -57,7 +57,7 @@ class InitFacts:
         if not isinstance(self.fields, Mapping):
             raise ValueError(f"init: expected fields of a model, got {shown(self.fields)}")
         for name in self.fields:
-            if name in OPTIONS or name in OF_THE_IMAGES:
+            if not isinstance(name, str) or name in OPTIONS or name in OF_THE_IMAGES:
                 raise ValueError(f"init: expected fields that no option sets, got {shown(name)}")
 
     @classmethod

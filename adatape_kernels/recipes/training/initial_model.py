@@ -117,10 +117,6 @@ class InitialModel:
         """
         name = printable(self.path)
         ours, theirs = model.config, self.config
-        for attribute, option in (("num_heads", "heads"), ("activation", "activation")):
-            expected, came = getattr(theirs, attribute), getattr(ours, attribute)
-            if came != expected:
-                raise ValueError(f"{option}: expected {expected}, as in {name}, got {came}")
         tensors = dict(self.tensors)
         if ours.num_classes != theirs.num_classes:
             say(
@@ -138,6 +134,11 @@ class InitialModel:
                 "classes: the head begins with its parameters all the same"
             )
         check_like(self.path, tensors, model)
+        # The shapes of parameters do not tell these two.
+        for attribute, option in (("num_heads", "heads"), ("activation", "activation")):
+            expected, came = getattr(theirs, attribute), getattr(ours, attribute)
+            if came != expected:
+                raise ValueError(f"{option}: expected {expected}, as in {name}, got {came}")
         model.load_state_dict(tensors)
 
 

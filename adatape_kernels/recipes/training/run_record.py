@@ -21,6 +21,7 @@ from adatape_kernels.recipes.training.run_setup import (
     TrainingImages,
     refuse_to_overwrite,
 )
+from adatape_kernels.recipes.training.saved_run import note_extension
 from adatape_kernels.recipes.training.source_file import sha256_of
 from adatape_kernels.recipes.training.tensorboard_events import TensorBoardEvents
 from adatape_kernels.recipes.training.trained_model import TrainedModel
@@ -52,6 +53,8 @@ class RunRecord:
             trained.restore(setup.folder, saved)
             self.history, self._extended, self._best = saved.history, saved.extended, saved.best
             note_differences(saved.environment, self.environment)
+            if setup.extended:
+                note_extension(saved)
         self.environment |= setup.loading.entries()
         self.config = asdict(images.config)
         self.columns = columns_of(images.config)

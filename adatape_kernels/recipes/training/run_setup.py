@@ -78,16 +78,17 @@ class RunSetup:
         pictures.require("train")
         resume = request.resume or (ranks.restarts > 0 and (folder / checkpoint.INDEX).exists())
         (check_run_folder if resume else check_output_folder)(folder)
-        claimed, saved, start, before = None, None, None, None
+        claimed, saved, start, longer = None, None, None, False
         if resume:
             checkpoint.require(folder)
             # Another process may be about to write the next checkpoint, until the folder is ours.
             if ranks.leads:
                 claimed = until_the_end.enter_context(claim(folder))
-            options = request.options
-            saved = saved_run(folder, options, request.source, request.init, extend=True)
-            before, epochs = saved, options.get("epochs")
-            saved = extended(folder, saved, epochs)
+            # Where torchrun has started all anew, a run that this one began with may have gone on.
+            init = request.init if request.resume else None
+            found = saved_run(folder, request.options, request.source, init, extend=True)
+            saved = extended(folder, found, request.options.get("epochs"))
+            longer = saved is not found
             config = TrainConfig.of_saved(saved.config)
             data_dir = data_dir or folder_of_images(folder, saved)
         else:
@@ -118,7 +119,7 @@ class RunSetup:
             execution,
             loading,
             tensorboard,
-            saved is not before,
+            longer,
         )
 
 

@@ -80,7 +80,7 @@ def saved_run(
 
 
 def extended(out: Path, saved: Checkpoint, epochs: int | None) -> Checkpoint:
-    """Return a run that goes on to another number of epochs, and note that on standard error.
+    """Return a run that goes on to another number of epochs.
 
     From the next epoch on its learning rate is that of a run with this number of epochs at the same
     step, so that the curve is none of a run that began with it. The checkpoint keeps behind which
@@ -102,13 +102,18 @@ def extended(out: Path, saved: Checkpoint, epochs: int | None) -> Checkpoint:
             f"epochs: expected {saved.epoch} or more, which {printable(out / checkpoint.INDEX)} "
             f"holds, got {epochs}"
         )
-    say(
-        f"adatape-kernels: note: the run of {before} epochs goes on from epoch {saved.epoch} to "
-        f"epoch {epochs}, with the learning rate that a run of {epochs} epochs has there"
-    )
     step = {"after_epoch": saved.epoch, "epochs": int(epochs), "before": before}
     config = {**saved.config, "epochs": int(epochs)}
     return replace(saved, config=config, extended=[*saved.extended, step])
+
+
+def note_extension(saved: Checkpoint) -> None:
+    """Say on standard error how a run was extended last."""
+    behind, epochs, before = (saved.extended[-1][name] for name in _EXTENSION)
+    say(
+        f"adatape-kernels: note: the run of {before} epochs goes on from epoch {behind} to epoch "
+        f"{epochs}, with the learning rate that a run of {epochs} epochs has there"
+    )
 
 
 def _check_extensions(extensions: Sequence[Any], done: int, epochs: int) -> None:

@@ -191,11 +191,11 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_folder(
     assert str(first) in error or "--source" in error
 
 
-def test_images_of_another_size_are_named_by_the_parameter(first, tmp_path, capsys):
-    write_small = {**SIZES, "image_size": 14}
-    file = ak.save(ak.models.adatape_vit("Ti/7", **write_small, **TAPE), tmp_path / "small")
+def test_images_of_another_size_are_named_by_the_parameter(tmp_path):
+    small = ak.models.adatape_vit("Ti/14", **{**SIZES, "image_size": 14}, **TAPE)
+    file = ak.save(small, tmp_path / "small")
     config, start = begun_with(file)
-    with refused(file, "position", "(1, 16, 8)", "(1, 4, 8)"):
+    with refused(file, "position", "(1, 4, 8)", "(1, 1, 8)"):
         model_of(config, start)
 
 
@@ -215,8 +215,8 @@ def test_what_is_no_model_of_images_is_one_line(first, mnist, tmp_path, capsys):
         assert main(words(mnist, tmp_path / "run", path)) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and expected in error and str(path) in error, error
-    for value in (5, "", "a\0b"):
-        with refused("init"):
+    for value, error in ((5, TypeError), ("", ValueError), ("a\0b", ValueError)):
+        with refused("init", error=error):
             recipe.run(tmp_path / "run", {"data": "mnist"}, data_dir=mnist, init=value)
     assert not (tmp_path / "run").exists()
 
