@@ -117,11 +117,10 @@ class InitialModel:
         """
         name = printable(self.path)
         ours, theirs = model.config, self.config
-        tensors = dict(self.tensors)
+        tensors, note = dict(self.tensors), None
         if ours.num_classes != theirs.num_classes:
-            say(
-                f"adatape-kernels: note: {name} has {theirs.num_classes} classes and the images "
-                f"{ours.num_classes}: the head is new"
+            note = (
+                f"{theirs.num_classes} classes and the images {ours.num_classes}: the head is new"
             )
             tensors |= {
                 key: new
@@ -129,9 +128,9 @@ class InitialModel:
                 if key.startswith(_HEAD) and key in tensors and tensors[key].shape != new.shape
             }
         elif self.class_names not in (None, class_names):
-            say(
-                f"adatape-kernels: note: {name} has other names for its {theirs.num_classes} "
-                "classes: the head begins with its parameters all the same"
+            note = (
+                f"other names for its {theirs.num_classes} classes: the head begins with its "
+                "parameters all the same"
             )
         check_like(self.path, tensors, model)
         # The shapes of parameters do not tell these two.
@@ -140,6 +139,8 @@ class InitialModel:
             if came != expected:
                 raise ValueError(f"{option}: expected {expected}, as in {name}, got {came}")
         model.load_state_dict(tensors)
+        if note is not None:
+            say(f"adatape-kernels: note: {name} has {note}")
 
 
 def file_of(path: Path) -> Path:

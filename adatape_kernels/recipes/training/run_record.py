@@ -95,12 +95,14 @@ class RunRecord:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write the checkpoint of an epoch, and then that the epoch is done."""
-        # Events behind the last checkpoint are purged when the run goes on; missing ones would be
-        # missing for good.
-        if self._events is not None:
-            self._events.add(row)
-        # Where parameters are shared out among ranks, all of them take part in bringing them here.
-        self._save([*self.history, row], self._trained.tensors())
+        try:
+            # Events behind the last checkpoint are purged when the run goes on; missing ones would
+            # be missing for good.
+            if self._events is not None:
+                self._events.add(row)
+        finally:
+            # Where parameters are shared out among ranks, all of them bring them here.
+            self._save([*self.history, row], self._trained.tensors())
         self.history.append(row)
 
     def entries(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from checks import assert_same_bits, refused
 from image_files import write_mnist
 from safetensors.torch import save_file
-from tiny_training import TINY, curve, stop_after
+from tiny_training import TINY, assert_same_run, curve, stop_after
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
@@ -113,6 +113,14 @@ def test_a_run_resumes_without_what_it_began_with(first, mnist, tmp_path, monkey
     assert error.startswith("adatape-kernels: init: expected the file with SHA-256 ")
     assert main(["train", "--out", str(first), "--resume", "--init", str(out)]) == 2
     assert "init: expected none, as in" in capsys.readouterr().err
+
+
+def test_what_its_folder_records_gives_its_curve_again(first, mnist, tmp_path):
+    recipe.run(tmp_path / "one", {"data": "mnist", "epochs": 1}, data_dir=mnist, init=first)
+    config = json.loads((tmp_path / "one" / checkpoint.INDEX).read_text())["config"]
+    assert config.pop("init")["name"] == first.name
+    recipe.run(tmp_path / "other", config, data_dir=mnist, init=first)
+    assert_same_run(tmp_path / "one", tmp_path / "other")
 
 
 def models():

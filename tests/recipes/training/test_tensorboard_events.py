@@ -1,5 +1,7 @@
 """`train --tensorboard`: what is written, that it goes on, and what a missing package says."""
 
+import errno
+import os
 import sys
 import types
 from pathlib import Path
@@ -127,6 +129,19 @@ def test_a_run_that_asks_for_it_later_has_its_first_epochs_too(mnist, tmp_path, 
     recipe.run(out, {"epochs": 4}, resume=True, tensorboard=True)
     assert writers[0].purge_step is None
     assert without_speed(writers[0].scalars) == expected_scalars(out)
+
+
+def test_events_that_cannot_be_written_cost_no_epoch(mnist, tmp_path, writers, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(FakeWriter, "flush", full)
+    out = tmp_path / "run"
+    with pytest.raises(OSError, match="No space left"):
+        recipe.run(out, RUN, data_dir=mnist, tensorboard=True)
+    assert len(curve(out)) == 1
+    recipe.run(out, {}, resume=True, tensorboard=False)
+    assert len(curve(out)) == 3
 
 
 def test_a_missing_package_is_one_line_before_training(mnist, tmp_path, monkeypatch, capsys):

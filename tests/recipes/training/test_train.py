@@ -19,6 +19,7 @@ from adatape_kernels.data import NAMES, augment
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.best_model import BEST
 from adatape_kernels.recipes.training.epoch_metrics import METRICS
 from adatape_kernels.recipes.training.tensorboard_events import PICTURES
 from adatape_kernels.recipes.training.train_config import TrainConfig
@@ -267,7 +268,7 @@ def test_a_checkpoint_of_the_former_option_names_resumes(unbroken, tmp_path, no_
 def test_other_versions_are_noted(unbroken, tmp_path, no_report, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    for file in (INDEX, "checkpoint-3.safetensors"):
+    for file in (INDEX, "checkpoint-3.safetensors", BEST):
         (out / file).write_bytes((unbroken / file).read_bytes())
     index = json.loads((out / INDEX).read_text())
     index["environment"]["torch"] = "2.11.0"
