@@ -203,7 +203,7 @@ def test_images_of_another_size_are_named_by_the_parameter(tmp_path):
     small = ak.models.adatape_vit("Ti/14", **{**SIZES, "image_size": 14}, **TAPE)
     file = ak.save(small, tmp_path / "small")
     config, start = begun_with(file)
-    with refused(file, "position", "(1, 4, 8)", "(1, 1, 8)"):
+    with refused(file, "bank_position", "(1, 16, 8)", "(1, 4, 8)"):
         model_of(config, start)
 
 
