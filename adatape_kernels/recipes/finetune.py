@@ -207,6 +207,7 @@ def run(
         "loading": {name: value for name, value in read.items() if value is not None},
     }
     plan = _saved_plan(folder, given) if resume else _new_plan(folder, given)
+    Execution.of_run("float32", plan.execution).check_device(where)
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         folder.mkdir(parents=True, exist_ok=True)
         own = until_the_end.enter_context(claim(folder))
