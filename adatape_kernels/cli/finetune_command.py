@@ -56,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     options, device = {**vars(arguments)}, asked_device(arguments)
     for name in ("command", "run", "backend", "device"):
         options.pop(name)
-    ways = {"execution": asked_execution(options), "loading": asked_loading(options)}
+    ways: dict[str, Any] = {
+        "execution": asked_execution(options),
+        "loading": asked_loading(options),
+    }
     names = ("data_dir", "source", "source_epochs", "seeds", "resume")
     others = {name: options.pop(name) for name in names}
     with chosen_backend(arguments.backend):

@@ -45,8 +45,10 @@ DEFAULT_SEEDS, MOST_SEEDS = 3, 100
 # Options of `train` that make the ViT, which a source brings with it.
 _OF_THE_VIT = ("variant", "image_size", "patch", "dim", "depth", "heads", "ffn", "activation")
 # Options of `train` by which both the source and what is fine-tuned from it are trained.
-_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed", "dtype", *TRAINING_OPTIONS)
-_OF_BOTH += ("unreadable", "unreadable_limit")
+_OF_BOTH = (
+    *("data", "limit", "batch", "weight_decay", "seed", "dtype", *TRAINING_OPTIONS),
+    *("unreadable", "unreadable_limit"),
+)
 
 
 class _How(NamedTuple):

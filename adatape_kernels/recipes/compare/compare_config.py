@@ -28,8 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """The models by name, and the options of `train` that make them: what halts leaves the batch."""
 
-SHARED_OPTIONS = ("image_size", "patch", "bank_patch", "dim", "heads", "ffn", "batch", "lr")
-SHARED_OPTIONS += ("unreadable", "unreadable_limit")
+SHARED_OPTIONS = (
+    *("image_size", "patch", "bank_patch", "dim", "heads", "ffn", "batch", "lr"),
+    *("unreadable", "unreadable_limit"),
+)
 """Options of `train` that all models share, but for the side of bank patches, which most lack."""
 
 MOST_ROUNDS = 1000
