@@ -39,8 +39,8 @@ class RunRequest:
         out: object,
         options: Mapping[str, Any],
         data_dir: str | Path | None,
-        source: object,
-        init: object,
+        source: str | Path | None,
+        init: str | Path | None,
         resume: bool,
         execution: Mapping[str, Any] | None,
         loading: Mapping[str, Any] | None,
@@ -62,10 +62,8 @@ class RunRequest:
             as_flag("tensorboard", tensorboard)
         if data_dir is not None:
             folder_argument("data-dir", data_dir)
-        files = [
-            None if value is None else check_path(name, value)
-            for name, value in (("source", source), ("init", init))
-        ]
-        if None not in files:
+        source = None if source is None else check_path("source", source)
+        init = None if init is None else check_path("init", init)
+        if source is not None and init is not None:
             raise ValueError("init: expected none beside --source, got both")
-        return cls(folder, options, data_dir, *files, resume, execution, loading, tensorboard)
+        return cls(folder, options, data_dir, source, init, resume, execution, loading, tensorboard)
