@@ -39,8 +39,8 @@ class RunRequest:
         out: object,
         options: Mapping[str, Any],
         data_dir: str | Path | None,
-        source: str | Path | None,
-        init: str | Path | None,
+        source: object,
+        init: object,
         resume: bool,
         execution: Mapping[str, Any] | None,
         loading: Mapping[str, Any] | None,
@@ -62,8 +62,20 @@ class RunRequest:
             as_flag("tensorboard", tensorboard)
         if data_dir is not None:
             folder_argument("data-dir", data_dir)
-        source = None if source is None else check_path("source", source)
-        init = None if init is None else check_path("init", init)
-        if source is not None and init is not None:
+        source_file, init_file = (
+            None if value is None else check_path(name, value)
+            for name, value in (("source", source), ("init", init))
+        )
+        if source_file is not None and init_file is not None:
             raise ValueError("init: expected none beside --source, got both")
-        return cls(folder, options, data_dir, source, init, resume, execution, loading, tensorboard)
+        return cls(
+            folder,
+            options,
+            data_dir,
+            source_file,
+            init_file,
+            resume,
+            execution,
+            loading,
+            tensorboard,
+        )
