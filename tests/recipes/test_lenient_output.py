@@ -71,7 +71,7 @@ def test_a_run_outlives_its_terminal(photos, tmp_path, redirect):
 def test_ascii_shows_other_characters_as_escapes(photos, tmp_path):
     result = shell(photos, tmp_path / "läufe", "", PYTHONIOENCODING="ascii", LC_ALL="C")
     assert result.returncode == 0, result.stderr
-    assert b"l\\xe4ufe" in result.stdout.splitlines()[-1]
+    assert b"l\\xe4ufe" in result.stdout.splitlines()[-2]  # above the best epoch
 
 
 def test_a_failed_run_says_so_by_its_exit_code_where_nothing_can_be_said(photos, tmp_path):

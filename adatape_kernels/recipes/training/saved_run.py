@@ -50,13 +50,14 @@ def saved_run(
     saved = checkpoint.load(out)
     file = out / checkpoint.INDEX
     try:
-        config = saved.config if saved.format > 1 else with_present_names(saved.config)
-        saved = replace(saved, config=asdict(TrainConfig.of_saved(config)))
+        entries = saved.config if saved.format > 1 else with_present_names(saved.config)
+        config = TrainConfig.of_saved(entries)
+        saved = replace(saved, config=asdict(config))
         check_history(saved.history, saved.config)
         check_best(saved.best, saved.history)
         _check_extensions(saved.extended, saved.epoch, saved.config["epochs"])
         Execution.of_run(saved.config["dtype"], {}, saved.environment)
-        Loading.of_run({}, saved.environment)
+        Loading.of_run({}, saved.environment).check_options(config)
     except ValueError as error:
         raise ValueError(f"{file}: expected the options of a run, got {error}") from None
     for name, value in options.items():
