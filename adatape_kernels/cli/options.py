@@ -101,11 +101,18 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="make the training steps by torch.compile",
     )
+    group.add_argument(
+        "--parallel",
+        metavar="KIND",
+        help="under torchrun: ddp, every process holds all parameters, or fsdp, each a part of "
+        "every one; default: ddp",
+    )
 
 
 def asked_execution(options: dict[str, Any]) -> dict[str, Any]:
     """Take the values of `add_execution` out of a command's options, and return them."""
-    return {name: options.pop(name) for name in ("accumulate", "checkpoint_layers", "compiled")}
+    names = ("accumulate", "checkpoint_layers", "compiled", "parallel")
+    return {name: options.pop(name) for name in names}
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

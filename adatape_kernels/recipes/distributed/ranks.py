@@ -31,8 +31,13 @@ _NONE = torch.arange(0)
 _LONGEST_WAIT = timedelta(minutes=30)
 _MOST_RANKS = 1 << 20
 # Of torch's DistributedDataParallel: a name that newer versions have for an option that older ones
-# know by this one alone, and the layout of small gradients.
-_NO_FAULTS = ("`broadcast_buffers` is deprecated", "Grad strides do not match")
+# know by this one alone, and the layout of small gradients. Of its FSDP2: what a model returns must
+# not be changed in place, as it is not here.
+_NO_FAULTS = (
+    "`broadcast_buffers` is deprecated",
+    "Grad strides do not match",
+    "FSDP2-wrapped module",
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,11 +12,15 @@ from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.image_set import Subset, unit_range
 from adatape_kernels.data.printable import printable
+from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.models.value_checks import as_flag
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.devices import chosen_device, moved
+from adatape_kernels.recipes.distributed.dealing import rows_tensors, saved_rows
+from adatape_kernels.recipes.distributed.divided_checkpoint import save_together
+from adatape_kernels.recipes.distributed.divided_parameters import whole_model
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
 from adatape_kernels.recipes.machine import attention_backend
@@ -200,6 +204,8 @@ def _run(
     steps = plan.steps_per_epoch(len(data.train_labels))
     history: list[dict[str, Any]] = []
     columns = columns_of(config)
+    before_tensors = {} if saved is None else saved.tensors
+    image_rows = saved_rows(folder / checkpoint.INDEX, before_tensors, len(data.train_labels))
     if saved is not None:
         check_facts(folder, saved, facts, steps)
         checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
@@ -215,15 +221,16 @@ def _run(
     writing = run_folder
 
     def save(rows: list[dict[str, Any]]) -> None:
-        tensors = checkpoint.tensors_of(model, optimizer, averaged)
-        if writing is None:
-            return
+        tensors = checkpoint.tensors_of(model, optimizer, averaged) | rows_tensors(image_rows)
         done = len(rows)
-        checkpoint.save(
+        save_together(
+            folder,
             writing,
             Checkpoint(done, done * steps, asdict(config), facts, rows, environment, tensors),
+            ranks,
         )
-        writing.write("metrics.csv", metrics_csv(rows, columns))
+        if writing is not None:
+            writing.write("metrics.csv", metrics_csv(rows, columns))
 
     if writing is not None:
         checkpoint.remove_leftovers(writing)
@@ -264,13 +271,15 @@ def _run(
                 after_epoch=after_epoch,
                 execution=execution,
                 loader=loader,
+                rows=image_rows,
             )
         looked.say_unreadable()
+        whole = cast(ImageClassifier, whole_model(final))
         entries = {"config": asdict(config), "data": facts, "metrics": history}
         if writing is None:
             return None
         return write_report(
-            writing, final, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
+            writing, whole, data, normalise, entries, rounds=ROUNDS, dtype=config.dtype
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

@@ -7,6 +7,7 @@ writes what it found into FOLDER, and the tests compare.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which DistributedDataParallel imports, once for all ranks
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torch import nn
 
 from adatape_kernels.data import ImageSet, Normaliser
@@ -27,11 +29,16 @@ from adatape_kernels.models import (
     UViT,
     UViTConfig,
 )
-from adatape_kernels.recipes.distributed.dealing import Dealer
+from adatape_kernels.recipes import checkpoint
+from adatape_kernels.recipes.checkpoint import Checkpoint
+from adatape_kernels.recipes.distributed import divided_checkpoint
+from adatape_kernels.recipes.distributed.dealing import Dealer, rows_tensors, saved_rows
+from adatape_kernels.recipes.distributed.divided_checkpoint import save_together
+from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole, whole_model
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
-from adatape_kernels.recipes.run_folder import write_file
+from adatape_kernels.recipes.run_folder import claim, write_file
 from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.training.averaged_model import averaged_model
 from adatape_kernels.recipes.training.execution import Execution
@@ -59,7 +66,17 @@ DATA = ImageSet(IMAGES[:17], LABELS[:17], IMAGES[17:], LABELS[17:], tuple("abcde
 NORMALISE = Normaliser((0.5,), (0.3,))
 EPOCHS = ("drawn", "loaded", "skipping")
 """What prepares the batches; "skipping" leaves an image out that cannot be read."""
+DIVIDED_EPOCHS = ("drawn", "skipping")
+"""Those of EPOCHS that are trained with parameters that are divided, too."""
 UNREADABLE = 11
+CHAINS = {
+    "unbroken": [(1, "ddp"), (1, "ddp")],
+    "fsdp and ddp": [(2, "fsdp"), (2, "ddp")],
+    "ddp and fsdp": [(2, "ddp"), (2, "fsdp")],
+    "fsdp and one process": [(2, "fsdp"), (1, "fsdp")],
+    "fsdp, killed": [(3, "fsdp"), (3, "killed"), (2, "fsdp")],
+}
+"""Runs of two epochs, by the ranks that compute each; "killed" while they write their parts."""
 PLAN = TrainPlan(2, 6, 0.1, max_grad_norm=0.5, mixup=0.4, loss="sigmoid")
 
 
@@ -71,10 +88,10 @@ def new_model(kind):
     return model.train()
 
 
-def step(ranks, kind, images, parts):
+def step(ranks, kind, images, parts, parallel="ddp"):
     """The gradients of a step by name, and its loss, in float64."""
     model = new_model(kind).double()
-    execution = Execution(accumulate=parts, ranks=ranks)
+    execution = Execution(accumulate=parts, parallel=parallel, ranks=ranks)
     with execution.forward_of(model) as forward:
         dealer = Dealer(forward, ranks, 10)
         dealer.rows = torch.tensor([9, 1, 0, 5, 5, 7, 1, 1, 1, 1])[: len(dealer.rows)]
@@ -85,7 +102,9 @@ def step(ranks, kind, images, parts):
         sums = add_gradients(forward, model.loss, *given, CPU, execution, share)
         together = ranks.summed(torch.stack(sums[:3]).double())
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {**found, "sums": together}
+    if parallel == "fsdp":
+        assert all(map(is_part, found.values()))
+    return {**{name: whole(grad) for name, grad in found.items()}, "sums": together}
 
 
 class Damaged:
@@ -125,7 +144,7 @@ def loader_of(kind):
     return BatchLoader(maker, 1 if kind == "loaded" else 0, unreadable=unreadable)
 
 
-def epochs(ranks, kind):
+def epochs(ranks, kind, parallel="ddp"):
     """The parameters and their average after two epochs, and what each epoch said."""
     model = new_model("adatape")
     averaged, results = averaged_model(model, 0.9), []
@@ -141,14 +160,71 @@ def epochs(ranks, kind):
     with contextlib.nullcontext() if loader is None else loader:
         train(
             *(model, DATA, PLAN, NORMALISE, noisy),
-            **{"averaged": averaged, "after_epoch": told, "execution": Execution(ranks=ranks)},
+            **{
+                "averaged": averaged,
+                "after_epoch": told,
+                "execution": Execution(parallel=parallel, ranks=ranks),
+            },
             **{"optimizer": optimizer, "loader": loader},
         )
     numbers = [[r.loss, r.accuracy, r.learning_rate, *test] for r, test in results]
-    found = {name: p.detach() for name, p in model.named_parameters()}
-    found |= {f"average.{name}": p.detach() for name, p in averaged.module.named_parameters()}
+    found = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    average = averaged.module.named_parameters()
+    found |= {f"average.{name}": whole(p.detach()) for name, p in average}
     shares = [None if r.imbalance is None else r.imbalance.metrics() for r, _ in results]
     return {**found, "numbers": torch.tensor(numbers).double()}, shares
+
+
+class Enough(Exception):
+    """An epoch is over."""
+
+
+def epoch_of_run(ranks, folder, parallel):
+    """Train for one epoch, from the checkpoint of a folder on, and write the next one."""
+    torch.set_num_threads(1)
+    model = new_model("adatape")
+    averaged = averaged_model(model, 0.9)
+    # Of a gradient that is rounding alone AdamW's own eps would make a step of full length.
+    optimizer = torch.optim.AdamW(model.parameters(), eps=1e-3, fused=True)
+    history, tensors = [], {}
+    if (folder / checkpoint.INDEX).exists():
+        saved = checkpoint.load(folder)
+        checkpoint.restore(folder, saved.tensors, model, optimizer, averaged)
+        history, tensors = saved.history, saved.tensors
+    rows = saved_rows(folder, tensors, len(DATA.train_labels))
+    with claim(folder) if ranks.leads else contextlib.nullcontext() as run:
+        if run is not None:
+            checkpoint.remove_leftovers(run)
+
+        def told(result):
+            test = evaluated(averaged.module, DATA, NORMALISE, ranks=ranks)
+            after = [*history, [result.loss, result.accuracy, *test]]
+            held = checkpoint.tensors_of(model, optimizer, averaged) | rows_tensors(rows)
+            saved = Checkpoint(len(after), 3 * len(after), {}, {}, after, {}, held)
+            if parallel == "killed" and ranks.number == 1:
+                divided_checkpoint.write_file = write_and_die
+            save_together(folder, run, saved, ranks)
+            raise Enough
+
+        execution = Execution(parallel="ddp" if parallel == "ddp" else "fsdp", ranks=ranks)
+        with contextlib.suppress(Enough):
+            train(
+                *(model, DATA, PLAN, NORMALISE, noisy),
+                **{"averaged": averaged, "after_epoch": told, "execution": execution},
+                **{"optimizer": optimizer, "epochs_done": len(history), "rows": rows},
+            )
+    made = whole_model(averaged.module)
+    assert made is averaged.module or not any(map(is_part, made.state_dict().values()))
+    if ranks.leads:
+        names = {file.name for file in folder.iterdir()}
+        parts = ranks.count if ranks.several and execution.parallel == "fsdp" else 0
+        assert len(names) == 2 + parts  # nothing is left over
+
+
+def write_and_die(path, content, part):
+    """Write a file, and be killed before anybody hears of it."""
+    write_file(path, content, part)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def found_by(ranks):
@@ -159,6 +235,11 @@ def found_by(ranks):
     }
     for kind in EPOCHS:
         found[kind], shares = epochs(ranks, kind)
+    if ranks.several:
+        for kind, images, parts in STEPS:
+            found[f"fsdp-{kind}-{images}-{parts}"] = step(ranks, kind, images, parts, "fsdp")
+        for kind in DIVIDED_EPOCHS:
+            found[f"fsdp-{kind}"], _ = epochs(ranks, kind, "fsdp")
     return {**found, "shares": shares}
 
 
@@ -235,6 +316,12 @@ def main(folder):
         assert in_ranks(count, folder, save_found) == count * [0]
     RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
     codes = {work.__name__: in_ranks(3, folder, work, work.__name__) for work in FAULTS}
+    for chain, steps in CHAINS.items():
+        (folder / chain).mkdir()
+        for count, parallel in steps:
+            work = functools.partial(epoch_of_run, parallel=parallel)
+            name = None if parallel != "killed" else parallel
+            codes[chain] = codes.get(chain, []) + [in_ranks(count, folder / chain, work, name)]
     torch.save(codes, folder / "codes")
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_cases import CPU, EPOCHS, STEPS, new_model
+from rank_cases import CHAINS, CPU, DIVIDED_EPOCHS, EPOCHS, STEPS, new_model
 from torch import nn
 
 from adatape_kernels.cli import main
+from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.training.epoch_metrics import METRICS, check_history, metrics_csv
@@ -46,27 +47,30 @@ def found(tmp_path_factory):
     words = {f.stem: f.read_text() for f in folder.glob("*.txt")}
     written = (folder / "written").read_bytes()
     codes = torch.load(folder / "codes")
-    return {**results, "stderr": done.stderr, "words": words, "written": written, "codes": codes}
+    chains = {chain: checkpoint.load(folder / chain) for chain in CHAINS}
+    others = {"words": words, "written": written, "codes": codes, "chains": chains}
+    return {**results, **others, "stderr": done.stderr}
 
 
 @needs_gloo
+@pytest.mark.parametrize("parallel", ["", "fsdp-"])
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(("kind", "images", "parts"), STEPS)
-def test_a_step_of_several_processes_is_that_of_one(found, count, kind, images, parts):
+def test_a_step_of_several_processes_is_that_of_one(found, count, kind, images, parts, parallel):
     name = f"{kind}-{images}-{parts}"
     expected = found[1, 0][name]
     for rank in range(count):
-        actual = found[count, rank][name]
+        actual = found[count, rank][parallel + name]
         assert actual.keys() == expected.keys()
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-11)
 
 
 @needs_gloo
-@pytest.mark.parametrize("kind", EPOCHS)
+@pytest.mark.parametrize("kind", [*EPOCHS, *(f"fsdp-{kind}" for kind in DIVIDED_EPOCHS)])
 @pytest.mark.parametrize("count", [2, 3])
 def test_epochs_of_several_processes_are_those_of_one(found, count, kind):
     """With mixup, clipping, an average, a ragged last batch, and the evaluation shared."""
-    expected = found[1, 0][kind]
+    expected = found[1, 0][kind.removeprefix("fsdp-")]
     for rank in range(count):
         actual = found[count, rank][kind]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
@@ -91,6 +95,29 @@ def test_rank_0_alone_shows_a_bar(found):
     assert found["stderr"].count("2/2") > 0
     assert found["stderr"].count("an epoch") == 0
     assert 0 < found["stderr"].count("34/34") <= 12
+
+
+@needs_gloo
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_in_other_processes_and_with_others_parts(found, chain):
+    """With AdamW, clipping and an average; of "killed" the parts are lost that were written."""
+    for codes, (_, parallel) in zip(found["codes"][chain], CHAINS[chain], strict=True):
+        expected = [2, -signal.SIGKILL, 2] if parallel == "killed" else [0] * len(codes)
+        assert codes == expected
+    expected, actual = found["chains"]["unbroken"], found["chains"][chain]
+    assert (actual.epoch, actual.step) == (2, 6)
+    torch.testing.assert_close(actual.history, expected.history, atol=1e-5, rtol=1e-4)
+    tensors = dict(actual.tensors)
+    rows = tensors.pop("rows of images", None)
+    torch.testing.assert_close(tensors, expected.tensors, atol=1e-5, rtol=1e-4)
+    if chain != "unbroken":
+        assert rows.dtype == torch.int32 and rows.shape == (17,) and (rows >= 5).all()
+
+
+@needs_gloo
+def test_a_rank_that_is_killed_while_it_writes_its_part_stops_all_with_one_line(found):
+    (line,) = last_words(found, "killed")
+    assert "of 3: expected an answer of every other rank, and one is gone" in line
 
 
 def last_words(found, fault):
