@@ -15,9 +15,10 @@ import torch
 from checks import refused
 
 from adatape_kernels.cli import main
-from adatape_kernels.recipes import checkpoint, run_folder
+from adatape_kernels.recipes import checkpoint, demo, run_folder
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
 from adatape_kernels.recipes.run_folder import LOCK, claim, leftovers
+from adatape_kernels.recipes.training import train
 
 WRITER = """
 import os, random, signal, sys, time
@@ -383,8 +384,6 @@ def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
     assert LOCK in names(tmp_path)
     words = ["train", "--data", "digits", "--limit", "20", "--epochs", "1", "--dim", "16"]
     words += ["--depth", "1", "--ffn", "16", "--heads", "2"]
-    from adatape_kernels.recipes.training import train
-
     monkeypatch.setattr(train, "write_report", lambda *given, **options: None)
     assert main([*words, "--out", str(tmp_path)]) == 0
     assert names(tmp_path) == {INDEX, "checkpoint-1.safetensors", "metrics.csv"}
@@ -392,9 +391,6 @@ def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", [None, 5, 1.0, True, "", "a\0b", [], b"\0"])
 def test_folders_are_paths(value):
-    from adatape_kernels.recipes import demo
-    from adatape_kernels.recipes.training import train
-
     with refused("out"):
         demo.run(value, epochs=1)
     with refused("out"):
