@@ -305,9 +305,9 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Return copies on the CPU of the tensors that a run needs to go on, by name.
 
-    What is divided among several processes is returned as it is. They are those of the model, of the optimizer's state and of the moving average of the model's
+    They are those of the model, of the optimizer's state and of the moving average of the model's
     parameters, if there is one, and the state of torch's generator, and of that of the GPU where
-    the model is on one.
+    the model is on one. What is divided among several processes is returned as it is.
     """
     tensors = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():

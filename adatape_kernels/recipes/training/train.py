@@ -148,7 +148,10 @@ def _run(
     file = None if source is None else check_path("source", source)
     pictures.require("train")
     resume = resume or (ranks.restarts > 0 and (folder / checkpoint.INDEX).exists())
-    (check_run_folder if resume else check_output_folder)(folder)
+    if resume:
+        check_run_folder(folder)
+    elif ranks.leads:  # others would make the folder and take it back at the same time
+        check_output_folder(folder)
     run_folder, saved, start = None, None, None
     if resume:
         checkpoint.require(folder)

@@ -11,6 +11,8 @@ import functools
 import os
 import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,12 +31,13 @@ from adatape_kernels.models import (
     UViT,
     UViTConfig,
 )
-from adatape_kernels.recipes import checkpoint
+from adatape_kernels.recipes import checkpoint, demo, finetune
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.distributed import divided_checkpoint
 from adatape_kernels.recipes.distributed.dealing import Dealer, rows_tensors, saved_rows
 from adatape_kernels.recipes.distributed.divided_checkpoint import save_together
 from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole, whole_model
+from adatape_kernels.recipes.distributed.rank_workers import runs_at_a_time, runs_dealt_out
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
@@ -45,6 +48,7 @@ from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.train_loop import train
 from adatape_kernels.recipes.training.train_plan import TrainPlan
 from adatape_kernels.recipes.training.train_step import add_gradients
+from adatape_kernels.recipes.worker_processes import in_processes
 
 CPU = torch.device("cpu")
 SIZES = {"num_classes": 5, "dim": 16, "num_heads": 2, "ffn_dim": 16, "image_size": 8}
@@ -88,10 +92,10 @@ def new_model(kind):
     return model.train()
 
 
-def step(ranks, kind, images, parts, parallel="ddp"):
+def step(ranks, kind, images, parts, parallel="ddp", **options):
     """The gradients of a step by name, and its loss, in float64."""
     model = new_model(kind).double()
-    execution = Execution(accumulate=parts, parallel=parallel, ranks=ranks)
+    execution = Execution(accumulate=parts, parallel=parallel, ranks=ranks, **options)
     with execution.forward_of(model) as forward:
         dealer = Dealer(forward, ranks, 10)
         dealer.rows = torch.tensor([9, 1, 0, 5, 5, 7, 1, 1, 1, 1])[: len(dealer.rows)]
@@ -238,6 +242,8 @@ def found_by(ranks):
     if ranks.several:
         for kind, images, parts in STEPS:
             found[f"fsdp-{kind}-{images}-{parts}"] = step(ranks, kind, images, parts, "fsdp")
+        twice = step(ranks, "adatape", BATCHES[0], 1, "fsdp", checkpoint_layers=True)
+        found["fsdp, layers twice"] = twice
         for kind in DIVIDED_EPOCHS:
             found[f"fsdp-{kind}"], _ = epochs(ranks, kind, "fsdp")
     return {**found, "shares": shares}
@@ -270,6 +276,57 @@ def hang(ranks, folder):
     if ranks.number == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     ranks.summed(torch.ones(3))
+
+
+def deal_runs(ranks, folder):
+    """Let ranks 1 and 2 work on runs that rank 0 deals out, of which the last one fails."""
+    with runs_dealt_out(CPU) as works:
+        if works:
+            helpers = runs_at_a_time(None, CPU) - 1
+            runs = [(f"run {number}", (number, folder)) for number in range(5)]
+            found = [*in_processes(runs, train_a_run, helpers), *in_processes(runs[:1], told, 2)]
+            torch.save(found, folder / "runs")
+            list(in_processes([("run 5", (5, folder))], train_a_run, helpers))
+
+
+def train_a_run(run, tell):
+    """What a rank does with a run: it waits until the other rank has one, too."""
+    number, folder = run
+    if number == 5:
+        raise ValueError("loss: expected a finite value, got nan")
+    rank = int(os.environ["RANK"])
+    (folder / f"busy-{rank}").touch()
+    while len([*folder.glob("busy-*")]) < 2:
+        time.sleep(0.01)
+    return number, rank, torch.get_num_threads()
+
+
+def told(run, tell):
+    tell("half of it")
+    return "all of it"
+
+
+def share_commands(ranks, folder):
+    """Run `demo` and `finetune` on all ranks, with a small set in the place of digits."""
+    torch.set_num_threads(1)
+    demo.digits = lambda seed: replace(DATA, class_names=tuple("abcdefghij"))
+    demo.write_report = lambda out, model, *rest, **others: model.state_dict()
+    weights = demo.run(folder / f"demo of {ranks.count}", epochs=1)
+    calls = []
+
+    def run(out, options, **others):
+        calls.append((out.name, others["resume"]))
+        if ranks.leads:  # what each rank would see otherwise
+            out.mkdir()
+            (out / checkpoint.INDEX).touch()
+
+    finetune.train.run, finetune.train.finished = run, lambda out, *of: out.name == "tape-1"
+    finetune.FinetunePlan.check_data = lambda plan: None
+    finetune._write_source = lambda own, made: own.write(finetune.SOURCE, b"a source")
+    finetune._report = lambda own, plan, *rest: plan.seeds
+    seeds = finetune.run(folder / f"finetune of {ranks.count}", {"data": "digits"}, seeds=2)
+    found = {"weights": weights, "calls": calls, "seeds": seeds}
+    torch.save(found, folder / f"commands-{ranks.count}-{ranks.number}")
 
 
 def serve(rank, count, folder, port, work):
@@ -316,12 +373,15 @@ def main(folder):
         assert in_ranks(count, folder, save_found) == count * [0]
     RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
     codes = {work.__name__: in_ranks(3, folder, work, work.__name__) for work in FAULTS}
+    codes["deal_runs"] = in_ranks(3, folder, deal_runs, "deal_runs")
+    for count in (1, 2):
+        codes[f"commands of {count}"] = in_ranks(count, folder, share_commands)
     for chain, steps in CHAINS.items():
         (folder / chain).mkdir()
         for count, parallel in steps:
             work = functools.partial(epoch_of_run, parallel=parallel)
             name = None if parallel != "killed" else parallel
-            codes[chain] = codes.get(chain, []) + [in_ranks(count, folder / chain, work, name)]
+            codes.setdefault(chain, []).append(in_ranks(count, folder / chain, work, name))
     torch.save(codes, folder / "codes")
 
 

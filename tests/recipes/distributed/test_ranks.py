@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_cases import CHAINS, CPU, DIVIDED_EPOCHS, EPOCHS, STEPS, new_model
+from rank_cases import BATCHES, CHAINS, CPU, DIVIDED_EPOCHS, EPOCHS, STEPS, new_model
 from torch import nn
 
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
+from adatape_kernels.recipes.distributed.rank_workers import device_of_each, runs_at_a_time
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.finetune_report import KINDS
 from adatape_kernels.recipes.training.epoch_metrics import METRICS, check_history, metrics_csv
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.train_config import TrainConfig
@@ -48,7 +50,10 @@ def found(tmp_path_factory):
     written = (folder / "written").read_bytes()
     codes = torch.load(folder / "codes")
     chains = {chain: checkpoint.load(folder / chain) for chain in CHAINS}
-    others = {"words": words, "written": written, "codes": codes, "chains": chains}
+    runs = torch.load(folder / "runs")
+    commands = {file.name: torch.load(file) for file in folder.glob("commands-*")}
+    others = {"runs": runs, "commands": commands, "words": words, "written": written}
+    others |= {"codes": codes, "chains": chains}
     return {**results, **others, "stderr": done.stderr}
 
 
@@ -63,6 +68,14 @@ def test_a_step_of_several_processes_is_that_of_one(found, count, kind, images, 
         actual = found[count, rank][parallel + name]
         assert actual.keys() == expected.keys()
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-11)
+
+
+@needs_gloo
+@pytest.mark.parametrize("count", [2, 3])
+def test_divided_layers_may_be_computed_twice(found, count):
+    expected = found[1, 0][f"adatape-{BATCHES[0]}-1"]
+    actual = found[count, 1]["fsdp, layers twice"]
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-11)
 
 
 @needs_gloo
@@ -152,6 +165,43 @@ def test_a_rank_that_is_silent_is_noticed(found):
     )
 
 
+@needs_gloo
+def test_runs_are_dealt_out_to_the_ranks(found):
+    *runs, first, second = found["runs"]
+    assert (first, second) == ("half of it", "all of it")
+    assert sorted(number for number, _, _ in runs) == [*range(5)]
+    assert {(rank, threads) for _, rank, threads in runs} == {(1, 1), (2, 1)}
+    assert found["codes"]["deal_runs"][0] == 2
+    assert last_words(found, "deal_runs") == [
+        "adatape-kernels: run 5: loss: expected a finite value, got nan"
+    ]
+
+
+@needs_gloo
+def test_ranks_share_the_demo_and_the_runs_of_finetune(found):
+    assert found["codes"]["commands of 2"] == [0, 0] and found["codes"]["commands of 1"] == [0]
+    alone, leads, follows = (
+        found["commands"][f"commands-{name}"] for name in ("1-0", "2-0", "2-1")
+    )
+    torch.testing.assert_close(leads["weights"], alone["weights"], atol=1e-3, rtol=1e-2)
+    assert follows["weights"] is None
+    names = ["source", *(f"{kind}-{number}" for number in range(2) for kind in KINDS)]
+    names.remove("tape-1")
+    for found_by in (alone, leads, follows):
+        assert found_by["calls"] == [(name, False) for name in names]
+    assert (alone["seeds"], leads["seeds"], follows["seeds"]) == (2, 2, None)
+
+
+def test_under_torchrun_jobs_are_the_processes(monkeypatch):
+    assert runs_at_a_time(3, CPU) == 3
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert runs_at_a_time(None, CPU) == 5
+    assert device_of_each(torch.device("cuda", 3)) == torch.device("cuda")
+    with pytest.raises(ValueError, match=r"^jobs: expected none under torchrun, .* got 3$"):
+        runs_at_a_time(3, CPU)
+
+
 def test_a_run_goes_on_with_another_number_of_processes():
     """Its metrics have further columns for the epochs that several have shared."""
     config = TrainConfig.of({"data": "digits", "epochs": 3})
@@ -185,6 +235,8 @@ def test_damaged_variables_are_refused(name, value):
 
 def test_what_cannot_be_shared_is_refused():
     execution = Execution(ranks=TWO)
+    with pytest.raises(ValueError, match=r"^parallel: expected ddp, fsdp, got 'zero'"):
+        Execution(parallel="zero")
     with pytest.raises(ValueError, match=r"^compile: expected one process, got 2"):
         Execution(compiled=True, ranks=TWO)
     normed = nn.Sequential(nn.BatchNorm1d(3))
@@ -198,10 +250,11 @@ def test_what_cannot_be_shared_is_refused():
         execution.check_model(model)
 
 
-def test_other_commands_than_train_are_refused(monkeypatch, capsys):
+def test_commands_that_do_not_train_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["info"]) == 2
     assert capsys.readouterr().err == (
-        "adatape-kernels: torchrun: expected the command train, got info\n"
+        "adatape-kernels: torchrun: expected one of train, demo, finetune, parity, compare, "
+        "got info\n"
     )
