@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_cases import BATCHES, CHAINS, CPU, DIVIDED_EPOCHS, EPOCHS, STEPS, new_model
+from rank_cases import BATCHES, DIVIDED_EPOCHS, EPOCHS, STEPS
+from rank_models import CPU, new_model
+from rank_runs import CHAINS
 from torch import nn
 
 from adatape_kernels.cli import main
@@ -186,7 +188,7 @@ def test_ranks_share_the_demo_and_the_runs_of_finetune(found):
     torch.testing.assert_close(leads["weights"], alone["weights"], atol=1e-3, rtol=1e-2)
     assert follows["weights"] is None
     names = ["source", *(f"{kind}-{number}" for number in range(2) for kind in KINDS)]
-    names.remove("tape-1")
+    names.remove("input-1")
     for found_by in (alone, leads, follows):
         assert found_by["calls"] == [(name, False) for name in names]
     assert (alone["seeds"], leads["seeds"], follows["seeds"]) == (2, 2, None)
@@ -235,7 +237,7 @@ def test_damaged_variables_are_refused(name, value):
 
 def test_what_cannot_be_shared_is_refused():
     execution = Execution(ranks=TWO)
-    with pytest.raises(ValueError, match=r"^parallel: expected ddp, fsdp, got 'zero'"):
+    with pytest.raises(ValueError, match=r"^parallel: expected 'ddp' or 'fsdp', got 'zero'"):
         Execution(parallel="zero")
     with pytest.raises(ValueError, match=r"^compile: expected one process, got 2"):
         Execution(compiled=True, ranks=TWO)
