@@ -7,6 +7,7 @@ the same however many run beside it.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -136,13 +137,18 @@ def serve(connection: Connection) -> None:
     # Without the process that sends the tasks this one has nothing to do any more.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError, EOFError):
         while (task := connection.recv()) is not None:
-            name, work, (first, *fallback), given = task._replace(backends=task.backends or (None,))
+            first, *fallback = task.backends or (None,)
             try:
                 with use_backend(first, fallback):
-                    result = work(given, lambda message: connection.send(("told", message)))
+                    tell = functools.partial(_tell, connection)
+                    result = task.work(task.given, tell)
                 connection.send(("returned", result))
             except (ValueError, RuntimeError, MemoryError, OSError) as error:
                 if isinstance(error, BrokenPipeError | ConnectionResetError):
                     raise
-                connection.send(("failed", f"{name}: {error or type(error).__name__}"))
+                connection.send(("failed", f"{task.name}: {error or type(error).__name__}"))
                 return
+
+
+def _tell(connection: Connection, message: Any) -> None:
+    connection.send(("told", message))
