@@ -39,11 +39,25 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the set's files; default for fashion-mnist: where Debian's package puts them",
     )
     add("--out", default="adatape-train", metavar="FOLDER", help="default: %(default)s")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in --out, up to --epochs where it is given",
+    )
+    add(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="write scalars and pictures into the folder tensorboard within --out",
+    )
     add(
         "--source",
         metavar="FILE",
         help="begin with a pretrained ViT: a safetensors file of timm or torchvision; with --heads",
+    )
+    add(
+        "--init",
+        metavar="PATH",
+        help="begin with a model of this package: a file that save or train wrote, or a run",
     )
     add(
         "--recipe",
@@ -160,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("command", "run", "backend", "device"):
         options.pop(name)
     out, resume = options.pop("out"), options.pop("resume")
-    files = {name: options.pop(name) for name in ("data_dir", "source")}
+    files = {name: options.pop(name) for name in ("data_dir", "source", "init", "tensorboard")}
     with chosen_backend(arguments.backend):
         execution = asked_execution(options)
         loading = asked_loading(options)

@@ -343,7 +343,7 @@ class ElasticEncoder(ElasticModule):
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,
-        halt_threshold: float | None = None,
+        halt_threshold: float | Tensor | None = None,
         num_tape_tokens: int | None = None,
     ) -> tuple[Rows, tuple[TapeSelection, ...]]:
         """Encode a batch.

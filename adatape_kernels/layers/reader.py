@@ -1,5 +1,6 @@
 """Reading a tape from a bank of tokens and appending it to each example (SPEC 2 to 5)."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from adatape_kernels.layers.recomputed_bank import (
     rows_of_selection,
 )
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
+from adatape_kernels.layers.stopped_reads import check_threshold, stopped_at
 from adatape_kernels.layers.torch_modules import NORM_EPS, is_plain, xavier_linear
 from adatape_kernels.op_types import LossType, TapeSelection
 from adatape_kernels.ops.reading_checks import MAX_TOPK
@@ -38,13 +40,15 @@ class ReadBudget(NamedTuple):
         10
     """
 
-    halt_threshold: float
+    halt_threshold: float | Tensor
     """An example reads on while its halting score is below this."""
     num_tape_tokens: int
     """Most tape tokens that an example reads."""
 
 
-def given_limits(halt_threshold: float | None, num_tape_tokens: int | None) -> dict[str, Any]:
+def given_limits(
+    halt_threshold: float | Tensor | None, num_tape_tokens: int | None
+) -> dict[str, Any]:
     """Return those of a read's limits that are not None, as keyword arguments of a reader.
 
     What is not asked for is not passed on, since a reader of the user's own may not know it.
@@ -156,7 +160,7 @@ class TapeReader(ElasticModule):
         *,
         bank_lens: Tensor | None = None,
         capacity: int | None = None,
-        halt_threshold: float | None = None,
+        halt_threshold: float | Tensor | None = None,
         num_tape_tokens: int | None = None,
     ) -> tuple[Rows, TapeSelection]:
         """Read from the bank and append the tape tokens that were read.
@@ -173,7 +177,8 @@ class TapeReader(ElasticModule):
                 never synchronises); None for exactly those that are read, which copies one number
                 to the host.
             halt_threshold, num_tape_tokens: in the place of the reader's own, for this call; None
-                leaves them.
+                leaves them. A scalar tensor as the threshold is not waited for; all steps are then
+                selected, and those beyond the threshold are left out.
 
         Returns:
             The batch with the tape appended, and what was read: indices and weights
@@ -223,17 +228,24 @@ class TapeReader(ElasticModule):
         """Return tape, offsets and selection, as `ops.tape_read` does."""
         if self._may_copy_rows_of(bank, query):
             bank = recomputed(cast(Tensor, bank))
+        threshold = budget.halt_threshold
+        later = threshold if isinstance(threshold, Tensor) else None  # known when the ops run
         options: Any = {
             "topk": self.topk,
-            **budget._asdict(),
+            "num_tape_tokens": budget.num_tape_tokens,
+            "halt_threshold": threshold if later is None else math.inf,
             "average_query": self.average_query,
             "loss_type": self.loss_type,
             "bank_lens": bank_lens,
         }
         if not isinstance(bank, RecomputedBank):
             values, query, read_mask = self.normalised(bank, query)
-            keys = query[:, : self.key_dim]
-            return ops.tape_read(keys, values, **options, read_mask=read_mask, capacity=capacity)
+            query, options["read_mask"] = query[:, : self.key_dim], read_mask
+            if later is None:
+                return ops.tape_read(query, values, **options, capacity=capacity)
+            selection = ops.tape_select(query, values[..., : self.key_dim], **options)
+            selection = stopped_at(selection, later, self.loss_type)
+            return (*ops.tape_gather(values, *selection[:3], capacity=capacity), selection)
         entries = self._checked(bank.entries, query)
         query, read_mask = self._regularised(query, entries)
         with torch.no_grad():
@@ -242,6 +254,8 @@ class TapeReader(ElasticModule):
         with torch.no_grad():
             keys = values[..., : self.key_dim]
             selection = ops.tape_select(query, keys, **options, read_mask=read_mask)
+            if later is not None:
+                selection = stopped_at(selection, later, self.loss_type)
         rows = self.bank_norm(bank.rows(*rows_of_selection(selection.indices, entries.shape[1])))
         return tape_read_again(
             query,
@@ -254,7 +268,7 @@ class TapeReader(ElasticModule):
         )
 
     def budget(
-        self, halt_threshold: float | None = None, num_tape_tokens: int | None = None
+        self, halt_threshold: float | Tensor | None = None, num_tape_tokens: int | None = None
     ) -> "ReadBudget":
         """Return the reader's own limits, or those that stand in their place.
 
@@ -273,6 +287,8 @@ class TapeReader(ElasticModule):
         """
         if halt_threshold is None:
             halt_threshold = self.halt_threshold
+        elif isinstance(halt_threshold, Tensor):
+            check_threshold(halt_threshold)
         else:
             check_number("halt_threshold", halt_threshold, finite=False)
         if num_tape_tokens is None:

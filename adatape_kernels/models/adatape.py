@@ -84,7 +84,7 @@ class AdaTape(Classifier, ABC):
         inputs: ModelInputs,
         *,
         capacity: int | None = None,
-        halt_threshold: float | None = None,
+        halt_threshold: float | Tensor | None = None,
         num_tape_tokens: int | None = None,
     ) -> AdaTapeOutput:
         """Classify a batch.
@@ -94,7 +94,7 @@ class AdaTape(Classifier, ABC):
             capacity: tape rows to reserve for each read, over the whole batch (capacity mode,
                 which never synchronises); None computes exactly the rows that are read.
             halt_threshold: an example reads on while its halting score is below this, in the place
-                of the configuration's; None leaves that.
+                of the configuration's; None leaves that. A scalar tensor is not waited for.
             num_tape_tokens: most tape tokens that a read appends to an example, likewise.
 
         Raises:
@@ -127,7 +127,7 @@ class AdaTape(Classifier, ABC):
         inputs: ModelInputs,
         *,
         capacity: int | None = None,
-        halt_threshold: float | None = None,
+        halt_threshold: float | Tensor | None = None,
         num_tape_tokens: int | None = None,
     ) -> Encoded:
         """Embed and encode a batch, whose examples read a tape.

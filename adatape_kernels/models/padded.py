@@ -120,7 +120,7 @@ class PaddedAdaTape(ElasticModule):
         self,
         inputs: ModelInputs,
         *,
-        halt_threshold: float | None = None,
+        halt_threshold: float | Tensor | None = None,
         num_tape_tokens: int | None = None,
     ) -> AdaTapeOutput:
         """Return what the elastic model returns, computed over every position that could exist.
@@ -225,7 +225,7 @@ def batched_topk_select(
     *,
     num_tape_tokens: int,
     topk: int,
-    halt_threshold: float,
+    halt_threshold: float | Tensor,
     average_query: bool,
     loss_type: str,
     read_mask: Tensor | None = None,

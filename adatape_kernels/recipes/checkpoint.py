@@ -71,6 +71,10 @@ class Checkpoint:
     """The parameters and the states of the optimizer and of torch's generator, by name."""
     format: int = FORMATS[FORMAT]
     """Number of the format that it was read in."""
+    extended: list[Any] = field(default_factory=list)
+    """Behind which epochs the run got another number of epochs, as `saved_run.extended` has it."""
+    best: dict[str, Any] | None = None
+    """The epoch that was best on the test images, as `best_model.best_entry` has it."""
 
 
 def save(
@@ -106,14 +110,14 @@ def save(
     # Whether we are killed before or after the index is written: one of the two is left over.
     where.note(name, *previous)
     where.write(name, content)
-    unnamed = ("tensors", "format")
+    entries = {key: getattr(checkpoint, key) for key in (*_KEPT, *_OPTIONAL)}
     index = {
         "format": _DIVIDED_FORMAT if parts else FORMAT,
         "file": name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         **({"parts": list(parts)} if parts else {}),
-        **{key: value for key, value in vars(checkpoint).items() if key not in unnamed},
+        **{key: value for key, value in entries.items() if value or key in _KEPT},
     }
     where.write(INDEX, sealed(index))
     where.clear(keep=_files(index))
@@ -187,9 +191,10 @@ def load(folder: Path) -> Checkpoint:
             raise ValueError(f"{file}: expected the tensors of {INDEX}, got no such file") from None
         tensors, *parts = found
         tensors |= joined(index_file, parts)
-        kept = ("epoch", "step", "config", "data", "history", "environment")
         return Checkpoint(
-            **{name: index[name] for name in kept}, tensors=tensors, format=FORMATS[index["format"]]
+            **{name: index[name] for name in (*_KEPT, *_OPTIONAL) if name in index},
+            tensors=tensors,
+            format=FORMATS[index["format"]],
         )
 
 
@@ -234,8 +239,10 @@ def _parsed(index_file: Path, content: bytes) -> dict[str, Any]:
         whole = b"" if found is None else _with_digest(content, found, 64 * b"0")
         if found is None or hashlib.sha256(whole).hexdigest().encode() != found[1]:
             raise ValueError(f"{index_file}: expected its own SHA-256, got that of another content")
-    for name, kind in _ENTRIES.items():
-        if type(index.get(name)) is not kind:
+    for name, kind in {**_ENTRIES, **_OPTIONAL}.items():
+        if name in _OPTIONAL and name not in index:
+            continue
+        if type(index.get(name)) is not kind or (name in _OPTIONAL and not index[name]):
             raise ValueError(
                 f"{index_file}: expected {name} of type {kind.__name__}, "
                 f"got {shown(index.get(name))}"
@@ -273,6 +280,9 @@ _ENTRIES: dict[str, type] = {
     "history": list,
     "environment": dict,
 }
+_KEPT = ("epoch", "step", "config", "data", "history", "environment")
+# Entries that runs of earlier versions lack, and that are written where there is something to say.
+_OPTIONAL: dict[str, type] = {"extended": list, "best": dict}
 
 
 def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:

@@ -197,6 +197,7 @@ def run(
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         ranks = until_the_end.enter_context(started(where))
         plan = ranks.of_first(lambda: _plan(folder, given, resume, ranks))
+        Execution.of_run("float32", plan.execution).check_device(where)
         own = None
         if ranks.leads:
             folder.mkdir(parents=True, exist_ok=True)

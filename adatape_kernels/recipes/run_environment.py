@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
-from adatape_kernels._build import VERSION
 from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes.devices import device_name
+from adatape_kernels.recipes.machine import environment as versions_here
 from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.training.execution import Execution
+
+# Entries that runs of earlier versions lack, of which nothing can be said.
+_ADDED = ("commit", "python", "numpy")
 
 
 def run_environment(
@@ -24,9 +28,13 @@ def run_environment(
         device: where is computed.
         execution: how.
     """
+    versions = versions_here(device)
     return {
-        "adatape_kernels": VERSION,
-        "torch": torch.__version__,
+        "adatape_kernels": versions["adatape_kernels"],
+        "commit": versions["commit"],
+        "python": versions["python"],
+        "numpy": numpy.__version__,
+        "torch": versions["torch"],
         "threads": torch.get_num_threads(),
         "backend": backend,
         "device": device_name(device),
@@ -43,7 +51,8 @@ def note_differences(saved: Mapping[str, Any], environment: Mapping[str, Any]) -
         saved: what `run_environment` returned when the run was last computed.
         environment: what it returns now.
     """
-    known = {"device": "cpu", "processes": 1, **Execution().entries(), **saved}
+    added = {name: environment[name] for name in _ADDED}
+    known = {"device": "cpu", "processes": 1, **Execution().entries(), **added, **saved}
     for name, value in environment.items():
         before = known.get(name)
         if name != "data_dir" and value != before:

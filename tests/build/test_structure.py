@@ -26,6 +26,7 @@ PARTS = (
     ("recipes",),
     ("benchmarks",),
     ("cli",),
+    ("__main__",),
 )
 MOST_LINES = 400
 # Files that every room of ops may have.

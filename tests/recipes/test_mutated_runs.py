@@ -17,6 +17,7 @@ from adatape_kernels.recipes.training import train as recipe
 from adatape_kernels.recipes.training.epoch_metrics import METRICS
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.loading_options import Loading
+from adatape_kernels.recipes.training.saved_run import saved_run
 from adatape_kernels.recipes.training.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "8", "--depth", "1", "--heads", "2"]
@@ -58,7 +59,7 @@ def run(finished, tmp_path):
 
 def state(out):
     """What a run goes on with; the checks of `train --resume` before it looks at the images."""
-    saved = recipe._saved(out, {})
+    saved = saved_run(out, {})
     tensors = {name: tensor.numpy().tobytes() for name, tensor in saved.tensors.items()}
     entries = {k: v for k, v in vars(saved).items() if k != "tensors"}
     return json.dumps(entries), tensors
@@ -169,6 +170,9 @@ def test_every_field_is_checked_where_no_checksum_tells(run, finished, format_nu
             count += 1
             continue
         # The rest is compared with the images, is free, or is another value of the same kind.
+        if path[0] == "best":  # which an earlier version has not written, or not from the start
+            assert path == ("best", "since") or "best" not in entries
+            continue
         assert path[0] in ("data", "environment", "step") or path[0] in ("config", "history"), path
         if path[0] == "config" and len(path) > 1 and path[1] in entries["config"]:
             TrainConfig.of_saved(

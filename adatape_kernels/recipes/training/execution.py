@@ -1,4 +1,4 @@
-"""How the steps of a run are computed: in which dtype, in how many parts, compiled or not."""
+"""How steps are computed: in which dtype and how many parts, compiled or as a CUDA graph."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AdaTapeOutput, AViTConfig, Classifier
+from adatape_kernels.models import AdaTapeOutput, AViTConfig, Classifier, HaltingClassifier
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer
 from adatape_kernels.recipes.distributed.divided_parameters import DividedParameters, check_fsdp
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
@@ -46,6 +46,8 @@ class Execution:
     """Whether torch's compiler makes the training steps."""
     parallel: str = "ddp"
     """One of PARALLEL, which means nothing to a single process."""
+    graph: bool = False
+    """Whether steps are one CUDA graph, which is captured once and replayed."""
     ranks: Ranks = ALONE
     """The processes that share each step."""
 
@@ -63,6 +65,21 @@ class Execution:
             raise ValueError(
                 f"compile: expected one process, got {self.ranks.count}; the gradients of several "
                 "are brought together within the steps"
+            )
+        as_flag("graph", self.graph)
+        if not self.graph:
+            return
+        if self.ranks.several:
+            raise ValueError(
+                f"graph: expected one process, got {self.ranks.count}; what several send each "
+                "other is not captured"
+            )
+        if self.compiled:
+            raise ValueError("graph: expected no compile beside it, got both")
+        if self.checkpoint_layers:
+            raise ValueError(
+                "graph: expected no checkpoint-layers beside it, which asks a GPU's generator for "
+                "its state within the step, got both"
             )
 
     @classmethod
@@ -95,6 +112,7 @@ class Execution:
             "checkpoint_layers": self.checkpoint_layers,
             "compiled": self.compiled,
             "parallel": self.parallel,
+            "graph": self.graph,
         }
 
     def check_model(self, model: nn.Module) -> None:
@@ -123,6 +141,17 @@ class Execution:
                 "checkpoint-layers: expected a model with set_grad_checkpointing, got "
                 f"{type(model).__name__}"
             )
+
+        if self.graph and isinstance(model, HaltingClassifier):
+            raise ValueError(
+                "graph: expected a model whose number of rows is fixed, got "
+                f"{type(model).__name__}, which counts on the host what has halted"
+            )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ValueError where a CUDA graph is asked for on a device that has none."""
+        if self.graph and device.type != "cuda":
+            raise ValueError(f"graph: expected a GPU to compute on, or --no-graph, got {device}")
 
     def check_thresholds(self, drawn: object) -> None:
         """Raise ValueError where steps are compiled whose thresholds are drawn.

@@ -10,6 +10,7 @@ from adatape_kernels.models.compared.halting_config import HaltingLevel
 from adatape_kernels.models.config import BankKind
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.op_types import Activation
+from adatape_kernels.recipes.training.init_facts import InitFacts
 from adatape_kernels.recipes.training.source_file import SourceFacts, SourceFile
 
 SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
@@ -92,6 +93,8 @@ class ModelOptions:
     """The factor of an A-ViT's distribution loss within the loss."""
     source: SourceFacts | None
     """Of a model that began with pretrained parameters, what their file decides."""
+    init: InitFacts | None
+    """Of a model that began with one of this package, which that was, and what it decides."""
 
     @property
     def has_variant(self) -> bool:
@@ -131,6 +134,10 @@ class ModelOptions:
             options |= self._tape_fields()
         if self.source is not None:
             options |= self.source.fields()
+        if self.init is not None:
+            options |= self.init.fields
+            if self.reads and not self.num_tape_tokens:
+                options["read_layers"] = ()
         for field, value in (
             ("dim", self.dim),
             ("depth", self.depth),
@@ -160,6 +167,28 @@ class ModelOptions:
         if self.num_tape_tokens == 0:
             fields |= {"bank": "learn", "read_layers": ()}  # which needs no parameters
         return fields
+
+
+BEGINNINGS: dict[str, type[SourceFacts] | type[InitFacts]] = {
+    "source": SourceFacts,
+    "init": InitFacts,
+}
+"""What a file that a model began with decides, by the option that names the file."""
+
+
+def check_beginning(field: str, value: object) -> Any:
+    """Return what a file decides, or None. Raises ValueError where a value is neither."""
+    if value is not None and not isinstance(value, BEGINNINGS[field]):
+        raise ValueError(f"{field}: expected what a file decides, or none, got {shown(value)}")
+    return value
+
+
+def with_beginnings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved options with what files decided. Raises ValueError where that is damaged."""
+    found = {name: saved[name] for name in BEGINNINGS if saved[name] is not None}
+    if len(found) > 1:
+        raise ValueError("init: expected none beside a source, got both")
+    return {**saved, **{name: BEGINNINGS[name].of_saved(value) for name, value in found.items()}}
 
 
 def check_given(model: object, given: Mapping[str, Any]) -> None:

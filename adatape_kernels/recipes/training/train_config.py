@@ -27,13 +27,16 @@ from adatape_kernels.recipes.training.loading_options import (
     check_loading_option,
 )
 from adatape_kernels.recipes.training.model_options import (
+    BEGINNINGS,
     HALTING_OPTIONS,
     SIZES_OF_A_VARIANT,
     ModelOptions,
+    check_beginning,
     check_given,
+    with_beginnings,
 )
 from adatape_kernels.recipes.training.named_recipes import MODEL_FIELDS, PLAN_FIELDS, recipe_values
-from adatape_kernels.recipes.training.source_file import SourceFacts, SourceFile
+from adatape_kernels.recipes.training.source_file import SourceFile
 from adatape_kernels.recipes.training.train_defaults import (
     DEFAULT_BATCH,
     DEFAULT_BATCHES,
@@ -65,6 +68,7 @@ _ADDED_NAMES = (
     "model_name",
     "halt_threshold_range",
     "dtype",
+    "init",
     *HALTING_OPTIONS,
     *TRAINING_OPTIONS,
     *LOADING_OPTIONS,
@@ -162,8 +166,7 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
         for field in fields(cls):
             if field.name not in saved:
                 raise ValueError(f"{option_name(field.name)}: expected a value, got none")
-        facts = None if saved["source"] is None else SourceFacts.of_saved(saved["source"])
-        return cls(**{**saved, "source": facts}).checked()
+        return cls(**with_beginnings(saved)).checked()
 
     def checked(self) -> "TrainConfig":
         """Return the configuration with numbers of Python's own types.
@@ -172,10 +175,7 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
             ValueError: a value is out of range. No data is read for that.
         """
         _known_set(self.data)
-        numbers = {
-            field.name: check_option(field.name, getattr(self, field.name))
-            for field in fields(self)
-        }
+        numbers = {name: check_option(name, getattr(self, name)) for name in _KINDS}
         config = replace(self, **numbers)
         config.check()
         return config
@@ -354,9 +354,8 @@ def check_option(field: str, value: object) -> Any:
         as_choice(name, value, ("example", "row"))
     elif field == "model_name":
         image_model(value)
-    elif field == "source":
-        if value is not None and not isinstance(value, SourceFacts):
-            raise ValueError(f"{name}: expected what a file decides, or none, got {shown(value)}")
+    elif field in BEGINNINGS:
+        check_beginning(field, value)
     elif not isinstance(value, str):
         raise ValueError(f"{name}: expected a name, got {shown(value)}")
     return value

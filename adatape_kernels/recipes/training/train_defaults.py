@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "split_seed": None,
     "dtype": "float32",
     "source": None,
+    "init": None,
     "act_epsilon": None,
     "act_level": None,
     "leave": None,

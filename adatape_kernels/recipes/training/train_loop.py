@@ -7,7 +7,6 @@ the end of an epoch therefore repeats the curve of an unbroken one.
 """
 
 import functools
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -35,8 +34,9 @@ from adatape_kernels.recipes.training.deterministic_mode import repeatable
 from adatape_kernels.recipes.training.drawn_thresholds import limits_of_steps
 from adatape_kernels.recipes.training.epoch_batches import Augment, drawn_by_epoch, loaded
 from adatape_kernels.recipes.training.execution import Execution, computing_in, in_float32
+from adatape_kernels.recipes.training.graphed_step import GraphedSteps
 from adatape_kernels.recipes.training.train_plan import TrainPlan
-from adatape_kernels.recipes.training.train_step import StepTally, add_gradients
+from adatape_kernels.recipes.training.train_step import EagerSteps, StepTally
 
 PREDICT_BATCH = 256
 
@@ -121,6 +121,7 @@ def train(
     check_kind("plan", plan, TrainPlan)
     as_integer("epochs_done", epochs_done, 0, plan.epochs)
     execution = Execution() if execution is None else execution
+    execution.check_device(device_of(model))
     execution.check_model(model)
     execution.check_thresholds(plan.halt_threshold_range)
     _check_batches(model, plan, len(data.train_labels))
@@ -139,21 +140,21 @@ def train(
             )
         with bar, execution.forward_of(model, optimizer, averaged) as forward:
             dealer = Dealer(forward, execution.ranks, len(data.train_labels), rows)
+            eager = EagerSteps(
+                model,
+                forward,
+                functools.partial(model.loss, label_smoothing=plan.label_smoothing, kind=plan.loss),
+                optimizer,
+                averaged,
+                plan.max_grad_norm,
+                execution,
+                device_of(model),
+            )
+            steps = GraphedSteps(eager, min(plan.batch, per_epoch)) if execution.graph else eager
             for epoch in range(epochs_done, plan.epochs):
                 model.train()
                 result = _train_epoch(
-                    model,
-                    dealer,
-                    execution,
-                    data,
-                    plan,
-                    normalise,
-                    augment,
-                    optimizer,
-                    averaged,
-                    epoch,
-                    bar,
-                    loader,
+                    steps, dealer, execution, data, plan, normalise, augment, epoch, bar, loader
                 )
                 if after_epoch is not None:
                     bar.write(after_epoch(result))
@@ -173,15 +174,13 @@ def _check_batches(model: nn.Module, plan: TrainPlan, images: int) -> None:
 
 
 def _train_epoch(
-    model: Classifier,
+    steps: EagerSteps | GraphedSteps,
     dealer: Dealer,
     execution: Execution,
     data: ImageSet,
     plan: TrainPlan,
     normalise: Normaliser,
     augment: Augment,
-    optimizer: Optimizer,
-    averaged: AveragedModel | None,
     epoch: int,
     bar: Any,
     loader: BatchLoader | None,
@@ -190,13 +189,9 @@ def _train_epoch(
     images = len(data.train_labels)
     per_epoch = plan.steps_per_epoch(images)
     limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
-    device = device_of(model)
+    device = steps.device
     dealer.begin_epoch(plan.seed, epoch)
     tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}", execution.ranks)
-
-    def loss_of(output: AdaTapeOutput, targets: Tensor) -> Tensor:
-        smoothing = plan.label_smoothing
-        return model.loss(output, targets, label_smoothing=smoothing, kind=plan.loss)
 
     wait(device)
     start = time.perf_counter()
@@ -206,21 +201,10 @@ def _train_epoch(
         batches = loaded(loader, epoch, dealer)
     for step, batch in enumerate(batches):
         rate = plan.learning_rate_at(epoch * per_epoch + step, plan.epochs * per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         if not batch.images:  # none of them could be read
             continue
-        limited = functools.partial(dealer.forward, **limits[step])
-        optimizer.zero_grad()
-        sums = add_gradients(
-            limited, loss_of, batch.inputs, batch.targets, device, execution, batch.share
-        )
-        tally.add(step, batch.images, sums)
-        if plan.max_grad_norm < math.inf:
-            nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
-        optimizer.step()
-        if averaged is not None:
-            averaged.update_parameters(model)
+        told = functools.partial(tally.add, step, batch.images)
+        steps(batch, rate, limits[step], told)
         if tally.seen:  # of a GPU nothing is known before the first read
             bar.set_postfix(
                 {

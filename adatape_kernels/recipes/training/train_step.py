@@ -1,16 +1,21 @@
-"""The gradient of a step's batch, part by part, and what an epoch adds up of its steps."""
+"""A step of the optimizer, the gradient of its batch, and what an epoch adds up of its steps."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from adatape_kernels.models import AdaTapeOutput
+from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.recipes.devices import moved
 from adatape_kernels.recipes.distributed.dealing import Share
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
+from adatape_kernels.recipes.training.epoch_batches import StepBatch
 from adatape_kernels.recipes.training.execution import Execution, Forward, computing_in, in_float32
 
 STEPS_BETWEEN_READS = 20
@@ -120,6 +125,68 @@ def _sums(output: AdaTapeOutput, labels: Tensor, loss: Tensor) -> StepSums:
         return StepSums(loss, right, output.tape_lens.sum(), "tape_tokens")
     rows = sum(output.halted.rows_per_step)
     return StepSums(loss, right, torch.full_like(right, rows), "rows")
+
+
+@dataclass
+class EagerSteps:
+    """Steps of training, each computed as it is called."""
+
+    model: Classifier
+    forward: Forward
+    """The model, on its device, or a SharedGradients of it."""
+    loss_of: LossOf
+    optimizer: Optimizer
+    averaged: AveragedModel | None
+    """The moving average of the model's parameters, which each step updates; None for none."""
+    max_grad_norm: float
+    """Norm that a larger gradient of all parameters is scaled down to; infinity for none."""
+    execution: Execution
+    device: torch.device
+
+    def __call__(
+        self,
+        batch: StepBatch,
+        rate: float,
+        limits: Mapping[str, Any],
+        told: Callable[[StepSums], None],
+    ) -> None:
+        """Compute a step.
+
+        Args:
+            batch: what is computed.
+            rate: the learning rate.
+            limits: given to the model beside its images.
+            told: called with what the step says, before a parameter changes.
+        """
+        self.set_rate(rate)
+        told(self.gradients(batch.inputs, batch.targets, limits, batch.share))
+        self.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    def set_rate(self, rate: float) -> None:
+        """Give the optimizer a learning rate, in a tensor where it has one there."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def gradients(
+        self, pixels: Tensor, labels: Tensor, limits: Mapping[str, Any], share: Share | None = None
+    ) -> StepSums:
+        """Give the parameters the gradients of a batch, as `add_gradients` does, and no others."""
+        self.optimizer.zero_grad()
+        forward = functools.partial(self.forward, **limits)
+        return add_gradients(
+            forward, self.loss_of, pixels, labels, self.device, self.execution, share
+        )
+
+    def update(self) -> None:
+        """Change the parameters by their gradients."""
+        if self.max_grad_norm < math.inf:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
 
 
 class StepTally:

@@ -19,7 +19,9 @@ from adatape_kernels.data import NAMES, augment
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.best_model import BEST
 from adatape_kernels.recipes.training.epoch_metrics import METRICS
+from adatape_kernels.recipes.training.tensorboard_events import PICTURES
 from adatape_kernels.recipes.training.train_config import TrainConfig
 
 TINY = ["--patch", "14", "--bank-patch", "7", "--dim", "16", "--depth", "1", "--heads", "2"]
@@ -86,6 +88,7 @@ def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
     model.load_state_dict(load_file(unbroken / "model.safetensors"))
     for name in ("heatmap", "tape_lengths", "shortest_longest", "costs"):
         assert (unbroken / f"{name}.png").stat().st_size > 5000
+    assert {file.stem for file in unbroken.glob("*.png")} <= {*PICTURES}
     assert not list(unbroken.glob("*.part"))
 
 
@@ -199,7 +202,8 @@ def test_a_folder_in_use_is_not_overwritten(unbroken, mnist, tmp_path, capsys):
         (["--dim", "32"], ("dim: expected 16", "got 32")),
         (["--seed", "1"], ("seed: expected 0", "got 1")),
         (["--data", "fashion-mnist", "--epochs", "9"], ("data: expected mnist",)),
-        (["--epochs", "4", "--lr", "1"], ("epochs: expected 3", "got 4")),
+        (["--epochs", "4", "--lr", "1"], ("lr: expected 0.002", "got 1.0")),
+        (["--epochs", "2"], ("epochs: expected 3 or more", "got 2")),
     ],
 )
 def test_a_run_resumes_only_as_it_was_started(unbroken, capsys, more, words):
@@ -264,7 +268,7 @@ def test_a_checkpoint_of_the_former_option_names_resumes(unbroken, tmp_path, no_
 def test_other_versions_are_noted(unbroken, tmp_path, no_report, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    for file in (INDEX, "checkpoint-3.safetensors"):
+    for file in (INDEX, "checkpoint-3.safetensors", BEST):
         (out / file).write_bytes((unbroken / file).read_bytes())
     index = json.loads((out / INDEX).read_text())
     index["environment"]["torch"] = "2.11.0"

@@ -11,11 +11,13 @@ from image_files import write_mnist
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
-from adatape_kernels.data import load
+from adatape_kernels.data import Normaliser, load
 from adatape_kernels.models import AdaTapeOutput, HaltedUnits
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.tensorboard_events import PICTURES
 from adatape_kernels.recipes.training.train_config import TrainConfig, with_present_names
+from adatape_kernels.recipes.training.train_loop import predict
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -58,6 +60,7 @@ def test_a_model_trains_resumes_reports_and_loads(mnist, tmp_path, monkeypatch, 
     assert "mean_tape_length" not in metrics[0]
     for picture in ("rows_alive", "costs"):
         assert (out / f"{picture}.png").stat().st_size > 5000
+    assert {file.stem for file in out.glob("*.png")} <= {*PICTURES}
     if name == "vit":
         assert rows[-1] == rows[0]
     else:
@@ -88,9 +91,9 @@ def test_the_loss_of_a_halting_model_trains_its_halting(mnist):
         config = TrainConfig.of({**options, "ponder_weight": weight})
         torch.manual_seed(0)
         model = config.model(10, 1)
-        normalise = recipe.Normaliser.of(data.train_images)
+        normalise = Normaliser.of(data.train_images)
         recipe.train(model, data, config.plan(), normalise, config.augmentation())
-        output = recipe.predict(model, data.test_images, normalise)
+        output = predict(model, data.test_images, normalise)
         steps[weight] = output.halted.steps.double().mean().item()
     assert steps[30.0] < steps[0.0]
 

@@ -6,7 +6,7 @@ import pytest
 from checks import assert_same_bits, refused
 from image_files import write_folder
 
-from adatape_kernels.data import load
+from adatape_kernels.data import Normaliser, load
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.training import train as recipe
 from adatape_kernels.recipes.training.loading_options import LOADING_OPTIONS, Loading, with_draws
@@ -109,7 +109,7 @@ def test_unreadable_images_are_skipped_and_counted(photos, tmp_path, capsys, loo
 def test_an_unreadable_image_that_was_not_looked_at_stops_the_epoch(photos, tmp_path, monkeypatch):
     data = load("imagefolder", photos, image_size=8)
     assert len(data.train_labels) == 12
-    monkeypatch.setattr(recipe.Normaliser, "of", lambda images: recipe.Normaliser((0.5,), (0.2,)))
+    monkeypatch.setattr(Normaliser, "of", lambda images: Normaliser((0.5,), (0.2,)))
     monkeypatch.setattr(TrainConfig, "model", model_of_one_channel)
     bad = photos / "train" / "dog" / "5.jpg"  # beyond those that try a step
     bad.write_bytes(bad.read_bytes()[:50])
