@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.layers import ElasticEncoder
-from adatape_kernels.models import AdaTapeOutput
 from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.distributed.shared_gradients import Compute, LossOfModel
 
@@ -67,10 +66,9 @@ class DividedParameters:
             if _is_unit(module):
                 _Uses(module, prefix, self._used)
 
-    def __call__(self, compute: Compute, **limits: Any) -> tuple[Tensor, AdaTapeOutput]:
+    def __call__(self, compute: Compute, **limits: Any) -> Any:
         """Call the model, as LossOfModel does."""
-        found: tuple[Tensor, AdaTapeOutput] = self.module(compute, **limits)
-        return found
+        return self.module(compute, **limits)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return this rank's parts of the parameters."""
@@ -204,7 +202,7 @@ def _divide_state(
     """
     from torch.distributed.tensor import distribute_tensor
 
-    names = {parameter: name for name, parameter in before.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in before.items()}
     states = {names[parameter]: state for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     for group in optimizer.param_groups:

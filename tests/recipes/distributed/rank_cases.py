@@ -216,9 +216,7 @@ def main(folder):
     torch.set_num_threads(1)
     for count in (3, 2, 1):
         assert in_ranks(count, folder, save_found) == count * [0]
-    RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
-    codes = {work.__name__: in_ranks(3, folder, work, work.__name__) for work in FAULTS}
-    codes["deal_runs"] = in_ranks(3, folder, deal_runs, "deal_runs")
+    codes = {"deal_runs": in_ranks(3, folder, deal_runs, "deal_runs")}
     for count in (1, 2):
         codes[f"commands of {count}"] = in_ranks(count, folder, share_commands)
     for chain, steps in CHAINS.items():
@@ -227,6 +225,9 @@ def main(folder):
             work = functools.partial(epoch_of_run, parallel=parallel)
             name = None if parallel != "killed" else parallel
             codes.setdefault(chain, []).append(in_ranks(count, folder / chain, work, name))
+    RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
+    for work in FAULTS:
+        codes[work.__name__] = in_ranks(3, folder, work, work.__name__)
     torch.save(codes, folder / "codes")
 
 
