@@ -223,7 +223,7 @@ def main(folder):
         (folder / chain).mkdir()
         for count, parallel in steps:
             work = functools.partial(epoch_of_run, parallel=parallel)
-            name = None if parallel != "killed" else parallel
+            name = folder / ("killed" if parallel == "killed" else "chain")
             codes.setdefault(chain, []).append(in_ranks(count, folder / chain, work, name))
     RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
     for work in FAULTS:
