@@ -386,7 +386,8 @@ def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
     words += ["--depth", "1", "--ffn", "16", "--heads", "2"]
     monkeypatch.setattr(train, "write_report", lambda *given, **options: None)
     assert main([*words, "--out", str(tmp_path)]) == 0
-    assert names(tmp_path) == {INDEX, "checkpoint-1.safetensors", "metrics.csv"}
+    kept = {"checkpoint-1.safetensors", "best.safetensors", "metrics.csv"}
+    assert names(tmp_path) == {INDEX, *kept}
 
 
 @pytest.mark.parametrize("value", [None, 5, 1.0, True, "", "a\0b", [], b"\0"])

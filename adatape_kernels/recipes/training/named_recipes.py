@@ -48,7 +48,7 @@ _IMAGENET: dict[str, Any] = {
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
-        "fashion-mnist": {**_SMALL, "epochs": 38, "lr": 2e-3, "random_erasing": 0.25},
+        "fashion-mnist": {**_SMALL, "epochs": 50, "lr": 2e-3},
         "cifar10": {**_SMALL, "epochs": 52, "lr": 1.5e-3},
     },
     "imagenet": {"imagefolder": _IMAGENET, "shards": _IMAGENET},

@@ -62,10 +62,20 @@ class RunRequest:
             as_flag("tensorboard", tensorboard)
         if data_dir is not None:
             folder_argument("data-dir", data_dir)
-        files = [
+        source_file, init_file = (
             None if value is None else check_path(name, value)
             for name, value in (("source", source), ("init", init))
-        ]
-        if None not in files:
+        )
+        if source_file is not None and init_file is not None:
             raise ValueError("init: expected none beside --source, got both")
-        return cls(folder, options, data_dir, *files, resume, execution, loading, tensorboard)
+        return cls(
+            folder,
+            options,
+            data_dir,
+            source_file,
+            init_file,
+            resume,
+            execution,
+            loading,
+            tensorboard,
+        )
