@@ -39,8 +39,8 @@ STEPS = [(kind, BATCHES[0], 1) for kind in MODELS] + [("adatape", 7, 3)]
 STEPS += [(kind, BATCHES[1], 1) for kind in ("adatape", "uvit")]
 EPOCHS = ("drawn", "loaded", "skipping")
 """What prepares the batches; "skipping" leaves an image out that cannot be read."""
-DIVIDED_EPOCHS = ("drawn", "skipping")
-"""Those of EPOCHS that are trained with parameters that are divided, too."""
+DIVIDED_EPOCHS = {2: "drawn", 3: "skipping"}
+"""Which of EPOCHS are trained with parameters that are divided, too, by the number of ranks."""
 UNREADABLE = 11
 
 
@@ -140,8 +140,8 @@ def found_by(ranks):
             found[f"fsdp-{kind}-{images}-{parts}"] = step(ranks, kind, images, parts, "fsdp")
         twice = step(ranks, "adatape", BATCHES[0], 1, "fsdp", checkpoint_layers=True)
         found["fsdp, layers twice"] = twice
-        for kind in DIVIDED_EPOCHS:
-            found[f"fsdp-{kind}"], _ = epochs(ranks, kind, "fsdp")
+        kind = DIVIDED_EPOCHS[ranks.count]
+        found[f"fsdp-{kind}"], _ = epochs(ranks, kind, "fsdp")
     return {**found, "shares": shares}
 
 

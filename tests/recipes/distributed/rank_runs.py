@@ -25,10 +25,9 @@ from adatape_kernels.recipes.worker_processes import in_processes
 
 CHAINS = {
     "unbroken": [(1, "ddp"), (1, "ddp")],
-    "fsdp and ddp": [(2, "fsdp"), (2, "ddp")],
     "ddp and fsdp": [(2, "ddp"), (2, "fsdp")],
     "fsdp and one process": [(2, "fsdp"), (1, "fsdp")],
-    "fsdp, killed": [(3, "fsdp"), (3, "killed"), (2, "fsdp")],
+    "fsdp, killed": [(2, "fsdp"), (2, "killed"), (3, "fsdp")],
 }
 """Runs of two epochs, by the ranks that compute each; "killed" while they write their parts."""
 
