@@ -70,6 +70,11 @@ venv: $(lint_ready)  ## make the environment that the other targets use, with th
 demo: $(ready)  ## train on real digits, compare elastic with padded, write adatape-demo/
 	$(bin)/adatape-kernels demo $(ARGS)
 
+imagenet: $(ready)  ## train the true S/16 for two steps, on a drawn miniature of ImageNet
+	rm -rf build/imagenet && $(bin)/python -m adatape_kernels.data.imagenet_miniature build/imagenet/images
+	$(bin)/adatape-kernels train --recipe imagenet --data imagefolder --data-dir build/imagenet/images \
+	  --epochs 1 --batch 12 --workers 1 --out build/imagenet/run $(ARGS)
+
 test: $(ready) $(cuda_host)  ## run the tests
 	$(bin)/pytest -q -n auto --dist worksteal $(ARGS)
 
@@ -196,4 +201,4 @@ $(docs_ready): $(ready)
 	$(pip) install -c $(constraints) furo myst-parser sphinx
 	touch $@
 
-.PHONY: help venv demo test serve fuzz asan tsan nvcc newest oldest memcheck audit bench gpu report lint types format docs clean
+.PHONY: help venv demo imagenet test serve fuzz asan tsan nvcc newest oldest memcheck audit bench gpu report lint types format docs clean

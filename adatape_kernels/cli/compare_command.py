@@ -6,7 +6,9 @@ from typing import Any
 from adatape_kernels.cli.options import (
     add_backend,
     add_device,
+    add_loading,
     asked_device,
+    asked_loading,
     chosen_backend,
     integers,
     names,
@@ -26,7 +28,7 @@ def add(commands: Any) -> None:
         "--data",
         default="fashion-mnist",
         metavar="SET",
-        help="digits, fashion-mnist, mnist, cifar10 or imagefolder; default: %(default)s",
+        help="digits, fashion-mnist, mnist, cifar10, imagefolder or shards; default: %(default)s",
     )
     add(
         "--data-dir",
@@ -64,7 +66,7 @@ def add(commands: Any) -> None:
     add("--limit", type=int, metavar="N", help="number of training images; default: all")
     add("--out", default="adatape-compare", metavar="FOLDER", help="default: %(default)s")
     for name, kind, text in (
-        ("image-size", int, "imagefolder: side that images are brought to, in pixels"),
+        ("image-size", int, "imagefolder, shards: side that images are brought to, in pixels"),
         ("patch", int, "side of an input patch, in pixels"),
         ("bank-patch", int, "side of a bank patch of AdaTape, in pixels"),
         ("dim", int, "width of a token"),
@@ -89,6 +91,7 @@ def add(commands: Any) -> None:
     )
     add_backend(parser)
     add_device(parser)
+    add_loading(parser)
     parser.set_defaults(run=run)
 
 
@@ -121,5 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
             jobs=arguments.jobs,
             backends=backends,
             device=asked_device(arguments),
+            loading=asked_loading({**vars(arguments)}),
         )
     return 0

@@ -7,8 +7,10 @@ from adatape_kernels.cli.options import (
     add_backend,
     add_device,
     add_execution,
+    add_loading,
     asked_device,
     asked_execution,
+    asked_loading,
     chosen_backend,
 )
 from adatape_kernels.cli.train_command import add_options
@@ -20,7 +22,9 @@ def add(commands: Any) -> None:
         "finetune", help="fine-tune a pretrained ViT without and with tapes, and compare them"
     )
     add = parser.add_argument
-    add("--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10 or imagefolder")
+    add(
+        "--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10, imagefolder or shards"
+    )
     add("--data-dir", metavar="FOLDER", help="the set's files, as in train")
     add(
         "--source",
@@ -40,6 +44,7 @@ def add(commands: Any) -> None:
     add_backend(parser)
     add_device(parser)
     add_execution(parser)
+    add_loading(parser)
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -51,9 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     options, device = {**vars(arguments)}, asked_device(arguments)
     for name in ("command", "run", "backend", "device"):
         options.pop(name)
-    execution = asked_execution(options)
+    ways: dict[str, Any] = {
+        "execution": asked_execution(options),
+        "loading": asked_loading(options),
+    }
     names = ("data_dir", "source", "source_epochs", "seeds", "resume")
     others = {name: options.pop(name) for name in names}
     with chosen_backend(arguments.backend):
-        finetune.run(options.pop("out"), options, **others, device=device, execution=execution)
+        finetune.run(options.pop("out"), options, **others, device=device, **ways)
     return 0

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from adatape_kernels.data.halves import TESTS, TRAIN
 from adatape_kernels.data.image_file import SUFFIXES
 from adatape_kernels.data.printable import printable
 
@@ -29,6 +30,7 @@ _CHECKPOINT = re.compile(
     r"checkpoint-\d+(-[0-9a-f]{8})?\.safetensors(\..*)?|checkpoint\.json\..*|adatape-kernels\.lock"
 )
 _SHOWN_CHARACTERS = 40
+_BESIDE = "beside the class folders"
 # How many folders below a folder of runs a run is looked for, as in runs/photos/first.
 _DEPTH_OF_RUNS = 4
 
@@ -76,7 +78,7 @@ def class_files(folder: Path, skipped: SkippedEntries) -> dict[str, list[Path]]:
     classes = {}
     for inner, mode in _visible(folder, skipped):
         if not stat.S_ISDIR(mode):
-            skipped.add("beside the class folders", inner)
+            skipped.add(_BESIDE, inner)
         elif inner.is_symlink() and inner.resolve() in (
             folder.resolve(),
             *folder.resolve().parents,
@@ -96,6 +98,16 @@ def class_files(folder: Path, skipped: SkippedEntries) -> dict[str, list[Path]]:
                 raise ValueError(
                     f"data-dir: expected JPEG or PNG files in {printable(inner)}, got none"
                 )
+    flat = [path for path in skipped.paths.get(_BESIDE, ()) if path.parent == folder]
+    images = [path for path in flat if path.suffix.lower() in SUFFIXES]
+    if images and not classes:
+        raise ValueError(
+            f"data-dir: expected a folder for each class in {printable(folder)}, got "
+            f"{len(images):,} images without one ({printable(images[0].name, _SHOWN_CHARACTERS)}"
+            f"{', …' if len(images) > 1 else ''}); move each to "
+            f"{printable(folder.name)}/CLASS/, with the names of the classes"
+            f"{f' in {TRAIN}/' if folder.name in TESTS else ''}"
+        )
     if len(classes) < 2:
         line = skipped.line(folder)
         raise ValueError(

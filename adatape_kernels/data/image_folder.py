@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.data.class_folders import SkippedEntries, class_files
+from adatape_kernels.data.halves import TEST_SHARE, halves_of, split_note
 from adatape_kernels.data.image_file import decode, pillow
 from adatape_kernels.data.image_set import ImageSet
 from adatape_kernels.data.packed_paths import PackedPaths
 from adatape_kernels.data.printable import printable
 
-TEST_SHARE = 0.2
-"""Share of each class that is for the test, where a folder has no train/."""
 DECODERS = 2
 """Number of threads that decode; Pillow releases the interpreter's lock meanwhile."""
 
@@ -50,12 +49,13 @@ def image_folder(folder: Path, size: int, seed: int) -> ImageSet:
     """Find the images of a folder of classes.
 
     Args:
-        folder: holds a folder of image files for each class; or it holds train/ and one of val/
-            and test/, which each hold such folders.
+        folder: holds a folder of image files for each class; or it holds train/, and beside it
+            val/ or test/ if the test is apart, which each hold such folders. Of both, val/ counts.
         size: side in pixels of the square that images are brought to.
-        seed: where there is no train/, decides which fifth of each class is for the test.
+        seed: where there is neither, decides which fifth of each class is for the test.
 
-    What is skipped below the folder, as `class_files` says, stands in the set's notes.
+    What is skipped below the folder, as `class_files` says, stands in the set's notes, and how many
+    images are for the test where the folder does not say it.
 
     Raises:
         ValueError: there are fewer than two classes, a class has no image or too few to split, a
@@ -84,7 +84,7 @@ class LabelledFiles(NamedTuple):
     test_labels: Tensor
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
-    """A line about what was skipped, if anything was."""
+    """Lines about what was skipped, and about a split, if there is anything to say."""
 
 
 def labelled_files(folder: Path, seed: int) -> LabelledFiles:
@@ -95,28 +95,27 @@ def labelled_files(folder: Path, seed: int) -> LabelledFiles:
     """
     pillow()
     skipped = SkippedEntries()
-    train = folder / "train"
-    if train.is_dir():
-        test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-        if test is None:
-            raise ValueError(
-                f"data-dir: expected val or test beside {printable(train)}, got neither"
-            )
-        train_classes, test_classes = class_files(train, skipped), class_files(test, skipped)
+    train, test = halves_of(folder)
+    train_classes, notes = class_files(train, skipped), []
+    if test is None:
+        total = sum(map(len, train_classes.values()))
+        train_classes, test_classes = _split(train, train_classes, seed)
+        held = sum(map(len, test_classes.values()))
+        notes = [split_note(folder, held, total, seed)]
+    else:
+        test_classes = class_files(test, skipped)
         if list(train_classes) != list(test_classes):
             odd = min(set(train_classes) ^ set(test_classes))
             raise ValueError(
                 f"data-dir: expected the same classes in {printable(train)} and {printable(test)}, "
                 f"got {odd!r} in one"
             )
-    else:
-        train_classes, test_classes = _split(folder, class_files(folder, skipped), seed)
     line = skipped.line(folder)
     return LabelledFiles(
         *_labelled(train_classes),
         *_labelled(test_classes),
         tuple(train_classes),
-        (line,) if line else (),
+        (*((line,) if line else ()), *notes),
     )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -118,14 +118,37 @@ class ImageSet:
         )
 
 
+@contextlib.contextmanager
+def read_in_order(
+    images: Images | ImagesOfManySizes, batches: Sequence[Tensor]
+) -> Iterator[Iterator[Any]]:
+    """Give the context of a pass over batches, whose images it yields one batch after another.
+
+    Images that have worker processes for it are decoded ahead, as `loading.ReadAhead` says.
+
+    Args:
+        images: the images that are chosen from.
+        batches: int64 indices, (batch,) each.
+    """
+    while isinstance(images, Subset):
+        batches = [images.chosen[batch] for batch in batches]
+        images = images.images
+    ahead = getattr(images, "in_order", None)
+    if ahead is None:
+        yield (images[batch] for batch in batches)
+        return
+    with ahead(batches) as found:
+        yield found
+
+
 def look_at(parts: Iterable[Images | ImagesOfManySizes]) -> None:
     """Decode every image of some sets once, as `ImageSet.look` says."""
     parts = [*parts]
     with _progress(sum(map(len, parts))) as bar:
         for images in parts:
-            for indices in torch.arange(len(images)).split(_DECODED):
-                images[indices]
-                bar.update(len(indices))
+            with read_in_order(images, torch.arange(len(images)).split(_DECODED)) as batches:
+                for found in batches:
+                    bar.update(len(found))
 
 
 class _NoBar:

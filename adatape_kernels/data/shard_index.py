@@ -8,13 +8,13 @@ integer "label". Members of other types are skipped. None is unpacked, and nothi
 
 import json
 import re
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from adatape_kernels.data.image_file import MOST_FILE_BYTES, SUFFIXES
 from adatape_kernels.data.printable import printable
+from adatape_kernels.data.tar_headers import TarHeaders, TarMember
 
 MOST_CLASSES = 1 << 20
 """Most classes that labels may be of where no file names the classes."""
@@ -39,7 +39,7 @@ class _Open:
 
     def __init__(self, key: str):
         self.key = key
-        self.image: tarfile.TarInfo | None = None
+        self.image: TarMember | None = None
         self.label: int | None = None
 
 
@@ -56,60 +56,26 @@ def examples_of(shard: Path, num_classes: int | None) -> Iterator[Example]:
     """
     most = MOST_CLASSES if num_classes is None else num_classes
     example: _Open | None = None
-    for tar, member in _files_in(shard):
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, ending = name.partition(".")
-        if not stem:  # a hidden file
-            continue
-        key = f"{folder}{slash}{stem}"
-        if example is None or example.key != key:
-            if example is not None:
-                yield from _closed(shard, example)
-            example = _Open(key)
-        _take(shard, tar, member, f"{dot}{ending}".lower(), example, most)
+    with TarHeaders(shard) as headers:
+        for member in headers:
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, ending = name.partition(".")
+            if not stem:  # a hidden file
+                continue
+            key = f"{folder}{slash}{stem}"
+            if example is None or example.key != key:
+                if example is not None:
+                    yield from _closed(shard, example)
+                example = _Open(key)
+            _take(shard, headers, member, f"{dot}{ending}".lower(), example, most)
     if example is not None:
         yield from _closed(shard, example)
 
 
-def _files_in(shard: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the regular files of a shard, each with the open shard.
-
-    Raises:
-        ValueError: the shard is no tar file, or is cut short; the error names it and the member.
-    """
-    last = "none"
-    try:
-        size = shard.stat().st_size
-        tar = tarfile.open(shard, "r:")
-    except Exception as error:
-        raise _no_shard(shard, last, error) from None
-    with tar:
-        while True:
-            # Of a header that was made to be wrong tarfile may raise anything.
-            try:
-                member = tar.next()
-            except Exception as error:
-                raise _no_shard(shard, last, error) from None
-            if member is None:
-                break
-            last = member.name
-            if not member.isreg() or member.issparse():
-                continue
-            if member.offset_data + member.size > size:
-                raise _cut_short(shard, last)
-            yield tar, member
-        end = tar.offset
-    with shard.open("rb") as stream:
-        stream.seek(end)
-        # tarfile takes a header that is cut short, or no header, for the end.
-        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise _cut_short(shard, last)
-
-
 def _take(
     shard: Path,
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo,
+    headers: TarHeaders,
+    member: TarMember,
     ending: str,
     example: _Open,
     num_classes: int,
@@ -126,8 +92,7 @@ def _take(
             raise _wrong(shard, member.name, "one label for each example", "a second")
         if member.size > _MOST_LABEL_BYTES:
             raise _too_large(shard, member, _MOST_LABEL_BYTES)
-        stream = tar.extractfile(member)
-        content = b"" if stream is None else stream.read()
+        content = headers.content(member)
         label = _integer(content) if ending == ".cls" else _label_of_json(content)
         if label is None:
             expected = "an integer" if ending == ".cls" else 'an object with an integer "label"'
@@ -154,29 +119,14 @@ def _closed(shard: Path, example: _Open) -> Iterator[Example]:
     """Yield an example all of whose members were read; nothing where it is neither."""
     image, label = example.image, example.label
     if image is not None and label is not None:
-        yield Example(image.offset_data, image.size, label)
+        yield Example(image.offset, image.size, label)
     elif image is not None:
         raise _wrong(shard, image.name, "a label beside it, .cls or .json", "none")
     elif label is not None:
         raise _wrong(shard, f"{example.key}.*", "an image beside the label", "none")
 
 
-def _no_shard(shard: Path, last: str, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ValueError(
-        f"{printable(shard)}: expected a whole tar file, uncompressed, got "
-        f"{_shown(reason.splitlines()[0])} (the last member before: {_shown(last)})"
-    )
-
-
-def _cut_short(shard: Path, member: str) -> ValueError:
-    return ValueError(
-        f"{printable(shard)}: expected a whole tar file, got one that is cut short at or behind "
-        f"the member {_shown(member)}"
-    )
-
-
-def _too_large(shard: Path, member: tarfile.TarInfo, most: int) -> ValueError:
+def _too_large(shard: Path, member: TarMember, most: int) -> ValueError:
     return _wrong(shard, member.name, f"up to {most} bytes", f"{member.size} bytes")
 
 

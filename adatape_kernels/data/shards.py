@@ -1,20 +1,22 @@
 """Image sets in tar shards of WebDataset's layout, whose images are read where they lie."""
 
-import os
-import tarfile
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from adatape_kernels.data.halves import TEST_SHARE, halves_of, split_note
 from adatape_kernels.data.image_file import decode_content, pillow
-from adatape_kernels.data.image_folder import DECODERS, TEST_SHARE
+from adatape_kernels.data.image_folder import DECODERS
 from adatape_kernels.data.image_set import ImageSet, Subset
 from adatape_kernels.data.packed_paths import PackedPaths
 from adatape_kernels.data.printable import printable
 from adatape_kernels.data.shard_index import examples_of
+from adatape_kernels.data.tar_headers import TarHeaders
 
 CLASSES_FILE = "classes.txt"
 """A file beside the shards that has the name of each class on a line, in the order of labels."""
@@ -39,10 +41,7 @@ class ShardImages:
     def __init__(self, shards: Sequence[Path], size: int, num_classes: int | None):
         self.shards = PackedPaths(shards)
         self.size = size
-        parts = [
-            torch.tensor([*examples_of(shard, num_classes)], dtype=torch.int64).view(-1, 3)
-            for shard in shards
-        ]
+        parts = [_examples(shard, num_classes) for shard in shards]
         counts = torch.tensor([len(part) for part in parts])
         self._shard = torch.arange(len(parts), dtype=torch.int32).repeat_interleave(counts)
         self._offset, self._bytes, self.labels = torch.cat(parts).T.contiguous()
@@ -95,10 +94,10 @@ def shard_set(folder: Path, size: int, seed: int) -> ImageSet:
     """Find the images of shards.
 
     Args:
-        folder: holds train/ and one of val/ and test/, which each hold files *.tar; or files *.tar
-            itself. A file `CLASSES_FILE` in it may name the classes.
+        folder: holds train/, and beside it val/ or test/ if the test is apart, which each hold
+            files *.tar; or files *.tar itself. A file `CLASSES_FILE` in it may name the classes.
         size: side in pixels of the square that images are brought to.
-        seed: where there is no train/, decides which fifth of the images is for the test.
+        seed: where there is neither, decides which fifth of the images is for the test.
 
     Raises:
         ValueError: there are no shards, or as in `ShardImages`.
@@ -107,19 +106,13 @@ def shard_set(folder: Path, size: int, seed: int) -> ImageSet:
     pillow()
     names = _class_names(folder)
     count = None if names is None else len(names)
-    train = folder / "train"
-    if train.is_dir():
-        test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-        if test is None:
-            raise ValueError(
-                f"data-dir: expected val or test beside {printable(train)}, got neither"
-            )
-        images = ShardImages(_shards(train), size, count)
+    train, test = halves_of(folder)
+    images = ShardImages(_shards(train), size, count)
+    if test is not None:
         known = _count_of(images) if count is None else count
         others = ShardImages(_shards(test), size, known)
         names = names or _numbered(known)
         return ImageSet(images, images.labels, others, others.labels, names)
-    images = ShardImages(_shards(folder), size, count)
     total = len(images)
     if total < 2:
         raise ValueError(f"data-dir: expected two or more images in {printable(folder)}, got one")
@@ -133,7 +126,7 @@ def shard_set(folder: Path, size: int, seed: int) -> ImageSet:
         Subset(images, held),
         images.labels[held],
         names,
-        notes=(f"{len(held):,} of {total:,} images are the test, since there is no train folder",),
+        notes=(split_note(folder, len(held), total, seed),),
     )
 
 
@@ -175,11 +168,17 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(count))
 
 
+def _examples(shard: Path, num_classes: int | None) -> Tensor:
+    """Return the offset, the number of bytes and the label of each image, (n, 3) int64."""
+    numbers = array("q", chain.from_iterable(examples_of(shard, num_classes)))
+    return torch.tensor(numbers, dtype=torch.int64).view(-1, 3)
+
+
 def _member_at(shard: Path, offset: int) -> str:
     """Return the name of the member whose bytes begin at an offset, for an error."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            name = next(member.name for member in tar if member.offset_data == offset)
-    except (tarfile.TarError, OSError, StopIteration):
+        with TarHeaders(shard) as headers:
+            name = next(member.name for member in headers if member.offset == offset)
+    except (ValueError, StopIteration):
         return f"the member at byte {offset}"
-    return printable(os.fspath(name), 100)
+    return printable(name, 100)

@@ -17,6 +17,7 @@ import torch
 
 from adatape_kernels.arguments import check_kind, check_path, shown
 from adatape_kernels.data import load
+from adatape_kernels.data.loading import decoded_ahead
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeViTConfig
 from adatape_kernels.models.value_checks import as_flag, as_integer
@@ -30,6 +31,8 @@ from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.training import train
 from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.loading_options import Loading, with_draws
+from adatape_kernels.recipes.training.run_loader import LookedAt
 from adatape_kernels.recipes.training.source_file import SourceFile, timm_tensors
 from adatape_kernels.recipes.training.train_config import TrainConfig, given_options, option_name
 from adatape_kernels.recipes.training.training_options import TRAINING_OPTIONS
@@ -43,7 +46,10 @@ DEFAULT_SEEDS, MOST_SEEDS = 3, 100
 # Options of `train` that make the ViT, which a source brings with it.
 _OF_THE_VIT = ("variant", "image_size", "patch", "dim", "depth", "heads", "ffn", "activation")
 # Options of `train` by which both the source and what is fine-tuned from it are trained.
-_OF_BOTH = ("data", "limit", "batch", "weight_decay", "seed", "dtype", *TRAINING_OPTIONS)
+_OF_BOTH = (
+    *("data", "limit", "batch", "weight_decay", "seed", "dtype", *TRAINING_OPTIONS),
+    *("unreadable", "unreadable_limit"),
+)
 
 
 class _How(NamedTuple):
@@ -51,6 +57,7 @@ class _How(NamedTuple):
 
     device: torch.device
     execution: Mapping[str, Any]
+    loading: Mapping[str, Any]
     ranks: Ranks
 
 
@@ -67,6 +74,8 @@ class FinetunePlan:
     seeds: int
     execution: dict[str, Any] = field(default_factory=dict)
     """What was asked for of how steps are computed, by field of Execution."""
+    loading: dict[str, Any] = field(default_factory=dict)
+    """What was asked for of how images are read, by field of Loading."""
 
     def source_options(self) -> dict[str, Any]:
         """Return the options of the run that trains the source."""
@@ -106,9 +115,9 @@ class FinetunePlan:
             raise ValueError("num-tape-tokens: expected 1 or more, as the control has none, got 0")
         last = self.options.get("seed", 0) + self.seeds - 1
         if self.source is None:
-            TrainConfig.of(self.source_options())
+            self._check_run(self.source_options())
             for kind in KINDS:
-                TrainConfig.of({**self.options, **KINDS[kind], "seed": last})
+                self._check_run({**self.options, **KINDS[kind], "seed": last})
         else:
             if self.source_epochs is not None:
                 raise ValueError(
@@ -116,7 +125,12 @@ class FinetunePlan:
                 )
             start = _read_source(Path(self.source), self.options)
             for kind in KINDS:
-                TrainConfig.of(self.kind_options(kind, self.seeds - 1), start)
+                self._check_run(self.kind_options(kind, self.seeds - 1), start)
+
+    def _check_run(self, options: Mapping[str, Any], start: SourceFile | None = None) -> None:
+        """Raise ValueError where `train` would refuse a run's options."""
+        config = TrainConfig.of(with_draws(options, self.loading), start)
+        Loading.of_run(self.loading).check_options(config)
 
     def check_execution(self) -> None:
         """Raise ValueError where a run could not be computed as was asked for."""
@@ -150,6 +164,7 @@ def run(
     resume: bool = False,
     device: str | torch.device = "auto",
     execution: Mapping[str, Any] | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> FinetuneReport | None:
     """Fine-tune a ViT without and with tapes, or go on with that, and write report.json into `out`.
 
@@ -168,6 +183,7 @@ def run(
         resume: go on; runs that are done are not repeated.
         device: where to compute, as `devices.chosen_device` has it.
         execution: how steps are computed, as `train.run` has it.
+        loading: how images are read, as `train.run` has it.
 
     Returns:
         What the report says; None on other ranks than rank 0.
@@ -183,7 +199,10 @@ def run(
     check_kind("options", options, Mapping)
     asked = {} if execution is None else execution
     check_kind("execution", asked, Mapping)
+    read = {} if loading is None else loading
+    check_kind("loading", read, Mapping)
     entries = Execution.of_run("float32", asked).entries()
+    Loading.of_run(read)
     as_flag("resume", resume)
     pictures.require("finetune")
     given: dict[str, Any] = {
@@ -193,6 +212,7 @@ def run(
         "source_epochs": source_epochs,
         "seeds": None if seeds is None else as_integer("seeds", seeds, 1, MOST_SEEDS),
         "execution": {n: entries[n] for n, value in asked.items() if value is not None},
+        "loading": {name: value for name, value in read.items() if value is not None},
     }
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         ranks = until_the_end.enter_context(started(where))
@@ -204,7 +224,7 @@ def run(
             own = until_the_end.enter_context(claim(folder))
             # What is given when a comparison goes on counts for its runs that are not begun yet.
             own.write(PLAN, json_bytes(vars(plan)))
-        return _run(folder, own, plan, _How(where, plan.execution, ranks))
+        return _run(folder, own, plan, _How(where, plan.execution, plan.loading, ranks))
 
 
 def _plan(folder: Path, given: dict[str, Any], resume: bool, ranks: Ranks) -> FinetunePlan:
@@ -248,6 +268,7 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
         saved = json.loads(file.read_bytes())
         plan = FinetunePlan(**saved)
         check_kind("execution", plan.execution, Mapping)
+        check_kind("loading", plan.loading, Mapping)
         as_integer("seeds", plan.seeds, 1, MOST_SEEDS)
         plan.check()
     except FileNotFoundError:
@@ -270,8 +291,9 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
         plan,
         data_dir=given["data_dir"] or plan.data_dir,
         execution={**plan.execution, **given["execution"]},
+        loading={**plan.loading, **given["loading"]},
     )
-    plan.check_execution()
+    plan.check()
     return plan
 
 
@@ -324,7 +346,11 @@ def _report(
     """
     configs = [TrainConfig.of_saved(checkpoint.load(runs[kind][0]).config) for kind in KINDS]
     one = configs[0]
+    loading = Loading.of_run(plan.loading)
     data = load(one.data, plan.data_dir, image_size=one.image_size, seed=one.split)
+    looked = replace(loading, look="none" if one.unreadable == "stop" else "test")
+    data = LookedAt.of(data, one, looked).data
+    data = replace(data, test_images=decoded_ahead(data.test_images, loading.workers))
     start = _read_source(file, plan.kind_options("plain", 0))
     vits = {
         kind: cast(AdaTapeViTConfig, config.vit_config(data.num_classes, start.config.in_channels))
@@ -355,6 +381,7 @@ def _train(
         resume=resume,
         device=how.device,
         execution=how.execution,
+        loading=how.loading,
     )
 
 

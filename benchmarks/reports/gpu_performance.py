@@ -85,14 +85,21 @@ class Stage:
     ours: CountedWork
 
 
-def _plain(launches: int, moved: float, flops: float = 0) -> tuple[CountedWork, CountedWork]:
-    """The work of torch's own kernels: they are taken to do what is needed and no more."""
+def plain(launches: int, moved: float, flops: float = 0) -> tuple[CountedWork, CountedWork]:
+    """Return the work of torch's own kernels, which are taken to do what is needed and no more.
+
+    Args:
+        launches: number of kernels.
+        moved: bytes that are read and written.
+        flops: those of products.
+    """
     return CountedWork(moved, flops), CountedWork(moved, flops, 0, launches)
 
 
-def _product(rows: float, inner: int, outer: int) -> tuple[CountedWork, CountedWork]:
+def product(rows: float, inner: int, outer: int) -> tuple[CountedWork, CountedWork]:
+    """Return the work of a product of (rows, inner) and (inner, outer) in bfloat16."""
     moved = SIZE * (rows * (inner + outer) + inner * outer)
-    return _plain(1, moved, 2 * rows * inner * outer)
+    return plain(1, moved, 2 * rows * inner * outer)
 
 
 @dataclass(frozen=True)
@@ -143,28 +150,28 @@ class CountedModel:
             return Stage(name, 1, *works)
 
         found = [
-            Stage("patches to tokens", 1, *_product(tokens, 3 * self.patch**2, self.dim)),
-            Stage("positions, class token", 1, *_plain(2, 4 * SIZE * tokens * self.dim)),
+            Stage("patches to tokens", 1, *product(tokens, 3 * self.patch**2, self.dim)),
+            Stage("positions, class token", 1, *plain(2, 4 * SIZE * tokens * self.dim)),
         ]
         if self.bank_patch:
             entries = batch * self.bank
             pixels = 3 * self.bank_patch**2
             found += [
-                Stage("patches to bank", 1, *_product(entries, pixels, self.dim)),
-                Stage("the bank's positions", 1, *_plain(1, 2 * SIZE * entries * self.dim)),
-                Stage("the bank's product", 1, *_product(entries, self.dim, self.dim)),
-                Stage("the bank's norm", 1, *_plain(1, 2 * SIZE * entries * self.dim)),
+                Stage("patches to bank", 1, *product(entries, pixels, self.dim)),
+                Stage("the bank's positions", 1, *plain(1, 2 * SIZE * entries * self.dim)),
+                Stage("the bank's product", 1, *product(entries, self.dim, self.dim)),
+                Stage("the bank's norm", 1, *plain(1, 2 * SIZE * entries * self.dim)),
             ]
         found += [
             read("select", "tape_select", self.select),
             read("gather", "tape_gather", self.gather),
-            Stage("appending the tape", 1, *_plain(1, 2 * SIZE * rows * self.dim)),
-            Stage("queries, keys, values", 12, *_product(rows, self.dim, 3 * self.dim)),
+            Stage("appending the tape", 1, *plain(1, 2 * SIZE * rows * self.dim)),
+            Stage("queries, keys, values", 12, *product(rows, self.dim, 3 * self.dim)),
             ours("attention", "elastic_attention", self.attention, 12),
-            Stage("attention's product", 12, *_product(rows, self.dim, self.dim)),
+            Stage("attention's product", 12, *product(rows, self.dim, self.dim)),
             ours("sum and norm", "add_layer_norm", self.norm, 24),
             ours("feed-forwards", "dual_ffn", f"{self.feed_forward}, {form}", 12),
-            Stage("head", 1, *_product(batch, self.dim, 1000)),
+            Stage("head", 1, *product(batch, self.dim, 1000)),
         ]
         return found
 

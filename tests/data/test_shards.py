@@ -1,57 +1,15 @@
-import io
-import json
 import re
-import tarfile
 
 import pytest
 import torch
 from checks import refused
+from shard_files import example, image_bytes, write_set, write_shard
 
 from adatape_kernels.data import load
 from adatape_kernels.data.image_file import decode
 from adatape_kernels.data.loading.unreadable_images import UnreadableImages, count_unreadable
 
-Image = pytest.importorskip("PIL.Image", reason="shards need Pillow")
-
-
-def image_bytes(number, kind="PNG"):
-    content = io.BytesIO()
-    Image.new("RGB", (9, 7), (20 * number % 256, 90, number)).save(content, kind)
-    return content.getvalue()
-
-
-def write_shard(path, members):
-    """Write a tar file of (name, content)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def example(number, label, **others):
-    """The members of one example, with a label in .cls or, of odd numbers, in .json."""
-    key = f"part/{number:06d}"
-    entry = json.dumps({"label": label, "other": "text"}) if number % 2 else str(label)
-    return [
-        (f"{key}.png", image_bytes(number)),
-        (f"{key}.{'json' if number % 2 else 'cls'}", entry.encode()),
-        *((f"{key}.{ending}", content) for ending, content in others.items()),
-    ]
-
-
-def write_set(folder, train=(4, 3), val=(2,)):
-    """Write shards with so many examples each, whose labels take turns among three classes."""
-    number = 0
-    for half, sizes in (("train", train), ("val", val)):
-        for shard, size in enumerate(sizes):
-            members = []
-            for _ in range(size):
-                members += example(number, number % 3, txt=b"a caption")
-                number += 1
-            write_shard(folder / half / f"{shard:06d}.tar", members)
+pytest.importorskip("PIL.Image", reason="shards need Pillow")
 
 
 def test_images_and_labels_are_those_of_the_members(tmp_path):
@@ -77,7 +35,9 @@ def test_shards_without_train_are_split_by_the_seed(tmp_path):
     assert not torch.equal(held, other.test_images.chosen)
     both = torch.cat([held, found.train_images.chosen])
     assert both.sort().values.tolist() == list(range(10))
-    assert found.notes == ("2 of 10 images are the test, since there is no train folder",)
+    assert found.notes == (
+        f"2 of 10 images, drawn by the seed 1, are the test, since {tmp_path} has no train folder",
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,15 @@
 """The batches of an epoch in their order, prepared here or ahead of training by workers."""
 
-import gc
-import signal
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from adatape_kernels.arguments import check_int, shown
 from adatape_kernels.data.loading.batch_maker import BatchMaker, BatchPlace, PreparedBatch
+from adatape_kernels.data.loading.guarded_workers import GuardedWorkers
 from adatape_kernels.data.loading.loading_times import LoadingTimes
 from adatape_kernels.data.loading.unreadable_images import UnreadableImages
-from adatape_kernels.data.printable import printable
-
-MOST_WORKERS = 1024
-PREFETCH = 2
-"""Number of batches that each worker prepares ahead."""
-_STARTS = ("fork", "spawn", "forkserver")
-# What an image that cannot be decoded or a package that is missing raises.
-_EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)
 
 Part = Callable[[int], Tensor | None]
 """Returns the positions that are asked for of a batch, given its number; None for all of it."""
@@ -78,16 +63,13 @@ class BatchLoader:
         start: str | None = None,
         unreadable: UnreadableImages | None = None,
     ):
-        self.maker = maker
-        self.workers = check_int("workers", workers, 0, MOST_WORKERS)
-        if start is not None and start not in _STARTS:
-            raise ValueError(f"start: expected {', '.join(_STARTS)} or None, got {shown(start)}")
-        self.pinned, self.start, self.unreadable = pinned, start, unreadable
+        self.maker, self.unreadable = maker, unreadable
+        self._places = _Places(maker.batches)
+        self._processes = GuardedWorkers(maker, self._places, workers, pinned=pinned, start=start)
+        self.workers = self._processes.workers
         self.times = LoadingTimes(self.workers)
         """Those of the epoch that was begun last."""
-        self._places = _Places(maker.batches)
-        self._loader: DataLoader[Any] | None = None
-        self._iterator: Iterator[Any] | None = None
+        self._here: Iterator[PreparedBatch] | None = None
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -98,17 +80,13 @@ class BatchLoader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # The frames that an error passed hold torch's iterator, and with it the processes.
-        traceback.clear_frames(trace)
-        self.close()
+        self._here = None
+        self._processes.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """End the worker processes, of which torch waits for each, and close their pipes."""
-        self._iterator = None
-        if self._loader is not None:
-            self._loader = None
-            # torch's queues refer to themselves, and their pipes would stay open for a while.
-            gc.collect()
+        """End the worker processes."""
+        self._here = None
+        self._processes.close()
 
     def epoch(self, epoch: int, part: Part = _whole) -> Iterator[PreparedBatch]:
         """Yield the batches of an epoch in their order, or a part of each.
@@ -124,7 +102,10 @@ class BatchLoader:
             OSError, MemoryError: what a worker met.
         """
         self._places.epoch, self._places.part = epoch, part
-        self._iterator = self._prepared() if self.workers == 0 else self._received()
+        if self.workers == 0:
+            self._here = self._prepared()
+        else:
+            self._processes.begin()
         self.times = LoadingTimes(self.workers)
         for _ in range(self.maker.batches):
             self.times.ask()
@@ -136,23 +117,7 @@ class BatchLoader:
         self.times.stop()
 
     def _next(self) -> PreparedBatch:
-        assert self._iterator is not None
-        if self.workers == 0:
-            return next(self._iterator)
-        try:
-            found = next(self._iterator)
-        except (RuntimeError, EOFError, OSError) as error:
-            # What a worker meets is a _Failure; this is the end of one that the system killed.
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-                raise
-            reason = (str(error).strip().splitlines() or ["one that was ended"])[0]
-            raise RuntimeError(
-                "workers: expected processes that prepare every batch, got "
-                f"{printable(reason, 200)}"
-            ) from None
-        if isinstance(found, _Failure):
-            raise found.kind(found.message)
-        return found
+        return self._processes.next() if self._here is None else next(self._here)
 
     def _prepared(self) -> Iterator[PreparedBatch]:
         """Yield batches that this process prepares when they are asked for."""
@@ -164,28 +129,6 @@ class BatchLoader:
             finally:
                 torch.set_num_threads(threads)
             yield batch
-
-    def _received(self) -> Iterator[Any]:
-        """Return torch's iterator over an epoch, whose workers stay for the next one."""
-        with warnings.catch_warnings():
-            # torch warns of more processes than cores, which is for the user to choose.
-            warnings.simplefilter("ignore", UserWarning)
-            if self._loader is None:
-                self._loader = DataLoader(
-                    _Guarded(self.maker),
-                    batch_size=None,
-                    sampler=self._places,
-                    num_workers=self.workers,
-                    collate_fn=_as_it_is,
-                    pin_memory=self.pinned,
-                    worker_init_fn=_ignore_interrupts,
-                    multiprocessing_context=self.start,
-                    # torch would draw a seed for the workers from its default generator.
-                    generator=Generator(),
-                    prefetch_factor=PREFETCH,
-                    persistent_workers=True,
-                )
-            return iter(self._loader)
 
 
 class _Places:
@@ -200,35 +143,3 @@ class _Places:
 
     def __iter__(self) -> Iterator[BatchPlace]:
         return (BatchPlace(self.epoch, batch, self.part(batch)) for batch in range(self.batches))
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error of a worker, whose message is one line; torch would pass it on with a traceback."""
-
-    kind: type[Exception]
-    message: str
-
-
-class _Guarded(Dataset[Any]):
-    """A maker whose errors are results."""
-
-    def __init__(self, maker: BatchMaker):
-        self.maker = maker
-
-    def __getitem__(self, place: BatchPlace) -> PreparedBatch | _Failure:
-        try:
-            return self.maker[place]
-        except _EXPECTED as error:
-            kind = next(each for each in _EXPECTED if isinstance(error, each))
-            return _Failure(kind, str(error) or type(error).__name__)
-
-
-def _as_it_is(found: Any) -> Any:
-    """Return what a worker prepared, which is a batch already."""
-    return found
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Leave an interrupt to the process that started this one, which then ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

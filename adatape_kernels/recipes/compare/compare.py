@@ -2,12 +2,14 @@
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from adatape_kernels.data.loading import decoded_ahead
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import ImageClassifier
 from adatape_kernels.recipes import pictures
@@ -54,7 +56,7 @@ from adatape_kernels.recipes.compare.compare_training import (
     Training,
     TrainProgress,
     TrainTask,
-    images_of,
+    looked_at,
     new_model,
     work,
 )
@@ -79,6 +81,7 @@ from adatape_kernels.recipes.run_images import normaliser_of
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.training.data_fingerprint import data_facts
+from adatape_kernels.recipes.training.loading_options import Loading
 from adatape_kernels.recipes.worker_processes import in_processes
 
 # Share of the budget, and seconds for a model and a size, in which training steps are timed.
@@ -93,6 +96,7 @@ def run(
     jobs: int | None = None,
     backends: Sequence[str] = (),
     device: str | torch.device = "auto",
+    loading: Mapping[str, Any] | None = None,
 ) -> list[CompareResult]:
     """Train what is not trained yet, measure all models, and write what came out into `out`.
 
@@ -105,11 +109,12 @@ def run(
         config: what is compared, and how long it may take.
         data_dir: the image set's folder, as in `data.load`.
         jobs: number of runs that are trained at a time, each in a process with one thread; None for
-            one a core, and for one alone on a GPU. Under torchrun each of its processes takes a run
-            at a time, and the image set has to be where each finds it.
+            one a core, and for one alone on a GPU. Under torchrun each process takes one at a time.
         backends: the backend that serves the ops where runs are trained, and those that serve what
             it does not; the fastest by default.
         device: where to compute, as `devices.chosen_device` has it.
+        loading: how images are read that are files, as `train.run` has it; each run that is trained
+            has workers of its own.
 
     Returns:
         The results of all runs, in their order; none on other ranks than rank 0.
@@ -127,12 +132,13 @@ def run(
     where = None if data_dir is None else folder_argument("data-dir", data_dir)
     place = chosen_device(device)
     jobs = runs_at_a_time(jobs, place)
+    reading = config.loading({} if loading is None else loading)
     pictures.require("compare")
     with lenient_output(), one_thread(), runs_dealt_out(place) as works:
         if not works:
             return []
         check_output_folder(folder)
-        comparison = _Comparison(config, where, jobs, backends, place, started)
+        comparison = _Comparison(config, where, jobs, backends, place, reading, started)
         return comparison.run(folder)
 
 
@@ -146,18 +152,21 @@ class _Comparison:
         jobs: int,
         backends: Sequence[str],
         device: torch.device,
+        loading: Loading,
         started: float,
     ):
         self.config, self.data_dir = config, data_dir
         self.jobs, self.backends = jobs, backends
-        self.device, self.started = device, started
+        self.device, self.loading, self.started = device, loading, started
         self.runs = [*config.runs()]
         first = config.train_config(self.runs[0], 1, config.limit)
-        self.data, self.normalise = images_of(first, data_dir)
-        for note in self.data.notes:
+        looked, self.normalise = looked_at(first, data_dir, loading)
+        for note in looked.data.notes:
             say(f"adatape-kernels: note: {note}")
-        self.data.look()
-        self.facts = data_facts(self.data, self.normalise, data_dir)
+        looked.say_unreadable()
+        self.facts = data_facts(looked.data, self.normalise, data_dir)
+        tested = decoded_ahead(looked.data.test_images, loading.workers)
+        self.data = replace(looked.data, test_images=tested)
 
     def run(self, folder: Path) -> list[CompareResult]:
         """Do what the folder lacks."""
@@ -211,12 +220,8 @@ class _Comparison:
         return time.monotonic() - self.started
 
     def _task(self, run: CompareRun, epochs: int, limit: int | None) -> TrainTask:
-        return TrainTask(
-            run,
-            self.config.train_config(run, epochs, limit),
-            self.data_dir,
-            device_of_each(self.device),
-        )
+        config, device = self.config.train_config(run, epochs, limit), device_of_each(self.device)
+        return TrainTask(run, config, self.data_dir, device, self.loading)
 
     def _plan(self) -> tuple[ComparePlan, Costs]:
         """Time some steps of each model and size, and choose how much is trained."""

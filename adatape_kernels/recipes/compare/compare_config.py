@@ -6,10 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from adatape_kernels.arguments import shown
+from adatape_kernels.arguments import check_kind, shown
 from adatape_kernels.models.encoder_config import MOST_LAYERS
 from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes.training.list_options import distinct_integers, distinct_names
+from adatape_kernels.recipes.training.loading_options import (
+    SETS_OF_FILES,
+    Loading,
+    with_draws,
+)
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_plan import MOST_EPOCHS
 
@@ -23,7 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """The models by name, and the options of `train` that make them: what halts leaves the batch."""
 
-SHARED_OPTIONS = ("image_size", "patch", "bank_patch", "dim", "heads", "ffn", "batch", "lr")
+SHARED_OPTIONS = (
+    *("image_size", "patch", "bank_patch", "dim", "heads", "ffn", "batch", "lr"),
+    *("unreadable", "unreadable_limit"),
+)
 """Options of `train` that all models share, but for the side of bank patches, which most lack."""
 
 MOST_ROUNDS = 1000
@@ -110,6 +118,25 @@ class CompareConfig:
                 for seed in self.seeds:
                     yield CompareRun(model, size, seed)
 
+    def loading(self, asked: Mapping[str, Any]) -> Loading:
+        """Return how the images of all runs are read.
+
+        Args:
+            asked: values by field of Loading; absent or None where nothing is asked for.
+
+        Raises:
+            ValueError: a value is out of range, or these images cannot be read so.
+        """
+        check_kind("loading", asked, Mapping)
+        loading = Loading.of_run(asked)
+        if loading.workers and self.data not in SETS_OF_FILES:
+            raise ValueError(
+                f"workers: expected 0 for {self.data}, whose images are in memory, got "
+                f"{loading.workers}"
+            )
+        loading.check_options(self.train_config(next(self.runs()), 1, self.limit))
+        return loading
+
     def train_config(self, run: CompareRun, epochs: int, limit: int | None) -> TrainConfig:
         """Return how `train` would train a run, on the same images whatever its seed.
 
@@ -124,9 +151,8 @@ class CompareConfig:
         shared = {**self.options}
         if made["model_name"] != "adatape":
             shared.pop("bank_patch", None)
-        return TrainConfig.of(
-            {"data": self.data, "epochs": epochs, "limit": limit, **shared, **made}
-        )
+        options = {"data": self.data, "epochs": epochs, "limit": limit, **shared, **made}
+        return TrainConfig.of(with_draws(options, {}))
 
 
 def seconds_of(text: str) -> float:

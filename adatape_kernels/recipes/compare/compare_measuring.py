@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.data import ImageSet, Normaliser
-from adatape_kernels.data.image_set import unit_range
+from adatape_kernels.data.image_set import read_in_order, unit_range
 from adatape_kernels.models import AdaTapeOutput, AdaTapeViT, ImageClassifier
 from adatape_kernels.recipes import measure
 from adatape_kernels.recipes.compare.compare_config import CompareRun
@@ -102,12 +102,15 @@ def seconds_by_image(model: ImageClassifier, images: Tensor) -> float:
 
 def first_batch(data: ImageSet, normalise: Normaliser) -> Tensor:
     """Return the first test images as models take them."""
-    return next(_batches(data, normalise))
+    count = min(PREDICT_BATCH, len(data.test_labels))
+    return normalise(unit_range(data.test_images[torch.arange(count)]))
 
 
 def _batches(data: ImageSet, normalise: Normaliser) -> Iterator[Tensor]:
-    for batch in torch.arange(len(data.test_labels)).split(PREDICT_BATCH):
-        yield normalise(unit_range(data.test_images[batch]))
+    parts = torch.arange(len(data.test_labels)).split(PREDICT_BATCH)
+    with read_in_order(data.test_images, parts) as batches:
+        for batch in batches:
+            yield normalise(unit_range(batch))
 
 
 def _forward_seconds(model: ImageClassifier, images: Tensor) -> float:

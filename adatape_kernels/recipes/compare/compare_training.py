@@ -1,6 +1,7 @@
 """What a worker process does for the comparison: it times some steps, or trains a model."""
 
 import functools
+import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from adatape_kernels.data import ImageSet, Normaliser, Preprocessing, load
+from adatape_kernels.data.loading import UnreadableImages
 from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.model_file import serialised
 from adatape_kernels.recipes.compare.compare_config import CompareRun
 from adatape_kernels.recipes.devices import CPU, chosen_device, wait
+from adatape_kernels.recipes.training.loading_options import Loading, LoadingOptions
+from adatape_kernels.recipes.training.run_loader import LookedAt
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_loop import EpochResult, train
 from adatape_kernels.recipes.training.train_plan import TrainPlan
@@ -31,6 +35,7 @@ class TrainTask(NamedTuple):
     config: TrainConfig
     data_dir: Path | None
     device: torch.device = CPU
+    loading: Loading = Loading()
 
 
 class TrainProgress(NamedTuple):
@@ -82,24 +87,43 @@ class TimingTask(NamedTuple):
 
 
 def images_of(config: TrainConfig, data_dir: Path | None) -> tuple[ImageSet, Normaliser]:
-    """Load the images that a configuration asks for.
+    """Load the images that a configuration asks for, and look at none.
 
     Raises:
         ValueError, RuntimeError, OSError: as in `data.load`.
     """
-    return _load(config.data, data_dir, config.image_size, config.split, config.limit)
+    looked, normalise = looked_at(config, data_dir, Loading(look="none"))
+    return looked.data, normalise
 
 
-def _load(
-    name: str, data_dir: Path | None, image_size: int, split: int, limit: int | None
-) -> tuple[ImageSet, Normaliser]:
-    data = load(name, data_dir, image_size=image_size, seed=split)
-    data = data if limit is None else data.limited(limit, split)
-    return data, Normaliser.of(data.train_images)
+def looked_at(
+    config: TrainConfig, data_dir: Path | None, loading: Loading
+) -> tuple[LookedAt, Normaliser]:
+    """Load the images that a configuration asks for, and look at those that are to be looked at.
+
+    Raises:
+        ValueError, RuntimeError, OSError: as in `data.load`, or an image cannot be read.
+    """
+    options = LoadingOptions(config.draws, config.unreadable, config.unreadable_limit)
+    sizes = config.image_size, config.split, config.limit
+    return _looked_at(config.data, data_dir, *sizes, options, loading)
 
 
 # All tasks of a process are about the same images.
-_load_once = functools.lru_cache(maxsize=1)(_load)
+@functools.lru_cache(maxsize=1)
+def _looked_at(
+    name: str,
+    data_dir: Path | None,
+    image_size: int,
+    split: int,
+    limit: int | None,
+    options: LoadingOptions,
+    loading: Loading,
+) -> tuple[LookedAt, Normaliser]:
+    data = load(name, data_dir, image_size=image_size, seed=split)
+    data = data if limit is None else data.limited(limit, split)
+    looked = LookedAt.of(data, options, loading)
+    return looked, Normaliser.of(looked.sample)
 
 
 def new_model(config: TrainConfig, data: ImageSet, normalise: Normaliser) -> ImageClassifier:
@@ -110,22 +134,26 @@ def new_model(config: TrainConfig, data: ImageSet, normalise: Normaliser) -> Ima
 
 def work(task: TrainTask | TimingTask, tell: Tell) -> Trained | StepTime:
     """Do what a task is about."""
+    train_task = task.train if isinstance(task, TimingTask) else task
+    if train_task.loading.workers:
+        # A process that ends with the one that began it may have none of its own.
+        multiprocessing.current_process().daemon = False
     return _timed(task) if isinstance(task, TimingTask) else _trained(task, tell)
 
 
-def _prepared(task: TrainTask) -> tuple[ImageSet, Normaliser, TrainPlan, ImageClassifier]:
+def _prepared(task: TrainTask) -> tuple[LookedAt, Normaliser, TrainPlan, ImageClassifier]:
     config = task.config
-    data, normalise = _load_once(
-        config.data, task.data_dir, config.image_size, config.split, config.limit
-    )
-    plan = config.with_batch_for(len(data.train_labels)).plan()
-    model = new_model(config, data, normalise).to(chosen_device(task.device))
-    return data, normalise, plan, model
+    # The process that gives the tasks has looked at the images.
+    looked, normalise = looked_at(config, task.data_dir, replace(task.loading, look="none"))
+    plan = config.with_batch_for(len(looked.data.train_labels)).plan()
+    model = new_model(config, looked.data, normalise).to(chosen_device(task.device))
+    return looked, normalise, plan, model
 
 
 def _trained(task: TrainTask, tell: Tell) -> Trained:
     """Train a run, and tell the progress now and then."""
-    data, normalise, plan, model = _prepared(task)
+    looked, normalise, plan, model = _prepared(task)
+    data = looked.data
     last: list[EpochResult] = []
 
     def after_epoch(result: EpochResult) -> str:
@@ -134,15 +162,17 @@ def _trained(task: TrainTask, tell: Tell) -> Trained:
 
     steps = plan.epochs * plan.steps_per_epoch(len(data.train_labels))
     start = time.perf_counter()
-    train(
-        model,
-        data,
-        plan,
-        normalise,
-        task.config.augmentation(),
-        after_epoch=after_epoch,
-        bar=_Teller(task.run, steps, tell),
-    )
+    with looked.loader(task.config, plan, normalise, task.loading, task.device) as loader:
+        train(
+            model,
+            data,
+            plan,
+            normalise,
+            task.config.augmentation(),
+            after_epoch=after_epoch,
+            bar=_Teller(task.run, steps, tell),
+            loader=loader,
+        )
     seconds = time.perf_counter() - start
     preprocessing = Preprocessing.of(task.config.image_size, normalise)
     content = serialised(model, class_names=data.class_names, preprocessing=preprocessing)
@@ -151,15 +181,20 @@ def _trained(task: TrainTask, tell: Tell) -> Trained:
 
 def _timed(task: TimingTask) -> StepTime:
     """Time training steps of a new model: a few, and then as many as the seconds allow."""
-    data, normalise, plan, model = _prepared(task.train)
-    augment, batch = task.train.config.augmentation(), min(plan.batch, len(data.train_labels))
+    looked, normalise, plan, model = _prepared(task.train)
+    given, data = task.train, looked.data
+    augment, batch = given.config.augmentation(), min(plan.batch, len(data.train_labels))
     times: list[float] = []
     steps = _FIRST_STEPS + _COUNTED_STEPS
-    for skipped in (_FIRST_STEPS, 0):
-        clock = _Clock(task.train.device)
-        epochs = -(-steps * batch // len(data.train_labels))
-        some = data if epochs > 1 else data.limited(steps * batch, 0)
-        train(model, some, replace(plan, epochs=epochs), normalise, augment, bar=clock)
+    # The first steps wait for workers, which begin with each loader.
+    for skipped in (_FIRST_STEPS, _FIRST_STEPS if given.loading.workers else 0):
+        clock = _Clock(given.device)
+        plan = replace(plan, epochs=-(-steps * batch // len(data.train_labels)))
+        some = data if plan.epochs > 1 else data.limited(steps * batch, 0)
+        uncounted = UnreadableImages(given.config.unreadable_limit)
+        own = replace(looked, data=some, train_unreadable=uncounted)
+        with own.loader(given.config, plan, normalise, given.loading, given.device) as loader:
+            train(model, some, plan, normalise, augment, bar=clock, loader=loader)
         times += clock.times[skipped:]
         spent = sum(clock.times)
         steps = min(_MOST_STEPS, int((task.seconds - spent) / (sum(times) / len(times) * batch)))

@@ -18,6 +18,7 @@ from adatape_kernels.arguments import shown
 from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.image_folder import FolderImages
 from adatape_kernels.data.image_set import Images, Subset
+from adatape_kernels.data.loading import ReadAhead
 from adatape_kernels.data.printable import printable
 from adatape_kernels.data.shards import ShardImages
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
@@ -88,8 +89,10 @@ def check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: i
 
 def _sha256_of_images(images: Images, root: Path | None) -> str:
     chosen = torch.arange(len(images))
-    while isinstance(images, Subset):
-        chosen, images = images.chosen[chosen], images.images
+    while isinstance(images, Subset | ReadAhead):
+        if isinstance(images, Subset):
+            chosen = images.chosen[chosen]
+        images = images.images
     if isinstance(images, FolderImages):
         return _sha256_of_files([images.files[index] for index in chosen.tolist()], root)
     if isinstance(images, ShardImages):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.data.loading.batch_loader import MOST_WORKERS
+from adatape_kernels.data.loading.guarded_workers import MOST_WORKERS
 from adatape_kernels.models.value_checks import as_choice, as_integer
 
 LOADING_OPTIONS = ("draws", "unreadable", "unreadable_limit")
@@ -59,7 +59,8 @@ class Loading:
     """
 
     workers: int = 0
-    """Number of processes that prepare batches; 0 where the training process does."""
+    """Number of processes that prepare batches, and that decode the images of an evaluation; 0
+    where the training process does."""
     look: str = "all"
     """Which images are decoded once before training: "all", those of the "test", or "none"."""
 

@@ -1,8 +1,10 @@
 """Named configurations of `train`: whole sets of options, which those that are given go before."""
 
+from dataclasses import replace
 from typing import Any
 
 from adatape_kernels.arguments import shown
+from adatape_kernels.models import AdaTapeViTConfig, ViTConfig
 
 _SMALL: dict[str, Any] = {
     "patch": 4,
@@ -82,6 +84,9 @@ of its entries, the others those of the files that they are read in.
 | max_grad_norm 1 | [max_grad_norm] |
 | warmup_share | [warmup_steps] 10,000 of 300 epochs of 1,281,167 // 4,096 steps |
 
+Scenic's file has one variant, and the sizes of Ti, S, B and L by name; no other entry depends on
+them, so that B/32 is this recipe with `--variant B/32`, bank patches of 8 pixels included.
+
 The schedule is [factors], a linear warm-up and then a cosine, which begins where the warm-up ends.
 There is no dropout, and no stochastic depth: [dropout_rate] and [attention_dropout_rate] are 0, and
 stochastic_depth is not among the entries. What differs: an image is cut to the square in its middle
@@ -92,10 +97,8 @@ it.
 MODEL_FIELDS: dict[str | None, dict[str, Any]] = {
     "small": {"tape_ffn_dim": 0},
     "imagenet": {
-        "key_split": 6,
         "read_layers": (1,),
         "tape_ffn_dim": 0,
-        "tape_mlp_dim": 1536,
         "loss_type": "entropy",
         "average_query": True,
     },
@@ -103,8 +106,15 @@ MODEL_FIELDS: dict[str | None, dict[str, Any]] = {
 """Fields of an AdaTape's configuration that a recipe decides and that are no options.
 
 Tape tokens of "small" share the feed-forward of the input tokens, as those of "imagenet" do. Those
-of "imagenet" are [split_tt], which is the number of heads, [add_tape_token_to_layers],
-[enc_tt_mlp_dim], [tt_mlp_dim], [act_loss_type] and [complex_query].
+of "imagenet" are [add_tape_token_to_layers], [enc_tt_mlp_dim], [act_loss_type] and [complex_query].
+"""
+
+SIZE_FIELDS: dict[str | None, dict[str, str]] = {
+    "imagenet": {"key_split": "num_heads", "tape_mlp_dim": "ffn_dim"}
+}
+"""Fields of an AdaTape's configuration that a recipe makes equal to a size of the ViT.
+
+Those of "imagenet" are [split_tt] and [tt_mlp_dim], by [NUM_HEADS] and [MLP_DIM] of any variant.
 """
 
 PLAN_FIELDS: dict[str | None, dict[str, Any]] = {"imagenet": {"decay_after_warmup": True}}
@@ -129,3 +139,20 @@ def recipe_values(recipe: str, data: str) -> dict[str, Any]:
         expected = " or ".join(fitting) or "none"
         raise ValueError(f"recipe: expected {expected} for {data}, got {shown(recipe)}")
     return RECIPES[recipe][data]
+
+
+def with_recipe(config: ViTConfig, recipe: str | None) -> ViTConfig:
+    """Return a model's configuration with the fields that a recipe decides.
+
+    Args:
+        config: that of a model of any kind; one that reads no tape stays as it is.
+        recipe: a name in RECIPES, or None.
+
+    Raises:
+        ValueError: they do not fit the model's sizes.
+    """
+    if not isinstance(config, AdaTapeViTConfig) or not config.read_layers:
+        return config
+    sizes = SIZE_FIELDS.get(recipe, {})
+    equal = {field: getattr(config, size) for field, size in sizes.items()}
+    return replace(config, **{**MODEL_FIELDS.get(recipe, {}), **equal})

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.image_set import STATISTICS_IMAGES, Images, Subset, evenly_spaced, look_at
-from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages
+from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages, decoded_ahead
 from adatape_kernels.data.loading.unreadable_images import count_unreadable
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.terminal import say
-from adatape_kernels.recipes.training.loading_options import Loading
+from adatape_kernels.recipes.training.loading_options import Loading, LoadingOptions
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_plan import TrainPlan
 
@@ -30,25 +30,29 @@ class LookedAt:
 
     @classmethod
     def of(
-        cls, data: ImageSet, config: TrainConfig, loading: Loading, ranks: Ranks = ALONE
+        cls, data: ImageSet, options: LoadingOptions, loading: Loading, ranks: Ranks = ALONE
     ) -> "LookedAt":
         """Look at the images that are to be looked at, each rank at its share of them.
+
+        Where images may be skipped, those are looked at besides that normalisation is measured
+        over.
 
         Raises:
             ValueError: an image cannot be read and may not be skipped; the error names its file.
         """
-        train, test = (UnreadableImages(config.unreadable_limit) for _ in range(2))
+        train, test = (UnreadableImages(options.unreadable_limit) for _ in range(2))
         if isinstance(data.train_images, torch.Tensor):
             return cls(data, data.train_images, train, test)
         looked = {"all": (data.train_images, data.test_images), "test": (data.test_images,)}
-        if config.unreadable == "stop":
-            own = (Subset(part, ranks.own(len(part))) for part in looked.get(loading.look, ()))
-            look_at(own)
+        if options.unreadable == "stop":
+            parts = (decoded_ahead(part, loading.workers) for part in looked.get(loading.look, ()))
+            look_at(Subset(part, ranks.own(len(part))) for part in parts)
             return cls(data, data.train_images, train, test)
-        tested = _readable(data.test_images, torch.arange(len(data.test_labels)), test, ranks)
-        data = replace(data, test_images=tested, test_labels=data.test_labels[tested.chosen])
+        if loading.look != "none":
+            tested = _readable(data.test_images, torch.arange(len(data.test_labels)), test, ranks)
+            data = replace(data, test_images=tested, test_labels=data.test_labels[tested.chosen])
         images = len(data.train_labels)
-        if loading.look == "test":
+        if loading.look != "all":
             some = evenly_spaced(images, STATISTICS_IMAGES)
             return cls(data, _readable(data.train_images, some, train, ranks), train, test)
         trained = _readable(data.train_images, torch.arange(images), train, ranks)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from adatape_kernels.data import ImageSet, Normaliser, load
+from adatape_kernels.data.loading import decoded_ahead
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.distributed.ranks import Ranks
@@ -163,6 +164,8 @@ class TrainingImages:
         chosen = config.batch is None
         config.with_batch_for(len(data.train_labels))  # raises before any image is decoded
         looked = LookedAt.of(data, config, setup.loading, setup.execution.ranks)
+        tested = decoded_ahead(looked.data.test_images, setup.loading.workers)
+        looked = replace(looked, data=replace(looked.data, test_images=tested))
         config = config.with_batch_for(len(looked.data.train_labels))
         plan = config.plan()
         print(_plan_line(looked.data, plan, chosen))

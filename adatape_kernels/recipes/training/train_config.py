@@ -10,7 +10,7 @@ import torch
 from adatape_kernels.arguments import shown
 from adatape_kernels.data import NAMES, augment
 from adatape_kernels.data.printable import printable
-from adatape_kernels.models import AViTConfig, ImageClassifier
+from adatape_kernels.models import AViTConfig, ImageClassifier, ViTConfig
 from adatape_kernels.models.encoder_config import MOST_PARAMETERS
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer, as_number
@@ -35,7 +35,7 @@ from adatape_kernels.recipes.training.model_options import (
     check_given,
     with_beginnings,
 )
-from adatape_kernels.recipes.training.named_recipes import MODEL_FIELDS, PLAN_FIELDS, recipe_values
+from adatape_kernels.recipes.training.named_recipes import PLAN_FIELDS, recipe_values, with_recipe
 from adatape_kernels.recipes.training.source_file import SourceFile
 from adatape_kernels.recipes.training.train_defaults import (
     DEFAULT_BATCH,
@@ -253,12 +253,9 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
             self.start_head(model.head)
         return model
 
-    def _tape_fields(self) -> dict[str, Any]:
-        """Return the fields of an AdaTapeViTConfig beside those of any ViT."""
-        fields = super()._tape_fields()
-        if self.num_tape_tokens == 0:
-            return fields
-        return {**fields, **MODEL_FIELDS.get(self.recipe, {})}
+    def vit_config(self, num_classes: int, in_channels: int) -> ViTConfig:
+        """Return `ModelOptions.vit_config`, with the fields that the recipe decides."""
+        return with_recipe(super().vit_config(num_classes, in_channels), self.recipe)
 
     @property
     def split(self) -> int:

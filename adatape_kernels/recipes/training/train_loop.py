@@ -19,7 +19,13 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import check_kind
-from adatape_kernels.data.image_set import Images, ImageSet, Normaliser, unit_range
+from adatape_kernels.data.image_set import (
+    Images,
+    ImageSet,
+    Normaliser,
+    read_in_order,
+    unit_range,
+)
 from adatape_kernels.data.loading import BatchLoader, LoadingTimes
 from adatape_kernels.data.loading.batch_draws import generator_of
 from adatape_kernels.models import AdaTapeOutput, Classifier
@@ -255,10 +261,11 @@ def predict(
     device = device_of(model)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), computing_in(dtype, device):
+    parts = torch.arange(len(images)).split(PREDICT_BATCH)
+    with torch.no_grad(), computing_in(dtype, device), read_in_order(images, parts) as batches:
         outputs = [
-            in_float32(model(moved(normalise(unit_range(images[batch])), device), **limits))
-            for batch in torch.arange(len(images)).split(PREDICT_BATCH)
+            in_float32(model(moved(normalise(unit_range(batch)), device), **limits))
+            for batch in batches
         ]
     model.train(was_training)
     return joined(outputs).to("cpu")
