@@ -45,6 +45,9 @@ COMMANDS = (
     export_command,
 )
 
+# The commands that train, whose work several processes share under torchrun.
+_OF_RANKS = ("train", "demo", "finetune", "parity", "compare")
+
 
 def command_line() -> OneLineParser:
     """Return the parser of all commands and their options."""
@@ -65,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "bench":
             return _run_bench(argv[1:])
-        if arguments.command != "train" and Ranks.of_environment().several:
-            raise ValueError(f"torchrun: expected the command train, got {arguments.command}")
+        if arguments.command not in _OF_RANKS and Ranks.of_environment().several:
+            names = ", ".join(_OF_RANKS)
+            raise ValueError(f"torchrun: expected one of {names}, got {arguments.command}")
         return arguments.run(arguments)
     except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

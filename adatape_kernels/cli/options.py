@@ -102,6 +102,12 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         help="make the training steps by torch.compile",
     )
     group.add_argument(
+        "--parallel",
+        metavar="KIND",
+        help="under torchrun: ddp, every process holds all parameters, or fsdp, each a part of "
+        "every one; default: ddp",
+    )
+    group.add_argument(
         "--graph",
         action=argparse.BooleanOptionalAction,
         help="on a GPU, capture a whole training step as a CUDA graph and replay it",
@@ -110,7 +116,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 def asked_execution(options: dict[str, Any]) -> dict[str, Any]:
     """Take the values of `add_execution` out of a command's options, and return them."""
-    names = ("accumulate", "checkpoint_layers", "compiled", "graph")
+    names = ("accumulate", "checkpoint_layers", "compiled", "graph", "parallel")
     return {name: options.pop(name) for name in names}
 
 

@@ -8,13 +8,15 @@ checkpoint.json names a whole file, that of the last epoch that was saved.
 
 The entry "format" says which format checkpoint.json has. Format 1, that of version 0.1, has no
 SHA-256 of itself, no hashes of the images and labels among its facts, and former names of options.
+Format 3 has "parts" besides, the files of tensors that are divided by their rows among several
+processes; format 2 is written where there are none.
 """
 
 import hashlib
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.recipes.devices import device_of
+from adatape_kernels.recipes.distributed.checkpoint_parts import check_parts, joined
+from adatape_kernels.recipes.distributed.divided_parameters import is_part
 from adatape_kernels.recipes.model_tensors import (
     MODEL,
     average_tensors,
@@ -35,9 +39,9 @@ from adatape_kernels.recipes.model_tensors import (
 )
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 
-FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2)}
-"""The formats that can be read, by what checkpoint.json calls them; the last one is written."""
-FORMAT = list(FORMATS)[-1]
+FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2, 3)}
+"""The formats that can be read, by what checkpoint.json calls them; the last two are written."""
+FORMAT, _DIVIDED_FORMAT = list(FORMATS)[1:]
 INDEX = "checkpoint.json"
 
 _TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
@@ -73,12 +77,16 @@ class Checkpoint:
     """The epoch that was best on the test images, as `best_model.best_entry` has it."""
 
 
-def save(where: RunFolder | Path, checkpoint: Checkpoint) -> None:
+def save(
+    where: RunFolder | Path, checkpoint: Checkpoint, parts: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Write a checkpoint; the previous one in the folder stays whole until this one is.
 
     Args:
         where: what writes into the folder; a path is claimed for as long as this takes.
         checkpoint: what is written.
+        parts: the files of tensors that are divided, which `where` has noted: the entries of the
+            index by name.
 
     Raises:
         ValueError: another process writes into the folder.
@@ -86,9 +94,10 @@ def save(where: RunFolder | Path, checkpoint: Checkpoint) -> None:
     """
     if isinstance(where, Path):
         with claim(where) as run:
-            save(run, checkpoint)
+            save(run, checkpoint, parts)
         return
-    remove_leftovers(where)
+    if not parts:
+        remove_leftovers(where)
     import safetensors.torch
 
     # The bytes are held in memory once, so that what is hashed is what is written.
@@ -97,20 +106,21 @@ def save(where: RunFolder | Path, checkpoint: Checkpoint) -> None:
     try:
         previous = _current(where.folder)
     except ValueError:  # its index was damaged meanwhile, and so nothing is known of it
-        previous = None
+        previous = []
     # Whether we are killed before or after the index is written: one of the two is left over.
-    where.note(name, *([] if previous is None else [previous]))
+    where.note(name, *previous)
     where.write(name, content)
     entries = {key: getattr(checkpoint, key) for key in (*_KEPT, *_OPTIONAL)}
     index = {
-        "format": FORMAT,
+        "format": _DIVIDED_FORMAT if parts else FORMAT,
         "file": name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
+        **({"parts": list(parts)} if parts else {}),
         **{key: value for key, value in entries.items() if value or key in _KEPT},
     }
     where.write(INDEX, sealed(index))
-    where.clear(keep=name)
+    where.clear(keep=_files(index))
 
 
 def remove_leftovers(run: RunFolder) -> None:
@@ -121,8 +131,13 @@ def remove_leftovers(run: RunFolder) -> None:
         pass  # Where the index is damaged, a file that it named may still be of use.
 
 
-def _current(folder: Path) -> str | None:
-    """Return the name of the tensors' file of a folder's checkpoint; None where there is none.
+def _files(index: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that hold an index's tensors."""
+    return [index["file"], *(part["file"] for part in index.get("parts", ()))]
+
+
+def _current(folder: Path) -> list[str]:
+    """Return the names of the tensors' files of a folder's checkpoint; none where there is none.
 
     Raises:
         ValueError: checkpoint.json is damaged.
@@ -130,8 +145,8 @@ def _current(folder: Path) -> str | None:
     try:
         content = _read(folder / INDEX)
     except FileNotFoundError:
-        return None
-    return _parsed(folder / INDEX, content)["file"]
+        return []
+    return _files(_parsed(folder / INDEX, content))
 
 
 def sealed(index: Mapping[str, Any]) -> bytes:
@@ -164,14 +179,18 @@ def load(folder: Path) -> Checkpoint:
         require(folder)
         content = _read(index_file)
         index = _parsed(index_file, content)
-        file = folder / index["file"]
+        found, file = [], folder
         try:
-            tensors = _tensors(file, index["bytes"], index["sha256"])
+            for each in (index, *index.get("parts", ())):
+                file = folder / each["file"]
+                found.append(_tensors(file, each["bytes"], each["sha256"]))
         except FileNotFoundError:
             # Who has written a newer checkpoint meanwhile has removed the tensors of this one.
             if index_file.is_file() and _read(index_file) != content:
                 continue
             raise ValueError(f"{file}: expected the tensors of {INDEX}, got no such file") from None
+        tensors, *parts = found
+        tensors |= joined(index_file, parts)
         return Checkpoint(
             **{name: index[name] for name in (*_KEPT, *_OPTIONAL) if name in index},
             tensors=tensors,
@@ -228,12 +247,17 @@ def _parsed(index_file: Path, content: bytes) -> dict[str, Any]:
                 f"{index_file}: expected {name} of type {kind.__name__}, "
                 f"got {shown(index.get(name))}"
             )
+    if FORMATS[came] == 3:
+        check_parts(index_file, index.get("parts"))
+    else:
+        index.pop("parts", None)
     # The name comes from a file, which must not make us read outside of the folder.
-    if not _TENSORS.fullmatch(index["file"]):
-        raise ValueError(
-            f"{index_file}: expected file of the form checkpoint-N.safetensors, "
-            f"got {shown(index['file'])}"
-        )
+    for name in _files(index):
+        if not _TENSORS.fullmatch(name):
+            raise ValueError(
+                f"{index_file}: expected file of the form checkpoint-N.safetensors, "
+                f"got {shown(name)}"
+            )
     for name in ("epoch", "step", "bytes"):
         if index[name] < 0:
             raise ValueError(f"{index_file}: expected {name} of 0 or more, got {index[name]}")
@@ -293,7 +317,7 @@ def tensors_of(
 
     They are those of the model, of the optimizer's state and of the moving average of the model's
     parameters, if there is one, and the state of torch's generator, and of that of the GPU where
-    the model is on one.
+    the model is on one. What is divided among several processes is returned as it is.
     """
     tensors = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -306,7 +330,8 @@ def tensors_of(
     if device.type == "cuda":
         tensors[_GPU_RNG] = torch.cuda.get_rng_state(device)
     return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+        name: tensor if is_part(tensor) else tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
     }
 
 

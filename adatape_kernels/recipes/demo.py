@@ -1,5 +1,6 @@
 """The demo: train a small AdaTape ViT on real digits, and compare it with the padded model."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.one_thread import one_thread
@@ -47,8 +49,10 @@ def run(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: str = "float32",
-) -> ModelComparison:
+) -> ModelComparison | None:
     """Train, compare, print a table, and write report.json, the model and pictures into `out`.
+
+    Under torchrun the processes share each step, and rank 0 does the rest.
 
     Args:
         out: a folder, made if it is missing.
@@ -57,6 +61,9 @@ def run(
         device: where to compute, as `devices.chosen_device` has it.
         dtype: what products are computed in, one of `execution.DTYPES`.
 
+    Returns:
+        What the table compares; None on other ranks than rank 0.
+
     Raises:
         ValueError: an argument is out of range, the device is not here, `out` cannot be made or
             written, or another process writes into it.
@@ -64,17 +71,21 @@ def run(
         RuntimeError: a package of the extra `demo` is missing, or the loss is not finite.
     """
     plan = TrainPlan(epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed)
-    where, execution = chosen_device(device), Execution(dtype)
+    where = chosen_device(device)
     folder = folder_argument("out", out)
     pictures.require("demo")
-    check_output_folder(folder)
-    data = digits(plan.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    normalise = Normaliser.of(data.train_images)
-    torch.manual_seed(plan.seed)
-    model = AdaTapeViT(CONFIG).to(where)
-    # A folder that cannot be written shows here, before a minute of training.
-    with lenient_output(), claim(folder) as run_folder, one_thread():
+    with lenient_output(), contextlib.ExitStack() as until_the_end, one_thread():
+        ranks = until_the_end.enter_context(started(where))
+        execution, run_folder = Execution(dtype, ranks=ranks), None
+        if ranks.leads:
+            # A folder that cannot be written shows here, before a minute of training.
+            check_output_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            run_folder = until_the_end.enter_context(claim(folder))
+        data = digits(plan.seed)
+        normalise = Normaliser.of(data.train_images)
+        torch.manual_seed(plan.seed)
+        model = AdaTapeViT(CONFIG).to(where)
         train(
             model,
             data,
@@ -84,5 +95,7 @@ def run(
             title="training on digits",
             execution=execution,
         )
+        if run_folder is None:
+            return None
         entries = {"epochs": plan.epochs, "seed": plan.seed}
         return write_report(run_folder, model, data, normalise, entries, rounds=ROUNDS, dtype=dtype)

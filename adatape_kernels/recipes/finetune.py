@@ -8,7 +8,7 @@ with the same images, epochs and learning rates.
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,6 +23,7 @@ from adatape_kernels.models import AdaTapeViTConfig
 from adatape_kernels.models.value_checks import as_flag, as_integer
 from adatape_kernels.recipes import checkpoint, model_loading, pictures
 from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.report_file import REPORT, json_bytes
@@ -57,6 +58,7 @@ class _How(NamedTuple):
     device: torch.device
     execution: Mapping[str, Any]
     loading: Mapping[str, Any]
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,10 @@ def run(
     device: str | torch.device = "auto",
     execution: Mapping[str, Any] | None = None,
     loading: Mapping[str, Any] | None = None,
-) -> FinetuneReport:
+) -> FinetuneReport | None:
     """Fine-tune a ViT without and with tapes, or go on with that, and write report.json into `out`.
+
+    Under torchrun the processes share each step of each run, as in `train.run`.
 
     Args:
         out: a new or empty folder, or one that holds a comparison to resume.
@@ -180,6 +184,9 @@ def run(
         device: where to compute, as `devices.chosen_device` has it.
         execution: how steps are computed, as `train.run` has it.
         loading: how images are read, as `train.run` has it.
+
+    Returns:
+        What the report says; None on other ranks than rank 0.
 
     Raises:
         ValueError: an option, the image set, the source or a checkpoint is not what was expected.
@@ -198,7 +205,6 @@ def run(
     Loading.of_run(read)
     as_flag("resume", resume)
     pictures.require("finetune")
-    (check_run_folder if resume else check_output_folder)(folder)
     given: dict[str, Any] = {
         "options": given_options(options),
         "data_dir": None if data_dir is None else _whole(folder_argument("data-dir", data_dir)),
@@ -208,14 +214,26 @@ def run(
         "execution": {n: entries[n] for n, value in asked.items() if value is not None},
         "loading": {name: value for name, value in read.items() if value is not None},
     }
-    plan = _saved_plan(folder, given) if resume else _new_plan(folder, given)
-    Execution.of_run("float32", plan.execution).check_device(where)
     with lenient_output(), contextlib.ExitStack() as until_the_end:
-        folder.mkdir(parents=True, exist_ok=True)
-        own = until_the_end.enter_context(claim(folder))
-        # What is given when a comparison goes on counts for its runs that are not begun yet.
-        own.write(PLAN, json_bytes(vars(plan)))
-        return _run(own, plan, _How(where, plan.execution, plan.loading))
+        ranks = until_the_end.enter_context(started(where))
+        plan = ranks.of_first(lambda: _plan(folder, given, resume, ranks))
+        Execution.of_run("float32", plan.execution).check_device(where)
+        own = None
+        if ranks.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            own = until_the_end.enter_context(claim(folder))
+            # What is given when a comparison goes on counts for its runs that are not begun yet.
+            own.write(PLAN, json_bytes(vars(plan)))
+        return _run(folder, own, plan, _How(where, plan.execution, plan.loading, ranks))
+
+
+def _plan(folder: Path, given: dict[str, Any], resume: bool, ranks: Ranks) -> FinetunePlan:
+    """Return what is to be done, by what is given and by what the folder holds."""
+    if resume or (ranks.restarts > 0 and (folder / PLAN).exists()):
+        check_run_folder(folder)
+        return _saved_plan(folder, given)
+    check_output_folder(folder)
+    return _new_plan(folder, given)
 
 
 def _whole(path: Path) -> str:
@@ -279,26 +297,53 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
     return plan
 
 
-def _run(out: RunFolder, plan: FinetunePlan, how: _How) -> FinetuneReport:
-    """Do what is not done yet, and write the report."""
-    file = out.folder / SOURCE if plan.source is None else Path(plan.source)
-    runs = {
-        kind: [out.folder / f"{kind}-{number}" for number in range(plan.seeds)] for kind in KINDS
-    }
+def _run(
+    folder: Path, own: RunFolder | None, plan: FinetunePlan, how: _How
+) -> FinetuneReport | None:
+    """Do what is not done yet, and write the report.
+
+    Args:
+        folder: that of the comparison.
+        own: what writes into it, on rank 0; None on the others.
+        plan: what is to be done.
+        how: where and how.
+    """
+    file = folder / SOURCE if plan.source is None else Path(plan.source)
+    runs = {kind: [folder / f"{kind}-{number}" for number in range(plan.seeds)] for kind in KINDS}
     try:
         if plan.source is None:
-            made = out.folder / "source"
+            made = folder / "source"
             _train(made, plan.source_options(), plan.data_dir, None, how)
-            if not file.exists():
-                _write_source(out, made)
+            if own is not None and not file.exists():
+                _write_source(own, made)
+            how.ranks.of_first(lambda: None)  # the others wait until the file is there
         for number in range(plan.seeds):
             for kind, folders in runs.items():
                 options = plan.kind_options(kind, number)
                 _train(folders[number], options, plan.data_dir, file, how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{out.folder} holds what is done; --resume goes on from there"
+            f"{folder} holds what is done; --resume goes on from there"
         ) from None
+    return None if own is None else _report(own, plan, how, file, runs)
+
+
+def _report(
+    own: RunFolder,
+    plan: FinetunePlan,
+    how: _How,
+    file: Path,
+    runs: Mapping[str, Sequence[Path]],
+) -> FinetuneReport:
+    """Write the report of runs that are done.
+
+    Args:
+        own: what writes into the comparison's folder.
+        plan: what was to be done.
+        how: where and how.
+        file: the source.
+        runs: the folders of the runs of each kind.
+    """
     configs = [TrainConfig.of_saved(checkpoint.load(runs[kind][0]).config) for kind in KINDS]
     one = configs[0]
     loading = Loading.of_run(plan.loading)
@@ -313,9 +358,9 @@ def _run(out: RunFolder, plan: FinetunePlan, how: _How) -> FinetuneReport:
     }
     found = report(start, data, vits, runs, how.device, one.dtype)
     entries = {**found.entries(), "plan": vars(plan), "source_sha256": start.facts.sha256}
-    out.write(REPORT, json_bytes(entries))
+    own.write(REPORT, json_bytes(entries))
     print(found.table())
-    print(f"runs and report: {printable(out.folder)}{os.sep}")
+    print(f"runs and report: {printable(own.folder)}{os.sep}")
     return found
 
 
@@ -323,10 +368,11 @@ def _train(
     out: Path, options: Mapping[str, Any], data_dir: str | None, source: Path | None, how: _How
 ) -> None:
     """Bring one run to its end, from wherever it is."""
-    if train.finished(out, options, source):
+    # Rank 0 is about to write what all would look at.
+    if how.ranks.of_first(lambda: train.finished(out, options, source)):
         return
     print(f"\n{printable(out)}:")
-    resume = (out / checkpoint.INDEX).exists()
+    resume = how.ranks.of_first(lambda: (out / checkpoint.INDEX).exists())
     train.run(
         out,
         options,

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,10 @@ class RunFolder:
         self.noted += [name for name in names if name not in self.noted]
         self._record()
 
-    def clear(self, keep: str | None) -> None:
-        """Remove the noted files, except one that is to stay."""
+    def clear(self, keep: Collection[str]) -> None:
+        """Remove the noted files, except those that are to stay."""
         for name in self.noted:
-            if name != keep:
+            if name not in keep:
                 with contextlib.suppress(OSError):
                     (self.folder / name).unlink(missing_ok=True)
         self.noted = []

@@ -223,7 +223,7 @@ def test_a_damaged_index_is_named(saved):
         ("[" * 100_000, "whole JSON"),
         ("[1]", "the format"),
         ('{"format": "pytorch-lightning"}', "got 'pytorch-lightning'"),
-        (whole.replace("checkpoint, 2", "checkpoint, 3"), "checkpoint, 3'"),
+        (whole.replace("checkpoint, 2", "checkpoint, 4"), "checkpoint, 4'"),
         (whole.replace("checkpoint, 2", "checkpoint, 1"), "its own SHA-256"),
         (whole.replace('"epoch": 1,', '"epoch": 2,'), "its own SHA-256"),
         (whole[:-1], "its own SHA-256"),

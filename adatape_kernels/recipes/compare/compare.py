@@ -12,7 +12,6 @@ import torch
 from adatape_kernels.data.loading import decoded_ahead
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import ImageClassifier
-from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.compare.compare_config import CompareConfig, CompareRun, time_text
 from adatape_kernels.recipes.compare.compare_folder import (
@@ -62,6 +61,11 @@ from adatape_kernels.recipes.compare.compare_training import (
     work,
 )
 from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.distributed.rank_workers import (
+    device_of_each,
+    runs_at_a_time,
+    runs_dealt_out,
+)
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.one_thread import one_thread
@@ -78,11 +82,7 @@ from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.training.data_fingerprint import data_facts
 from adatape_kernels.recipes.training.loading_options import Loading
-from adatape_kernels.recipes.worker_processes import (
-    MOST_JOBS,
-    in_processes,
-    usable_cores,
-)
+from adatape_kernels.recipes.worker_processes import in_processes
 
 # Share of the budget, and seconds for a model and a size, in which training steps are timed.
 _TIMING_SHARE, _LEAST_TIMING, _MOST_TIMING = 0.03, 0.2, 3.0
@@ -109,7 +109,7 @@ def run(
         config: what is compared, and how long it may take.
         data_dir: the image set's folder, as in `data.load`.
         jobs: number of runs that are trained at a time, each in a process with one thread; None for
-            one a core, and for one alone on a GPU.
+            one a core, and for one alone on a GPU. Under torchrun each process takes one at a time.
         backends: the backend that serves the ops where runs are trained, and those that serve what
             it does not; the fastest by default.
         device: where to compute, as `devices.chosen_device` has it.
@@ -117,7 +117,7 @@ def run(
             has workers of its own.
 
     Returns:
-        The results of all runs, in their order.
+        The results of all runs, in their order; none on other ranks than rank 0.
 
     Raises:
         ValueError: the images are not what was expected, `out` cannot be made or written, it holds
@@ -131,13 +131,13 @@ def run(
     folder = folder_argument("out", out)
     where = None if data_dir is None else folder_argument("data-dir", data_dir)
     place = chosen_device(device)
-    if jobs is None:
-        jobs = usable_cores() if place.type == "cpu" else 1
-    jobs = as_integer("jobs", jobs, 1, MOST_JOBS)
+    jobs = runs_at_a_time(jobs, place)
     reading = config.loading({} if loading is None else loading)
     pictures.require("compare")
-    check_output_folder(folder)
-    with lenient_output(), one_thread():
+    with lenient_output(), one_thread(), runs_dealt_out(place) as works:
+        if not works:
+            return []
+        check_output_folder(folder)
         comparison = _Comparison(config, where, jobs, backends, place, reading, started)
         return comparison.run(folder)
 
@@ -220,8 +220,8 @@ class _Comparison:
         return time.monotonic() - self.started
 
     def _task(self, run: CompareRun, epochs: int, limit: int | None) -> TrainTask:
-        config = self.config.train_config(run, epochs, limit)
-        return TrainTask(run, config, self.data_dir, self.device, self.loading)
+        config, device = self.config.train_config(run, epochs, limit), device_of_each(self.device)
+        return TrainTask(run, config, self.data_dir, device, self.loading)
 
     def _plan(self) -> tuple[ComparePlan, Costs]:
         """Time some steps of each model and size, and choose how much is trained."""

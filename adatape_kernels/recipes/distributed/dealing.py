@@ -1,9 +1,9 @@
 """Which rank computes which images of a step, by the rows that each image took last time."""
 
-import contextlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from adatape_kernels.recipes.distributed.ranks import Ranks
 
 # Ranks draw numbers of their own, as for dropout, by seeds that nothing else is made of.
 _STREAM = 2
+_ROWS = "rows of images"
 
 
 def dealt(rows: Sequence[float], ranks: int) -> list[list[int]]:
@@ -51,6 +52,32 @@ def in_turn(images: int, ranks: int) -> list[list[int]]:
     return [list(range(rank, images, ranks)) for rank in range(ranks)]
 
 
+def rows_tensors(rows: Tensor) -> dict[str, Tensor]:
+    """Return what a checkpoint keeps of how many rows images took; nothing where none is known."""
+    return {_ROWS: rows.int()} if rows.any() else {}
+
+
+def saved_rows(file: Path, tensors: Mapping[str, Tensor], images: int) -> Tensor:
+    """Return how many rows each image took by a checkpoint, (images,) int64; zeros by an older one.
+
+    Args:
+        file: where the checkpoint was read, for the error.
+        tensors: all of the checkpoint's.
+        images: number of images in the set.
+
+    Raises:
+        ValueError: the checkpoint holds another number of images, or impossible numbers of rows.
+    """
+    rows = tensors.get(_ROWS)
+    if rows is None:
+        return torch.zeros(images, dtype=torch.long)
+    if rows.shape != (images,) or rows.dtype != torch.int32 or (rows < 0).any():
+        raise ValueError(
+            f"{file}: expected {_ROWS} to be {images} int32 numbers of 0 or more, got others"
+        )
+    return rows.long()
+
+
 def rows_of(output: AdaTapeOutput, own_rows: int) -> Tensor:
     """Return how many rows each image of an output took, (batch,) int64.
 
@@ -79,6 +106,8 @@ class Share:
     dealer: "Dealer"
     indices: Tensor
     """(batch,) int64, the whole batch by its images' numbers in the set."""
+    most: int
+    """The most images that a rank has."""
 
     def taken(self, of_batch: Tensor) -> Tensor:
         """Return this rank's part of what has a row for each image of the batch.
@@ -92,10 +121,6 @@ class Share:
         """Return what a mean loss over so many of the images that were taken counts for."""
         return part / self.images if len(self.positions) else 0.0
 
-    def adding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a backward pass, which waits for the other ranks in the last."""
-        return contextlib.nullcontext() if last else self.dealer.forward.no_sync()
-
     def learn(self, outputs: Sequence[AdaTapeOutput]) -> None:
         """Remember what the images took.
 
@@ -108,20 +133,22 @@ class Share:
 class Dealer:
     """Deals the images of each step out to the ranks, and remembers what each image took.
 
-    An epoch is dealt by what the images took in the epoch before; in the first, and in the first
-    after a run was resumed, all images count alike. All ranks deal alike, so that nothing is sent
-    for it but once at the end of an epoch.
+    An epoch is dealt by what the images took in the epoch before; in the first all images count
+    alike. All ranks deal alike, so that nothing is sent for it but once at the end of an epoch.
 
     Args:
         forward: the model as `Execution.forward_of` yields it.
         ranks: the processes.
         images: number of images in the set.
+        rows: (images,) int64, what each took when it was last seen, or 0 for one that was not;
+            `end_epoch` overwrites it. None to know of none.
     """
 
-    def __init__(self, forward: Any, ranks: Ranks, images: int):
+    def __init__(self, forward: Any, ranks: Ranks, images: int, rows: Tensor | None = None):
         self.forward, self.ranks = forward, ranks
-        self.rows = torch.zeros(images if ranks.several else 0, dtype=torch.long)
-        """What each image took when it was last seen; 0 for one that was not."""
+        if rows is None:
+            rows = torch.zeros(images if ranks.several else 0, dtype=torch.long)
+        self.rows = rows
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def begin_epoch(self, seed: int, epoch: int) -> None:
@@ -148,10 +175,12 @@ class Dealer:
         known = self.rows[batch].double()
         usual = known[known > 0].mean() if (known > 0).any() else 1.0
         costs = known.where(known > 0, usual).split(together)
-        own = dealt([float(each.sum()) for each in costs], self.ranks.count)[self.ranks.number]
+        hands = dealt([float(each.sum()) for each in costs], self.ranks.count)
         groups = torch.arange(len(batch)).split(together)
+        own = hands[self.ranks.number]
         positions = torch.cat([groups[number] for number in own] or [groups[0][:0]])
-        return Share(positions, len(batch), self.ranks, self, batch)
+        most = max(sum(len(groups[number]) for number in hand) for hand in hands)
+        return Share(positions, len(batch), self.ranks, self, batch, most)
 
     def total(self, images: int) -> int:
         """Return the sum over all ranks of how many images each of them has."""
@@ -182,5 +211,5 @@ class Dealer:
             steps[step, self.ranks.number] = found.sum()
         self._seen = []
         rows = self.ranks.summed(rows).cpu()
-        self.rows = rows.where(rows > 0, self.rows)
+        self.rows.copy_(rows.where(rows > 0, self.rows))
         return Imbalance.of(self.ranks.summed(steps).cpu())

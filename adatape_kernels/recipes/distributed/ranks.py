@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -31,8 +31,13 @@ _NONE = torch.arange(0)
 _LONGEST_WAIT = timedelta(minutes=30)
 _MOST_RANKS = 1 << 20
 # Of torch's DistributedDataParallel: a name that newer versions have for an option that older ones
-# know by this one alone, and the layout of small gradients.
-_NO_FAULTS = ("`broadcast_buffers` is deprecated", "Grad strides do not match")
+# know by this one alone, and the layout of small gradients. Of its FSDP2: what a model returns must
+# not be changed in place, as it is not here.
+_NO_FAULTS = (
+    "`broadcast_buffers` is deprecated",
+    "Grad strides do not match",
+    "FSDP2-wrapped module",
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ class Ranks:
         dist.all_gather_object(of_ranks, found)
         return [each for some in of_ranks for each in some]
 
+    def of_first(self, make: Callable[[], Found]) -> Found:
+        """Return what rank 0 makes, which each rank gets; the others make nothing."""
+        (found,) = self.gathered([make()] if self.leads else [])
+        return found
+
     def own(self, total: int) -> Tensor:
         """Return int64 indices of this rank's share of so many things, each count-th of them."""
         return torch.arange(self.number, total, self.count) if total > self.number else _NONE
@@ -130,13 +140,16 @@ class Ranks:
 ALONE = Ranks()
 """A process that shares its steps with no other."""
 
+# What this process is among others that it has joined.
+_joined: list[Ranks] = []
+
 
 @contextlib.contextmanager
 def started(device: torch.device) -> Iterator[Ranks]:
     """Join the other processes that torchrun has started, and yield which of them this is.
 
-    Within the context all ranks but rank 0 print nothing. A group that the caller has started is
-    used, and left as it is. Without torchrun this does nothing.
+    Within the context all ranks but rank 0 print nothing, and another one yields the same. A group
+    that the caller has started is used, and left as it is. Without torchrun this does nothing.
 
     Args:
         device: where this process computes, which decides between gloo and NCCL.
@@ -147,7 +160,7 @@ def started(device: torch.device) -> Iterator[Ranks]:
         SystemExit: another rank has failed, and has said why.
     """
     ranks = Ranks.of_environment()
-    if not ranks.several:
+    if not ranks.several or ranks in _joined:
         yield ranks
         return
     if device.type == "cuda":
@@ -172,9 +185,12 @@ def started(device: torch.device) -> Iterator[Ranks]:
         with watch, _quiet(not ranks.leads), _interruptible(), warnings.catch_warnings():
             for text in _NO_FAULTS:
                 warnings.filterwarnings("ignore", text)
+            _joined.append(ranks)
             yield ranks
     except (Exception, KeyboardInterrupt) as error:
         _stop(ranks, watch, error)
+    finally:
+        _joined.clear()
     if ours:
         gc.collect()  # what has hooks that use the group must be gone before it
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ import torch
 from adatape_kernels.data.image_set import ImageSet, Normaliser, Subset
 from adatape_kernels.models import AdaTapeViT, ImageClassifier
 from adatape_kernels.recipes.devices import device_of
+from adatape_kernels.recipes.distributed.divided_parameters import divide_again, is_divided
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.model_comparison import rows_by_layer
 from adatape_kernels.recipes.training.train_loop import PREDICT_BATCH, accuracy, predict
@@ -47,7 +48,8 @@ def evaluated(
         RuntimeError: a logit is not finite.
     """
     images = len(data.test_labels)
-    own = torch.arange(images).split(PREDICT_BATCH)[ranks.number :: ranks.count]
+    batches = torch.arange(images).split(PREDICT_BATCH)
+    own = batches[ranks.number :: ranks.count]
     right = work = 0
     if own:
         indices = torch.cat(own)
@@ -57,5 +59,11 @@ def evaluated(
             work = int(output.tape_lens.sum())
         else:
             work = sum(rows_by_layer(model, output))
+    if is_divided(model):
+        if len(own) < len(batches[:: ranks.count]):
+            # Rank 0 has a batch more, for which it needs the parameters of all.
+            one = Subset(data.test_images, torch.arange(1))
+            predict(model, one, normalise, dtype=dtype)
+        divide_again(model)
     sums = ranks.summed(torch.tensor([right, work], device=device_of(model))).tolist()
     return Evaluation(sums[0] / images, sums[1] / images)

@@ -1,5 +1,6 @@
 """torch's DistributedDataParallel around a model and its loss."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -57,3 +58,7 @@ class SharedGradients(DistributedDataParallel):
         # torch warns in the first call that its search for unused parameters has found none.
         with quiet_stderr():
             return super().forward(*inputs, **names)
+
+    def backward_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a part's backward pass; gradients travel with the last part."""
+        return contextlib.nullcontext() if last else self.no_sync()

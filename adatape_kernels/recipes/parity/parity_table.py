@@ -16,6 +16,7 @@ from adatape_kernels.models.value_checks import as_integer, as_number
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.adatape_runs import check_report_folder
 from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.distributed.rank_workers import runs_at_a_time, runs_dealt_out
 from adatape_kernels.recipes.machine import environment
 from adatape_kernels.recipes.model_loading import load
 from adatape_kernels.recipes.one_thread import one_thread
@@ -34,7 +35,6 @@ from adatape_kernels.recipes.report_file import REPORT, json_bytes
 from adatape_kernels.recipes.run_folder import RunFolder, claim, folder_argument
 from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output
-from adatape_kernels.recipes.worker_processes import MOST_JOBS, usable_cores
 
 PICTURE = "parity.png"
 _DRAWN_EXAMPLES = 400
@@ -59,13 +59,13 @@ def run(
         out: a folder, made if it is missing.
         config: which runs there are, and how each is trained.
         jobs: number of runs at a time, each in a process with one thread; None for one a core, and
-            for one alone on a GPU.
+            for one alone on a GPU. Under torchrun each of its processes takes a run at a time.
         backends: the backend that serves the ops, and those that serve what it does not; the
             fastest by default.
         device: where to compute, as `devices.chosen_device` has it.
 
     Returns:
-        The results of all runs, in their order.
+        The results of all runs, in their order; none on other ranks than rank 0.
 
     Raises:
         ValueError: `out` cannot be made or written, another process writes into it, or it holds a
@@ -77,16 +77,20 @@ def run(
     """
     where = chosen_device(device)
     folder = folder_argument("out", out)
-    if jobs is None:
-        jobs = usable_cores() if where.type == "cpu" else 1
-    jobs = as_integer("jobs", jobs, 1, MOST_JOBS)
+    jobs = runs_at_a_time(jobs, where)
     pictures.require("parity")
+    with runs_dealt_out(where) as works:
+        return _run(folder, config, Workplace(jobs, where, tuple(backends))) if works else []
+
+
+def _run(folder: Path, config: ParityConfig, workplace: Workplace) -> list[ParityResult]:
+    """Do what `run` says."""
     check_output_folder(folder)
     check_report_folder(folder, ("results", "pairs_tell_parity"))
     folder.mkdir(parents=True, exist_ok=True)
     with lenient_output(), one_thread(), claim(folder) as run_folder:
         done = {each: _finished(folder, each, config) for each in config.runs()}
-        results = _train_rest(run_folder, config, done, Workplace(jobs, where, tuple(backends)))
+        results = _train_rest(run_folder, config, done, workplace)
         print(table(results))
         print(f"report, picture and models: {printable(folder)}{os.sep}")
         return results

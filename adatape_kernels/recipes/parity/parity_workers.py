@@ -10,6 +10,7 @@ from adatape_kernels.data.parity_sequences import CLASS_NAMES
 from adatape_kernels.models.model_file import serialised
 from adatape_kernels.recipes import worker_processes
 from adatape_kernels.recipes.devices import CPU, chosen_device
+from adatape_kernels.recipes.distributed.rank_workers import device_of_each
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.parity.parity_training import ParityResult, train
 from adatape_kernels.recipes.worker_processes import Tell
@@ -59,7 +60,8 @@ def in_processes(
     Raises:
         RuntimeError: a run failed, or its process was ended; the error names the run.
     """
-    tasks = [(run.stem, (run, config, workplace.device)) for run in runs]
+    device = device_of_each(workplace.device)
+    tasks = [(run.stem, (run, config, device)) for run in runs]
     return worker_processes.in_processes(tasks, _work, workplace.jobs, workplace.backends)
 
 

@@ -1,6 +1,6 @@
 """The moving average of a model's parameters over the steps of its training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adatape_kernels.models import ImageClassifier
+from adatape_kernels.recipes.distributed.divided_parameters import is_part, part_of
 
 
 class MovingAverage(AveragedModel):
@@ -43,7 +44,7 @@ class MovingAverage(AveragedModel):
             model: the model.
             share: 0 to 1, a number or a scalar on the model's device.
         """
-        ours, theirs = list(self.module.parameters()), list(model.parameters())
+        ours, theirs = _held(self.module.parameters()), _held(model.parameters())
         if isinstance(share, Tensor):
             for parameter, present in zip(ours, theirs, strict=True):
                 parameter.lerp_(present, share)
@@ -52,6 +53,11 @@ class MovingAverage(AveragedModel):
             move(ours, theirs, None)
         for buffer, followed in zip(self.module.buffers(), model.buffers(), strict=True):
             buffer.copy_(followed)
+
+
+def _held(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this process holds of parameters, which several may divide among them."""
+    return [part_of(each) if is_part(each) else each for each in parameters]
 
 
 def averaged_model(model: nn.Module, decay: float) -> MovingAverage:

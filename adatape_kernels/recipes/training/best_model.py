@@ -15,7 +15,6 @@ from torch import Tensor
 from adatape_kernels.arguments import shown
 from adatape_kernels.models.model_file import Description, serialised
 from adatape_kernels.models.value_checks import as_integer
-from adatape_kernels.recipes.model_tensors import evaluated_weights
 
 BEST = "best.safetensors"
 """Name of the file."""
@@ -28,14 +27,14 @@ def best_epoch(history: Sequence[Mapping[str, Any]], since: int = 1) -> int:
     return max(history[since - 1 :], key=lambda row: row["test_accuracy"])["epoch"]
 
 
-def best_content(tensors: Mapping[str, Tensor], description: Description) -> bytes:
+def best_content(weights: Mapping[str, Tensor], description: Description) -> bytes:
     """Return the content of the file.
 
     Args:
-        tensors: those of the checkpoint of the best epoch.
+        weights: the parameters that the model had in the best epoch, as it was evaluated.
         description: what the file says of the model.
     """
-    model = description.build(evaluated_weights(tensors), Path(BEST))
+    model = description.build(weights, Path(BEST))
     return serialised(model)
 
 

@@ -7,17 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeOutput, AViTConfig, Classifier, HaltingClassifier
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer
+from adatape_kernels.recipes.distributed.divided_parameters import DividedParameters, check_fsdp
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.distributed.shared_gradients import SharedGradients
 
 DTYPES = ("float32", "bf16")
 """What products may be computed in; parameters are float32 in either case."""
 MOST_PARTS = 1 << 20
+PARALLEL = ("ddp", "fsdp")
+"""What several processes may hold: all parameters each, or each a part of every one."""
 
 Forward = Callable[..., AdaTapeOutput]
 """A model, or what torch's compiler made of it."""
@@ -39,6 +44,8 @@ class Execution:
     """Whether the backward pass computes the layers once more, so that less is kept for it."""
     compiled: bool = False
     """Whether torch's compiler makes the training steps."""
+    parallel: str = "ddp"
+    """One of PARALLEL, which means nothing to a single process."""
     graph: bool = False
     """Whether steps are one CUDA graph, which is captured once and replayed."""
     ranks: Ranks = ALONE
@@ -51,6 +58,9 @@ class Execution:
         object.__setattr__(self, "accumulate", parts)
         as_flag("checkpoint-layers", self.checkpoint_layers)
         as_flag("compile", self.compiled)
+        as_choice("parallel", self.parallel, PARALLEL)
+        if self.parallel == "fsdp" and self.ranks.several:
+            check_fsdp()
         if self.compiled and self.ranks.several:
             raise ValueError(
                 f"compile: expected one process, got {self.ranks.count}; the gradients of several "
@@ -101,6 +111,7 @@ class Execution:
             "accumulate": self.accumulate,
             "checkpoint_layers": self.checkpoint_layers,
             "compiled": self.compiled,
+            "parallel": self.parallel,
             "graph": self.graph,
         }
 
@@ -155,8 +166,20 @@ class Execution:
             )
 
     @contextlib.contextmanager
-    def forward_of(self, model: Classifier) -> Iterator[Forward]:
+    def forward_of(
+        self,
+        model: Classifier,
+        optimizer: Optimizer | None = None,
+        averaged: AveragedModel | None = None,
+    ) -> Iterator[Forward]:
         """Yield what computes a training step's output, with the model's own parameters.
+
+        With fsdp they are divided in place, and stay so: `whole_model` makes a whole one.
+
+        Args:
+            model: the model.
+            optimizer: the optimizer, whose state is divided with the parameters.
+            averaged: the moving average of the parameters, which is divided too.
 
         Raises:
             RuntimeError: torch has no compiler here, and one is asked for.
@@ -172,7 +195,10 @@ class Execution:
         if self.checkpoint_layers:
             model.set_grad_checkpointing(True)
         try:
-            yield SharedGradients(model) if self.ranks.several else forward
+            if self.ranks.several and self.parallel == "fsdp":
+                yield DividedParameters(model, self.ranks, optimizer, averaged)
+            else:
+                yield SharedGradients(model) if self.ranks.several else forward
         finally:
             if self.checkpoint_layers:
                 model.set_grad_checkpointing(before)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import Checkpoint
+from adatape_kernels.recipes.distributed.divided_checkpoint import save_together
+from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole
+from adatape_kernels.recipes.model_tensors import evaluated_weights
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 from adatape_kernels.recipes.terminal import say
@@ -133,15 +136,25 @@ class RunRecord:
             )
 
     def _save(self, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-        """Write the checkpoint, then the best model where it is this one, then the metrics."""
-        if self.writing is None:
+        """Write the checkpoint, then the best model where it is this one, then the metrics.
+
+        Where the tensors are divided among ranks, all of them call this together.
+        """
+        ranks, divided = self._setup.execution.ranks, any(map(is_part, tensors.values()))
+        if self.writing is None and not divided:
             return
+        is_best = len(rows) > len(self.history) and self._is_best(rows[-1])
+        if divided:  # other ranks do not know which epoch was best
+            is_best = ranks.of_first(lambda: is_best)
         content, best = None, self._best
-        if len(rows) > len(self.history) and self._is_best(rows[-1]):
-            content = best_content(tensors, self._description)
+        if is_best:
+            evaluated = evaluated_weights(tensors)
+            weights = {name: whole(each).detach().cpu() for name, each in evaluated.items()}
+            content = best_content(weights, self._description)
             since = 1 if best is None else best["since"]
             best = best_entry(len(rows), since, content)
-        checkpoint.save(
+        save_together(
+            self._setup.folder,
             self.writing,
             Checkpoint(
                 len(rows),
@@ -154,7 +167,10 @@ class RunRecord:
                 extended=self._extended,
                 best=best,
             ),
+            ranks,
         )
+        if self.writing is None:
+            return
         self._best = best
         if content is not None:
             self.writing.write(BEST, content)
@@ -189,6 +205,6 @@ class RunRecord:
                 f"adatape-kernels: note: {BEST} is not that of epoch {known['epoch']}, which was "
                 f"best; the best is now looked for from epoch {done} on"
             )
-        content = best_content(saved.tensors, self._description)
+        content = best_content(evaluated_weights(saved.tensors), self._description)
         writing.write(BEST, content)
         self._best = best_entry(done, since, content)

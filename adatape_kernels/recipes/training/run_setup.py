@@ -78,7 +78,10 @@ class RunSetup:
         folder, data_dir = request.folder, request.data_dir
         pictures.require("train")
         resume = request.resume or (ranks.restarts > 0 and (folder / checkpoint.INDEX).exists())
-        (check_run_folder if resume else check_output_folder)(folder)
+        if resume:
+            check_run_folder(folder)
+        elif ranks.leads:  # others would make the folder and take it back at the same time
+            check_output_folder(folder)
         claimed, saved, start, longer = None, None, None, False
         if resume:
             checkpoint.require(folder)

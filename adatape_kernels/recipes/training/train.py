@@ -3,13 +3,15 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.distributed.divided_parameters import whole_model
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
 from adatape_kernels.recipes.model_comparison import ModelComparison
@@ -159,6 +161,7 @@ def _train_epochs(
             after_epoch=after_epoch,
             execution=setup.execution,
             loader=loader,
+            rows=trained.rows,
         )
 
 
@@ -166,11 +169,12 @@ def _report(
     images: TrainingImages, trained: TrainedModel, record: RunRecord
 ) -> ModelComparison | None:
     """Write the report, and say which epoch was best; do nothing on ranks that do not write."""
+    final = cast(ImageClassifier, whole_model(trained.final))
     if record.writing is None:
         return None
     found = write_report(
         record.writing,
-        trained.final,
+        final,
         images.data,
         images.normalise,
         record.entries(),

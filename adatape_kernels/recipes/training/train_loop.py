@@ -33,6 +33,7 @@ from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes.devices import device_of, moved, wait
 from adatape_kernels.recipes.distributed.dealing import Dealer
 from adatape_kernels.recipes.distributed.imbalance import Imbalance
+from adatape_kernels.recipes.distributed.loading_of_ranks import LoadingOfRanks, loading_of
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.terminal import lenient_output
 from adatape_kernels.recipes.training.deterministic_mode import repeatable
@@ -62,8 +63,8 @@ class EpochResult:
     images_per_second: float
     learning_rate: float
     """Learning rate of the epoch's last step."""
-    loading: LoadingTimes | None = None
-    """How long this process waited for its batches; None where it drew them itself."""
+    loading: LoadingTimes | LoadingOfRanks | None = None
+    """How long processes waited for their batches; None where they drew them themselves."""
     imbalance: Imbalance | None = None
     """How equally several processes shared the rows; None for one process."""
 
@@ -88,6 +89,7 @@ def train(
     execution: Execution | None = None,
     bar: Any = None,
     loader: BatchLoader | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """Train the model in place, where it is, with a progress bar on stderr.
 
@@ -108,6 +110,9 @@ def train(
             are called: update, set_postfix and write; used as a context.
         loader: prepares the batches of `plan`, so that neither `normalise` nor `augment` is called;
             None to draw them here, from one generator for each epoch.
+        rows: (images,) int64, how many rows each image took when it was last seen, or 0; several
+            processes deal images out by it, and overwrite it behind each epoch. None to begin with
+            images of one length.
 
     Raises:
         ValueError: the last batch is one image, which a batch norm of the model cannot train on,
@@ -139,8 +144,8 @@ def train(
                 mininterval=0.1 if sys.stderr.isatty() else 10,
                 dynamic_ncols=True,
             )
-        with bar, execution.forward_of(model) as forward:
-            dealer = Dealer(forward, execution.ranks, len(data.train_labels))
+        with bar, execution.forward_of(model, optimizer, averaged) as forward:
+            dealer = Dealer(forward, execution.ranks, len(data.train_labels), rows)
             eager = EagerSteps(
                 model,
                 forward,
@@ -228,7 +233,7 @@ def _train_epoch(
         tally.right / seen,
         speed,
         rate,
-        None if loader is None else loader.times,
+        None if loader is None else loading_of(loader.times, execution.ranks),
         dealer.end_epoch(),
     )
 

@@ -53,7 +53,7 @@ def add_gradients(
     of ranks, add up to what the whole batch gives, but for rounding.
 
     Args:
-        forward: the model, on the device; with a share a SharedGradients.
+        forward: the model, on the device; with a share what `Execution.forward_of` yields.
         loss_of: a mean over the examples that it is given.
         pixels: (batch, …) normalised images, on any device; with a share those of this rank.
         labels: (batch,) int64, or (batch, classes) a probability of each class.
@@ -64,8 +64,14 @@ def add_gradients(
     """
     found, outputs = [], []
     parts = min(execution.accumulate, len(labels))
+    if share is not None and execution.parallel == "fsdp":
+        # Each rank brings its parameters together in each part, and the others wait for it.
+        parts = min(execution.accumulate, share.most)
     split = zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
     for number, (some_pixels, some_labels) in enumerate(split, start=1):
+        count = len(some_labels)
+        if not count:
+            some_pixels, some_labels = pixels[:1], labels[:1]
         part = _Part(some_pixels, moved(some_labels, device), loss_of, device, execution)
         if share is None:
             loss, output = part.loss_and_output(forward)
@@ -73,15 +79,17 @@ def add_gradients(
                 loss = loss * (len(output) / len(labels))
             loss.backward()
         else:
-            weight = share.weight(len(some_labels))
-            with share.adding(last=number == parts):
+            weight = share.weight(count)
+            with share.dealer.forward.backward_pass(last=number == parts):
                 both: Any = forward(part.loss_and_output)
                 mean, output = both
                 # The ranks' gradients become their mean, and are to be their sum.
                 (mean * (weight * share.ranks.count)).backward()
             loss = mean.detach() * weight
-            outputs.append(output)
-        found.append(_sums(output, part.labels, loss.detach()))
+            if count:
+                outputs.append(output)
+        if count:
+            found.append(_sums(output, part.labels, loss.detach()))
     loss, right, work = (torch.stack(each).sum() for each in list(zip(*found, strict=True))[:3])
     if share is not None:
         share.learn(outputs)

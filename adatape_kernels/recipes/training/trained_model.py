@@ -15,6 +15,7 @@ from adatape_kernels.models.model_file import Description
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.devices import moved
+from adatape_kernels.recipes.distributed.dealing import rows_tensors, saved_rows
 from adatape_kernels.recipes.machine import attention_backend
 from adatape_kernels.recipes.training.averaged_model import averaged_model, evaluated_model
 from adatape_kernels.recipes.training.deterministic_mode import repeatable
@@ -32,6 +33,8 @@ class TrainedModel:
     optimizer: Optimizer
     averaged: AveragedModel | None
     """The moving average of the parameters, if the run has one."""
+    rows: Tensor
+    """(images,) int64, how many rows each training image took when it was last seen, or 0."""
 
     @property
     def final(self) -> ImageClassifier:
@@ -56,7 +59,9 @@ class TrainedModel:
         model = model.to(setup.device)
         setup.execution.check_model(model)
         optimizer = images.plan.optimizer(model)
-        return cls(model, optimizer, averaged_model(model, config.ema) if config.ema else None)
+        averaged = averaged_model(model, config.ema) if config.ema else None
+        rows = torch.zeros(len(data.train_labels), dtype=torch.long)
+        return cls(model, optimizer, averaged, rows)
 
     def backend_of_a_step(self, setup: RunSetup, images: TrainingImages) -> str:
         """Compute a step that nobody uses, and return which backend serves the attention.
@@ -78,11 +83,13 @@ class TrainedModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps of it."""
-        return checkpoint.tensors_of(self.model, self.optimizer, self.averaged)
+        tensors = checkpoint.tensors_of(self.model, self.optimizer, self.averaged)
+        return tensors | rows_tensors(self.rows)
 
     def restore(self, folder: Path, saved: Checkpoint) -> None:
         """Put a checkpoint's tensors into it. Raises ValueError where they are another model's."""
         checkpoint.restore(folder, saved.tensors, self.model, self.optimizer, self.averaged)
+        self.rows.copy_(saved_rows(folder / checkpoint.INDEX, saved.tensors, len(self.rows)))
 
     def description(self, images: TrainingImages) -> Description:
         """Return what a file of the final parameters says of the model."""

@@ -7,6 +7,7 @@ writes what it found into FOLDER, and the tests compare.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -15,19 +16,13 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which DistributedDataParallel imports, once for all ranks
 import torch.distributed as dist
-from torch import nn
+import torch.distributed.fsdp
+from rank_models import CPU, DATA, IMAGES, LABELS, MODELS, NORMALISE, PLAN, new_model, noisy
+from rank_runs import CHAINS, deal_runs, epoch_of_run, share_commands
 
-from adatape_kernels.data import ImageSet, Normaliser
 from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages
-from adatape_kernels.models import (
-    AdaTapeViT,
-    AdaTapeViTConfig,
-    AViT,
-    AViTConfig,
-    UViT,
-    UViTConfig,
-)
 from adatape_kernels.recipes.distributed.dealing import Dealer
+from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
@@ -36,45 +31,23 @@ from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.training.averaged_model import averaged_model
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.train_loop import train
-from adatape_kernels.recipes.training.train_plan import TrainPlan
 from adatape_kernels.recipes.training.train_step import add_gradients
 
-CPU = torch.device("cpu")
-SIZES = {"num_classes": 5, "dim": 16, "num_heads": 2, "ffn_dim": 16, "image_size": 8}
-SIZES |= {"in_channels": 1, "patch_size": 4}
-TAPE = {"depth": 1, "tape_ffn_dim": 8, "num_tape_tokens": 4, "topk": 2, "bank_patch_size": 2}
-MODELS = {
-    "adatape": (AdaTapeViT, AdaTapeViTConfig, {**TAPE, "halt_threshold": 1.2}),
-    "no tape": (AdaTapeViT, AdaTapeViTConfig, {**TAPE, "halt_threshold": 0.0}),
-    "uvit": (UViT, UViTConfig, {"depth": 4}),
-    "avit": (AViT, AViTConfig, {"depth": 3, "gate_center": 4.0, "distribution_weight": 0.0}),
-}
 BATCHES = (7, 2)
 """Sizes of batches; the second has fewer images than three ranks."""
 STEPS = [(kind, BATCHES[0], 1) for kind in MODELS] + [("adatape", 7, 3)]
 STEPS += [(kind, BATCHES[1], 1) for kind in ("adatape", "uvit")]
-IMAGES = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-LABELS = torch.arange(30) % 5
-DATA = ImageSet(IMAGES[:17], LABELS[:17], IMAGES[17:], LABELS[17:], tuple("abcde"))
-NORMALISE = Normaliser((0.5,), (0.3,))
 EPOCHS = ("drawn", "loaded", "skipping")
 """What prepares the batches; "skipping" leaves an image out that cannot be read."""
+DIVIDED_EPOCHS = {2: "drawn", 3: "skipping"}
+"""Which of EPOCHS are trained with parameters that are divided, too, by the number of ranks."""
 UNREADABLE = 11
-PLAN = TrainPlan(2, 6, 0.1, max_grad_norm=0.5, mixup=0.4, loss="sigmoid")
 
 
-def new_model(kind):
-    made, config, options = MODELS[kind]
-    torch.manual_seed(0)
-    model = made(config(**SIZES, **options))
-    nn.init.normal_(model.head.weight, std=0.1)  # a new head would send no gradient on
-    return model.train()
-
-
-def step(ranks, kind, images, parts):
+def step(ranks, kind, images, parts, parallel="ddp", **options):
     """The gradients of a step by name, and its loss, in float64."""
     model = new_model(kind).double()
-    execution = Execution(accumulate=parts, ranks=ranks)
+    execution = Execution(accumulate=parts, parallel=parallel, ranks=ranks, **options)
     with execution.forward_of(model) as forward:
         dealer = Dealer(forward, ranks, 10)
         dealer.rows = torch.tensor([9, 1, 0, 5, 5, 7, 1, 1, 1, 1])[: len(dealer.rows)]
@@ -85,7 +58,9 @@ def step(ranks, kind, images, parts):
         sums = add_gradients(forward, model.loss, *given, CPU, execution, share)
         together = ranks.summed(torch.stack(sums[:3]).double())
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {**found, "sums": together}
+    if parallel == "fsdp":
+        assert all(map(is_part, found.values()))
+    return {**{name: whole(grad) for name, grad in found.items()}, "sums": together}
 
 
 class Damaged:
@@ -98,10 +73,6 @@ class Damaged:
         if (indices == UNREADABLE).any():
             raise ValueError("a.jpg: expected a whole image")
         return DATA.train_images[indices]
-
-
-def noisy(images, generator):
-    return images + 0.1 * torch.rand(images.shape, generator=generator)
 
 
 def loader_of(kind):
@@ -125,7 +96,7 @@ def loader_of(kind):
     return BatchLoader(maker, 1 if kind == "loaded" else 0, unreadable=unreadable)
 
 
-def epochs(ranks, kind):
+def epochs(ranks, kind, parallel="ddp"):
     """The parameters and their average after two epochs, and what each epoch said."""
     model = new_model("adatape")
     averaged, results = averaged_model(model, 0.9), []
@@ -141,12 +112,17 @@ def epochs(ranks, kind):
     with contextlib.nullcontext() if loader is None else loader:
         train(
             *(model, DATA, PLAN, NORMALISE, noisy),
-            **{"averaged": averaged, "after_epoch": told, "execution": Execution(ranks=ranks)},
+            **{
+                "averaged": averaged,
+                "after_epoch": told,
+                "execution": Execution(parallel=parallel, ranks=ranks),
+            },
             **{"optimizer": optimizer, "loader": loader},
         )
     numbers = [[r.loss, r.accuracy, r.learning_rate, *test] for r, test in results]
-    found = {name: p.detach() for name, p in model.named_parameters()}
-    found |= {f"average.{name}": p.detach() for name, p in averaged.module.named_parameters()}
+    found = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    average = averaged.module.named_parameters()
+    found |= {f"average.{name}": whole(p.detach()) for name, p in average}
     shares = [None if r.imbalance is None else r.imbalance.metrics() for r, _ in results]
     return {**found, "numbers": torch.tensor(numbers).double()}, shares
 
@@ -159,6 +135,13 @@ def found_by(ranks):
     }
     for kind in EPOCHS:
         found[kind], shares = epochs(ranks, kind)
+    if ranks.several:
+        for kind, images, parts in STEPS:
+            found[f"fsdp-{kind}-{images}-{parts}"] = step(ranks, kind, images, parts, "fsdp")
+        twice = step(ranks, "adatape", BATCHES[0], 1, "fsdp", checkpoint_layers=True)
+        found["fsdp, layers twice"] = twice
+        kind = DIVIDED_EPOCHS[ranks.count]
+        found[f"fsdp-{kind}"], _ = epochs(ranks, kind, "fsdp")
     return {**found, "shares": shares}
 
 
@@ -233,8 +216,18 @@ def main(folder):
     torch.set_num_threads(1)
     for count in (3, 2, 1):
         assert in_ranks(count, folder, save_found) == count * [0]
+    codes = {"deal_runs": in_ranks(3, folder, deal_runs, "deal_runs")}
+    for count in (1, 2):
+        codes[f"commands of {count}"] = in_ranks(count, folder, share_commands)
+    for chain, steps in CHAINS.items():
+        (folder / chain).mkdir()
+        for count, parallel in steps:
+            work = functools.partial(epoch_of_run, parallel=parallel)
+            name = folder / ("killed" if parallel == "killed" else "chain")
+            codes.setdefault(chain, []).append(in_ranks(count, folder / chain, work, name))
     RankWatch.__init__.__defaults__ = 0.1, 0.5  # seconds between two beats, and of patience
-    codes = {work.__name__: in_ranks(3, folder, work, work.__name__) for work in FAULTS}
+    for work in FAULTS:
+        codes[work.__name__] = in_ranks(3, folder, work, work.__name__)
     torch.save(codes, folder / "codes")
 
 

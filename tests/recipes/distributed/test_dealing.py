@@ -1,6 +1,7 @@
 """Which rank gets which images, and how much idle time that saves."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 from adatape_kernels.benchmarks.deal_simulation import distribution, main, recorded, simulated
-from adatape_kernels.recipes.distributed.dealing import Dealer, dealt, in_turn, rows_of
+from adatape_kernels.recipes.distributed.dealing import (
+    Dealer,
+    dealt,
+    in_turn,
+    rows_of,
+    rows_tensors,
+    saved_rows,
+)
 from adatape_kernels.recipes.distributed.imbalance import Imbalance
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 
@@ -113,3 +121,35 @@ def test_an_imbalance_says_what_ranks_wait_for():
     assert found.idle_share == pytest.approx(1 / 3)
     assert found.words() == "2 ranks of 20 rows a step, 33.3% idle"
     assert Imbalance.of(torch.zeros(2, 2)).idle_share == 0
+
+
+def test_a_checkpoint_keeps_what_images_took():
+    rows = torch.tensor([9, 0, 5])
+    kept = rows_tensors(rows)
+    assert [tensor.dtype for tensor in kept.values()] == [torch.int32]
+    assert torch.equal(saved_rows(Path("c"), kept, 3), rows)
+    assert rows_tensors(torch.zeros(3, dtype=torch.long)) == {}
+    assert saved_rows(Path("c"), {}, 2).tolist() == [0, 0]  # that of an older version
+    (name,) = kept
+    for damaged in (rows.int()[:2], rows.float(), -rows.int()):
+        with pytest.raises(ValueError, match=r"^c: expected rows of images to be 3 int32 numbers"):
+            saved_rows(Path("c"), {name: damaged}, 3)
+
+
+def test_a_run_that_goes_on_is_dealt_by_the_rows_of_its_checkpoint():
+    rows = torch.tensor([90, 10, 10, 10, 10, 50])
+    shares = [Dealer(None, Ranks(n, 2), 6, rows).share(torch.arange(6)) for n in range(2)]
+    assert [share.positions.tolist() for share in shares] == [[0], [1, 2, 3, 4, 5]]
+    assert [share.most for share in shares] == [5, 5]
+
+
+def test_rows_are_overwritten_where_the_caller_sees_them(monkeypatch):
+    monkeypatch.setattr(Ranks, "summed", lambda self, tensor: tensor)
+    rows = torch.tensor([7, 7, 7])
+    config = SimpleNamespace(num_patches=4)
+    model = SimpleNamespace(config=config, num_prefix_tokens=1)
+    dealer = Dealer(SimpleNamespace(module=SimpleNamespace(model=model)), Ranks(0, 2), 3, rows)
+    share = dealer.share(torch.tensor([2, 1]))
+    share.learn([SimpleNamespace(halted=None, tape_lens=torch.tensor([3]))])
+    dealer.end_epoch()
+    assert rows.tolist() == [7, 7, 8]
