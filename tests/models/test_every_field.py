@@ -160,7 +160,7 @@ REGULARISATION = {
     "warmup_share": SHARE,
 }
 OPTIONAL = {"variant", "batch", "limit", "split_seed", "source", "recipe", *HALTING}
-OPTIONAL |= {"halt_threshold_range"}
+OPTIONAL |= {"halt_threshold_range", "init"}
 TRAINING = {
     "data": NO_WORD,
     "model_name": (*NO_WORD, "transformer_tiny", "vit_tiny_patch8_224"),
@@ -189,6 +189,10 @@ TRAINING = {
     "bank_size": COUNT,
     "split_seed": (*NO_INTEGER, -1, 1 << 32, HUGE),
     "source": NO_WORD,
+    "init": NO_WORD,
+    "draws": NO_WORD,
+    "unreadable": NO_WORD,
+    "unreadable_limit": (*NO_INTEGER, -1),
     "halt_threshold_range": RANGE,
     **REGULARISATION,
 }

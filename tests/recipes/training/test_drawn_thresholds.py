@@ -156,7 +156,7 @@ def test_a_comparison_keeps_its_range(tmp_path):
     plan = dict(data_dir=None, source=None, source_epochs=1, seeds=1)
     options = dict(data="digits", halt_threshold_range=(0.5, 4.0))
     (tmp_path / finetune.PLAN).write_text(json.dumps({**plan, "options": options}))
-    given = {**plan, "options": options, "execution": {}}
+    given = {**plan, "options": options, "execution": {}, "loading": {}}
     assert finetune._saved_plan(tmp_path, given).options["halt_threshold_range"] == [0.5, 4.0]
     given["options"] = {"halt_threshold_range": (0.5, 5.0)}
     with pytest.raises(ValueError, match=r"^halt-threshold-range: expected .0.5, 4.0., as in"):
