@@ -17,6 +17,7 @@ from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer
 from adatape_kernels.recipes.distributed.divided_parameters import DividedParameters, check_fsdp
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.distributed.shared_gradients import SharedGradients
+from adatape_kernels.recipes.training.chosen_values import chosen_values
 
 DTYPES = ("float32", "bf16")
 """What products may be computed in; parameters are float32 in either case."""
@@ -97,13 +98,8 @@ class Execution:
         Raises:
             ValueError: a name is unknown, or a value is out of range.
         """
-        plain = cls().entries()
-        for name in given:
-            if name not in plain:
-                raise ValueError(f"execution: expected {', '.join(plain)}, got {shown(name)}")
-        chosen = {name: (saved or {}).get(name, value) for name, value in plain.items()}
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        return replace(cls(dtype), **chosen)
+        chosen = chosen_values("execution", cls().entries(), given, saved)
+        return cls(dtype, **chosen)
 
     def entries(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the configuration."""

@@ -1,12 +1,12 @@
 """The options of `train` that say how images are read, whether or not they decide the curve."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from adatape_kernels.arguments import shown
 from adatape_kernels.data.loading.guarded_workers import MOST_WORKERS
 from adatape_kernels.models.value_checks import as_choice, as_integer
+from adatape_kernels.recipes.training.chosen_values import chosen_values
 
 LOADING_OPTIONS = ("draws", "unreadable", "unreadable_limit")
 """The fields of LoadingOptions."""
@@ -81,13 +81,7 @@ class Loading:
         Raises:
             ValueError: a name is unknown, or a value is out of range.
         """
-        plain = cls().entries()
-        for name in given:
-            if name not in plain:
-                raise ValueError(f"loading: expected {', '.join(plain)}, got {shown(name)}")
-        chosen = {name: (saved or {}).get(name, value) for name, value in plain.items()}
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        return replace(cls(), **chosen)
+        return cls(**chosen_values("loading", cls().entries(), given, saved))
 
     def entries(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the configuration."""

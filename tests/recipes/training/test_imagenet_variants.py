@@ -4,6 +4,7 @@ import pytest
 
 from adatape_kernels.models.scenic_config import model_config
 from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 pytestmark = pytest.mark.no_backend
 
@@ -72,3 +73,21 @@ def test_sizes_that_are_given_decide_what_depends_on_them():
     assert (found.key_split, found.tape_mlp_dim, found.bank_patch_size) == (4, 80, 8)
     learn = TrainConfig.of({**given, "bank": "learn", "bank_patch": 4}).vit_config(10, 3)
     assert (learn.bank, learn.bank_size, learn.bank_patch_size) == ("learn", 1000, 4)
+
+
+def test_imagenet_is_scenic_s():
+    config = TrainConfig.of({"data": "imagefolder", "recipe": "imagenet"})
+    assert config.vit_config(1000, 3) == scenic("S", 16)
+    steps = 300 * (1_281_167 // 4096)
+    assert config.warmup_share * steps == pytest.approx(10_000)
+    plan = config.with_batch_for(1_281_167).plan()
+    made = TrainPlan(
+        **{"epochs": 300, "batch": 4096, "learning_rate": 1e-3, "weight_decay": 0.1},
+        **{"label_smoothing": 0.0, "max_grad_norm": 1.0, "loss": "sigmoid", "mixup": 0.5},
+        warmup_share=config.warmup_share,
+        decay_after_warmup=True,
+    )
+    assert plan == made
+    for step, share in ((4_999, 0.5), (9_999, 1.0), (10_000, 1.0), ((steps + 10_000) // 2, 0.5)):
+        assert plan.learning_rate_at(step, steps) == pytest.approx(1e-3 * share, rel=1e-3)
+    assert 0 < plan.learning_rate_at(steps - 1, steps) < 1e-9

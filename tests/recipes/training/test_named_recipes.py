@@ -3,10 +3,8 @@
 import pytest
 from checks import refused
 
-from adatape_kernels.models.scenic_config import model_config
 from adatape_kernels.recipes.training.named_recipes import MODEL_FIELDS, RECIPES, recipe_values
 from adatape_kernels.recipes.training.train_config import TrainConfig
-from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 pytestmark = pytest.mark.no_backend
 
@@ -33,55 +31,6 @@ def test_small_ones_have_less_than_a_million_parameters(data):
     model = config.model(10, CHANNELS.get(data, 3))
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
     assert config.reads and config.vit_config(10, 3).num_tape_tokens > 0
-
-
-def test_imagenet_is_scenic_s():
-    config = TrainConfig.of({"data": "imagefolder", "recipe": "imagenet"})
-    ours = config.vit_config(1000, 3)
-    scenic = {
-        "kind": "adatape_vit",
-        "num_classes": 1000,
-        "hidden_size": 384,
-        "num_layers": 12,
-        "num_heads": 6,
-        "mlp_dim": 1536,
-        "classifier": "gap",
-        "image": 224,
-        "patch": 16,
-        "add_tape_token_to_layers": [1],
-        "num_tape_tokens": 10,
-        "tape_bank_size": config.bank_size,
-        "tt_mlp_dim": 1536,
-        "enc_tt_mlp_dim": 0,
-        "split_tt": 6,
-        "bank_type": "input",
-        "bank_norm": True,
-        "patch_bank_size": 8,
-        "query_type": "gap",
-        "dynamic_tape_length": {
-            "num_token_per_step": 1,
-            "act_epsilon": 2.0,
-            "act_loss_weight": 0.01,
-            "act_loss_type": "entropy",
-            "bernoulli_p": 0.0,
-            "complex_query": True,
-            "query_noise": 0.0,
-        },
-    }
-    assert ours == model_config(scenic)
-    steps = 300 * (1_281_167 // 4096)
-    assert config.warmup_share * steps == pytest.approx(10_000)
-    plan = config.with_batch_for(1_281_167).plan()
-    made = TrainPlan(
-        **{"epochs": 300, "batch": 4096, "learning_rate": 1e-3, "weight_decay": 0.1},
-        **{"label_smoothing": 0.0, "max_grad_norm": 1.0, "loss": "sigmoid", "mixup": 0.5},
-        warmup_share=config.warmup_share,
-        decay_after_warmup=True,
-    )
-    assert plan == made
-    for step, share in ((4_999, 0.5), (9_999, 1.0), (10_000, 1.0), ((steps + 10_000) // 2, 0.5)):
-        assert plan.learning_rate_at(step, steps) == pytest.approx(1e-3 * share, rel=1e-3)
-    assert 0 < plan.learning_rate_at(steps - 1, steps) < 1e-9
 
 
 def test_a_model_that_is_given_keeps_its_own_sizes():

@@ -1,6 +1,5 @@
 """Options of the loss and the regularisation: what a run with them trains, evaluates and keeps."""
 
-import csv
 import dataclasses
 import importlib.util
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from checks import assert_same_bits, refused
 from safetensors.torch import load_file
+from tiny_training import assert_same_run, curve
 
 from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser, load, rand_augment
@@ -42,22 +42,6 @@ def recipe_bytes(model):
     return save({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
-def metrics(out):
-    with open(out / "metrics.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    for row in rows:
-        row.pop("images_per_second")
-    return rows
-
-
-def assert_same_run(one, other):
-    assert metrics(one) == metrics(other)
-    ours, theirs = (checkpoint.load(out).tensors for out in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert_same_bits(ours[name], tensor)
-
-
 @pytest.mark.parametrize(
     "more", [pytest.param({}, id="own"), pytest.param(RANDOMLY, id="kornia", marks=kornia)]
 )
@@ -82,7 +66,7 @@ def test_a_run_with_every_option_goes_on_bit_for_bit(tmp_path, monkeypatch, more
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     for name in other:
         assert_same_bits(one[name], other[name])
-    assert len({row["train_loss"] for row in metrics(tmp_path / "run")}) == 3
+    assert len({row["train_loss"] for row in curve(tmp_path / "run")}) == 3
 
 
 def test_the_average_is_what_is_evaluated_and_written(tmp_path):
@@ -104,7 +88,7 @@ def test_the_average_is_what_is_evaluated_and_written(tmp_path):
         model.load_state_dict(weights)
         output = predict(model, data.test_images, Normaliser.of(data.train_images))
         shown[kind] = accuracy(output, data.test_labels)
-    assert float(metrics(out)[-1]["test_accuracy"]) == shown["averaged."] != shown["model."]
+    assert float(curve(out)[-1]["test_accuracy"]) == shown["averaged."] != shown["model."]
     # A run that has not finished is loaded as it is evaluated, too.
     (out / "model.safetensors").unlink()
     found = model_loading.load(out).state_dict()
