@@ -127,7 +127,7 @@ def train(
                 model, model.loss, sequences.one_hot(), sequences.labels, device, execution
             )
             tally.add(step, len(sequences.labels), sums)
-            if longest < run.length:  # what comes next depends on how many answers are right
+            if growing.decides(step):
                 tally.read()
                 growing.learn(tally.last_right)
             nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
@@ -175,8 +175,10 @@ def _training_sequences(
     if uniform and longest == length:
         return uniform_sequences(config.batch, length, generator)
     # Half as long up to the longest, and with few symbols up to nothing but symbols that are not 0:
-    # the ones with few symbols are learned first, and no model relies on many zeros.
-    some = 2 * int(torch.randint(max(1, longest // 4), longest // 2 + 1, (), generator=generator))
+    # the ones with few symbols are learned first, and no model relies on many zeros. Pairs leave
+    # nothing over but in the longest, where it is odd.
+    half = int(torch.randint(max(1, longest // 4), (longest + 1) // 2 + 1, (), generator=generator))
+    some = min(2 * half, longest)
     most = some if uniform else min(some, length // 2)
     return sparse_sequences(config.batch, some, (1, most), generator)
 

@@ -35,6 +35,23 @@ def test_what_is_solved_grows_at_once():
     assert odd == [8] * 14 + [9] * 26
 
 
+def test_what_is_lost_shrinks_and_grows_again_once_it_is_found():
+    growing = GrowingLengths(16, 1000)
+    lengths_of(growing, 60, right=1.0)
+    assert growing.at(60) == 16
+    # A guess is right half of the time. The mean is 0.97 by 18 steps of length 16, and below 0.6
+    # from n = 15 on, as 0.5 + 0.47 · 0.9^n says; at each other length from n = 11 on, from 0.8.
+    lost = lengths_of(growing, 70, right=0.5)
+    assert lost == [16] * 15 + [12] * 11 + [10] * 11 + [8] * 33
+    assert lengths_of(growing, 100, right=1.0)[-1] == 16
+
+
+def test_a_model_that_is_often_right_is_left_at_its_length():
+    growing = GrowingLengths(16, 1000)
+    lengths_of(growing, 20, right=1.0)
+    assert lengths_of(growing, 100, right=0.65) == [10] * 100
+
+
 @pytest.mark.parametrize("length, growing", [(8, 100), (1, 100), (64, 0)])
 def test_no_growth(length, growing):
     assert set(lengths_of(GrowingLengths(length, growing), 20, right=0.0)) == {length}
@@ -100,6 +117,15 @@ def test_extrapolation_trains_with_few_zeros_too_but_never_on_more_symbols(monke
     assert {length for length, _ in seen} == {10, 12, 14, 16, 18, 20}
     assert max(symbols for _, symbols in seen) == 10
     assert any(length == symbols == 10 for length, symbols in seen)
+
+
+@pytest.mark.parametrize("length, expected", [(9, {4, 6, 8, 9}), (2, {2}), (3, {2, 3})])
+def test_extrapolation_trains_on_the_whole_length_where_it_is_odd_too(
+    monkeypatch, length, expected
+):
+    config = dataclasses.replace(CONFIG, steps=40, batch=2, protocol="extrapolate", curriculum=0)
+    seen, _ = lengths_trained(monkeypatch, config, Run("transformer", length, 0))
+    assert {each for each, _ in seen} == expected
 
 
 def test_sequence_token_must_be_a_flag():
