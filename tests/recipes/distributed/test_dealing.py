@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from adatape_kernels.benchmarks.deal_simulation import distribution, main, recorded, simulated
 from adatape_kernels.recipes.distributed.dealing import (
     Dealer,
     dealt,
@@ -44,25 +43,6 @@ def test_every_image_is_dealt_once_and_nearly_as_well_as_can_be(images, ranks):
 
 def test_images_of_equal_cost_are_dealt_evenly():
     assert [len(hand) for hand in dealt(17 * [4.0], 5)] == [4, 4, 3, 3, 3]
-
-
-@pytest.mark.parametrize("ranks", [8, 32])
-@pytest.mark.parametrize("lengths", ["skewed", "uniform"])
-def test_dealing_by_rows_halves_the_idle_time(lengths, ranks):
-    work = simulated(distribution(lengths, 50), ranks, 32, 197, steps=5)
-    assert work.in_turn < work.balanced <= 1
-    assert work.idle_left < 0.5
-    changed = simulated(distribution(lengths, 50), ranks, 32, 197, changed=1.0, steps=5)
-    assert changed.balanced < work.balanced  # lengths that are forgotten are of no use
-
-
-def test_the_simulation_is_a_command(tmp_path, capsys):
-    file = tmp_path / "report.json"
-    file.write_text('{"images_by_tape_length": [1, 0, 3]}')
-    assert recorded(file).tolist() == [0.25, 0, 0.75]
-    assert main(["--lengths", str(file), "--ranks", "2,4"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[-1].startswith("| recorded | 4 | ")
 
 
 def dealers(count):

@@ -1,0 +1,1 @@
+"""How long ranks wait for one another: a simulation, what a step costs, and recorded lengths."""
