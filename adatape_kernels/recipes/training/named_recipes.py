@@ -51,7 +51,7 @@ _IMAGENET: dict[str, Any] = {
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "fashion-mnist": {**_SMALL, "epochs": 50, "lr": 2e-3},
-        "cifar10": {**_SMALL, "epochs": 52, "lr": 1.5e-3},
+        "cifar10": {**_SMALL, "epochs": 20, "lr": 1.5e-3},
     },
     "imagenet": {"imagefolder": _IMAGENET, "shards": _IMAGENET},
 }
