@@ -48,6 +48,19 @@ ADATAPE_DECLARE(portable)
 #if defined(__x86_64__)
 ADATAPE_DECLARE(avx2)
 ADATAPE_DECLARE(avx512)
+
+// Those of AVX-512, but for the products that AVX512-BF16 has instructions for.
+namespace avx512_bf16 {
+void attention_fwd(const CpuElasticAttentionParams&, int64_t, int64_t, int64_t);
+void attention_bwd(const CpuElasticAttentionParams&, int64_t, int64_t);
+}  // namespace avx512_bf16
+constexpr CpuKernels k_avx512_bf16 = [] {
+  CpuKernels kernels = k_avx512;
+  kernels.name = "avx512_bf16";
+  kernels.attention_fwd = avx512_bf16::attention_fwd;
+  kernels.attention_bwd = avx512_bf16::attention_bwd;
+  return kernels;
+}();
 #endif
 
 namespace {
@@ -60,9 +73,12 @@ const CpuKernels& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && (!wanted || wanted == std::string(k_avx512_bf16.name))) return k_avx512_bf16;
   if (avx512 && (!wanted || wanted == std::string(k_avx512.name))) return k_avx512;
   if (avx2 && (!wanted || wanted == std::string(k_avx2.name))) return k_avx2;
-  available = std::string(avx512 ? "avx512, " : "") + (avx2 ? "avx2 or " : "");
+  available = std::string(bf16 ? "avx512_bf16, " : "") + (avx512 ? "avx512, " : "") +
+              (avx2 ? "avx2 or " : "");
 #endif
   if (!wanted || wanted == std::string(k_portable.name)) return k_portable;
   throw std::runtime_error("ADATAPE_CPU: expected " + available + "portable, got '" + wanted + "'");

@@ -246,7 +246,7 @@ struct CpuKernels {
 };
 
 // Returns the kernels for the best instruction set of this processor, or for the one that the
-// environment variable ADATAPE_CPU names: portable, avx2 or avx512.
+// environment variable ADATAPE_CPU names: portable, avx2, avx512 or avx512_bf16.
 const CpuKernels& cpu_kernels();
 
 }  // namespace adatape

@@ -43,6 +43,22 @@ def test_wide_heads(device, head_dim):
         assert_close(a, e, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [1, 3, 33, 63, 257])
+def test_odd_heads_and_odd_rows(device, head_dim, dtype):
+    """Where numbers are multiplied in pairs, the last one of a row, or of a column, has none."""
+    cu_inputs, cu_tapes, rows = layout(device, [31, 32, 30, 47, 280], [0, 0, 3, 2, 21])
+    used = sum(map(len, rows))
+    given = qkv(used + 3, 1, head_dim, device=device, dtype=dtype)
+    for x in given:
+        x.data[used:] = float("nan")
+    actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    expected = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a[:used], e[:used], 1e-2)
+        assert not a[used:].any()
+
+
 def test_one_long_example_beside_short_ones(device):
     """Whatever bound is given, to the bit."""
     cu_inputs, cu_tapes, _ = layout(device, [2, 290, 0, 1, 5], [0, 11, 1, 0, 3])

@@ -28,11 +28,15 @@ def run(isa, *command):
     )
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_the_ops_pass_their_tests(isa):
     if isa == "avx2" and "avx2 fma" not in FACTS["instruction_sets"]:
         pytest.skip("this processor has no AVX2")
+    if isa == "avx512" and FACTS["cpu_kernels"] != "avx512_bf16":
+        pytest.skip("AVX-512 is this processor's best, or it has none")
     command = "-m pytest -q -p no:cacheprovider -m instruction_sets".split()
+    if isa == "avx512":  # all else is what its bfloat16 products are chosen beside
+        command += ["-k", "attention"]
     result = run(isa, *command, *ABOUT_MEMORY, str(TESTS))
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

@@ -1,13 +1,12 @@
 // Attention over an example's input and tape rows: the formulas stand in
 // adatape_kernels/reference.py.
 //
-// The rows of one head of an example, inputs first and then tape, are copied into dense matrices of
-// float. A copy costs 1 / rows of what the products cost, and lets them run over dense matrices.
 // Softmax takes one pass over up to kKeyBlock keys; where an example has more, blocks of keys are
-// merged by the running maximum.
+// merged by the running maximum. Where the processor multiplies bfloat16, the weights of attention
+// and the gradients of the scores are rounded to it for the products that they go into; all sums
+// are float.
 
-#include "../cpu_kernels.h"
-#include "gemm.h"
+#include "attention_operands.h"
 #include "scratch.h"
 
 namespace adatape::ADATAPE_ISA {
@@ -16,89 +15,49 @@ namespace {
 // The scores of so many queries fit the first-level cache.
 constexpr int64_t kTileQueries = 4 * kTileRows;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Where the rows of one example lie: its inputs, then its tape.
-struct ExampleRows {
-  int64_t first_input, inputs, first_tape, tapes;
-
-  ExampleRows(const CpuElasticAttentionParams& p, int64_t i)
-      : first_input(p.cu_inputs[i]),
-        inputs(p.cu_inputs[i + 1] - p.cu_inputs[i]),
-        first_tape(p.cu_tapes[i]),
-        tapes(p.cu_tapes[i + 1] - p.cu_tapes[i]) {}
-
-  int64_t rows() const { return inputs + tapes; }
-  // Returns the row of the buffer that is row r of the example.
-  int64_t at(int64_t r) const { return r < inputs ? first_input + r : first_tape + r - inputs; }
-};
-
-template <class T>
-const T* row_of(const CpuHeadRows& x, int64_t row, int64_t head) {
-  return static_cast<const T*>(x.data) + row * x.stride_row + head * x.stride_head;
-}
-template <class T>
-T* row_to(const CpuHeadRows& x, int64_t row, int64_t head) {
-  return static_cast<T*>(x.data) + row * x.stride_row + head * x.stride_head;
+// Takes a matrix of elements, which are as large as a float.
+template <class Element>
+Element* take(Scratch& scratch, int64_t count) {
+  static_assert(sizeof(Element) == sizeof(float));
+  return reinterpret_cast<Element*>(scratch.take(count));
 }
 
-// Copies rows `first` to `first + count` of the example, times a factor, to the rows of `to`, which
-// is (count, width); columns from `dim` on become zero.
-template <class T>
-void pack(const CpuHeadRows& x, const ExampleRows& e, int64_t head, int64_t first, int64_t count,
-          int64_t dim, int64_t width, float factor, float* to) {
-  for (int64_t r = 0; r < count; ++r, to += width) {
-    const T* from = row_of<T>(x, e.at(first + r), head);
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d) * factor);
-    if (d < width) store(to + d, load_some(from + d, static_cast<int>(dim - d)) * factor);
-  }
+// Writes a vector of weights as elements, from column c of a row on.
+void store_weights(float* row, int64_t c, Vec x) { store(row + c, x); }
+#if defined(__AVX512BF16__)
+void store_weights(BFloat16Pair* row, int64_t c, Vec x) {
+  const HalfVec half = rounded(x);
+  std::memcpy(reinterpret_cast<char*>(row) + 2 * c, &half, sizeof half);
 }
+#endif
 
-// Copies the same rows to the columns of `to`, which is (dim, width); columns from `count` on
-// become zero.
-template <class T>
-void pack_transposed(const CpuHeadRows& x, const ExampleRows& e, int64_t head, int64_t first,
-                     int64_t count, int64_t dim, int64_t width, float* to) {
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const T* from[kLanes];
-    const int lanes = static_cast<int>(count - c < kLanes ? count - c : kLanes);
-    for (int l = 0; l < lanes; ++l) from[l] = row_of<T>(x, e.at(first + c + l), head);
-    for (int64_t d = 0; d < dim; ++d) {
-      Vec column = {};
-      for (int l = 0; l < lanes; ++l) column[l] = to_float(from[l][d]);
-      store(to + d * width + c, column);
-    }
-  }
-}
-
-// Copies rows of float, `width` apart, to rows `first` to `first + count` of the example.
-template <class T>
-void unpack(const float* from, int64_t width, const CpuHeadRows& x, const ExampleRows& e,
-            int64_t head, int64_t first, int64_t count, int64_t dim) {
-  for (int64_t r = 0; r < count; ++r, from += width) {
-    T* to = row_to<T>(x, e.at(first + r), head);
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
-    if (d < dim) store_some(to + d, load(from + d), static_cast<int>(dim - d));
-  }
-}
-
-// Replaces a row of scores by exp(score - largest), with zeros from `count` on. `largest` and
-// `total` run on from earlier blocks of keys; the result is the factor by which everything that
+// Replaces a row of scores by exp(score * scale - largest) as elements, with zeros from `count` on.
+// They begin where the row does, and never lie behind the score that they are made of. `largest`
+// and `total` run on from earlier blocks of keys; the result is the factor by which everything that
 // those blocks have added up must be multiplied.
-float softmax_row(float* s, int64_t count, int64_t width, float* largest, float* total) {
-  for (int64_t c = count; c < width; ++c) s[c] = -__builtin_inff();
-  Vec highest = load(s);
-  for (int64_t c = kLanes; c < width; c += kLanes) highest = max(highest, load(s + c));
+template <class Element>
+float softmax_row(float* s, Element* weights, int64_t count, int64_t width, float scale,
+                  float* largest, float* total) {
+  const int64_t whole = count / kLanes * kLanes;
+  Vec highest = broadcast(-__builtin_inff()), rest = highest;
+  for (int64_t c = 0; c < whole; c += kLanes) highest = max(highest, load(s + c) * scale);
+  if (whole < width) {
+    rest = first_lanes(load(s + whole) * scale, count - whole, -__builtin_inff());
+    highest = max(highest, rest);
+  }
   const float block = max(highest), before = *largest;
   const float now = before > block ? before : block;
   // While all scores are -inf nothing may be subtracted, because -inf - -inf is NaN.
   const float shift = now == -__builtin_inff() ? 0.0f : now;
   Vec sums = {};
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const Vec e = exp(load(s + c) - shift);
-    store(s + c, e);
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec e = exp(load(s + c) * scale - shift);
+    store_weights(weights, c, e);
+    sums += e;
+  }
+  if (whole < width) {
+    const Vec e = exp(rest - shift);
+    store_weights(weights, whole, e);
     sums += e;
   }
   const float kept = before == -__builtin_inff() ? 0.0f : __builtin_expf(before - now);
@@ -108,60 +67,64 @@ float softmax_row(float* s, int64_t count, int64_t width, float* largest, float*
 }
 
 // Attends from kQueryBlock queries at most, which begin at row `first` of the example.
-template <class T>
+template <class Form>
 void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, int64_t first) {
+  using T = typename Form::Number;
+  using Element = typename Form::Element;
   const ExampleRows e(p, example);
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
+  const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
   const int64_t block = round_up(rows < kKeyBlock ? rows : kKeyBlock, kLanes);
   Scratch scratch;
-  float* const q = scratch.take(queries * width);
-  float* const kt = scratch.take(dim * block);
-  float* const v = scratch.take(block * width);
+  Element* const q = take<Element>(scratch, queries * wide_depth);
+  Element* const kt = take<Element>(scratch, depth * block);
+  Element* const v = take<Element>(scratch, elements<Form>(block) * width);
   float* const out = scratch.take(queries * width);
   float* const largest = scratch.take(queries);
   float* const total = scratch.take(queries);
   float* const scores = scratch.take(kTileQueries * block);
+  Element* const weights = reinterpret_cast<Element*>(scores);
 
-  pack<T>(p.q, e, head, first, queries, dim, width, p.softmax_scale, q);
+  copy_rows(HeadBlock<T>{p.q, e, head, first, queries, dim}, wide_depth, q);
   for (int64_t r = 0; r < queries; ++r) largest[r] = -__builtin_inff(), total[r] = 0.0f;
   for (int64_t key = 0; key < rows; key += kKeyBlock) {
     const int64_t keys = rows - key < kKeyBlock ? rows - key : kKeyBlock;
     const int64_t columns = round_up(keys, kLanes);
-    pack_transposed<T>(p.k, e, head, key, keys, dim, columns, kt);
-    pack<T>(p.v, e, head, key, keys, dim, width, 1.0f, v);
+    copy_to_columns(HeadBlock<T>{p.k, e, head, key, keys, dim}, columns, kt);
+    copy_along_depth(HeadBlock<T>{p.v, e, head, key, keys, dim}, width, v);
     for (int64_t r = 0; r < queries; r += kTileQueries) {
       const int64_t count = queries - r < kTileQueries ? queries - r : kTileQueries;
-      gemm({.rows = count,
-            .cols = columns,
-            .depth = dim,
-            .a = q + r * width,
-            .stride_a_row = width,
-            .stride_a_col = 1,
-            .b = kt,
-            .stride_b = columns,
-            .c = scores,
-            .stride_c = columns,
-            .accumulate = false});
+      gemm<Element>({.rows = count,
+                     .cols = columns,
+                     .depth = depth,
+                     .a = q + r * wide_depth,
+                     .stride_a_row = wide_depth,
+                     .stride_a_col = 1,
+                     .b = kt,
+                     .stride_b = columns,
+                     .c = scores,
+                     .stride_c = columns,
+                     .accumulate = false});
       for (int64_t t = 0; t < count; ++t) {
-        const float kept =
-            softmax_row(scores + t * columns, keys, columns, largest + r + t, total + r + t);
+        const float kept = softmax_row(scores + t * columns, weights + t * columns, keys, columns,
+                                       p.softmax_scale, largest + r + t, total + r + t);
         if (key > 0) {
           float* const o = out + (r + t) * width;
           for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * kept);
         }
       }
-      gemm({.rows = count,
-            .cols = width,
-            .depth = keys,
-            .a = scores,
-            .stride_a_row = columns,
-            .stride_a_col = 1,
-            .b = v,
-            .stride_b = width,
-            .c = out + r * width,
-            .stride_c = width,
-            .accumulate = key > 0});
+      gemm<Element>({.rows = count,
+                     .cols = width,
+                     .depth = elements<Form>(keys),
+                     .a = weights,
+                     .stride_a_row = columns,
+                     .stride_a_col = 1,
+                     .b = v,
+                     .stride_b = width,
+                     .c = out + r * width,
+                     .stride_c = width,
+                     .accumulate = key > 0});
     }
   }
   for (int64_t r = 0; r < queries; ++r) {
@@ -170,135 +133,238 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
     for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * inverse);
     p.lse[head * p.rows + e.at(first + r)] = largest[r] + __builtin_logf(total[r]);
   }
-  unpack<T>(out, width, p.out, e, head, first, queries, dim);
+  copy_out(out, width, HeadBlock<T>{p.out, e, head, first, queries, dim});
+}
+
+// A row of a block of attention in the backward.
+struct BlockRow {
+  float* scores;
+  float* dweights;  // gradients of the weights
+  int64_t keys;     // those that the row has; columns behind them are no keys
+  float scale, lse;
+
+  Vec weights(int64_t c) const { return exp(load(scores + c) * scale - lse); }
+};
+
+// Replaces the scores by the weights; returns the sum of the products of weights and gradients.
+float weigh(const BlockRow& row) {
+  const int64_t whole = row.keys / kLanes * kLanes;
+  Vec products = {};
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec w = row.weights(c);
+    store(row.scores + c, w);
+    products += w * load(row.dweights + c);
+  }
+  if (whole == row.keys) return sum(products);
+  const Vec w = row.weights(whole);
+  store(row.scores + whole, w);
+  return sum(products + first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f));
+}
+
+// What the gradients of all of a row's scores have in common: the sum of its products of weights
+// and gradients. Where a block has all keys it is summed there, in float; else it was summed over
+// the features of the output and its gradient, which comes to the same but for the output's
+// rounding.
+struct CommonPart {
+  const float* known;  // of the block's queries, or null
+
+  float of(int64_t query, float products) const { return known ? known[query] : products; }
+};
+
+// Replaces the scores of a block of attention by its weights, and the gradients of the weights by
+// those of the scores before they were scaled. What is written are elements of numbers that follow
+// each other by query, where the scores were and in `ds_by_query`, and by key, where the gradients
+// of the weights were. As float they are the same, so that `ds_by_query` lies there too.
+void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys, int64_t columns,
+                   float scale, const float* lse, CommonPart common) {
+  for (int64_t r = 0; r < queries; ++r) {
+    const BlockRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
+    const float shift = common.of(r, weigh(row));
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      store(row.dweights + c, load(row.scores + c) * (load(row.dweights + c) - shift));
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t queries,
+                   int64_t keys, int64_t columns, float scale, const float* lse,
+                   CommonPart common) {
+  for (int64_t r = 0; r < queries; r += 2) {
+    // No pair of rows is written before it was read, as its place is at most that of its first row.
+    auto* const pairs = reinterpret_cast<BFloat16Pair*>(scores) + r / 2 * columns;
+    const int64_t count = queries - r < 2 ? 1 : 2;
+    BlockRow rows[2];
+    float shifts[2];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (r + i) * columns;
+      rows[i] = {scores + at, ds + at, keys, scale, lse[r + i]};
+      shifts[i] = common.of(r + i, weigh(rows[i]));
+    }
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      HalfVec w_halves[2] = {}, ds_halves[2] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const Vec w = load(rows[i].scores + c);
+        w_halves[i] = rounded(w);
+        ds_halves[i] = rounded(w * (load(rows[i].dweights + c) - shifts[i]));
+        char* const by_key = reinterpret_cast<char*>(rows[i].dweights) + 2 * c;
+        std::memcpy(by_key, &ds_halves[i], sizeof(HalfVec));
+      }
+      store_pairs(pairs + c, paired(w_halves[0], w_halves[1]));
+      store_pairs(ds_by_query + r / 2 * columns + c, paired(ds_halves[0], ds_halves[1]));
+    }
+    // Behind an odd number of keys stands what no key has, and it may be anything.
+    for (int64_t i = 0; i < count && keys % 2 > 0; ++i) {
+      reinterpret_cast<BFloat16Pair*>(rows[i].dweights)[keys / 2].bits &= 0xffff;
+    }
+  }
+}
+#endif
+
+// Writes each row's sum of products of an output and its gradient.
+template <class T>
+void products_of_outputs(const HeadBlock<T>& out, const HeadBlock<T>& dout, float* to) {
+  for (int64_t r = 0; r < out.count; ++r) {
+    const T *const o = out.row(r), *const d_o = dout.row(r);
+    Vec products = {};
+    int64_t d = 0;
+    for (; d + kLanes <= out.dim; d += kLanes) products += load(o + d) * load(d_o + d);
+    const int tail = static_cast<int>(out.dim - d);
+    to[r] = sum(products + load_some(o + d, tail) * load_some(d_o + d, tail));
+  }
 }
 
 // Computes the gradients block by block: for each block of keys all blocks of queries.
-template <class T>
+template <class Form>
 void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
+  using T = typename Form::Number;
+  using Element = typename Form::Element;
+  constexpr bool kPairs = Form::kNumbers > 1;
   const ExampleRows e(p, example);
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
+  const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
-  const int64_t wide_block = round_up(block, kLanes);
+  const int64_t wide_block = round_up(block, kLanes), half_block = elements<Form>(block);
   Scratch scratch;
-  float* const q = scratch.take(block * width);
-  float* const dout = scratch.take(block * width);
-  float* const k = scratch.take(block * width);
-  float* const kt = scratch.take(dim * wide_block);
-  float* const vt = scratch.take(dim * wide_block);
+  // Queries and their gradients as the left operands of products over features, keys and values as
+  // the right ones; then the same as right operands of products over rows. In float a matrix of
+  // rows is both.
+  Element* const q = take<Element>(scratch, block * wide_depth);
+  Element* const dout = take<Element>(scratch, block * wide_depth);
+  Element* const kt = take<Element>(scratch, depth * wide_block);
+  Element* const vt = take<Element>(scratch, depth * wide_block);
+  Element* const k = take<Element>(scratch, half_block * width);
+  Element* const q_rows = kPairs ? take<Element>(scratch, half_block * width) : q;
+  Element* const dout_rows = kPairs ? take<Element>(scratch, half_block * width) : dout;
   float* const dq = scratch.take(rows * width);
   float* const dk = scratch.take(block * width);
   float* const dv = scratch.take(block * width);
-  float* const delta = scratch.take(rows);
-  float* const weights = scratch.take(block * wide_block);
+  float* const lse = scratch.take(rows);
+  float* const common = scratch.take(rows);
+  float* const scores = scratch.take(block * wide_block);
   float* const ds = scratch.take(block * wide_block);
+  Element* const weights = reinterpret_cast<Element*>(scores);
+  Element* const ds_by_key = reinterpret_cast<Element*>(ds);
+  Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * wide_block) : ds_by_key;
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* const o = row_of<T>(p.out, e.at(r), head);
-    const T* const d_o = row_of<T>(p.dout, e.at(r), head);
-    Vec products = {};
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) products += load(o + d) * load(d_o + d);
-    const int tail = static_cast<int>(dim - d);
-    delta[r] = sum(products + load_some(o + d, tail) * load_some(d_o + d, tail));
-  }
+  for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[head * p.rows + e.at(r)];
+  if (rows > block)
+    products_of_outputs(HeadBlock<T>{p.out, e, head, 0, rows, dim},
+                        HeadBlock<T>{p.dout, e, head, 0, rows, dim}, common);
+  const auto scale = [&p](float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) store(x + i, load(x + i) * p.softmax_scale);
+  };
   for (int64_t key = 0; key < rows; key += block) {
     const int64_t keys = rows - key < block ? rows - key : block;
     const int64_t columns = round_up(keys, kLanes);
-    pack<T>(p.k, e, head, key, keys, dim, width, 1.0f, k);
-    pack_transposed<T>(p.k, e, head, key, keys, dim, columns, kt);
-    pack_transposed<T>(p.v, e, head, key, keys, dim, columns, vt);
+    const HeadBlock<T> keys_of{p.k, e, head, key, keys, dim};
+    copy_along_depth(keys_of, width, k);
+    copy_to_columns(keys_of, columns, kt);
+    copy_to_columns(HeadBlock<T>{p.v, e, head, key, keys, dim}, columns, vt);
     for (int64_t query = 0; query < rows; query += block) {
       const int64_t queries = rows - query < block ? rows - query : block;
-      pack<T>(p.q, e, head, query, queries, dim, width, p.softmax_scale, q);
-      pack<T>(p.dout, e, head, query, queries, dim, width, 1.0f, dout);
-      gemm({.rows = queries,
-            .cols = columns,
-            .depth = dim,
-            .a = q,
-            .stride_a_row = width,
-            .stride_a_col = 1,
-            .b = kt,
-            .stride_b = columns,
-            .c = weights,
-            .stride_c = columns,
-            .accumulate = false});
-      gemm({.rows = queries,
-            .cols = columns,
-            .depth = dim,
-            .a = dout,
-            .stride_a_row = width,
-            .stride_a_col = 1,
-            .b = vt,
-            .stride_b = columns,
-            .c = ds,
-            .stride_c = columns,
-            .accumulate = false});
-      for (int64_t r = 0; r < queries; ++r) {
-        const float lse = p.lse[head * p.rows + e.at(query + r)], shift = delta[query + r];
-        float* const w_row = weights + r * columns;
-        float* const ds_row = ds + r * columns;
-        for (int64_t c = 0; c < columns; c += kLanes) {
-          const Vec w = exp(load(w_row + c) - lse);
-          store(w_row + c, w);
-          store(ds_row + c, w * (load(ds_row + c) - shift));
-        }
+      const HeadBlock<T> queries_of{p.q, e, head, query, queries, dim};
+      const HeadBlock<T> gradients_of{p.dout, e, head, query, queries, dim};
+      copy_rows(queries_of, wide_depth, q);
+      copy_rows(gradients_of, wide_depth, dout);
+      if constexpr (kPairs) {
+        copy_along_depth(queries_of, width, q_rows);
+        copy_along_depth(gradients_of, width, dout_rows);
       }
-      // The packed q has been multiplied by the scale, so that dk is complete; dq is scaled at the
-      // end.
-      const bool later_query = query > 0, later_key = key > 0;
-      gemm({.rows = keys,
-            .cols = width,
-            .depth = queries,
-            .a = ds,
-            .stride_a_row = 1,
-            .stride_a_col = columns,
-            .b = q,
-            .stride_b = width,
-            .c = dk,
-            .stride_c = width,
-            .accumulate = later_query});
-      gemm({.rows = keys,
-            .cols = width,
-            .depth = queries,
-            .a = weights,
-            .stride_a_row = 1,
-            .stride_a_col = columns,
-            .b = dout,
-            .stride_b = width,
-            .c = dv,
-            .stride_c = width,
-            .accumulate = later_query});
-      gemm({.rows = queries,
-            .cols = width,
-            .depth = keys,
-            .a = ds,
-            .stride_a_row = columns,
-            .stride_a_col = 1,
-            .b = k,
-            .stride_b = width,
-            .c = dq + query * width,
-            .stride_c = width,
-            .accumulate = later_key});
+      const auto over_features = [&](const Element* left, const Element* right, float* to) {
+        gemm<Element>({.rows = queries,
+                       .cols = columns,
+                       .depth = depth,
+                       .a = left,
+                       .stride_a_row = wide_depth,
+                       .stride_a_col = 1,
+                       .b = right,
+                       .stride_b = columns,
+                       .c = to,
+                       .stride_c = columns,
+                       .accumulate = false});
+      };
+      over_features(q, kt, scores);
+      over_features(dout, vt, ds);
+      differentiate(scores, ds, ds_by_query, queries, keys, columns, p.softmax_scale, lse + query,
+                    {rows > block ? common + query : nullptr});
+      const auto over_queries = [&](const Element* left, const Element* right, float* to) {
+        gemm<Element>({.rows = keys,
+                       .cols = width,
+                       .depth = elements<Form>(queries),
+                       .a = left,
+                       .stride_a_row = 1,
+                       .stride_a_col = columns,
+                       .b = right,
+                       .stride_b = width,
+                       .c = to,
+                       .stride_c = width,
+                       .accumulate = query > 0});
+      };
+      over_queries(ds_by_query, q_rows, dk);
+      over_queries(weights, dout_rows, dv);
+      gemm<Element>({.rows = queries,
+                     .cols = width,
+                     .depth = elements<Form>(keys),
+                     .a = ds_by_key,
+                     .stride_a_row = columns,
+                     .stride_a_col = 1,
+                     .b = k,
+                     .stride_b = width,
+                     .c = dq + query * width,
+                     .stride_c = width,
+                     .accumulate = key > 0});
     }
-    unpack<T>(dk, width, p.dk, e, head, key, keys, dim);
-    unpack<T>(dv, width, p.dv, e, head, key, keys, dim);
+    scale(dk, keys * width);
+    copy_out(dk, width, HeadBlock<T>{p.dk, e, head, key, keys, dim});
+    copy_out(dv, width, HeadBlock<T>{p.dv, e, head, key, keys, dim});
   }
-  for (int64_t i = 0; i < rows * width; i += kLanes) store(dq + i, load(dq + i) * p.softmax_scale);
-  unpack<T>(dq, width, p.dq, e, head, 0, rows, dim);
+  scale(dq, rows * width);
+  copy_out(dq, width, HeadBlock<T>{p.dq, e, head, 0, rows, dim});
+}
+
+// Calls `run` with the form in which an example of so many rows is computed.
+template <class Run>
+void in_form_of(DType dtype, int64_t rows, const Run& run) {
+  if (dtype == DType::kFloat) return run(AsFloat<float>{});
+#if defined(__AVX512BF16__)
+  if (rows >= kLeastRowsAsPairs) return run(AsPairs{});
+#endif
+  static_cast<void>(rows);
+  run(AsFloat<bfloat16>{});
 }
 
 }  // namespace
 
 void attention_fwd(const CpuElasticAttentionParams& p, int64_t example, int64_t head,
                    int64_t first) {
-  p.dtype == DType::kFloat ? forward<float>(p, example, head, first)
-                           : forward<bfloat16>(p, example, head, first);
+  in_form_of(p.dtype, ExampleRows(p, example).rows(),
+             [&](auto form) { forward<decltype(form)>(p, example, head, first); });
 }
 
 void attention_bwd(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
-  p.dtype == DType::kFloat ? backward<float>(p, example, head)
-                           : backward<bfloat16>(p, example, head);
+  in_form_of(p.dtype, ExampleRows(p, example).rows(),
+             [&](auto form) { backward<decltype(form)>(p, example, head); });
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -155,17 +155,17 @@ void forward(const CpuTapeSelectParams& p, int64_t first, int64_t count) {
       nobody &= !reading[e];
     }
     if (nobody) break;
-    gemm({.rows = count,
-          .cols = columns,
-          .depth = width,
-          .a = queries,
-          .stride_a_row = width,
-          .stride_a_col = 1,
-          .b = keys,
-          .stride_b = columns,
-          .c = scores,
-          .stride_c = columns,
-          .accumulate = false});
+    gemm<float>({.rows = count,
+                 .cols = columns,
+                 .depth = width,
+                 .a = queries,
+                 .stride_a_row = width,
+                 .stride_a_col = 1,
+                 .b = keys,
+                 .stride_b = columns,
+                 .c = scores,
+                 .stride_c = columns,
+                 .accumulate = false});
     for (int64_t e = 0; e < count; ++e) {
       if (!reading[e]) continue;
       const int64_t i = first + e, out = (i * p.num_tape_tokens + token) * p.topk;

@@ -1,0 +1,190 @@
+// Where the rows of an example lie, and how those of a head become the operands of products.
+//
+// The rows of one head of an example, inputs first and then tape, are copied into dense matrices. A
+// copy costs 1 / rows of what the products cost, and lets them run over dense matrices.
+
+#pragma once
+
+#include "../cpu_kernels.h"
+#include "gemm.h"
+
+namespace adatape::ADATAPE_ISA {
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Where the rows of one example lie: its inputs, then its tape.
+struct ExampleRows {
+  int64_t first_input, inputs, first_tape, tapes;
+
+  ExampleRows(const CpuElasticAttentionParams& p, int64_t i)
+      : first_input(p.cu_inputs[i]),
+        inputs(p.cu_inputs[i + 1] - p.cu_inputs[i]),
+        first_tape(p.cu_tapes[i]),
+        tapes(p.cu_tapes[i + 1] - p.cu_tapes[i]) {}
+
+  int64_t rows() const { return inputs + tapes; }
+  // Returns the row of the buffer that is row r of the example.
+  int64_t at(int64_t r) const { return r < inputs ? first_input + r : first_tape + r - inputs; }
+};
+
+// So many rows of one head of an example, from `first` on.
+template <class T>
+struct HeadBlock {
+  const CpuHeadRows& x;
+  const ExampleRows& example;
+  int64_t head, first, count, dim;
+
+  T* row(int64_t r) const {
+    const int64_t at = example.at(first + r);
+    return static_cast<T*>(x.data) + at * x.stride_row + head * x.stride_head;
+  }
+};
+
+// How the numbers of matrices of T are multiplied: as float, one an element, or as bfloat16, two.
+template <class T>
+struct AsFloat {
+  using Number = T;
+  using Element = float;
+  static constexpr int64_t kNumbers = 1;
+};
+#if defined(__AVX512BF16__)
+struct AsPairs {
+  using Number = bfloat16;
+  using Element = BFloat16Pair;
+  static constexpr int64_t kNumbers = 2;
+};
+// An example of fewer rows is computed in float. What rounding the weights of attention costs is
+// less than what plain torch's own roundings do, but only on average over some rows.
+constexpr int64_t kLeastRowsAsPairs = 32;
+#endif
+
+// Elements that so many numbers make.
+template <class Form>
+int64_t elements(int64_t numbers) {
+  return (numbers + Form::kNumbers - 1) / Form::kNumbers;
+}
+
+// Copies rows to the rows of `to`, whose features follow each other along the depth: (count,
+// stride), with zeros behind the features of a row. The stride is a multiple of kLanes.
+template <class T>
+void copy_rows(const HeadBlock<T>& from, int64_t stride, float* to) {
+  for (int64_t r = 0; r < from.count; ++r, to += stride) {
+    const T* const row = from.row(r);
+    int64_t d = 0;
+    for (; d + kLanes <= from.dim; d += kLanes) store(to + d, load(row + d));
+    if (d < stride) store(to + d, load_some(row + d, static_cast<int>(from.dim - d)));
+  }
+}
+
+// Copies rows to the columns of `to`, which is (elements of the features, columns), with zeros
+// behind the rows. The number of columns is a multiple of kLanes.
+template <class T>
+void copy_to_columns(const HeadBlock<T>& from, int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t lanes = from.count - c < kLanes ? from.count - c : kLanes;
+    for (int64_t d = 0; d < from.dim; d += kLanes) {
+      const int64_t features = from.dim - d < kLanes ? from.dim - d : kLanes;
+      IntVec square[kLanes] = {};
+      for (int64_t l = 0; l < lanes; ++l) {
+        const T* const row = from.row(c + l) + d;
+        const Vec numbers =
+            features == kLanes ? load(row) : load_some(row, static_cast<int>(features));
+        square[l] = reinterpret_cast<IntVec>(numbers);
+      }
+      transpose(square);
+      for (int64_t f = 0; f < features; ++f) {
+        store(to + (d + f) * columns + c, reinterpret_cast<Vec>(square[f]));
+      }
+    }
+  }
+}
+
+// Copies rows to the rows of `to`, which follow each other along the depth: (elements of the rows,
+// width), with zeros behind the features.
+template <class T>
+void copy_along_depth(const HeadBlock<T>& from, int64_t width, float* to) {
+  copy_rows(from, width, to);
+}
+
+#if defined(__AVX512BF16__)
+// Loads up to a vector of numbers, or up to a vector of their pairs, with zeros behind them.
+inline HalfVec load_numbers(const bfloat16* from, int64_t count) {
+  HalfVec result = {};
+  if (count < kLanes) {
+    bfloat16 some[kLanes] = {};
+    std::memcpy(some, from, static_cast<size_t>(count) * sizeof(bfloat16));
+    std::memcpy(&result, some, sizeof result);
+    return result;
+  }
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+inline IntVec load_pairs(const bfloat16* from, int64_t numbers) {
+  IntVec result;
+  if (numbers < 2 * kLanes) {
+    bfloat16 some[2 * kLanes] = {};
+    if (numbers > 0) std::memcpy(some, from, static_cast<size_t>(numbers) * sizeof(bfloat16));
+    std::memcpy(&result, some, sizeof result);
+    return result;
+  }
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+inline void store_pairs(BFloat16Pair* to, IntVec pairs) { std::memcpy(to, &pairs, sizeof pairs); }
+
+// The pairs of the numbers of two rows.
+inline IntVec paired(HalfVec first, HalfVec second) {
+  return widened(first) | (widened(second) << 16);
+}
+
+inline void copy_rows(const HeadBlock<bfloat16>& from, int64_t stride, BFloat16Pair* to) {
+  for (int64_t r = 0; r < from.count; ++r, to += stride) {
+    const bfloat16* const row = from.row(r);
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      store_pairs(to + d, load_pairs(row + 2 * d, from.dim - 2 * d));
+    }
+  }
+}
+
+inline void copy_to_columns(const HeadBlock<bfloat16>& from, int64_t columns, BFloat16Pair* to) {
+  const int64_t pairs = elements<AsPairs>(from.dim);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t lanes = from.count - c < kLanes ? from.count - c : kLanes;
+    for (int64_t d = 0; d < pairs; d += kLanes) {
+      const int64_t some = pairs - d < kLanes ? pairs - d : kLanes;
+      IntVec square[kLanes] = {};
+      for (int64_t l = 0; l < lanes; ++l) {
+        square[l] = load_pairs(from.row(c + l) + 2 * d, from.dim - 2 * d);
+      }
+      transpose(square);
+      for (int64_t f = 0; f < some; ++f) store_pairs(to + (d + f) * columns + c, square[f]);
+    }
+  }
+}
+
+inline void copy_along_depth(const HeadBlock<bfloat16>& from, int64_t width, BFloat16Pair* to) {
+  for (int64_t r = 0; r < from.count; r += 2, to += width) {
+    const bfloat16* const first = from.row(r);
+    const bfloat16* const second = r + 1 < from.count ? from.row(r + 1) : nullptr;
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const HalfVec below = second ? load_numbers(second + d, from.dim - d) : HalfVec{};
+      store_pairs(to + d, paired(load_numbers(first + d, from.dim - d), below));
+    }
+  }
+}
+#endif
+
+// Copies rows of float, `width` apart, to the rows of a block.
+template <class T>
+void copy_out(const float* from, int64_t width, const HeadBlock<T>& to) {
+  for (int64_t r = 0; r < to.count; ++r, from += width) {
+    T* const row = to.row(r);
+    int64_t d = 0;
+    for (; d + kLanes <= to.dim; d += kLanes) store(row + d, load(from + d));
+    if (d < to.dim) store_some(row + d, load(from + d), static_cast<int>(to.dim - d));
+  }
+}
+
+}  // namespace adatape::ADATAPE_ISA
