@@ -1,0 +1,53 @@
+"""How long a rank may be silent, by a clock and a store that the test makes."""
+
+import pytest
+
+from adatape_kernels.recipes.distributed import rank_watch
+from adatape_kernels.recipes.distributed.rank_watch import RankWatch
+
+
+class SilentStore:
+    """A store that hears of nobody but this rank."""
+
+    def add(self, name, number):
+        return number
+
+    def check(self, names):
+        return False
+
+    def compare_set(self, name, expected, value):
+        return value.encode()
+
+
+class Clock:
+    """The event that a watch waits for between two looks, which take as long as it is told."""
+
+    def __init__(self, gaps):
+        self.now, self.looks, self.gaps = 0.0, 0, gaps
+
+    def wait(self, seconds):
+        self.now += self.gaps.get(self.looks, seconds)
+        self.looks += 1
+        return self.looks > 1000
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("gaps", "seconds"),
+    [
+        ({}, 45),
+        # The machine was stopped for an hour, and its other processes need a moment, too.
+        ({3: 3600}, 3600 + 36),
+    ],
+)
+def test_silence_is_measured_while_the_own_process_runs(monkeypatch, gaps, seconds):
+    clock, said = Clock(gaps), []
+    watch = RankWatch(SilentStore(), 0, 2, beat=3.0, patience=40.0)
+    watch._ended = clock
+    monkeypatch.setattr(rank_watch.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(watch, "_end", said.append)
+    watch._watch()
+    assert said == ["expected to hear of rank 1 within 40 seconds, and it is gone"]
+    assert seconds - 6 < clock.now <= seconds + 6
