@@ -217,8 +217,8 @@ def run(
     }
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         ranks = until_the_end.enter_context(started(where))
-        again = resume or goes_on(folder / PLAN, ranks)
-        plan = ranks.of_first(lambda: _plan(folder, given, again))
+        resume = resume or goes_on(folder / PLAN, ranks)
+        plan = ranks.of_first(lambda: _plan(folder, given, resume))
         Execution.of_run("float32", plan.execution).check_device(where)
         own = None
         if ranks.leads:

@@ -115,8 +115,9 @@ class RunSetup:
         if tensorboard:
             require_tensorboard()
         done = 0 if saved is None else saved.epoch
-        options = {option_name(name): value for name, value in asdict(config).items()}
-        ranks.check_agreement({"out: epochs": done, **options, **execution.entries()})
+        options = {**asdict(config), **execution.entries()}
+        asked = {option_name(name): value for name, value in options.items()}
+        ranks.check_agreement({"out: epochs": done, **asked})
         return cls(
             folder,
             device,
