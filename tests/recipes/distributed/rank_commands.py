@@ -6,11 +6,13 @@ The program imports torch once and forks the ranks, as `rank_cases` does. What a
 into files of FOLDER, and its exit codes into FOLDER/codes.
 """
 
+import contextlib
 import functools
 import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +53,18 @@ def killed():
 
 def on_a_full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (_SMALL_FILE, resource.RLIM_INFINITY))
+
+
+def interrupted_again_and_again():
+    """Have interrupts sent to this process, as a terminal and torchrun do together."""
+    rank = os.getpid()
+    if not os.fork():
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(200):
+                os.kill(rank, signal.SIGINT)
+                os.kill(rank, signal.SIGTERM)
+                time.sleep(0.01)
+        os._exit(0)
 
 
 def later(fault, rank):
@@ -125,6 +139,10 @@ def run_all(folder):
         (folder / f"{name}.json").write_bytes((folder / name / "checkpoint.json").read_bytes())
         again = f"{name}, again"
         codes[again] = call(again, command, count, restarts=1, store=store)
+    befallen = functools.partial(later, interrupted_again_and_again)
+    codes["interrupted"] = call(
+        "interrupted", [*RUN, "--out", folder / "interrupted"], 2, before=befallen
+    )
     codes["other sizes"] = call(
         "other sizes", lambda rank: [*RUN, "--dim", 16 + 16 * rank, "--out", folder / "new"], 2
     )

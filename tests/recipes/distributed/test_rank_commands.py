@@ -78,6 +78,8 @@ def test_what_ends_a_rank_ends_all_and_torchrun_goes_on(folder, codes, name, end
 
     assert codes[f"{name}, again"] == [0] * len(ended)
     assert lines(folder, f"{name}, again") == []
+    for rank in range(1, len(ended)):  # of torch's warnings, too
+        assert (folder / f"{name}, again-{rank}.txt").read_text() == ""
     saved, whole = (checkpoint.load(folder / each) for each in (name, "one"))
     assert saved.history[0] == before["history"][0]
     torch.testing.assert_close(curve(saved.history), curve(whole.history), atol=2e-3, rtol=0)
@@ -87,6 +89,15 @@ def test_what_ends_a_rank_ends_all_and_torchrun_goes_on(folder, codes, name, end
     files = {"checkpoint.json", "best.safetensors", "metrics.csv"}
     left = {file.name for file in (folder / name).iterdir()} - files
     assert len(left) == 1 + parts and all(file.startswith("checkpoint-2") for file in left)
+
+
+@needs_gloo
+def test_what_comes_behind_an_interrupt_does_not_cut_its_line_off(folder, codes):
+    assert codes["interrupted"] == [2, 130]
+    (line,) = lines(folder, "interrupted")
+    assert line.startswith("interrupted: ")
+    assert line.endswith("holds epoch 1 of 2; --resume goes on from there")
+    assert checkpoint.load(folder / "interrupted").epoch == 1
 
 
 @needs_gloo

@@ -1,8 +1,10 @@
-"""How long a rank may be silent, by a clock and a store that the test makes."""
+"""How long a rank waits for others, by a clock and a store that the test makes."""
+
+import time
 
 import pytest
 
-from adatape_kernels.recipes.distributed import rank_watch
+from adatape_kernels.recipes.distributed import rank_watch, ranks
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 
 
@@ -51,3 +53,17 @@ def test_silence_is_measured_while_the_own_process_runs(monkeypatch, gaps, secon
     watch._watch()
     assert said == ["expected to hear of rank 1 within 40 seconds, and it is gone"]
     assert seconds - 6 < clock.now <= seconds + 6
+
+
+@pytest.mark.parametrize("seconds", [0.01, 60])
+def test_a_rank_that_waits_for_others_says_so_after_a_while(monkeypatch, capsys, seconds):
+    monkeypatch.setenv("MASTER_ADDR", "node-7")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(ranks, "SECONDS_BEFORE_A_NOTE", seconds)
+    said, until = "", time.monotonic() + (10 if seconds < 1 else 0.1)
+    with ranks._said_when_it_takes_long(ranks.Ranks(0, 8)):
+        while not said and time.monotonic() < until:
+            time.sleep(0.01)
+            said += capsys.readouterr().err
+    line = "adatape-kernels: note: rank 0 of 8 waits for the others at node-7:29500"
+    assert said.startswith(line if seconds < 1 else "") and said.count("\n") == (seconds < 1)
