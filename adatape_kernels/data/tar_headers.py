@@ -20,6 +20,10 @@ BLOCK = 512
 # have another header of two blocks before it.
 _WINDOW = 4096
 _MOST_EXTRA_BYTES = 1 << 20
+# Behind its end an archive is filled up with zeros to a multiple of so many bytes. Where more is
+# there, it is looked at.
+_RECORD = 10240
+_MOST_TAIL_BYTES = 1 << 20
 _SHOWN_CHARACTERS = 100
 _EMPTY = bytes(BLOCK)
 _REGULAR = (b"0", b"\0", b"7")
@@ -134,6 +138,11 @@ class TarHeaders:
             if kind in _REGULAR and not any(key.startswith("GNU.sparse.") for key in entries):
                 yield TarMember(name, place, size)
             place += _padded(size)
+        behind = self._window[place - self._begin :]
+        if self._size - place > _RECORD:
+            behind = self._bytes(place, _MOST_TAIL_BYTES)
+        if behind.strip(b"\0"):
+            raise _Unreadable("more behind its end, as archives have that were put together")
 
     def _bytes(self, place: int, size: int) -> bytes:
         """Return some bytes of the archive, fewer where it ends before."""

@@ -23,6 +23,7 @@ from adatape_kernels.models import AdaTapeViTConfig
 from adatape_kernels.models.value_checks import as_flag, as_integer
 from adatape_kernels.recipes import checkpoint, model_loading, pictures
 from adatape_kernels.recipes.devices import chosen_device
+from adatape_kernels.recipes.distributed.begun_runs import goes_on, note_begun
 from adatape_kernels.recipes.distributed.ranks import Ranks, started
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
@@ -216,20 +217,22 @@ def run(
     }
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         ranks = until_the_end.enter_context(started(where))
-        plan = ranks.of_first(lambda: _plan(folder, given, resume, ranks))
+        resume = resume or goes_on(folder / PLAN, ranks)
+        plan = ranks.of_first(lambda: _plan(folder, given, resume))
         Execution.of_run("float32", plan.execution).check_device(where)
         own = None
         if ranks.leads:
             folder.mkdir(parents=True, exist_ok=True)
             own = until_the_end.enter_context(claim(folder))
+            note_begun(folder)
             # What is given when a comparison goes on counts for its runs that are not begun yet.
             own.write(PLAN, json_bytes(vars(plan)))
         return _run(folder, own, plan, _How(where, plan.execution, plan.loading, ranks))
 
 
-def _plan(folder: Path, given: dict[str, Any], resume: bool, ranks: Ranks) -> FinetunePlan:
+def _plan(folder: Path, given: dict[str, Any], resume: bool) -> FinetunePlan:
     """Return what is to be done, by what is given and by what the folder holds."""
-    if resume or (ranks.restarts > 0 and (folder / PLAN).exists()):
+    if resume:
         check_run_folder(folder)
         return _saved_plan(folder, given)
     check_output_folder(folder)

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
@@ -65,6 +66,7 @@ class RunFolder:
         self.noted = list(left)
         """Names of files that are begun or to be removed; at first, what a dead process left."""
         self._descriptor = descriptor
+        _claimed.add(self)
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._record()
 
@@ -124,6 +126,24 @@ class RunFolder:
                 file.unlink()
         os.close(self._descriptor)
         self._descriptor = None
+
+
+_claimed: "WeakSet[RunFolder]" = WeakSet()
+
+
+def _let_go() -> None:
+    """Let go, in a process that was forked, of the locks that the process before it holds.
+
+    A worker that outlives it by a moment would otherwise keep a run from going on.
+    """
+    for run in [*_claimed]:
+        if run._descriptor is not None:
+            os.close(run._descriptor)
+            run._descriptor = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 import multiprocessing
 import os
+import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,31 @@ def test_a_worker_that_was_killed_is_one_line():
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGKILL)
     assert "worker" in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+def test_a_worker_that_is_killed_in_a_step_is_the_same_line():
+    """torch raises it wherever training is by then, and not where it waits for a batch."""
+    with pytest.raises(RuntimeError) as caught, BatchLoader(maker(batches=10_000), 1) as loader:
+        next(loader.epoch(0))
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(10)  # a step, which the end of the process cuts short
+        pytest.fail("nothing was said of a worker that was killed")
+    line = str(caught.value)
+    assert line.startswith("workers: expected processes that prepare every batch, got DataLoader")
+    assert line == line.strip() and "\n" not in line
+
+
+def test_no_room_in_shared_memory_is_one_line():
+    """It used to be a traceback of the worker, for whose batch training then waited for ever."""
+    before, limits = children(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # which the memory counts for
+    try:
+        with refused("workers", "room for 3,840 bytes", "File too large", error=RuntimeError):
+            batches(maker(), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert children() == before
 
 
 def test_times_name_a_loader_that_is_too_slow():

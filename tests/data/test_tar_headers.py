@@ -143,3 +143,16 @@ def test_a_header_costs_no_more_than_one_read(tmp_path, monkeypatch):
     assert len(found(archive)) == 100
     assert len(reads) <= 51
     assert sum(size for _, size, _ in reads) <= 51 * 4096
+
+
+@pytest.mark.parametrize("sizes", [[10, 20], [9000, 30], [512, 4096]])
+@pytest.mark.parametrize("gap", [0, 1, 20])
+def test_what_lies_behind_the_end_of_an_archive_is_not_lost_without_a_word(tmp_path, sizes, gap):
+    """`cat a.tar b.tar` makes a file of which programs read the first part alone."""
+    one = write(tmp_path / "a.tar", "ab", tarfile.GNU_FORMAT, sizes)
+    whole = one.read_bytes()
+    one.write_bytes(whole + bytes(512 * gap))
+    assert len(found(one)) == 2
+    one.write_bytes(whole + bytes(512 * gap) + whole)
+    with refused(one, "a whole tar file", "more behind its end"):
+        found(one)

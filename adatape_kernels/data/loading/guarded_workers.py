@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from torch import Generator
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adatape_kernels.arguments import check_int, shown
@@ -76,6 +76,9 @@ class GuardedWorkers:
         # The frames that an error passed hold torch's iterator, and with it the processes.
         traceback.clear_frames(trace)
         self.close()
+        # torch raises the end of a process wherever this one is by then, in a step of training too.
+        if error is not None and _is_end_of_worker(error):
+            raise _worker_ended(error) from None
 
     def close(self) -> None:
         """End the worker processes, of which torch waits for each, and close their pipes."""
@@ -119,13 +122,9 @@ class GuardedWorkers:
             found = next(self._iterator)
         except (RuntimeError, EOFError, OSError) as error:
             # What a worker meets is a _Failure; this is the end of one that the system killed.
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            if isinstance(error, RuntimeError) and not _is_end_of_worker(error):
                 raise
-            reason = (str(error).strip().splitlines() or ["one that was ended"])[0]
-            raise RuntimeError(
-                "workers: expected processes that prepare every batch, got "
-                f"{printable(reason, 200)}"
-            ) from None
+            raise _worker_ended(error) from None
         if isinstance(found, _Failure):
             raise found.kind(found.message)
         return found
@@ -147,10 +146,45 @@ class _Guarded(Dataset[Any]):
 
     def __getitem__(self, asked: Any) -> Any:
         try:
-            return self.source[asked]
+            return _in_shared_memory(self.source[asked])
         except _EXPECTED as error:
             kind = next(each for each in _EXPECTED if isinstance(error, each))
             return _Failure(kind, str(error) or type(error).__name__)
+
+
+def _in_shared_memory(found: Any) -> Any:
+    """Return what a worker prepared with its tensors where the other process reads them.
+
+    torch would bring them there in a thread whose errors nobody hears of, and training would wait
+    for the batch for ever.
+
+    Raises:
+        RuntimeError: there is no room for them.
+    """
+    for tensor in [found] if isinstance(found, Tensor) else found:
+        if isinstance(tensor, Tensor) and tensor.numel():
+            try:
+                tensor.share_memory_()
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or ["none"])[0].rpartition(": ")[2]
+                raise RuntimeError(
+                    f"workers: expected room for {tensor.nbytes:,} bytes in /dev/shm, got "
+                    f"{printable(reason, 200)}; fewer workers or a smaller batch need less"
+                ) from None
+    return found
+
+
+def _is_end_of_worker(error: BaseException) -> bool:
+    """Return whether torch says by an error that a worker process is no more."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _worker_ended(error: BaseException) -> RuntimeError:
+    """Return the error that says so in the form that all errors have."""
+    reason = (str(error).strip().splitlines() or ["one that was ended"])[0]
+    return RuntimeError(
+        f"workers: expected processes that prepare every batch, got {printable(reason, 200)}"
+    )
 
 
 def _as_it_is(found: Any) -> Any:

@@ -6,7 +6,8 @@ makes the gradients of all ranks those of the whole batch, and `divided_paramete
 each rank holds a part of each parameter; `divided_checkpoint` writes the parts, and
 `checkpoint_parts` joins them; `imbalance` says how long ranks wait for one another, and
 `loading_of_ranks` how fast they load; `sharded_evaluation` measures a test set together;
-`rank_workers` deals out whole runs; `rank_watch` ends all ranks when one of them is gone.
+`rank_workers` deals out whole runs; `rank_watch` ends all ranks when one of them is gone, and
+`begun_runs` says which runs go on when torchrun has started them anew.
 
 Every rank prepares the same batch by the same random numbers, and so the images of a step, their
 augmentation and their mixing are those of one process; only who computes what of it differs. Rank

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.distributed.divided_parameters import is_part, part_of
@@ -48,6 +49,45 @@ def save_together(folder: Path, run: RunFolder | None, saved: Checkpoint, ranks:
     if run is not None:
         whole = {name: tensor for name, tensor in saved.tensors.items() if name not in divided}
         checkpoint.save(run, replace(saved, tensors=whole), parts)
+
+
+def check_folder_of_all(folder: Path, run: RunFolder | None, ranks: Ranks) -> None:
+    """Check, before any training, that each rank can write a part of a checkpoint where others are.
+
+    All ranks call this together.
+
+    Args:
+        folder: the run's folder.
+        run: what writes into it, on rank 0; None on the others.
+        ranks: the processes.
+
+    Raises:
+        ValueError: a rank cannot write there, or sees another folder of this name than rank 0.
+    """
+    if not ranks.several:
+        return
+    names: list[str] = []
+    if run is not None:
+        token = f"{os.getpid()}-{secrets.token_hex(4)}"
+        names = [f"rank-{number}.{token}.part" for number in range(ranks.count)]
+        run.note(*names)
+    names = ranks.gathered(names)
+    own = folder / names[ranks.number]
+    try:
+        own.touch()
+    except OSError as error:
+        raise ValueError(
+            f"out: expected a folder that rank {ranks.number} can write into, as every rank does "
+            f"with fsdp, got {error.strerror} for {printable(folder)}"
+        ) from None
+    ranks.gathered([True])  # all are there
+    seen = ranks.of_first(lambda: [(folder / name).exists() for name in names])
+    own.unlink(missing_ok=True)
+    if not all(seen):
+        raise ValueError(
+            "out: expected one folder that all ranks see, as every rank writes into it with fsdp, "
+            f"got another {printable(folder)} on rank {seen.index(False)}"
+        )
 
 
 def _names(folder: Path, epoch: int, count: int) -> list[tuple[str, str]]:

@@ -16,29 +16,63 @@ from typing import Any
 
 import torch.distributed as dist
 
+from adatape_kernels.arguments import shown
+from adatape_kernels.data.printable import printable
+
 BEAT_SECONDS = 3.0
 """How often each rank says that it is alive, and looks whether the others are."""
 PATIENCE_SECONDS = 40.0
 """How long a rank may be silent. With the beat, and a look at the store, it is below a minute."""
 
 _EXIT = 2
+_MOST_PORT = 65535
+_SECONDS_TO_CONNECT = 30
 _FAILED = "failed"
 
 
-def store_of_torchrun(purpose: str, restarts: int) -> Any:
+def store_of_torchrun(purpose: str, restarts: int | None = None) -> Any:
     """Return a connection to torchrun's own store, or None where rank 0 is to hold one.
 
     Args:
         purpose: begins the names of what is stored.
         restarts: how often torchrun has started the processes anew, which begins them too: its
-            store may still hold what those before have written.
+            store may still hold what those before have written. None for what all starts share.
+
+    Raises:
+        ValueError: a variable that says where the store is, is missing or damaged.
+        RuntimeError: nothing answers there.
+    """
+    # It imports the devices, which ask which rank this is.
+    from adatape_kernels.recipes.measure import quiet_stderr
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = place_of_store()
+    patience = timedelta(seconds=_SECONDS_TO_CONNECT)
+    try:
+        with quiet_stderr():  # torch's library notes every attempt
+            store = dist.TCPStore(host, port, None, False, timeout=patience)
+    except RuntimeError:
+        raise RuntimeError(
+            f"MASTER_ADDR: expected torchrun's store at {printable(host, 100)}:{port}, got no "
+            f"answer within {_SECONDS_TO_CONNECT} seconds"
+        ) from None
+    start = "" if restarts is None else f"{restarts}/"
+    return dist.PrefixStore(f"adatape-kernels/{start}{purpose}", store)
+
+
+def place_of_store() -> tuple[str, int]:
+    """Return the host and the port at which ranks find each other.
+
+    Raises:
+        ValueError: a variable that says so is missing or damaged.
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if host is None or port is None or not agent:
-        return None
-    store = dist.TCPStore(host, int(port), None, False, timeout=timedelta(seconds=30))
-    return dist.PrefixStore(f"adatape-kernels/{restarts}/{purpose}", store)
+    if not host:
+        raise ValueError(f"MASTER_ADDR: expected a host from torchrun, got {shown(host)}")
+    if port is None or not port.isdecimal() or not 1 <= int(port[:9]) <= _MOST_PORT:
+        raise ValueError(f"MASTER_PORT: expected a port from torchrun, got {shown(port)}")
+    return host, int(port)
 
 
 class RankWatch:
@@ -91,7 +125,7 @@ class RankWatch:
     def _watch(self) -> None:
         """Beat, and look, until the context ends or another rank fails."""
         following = (self.number + 1) % self.count
-        heard, since = -1, time.monotonic()
+        heard, silent, looked = -1, 0.0, time.monotonic()
         while not self._ended.wait(self.beat):
             try:
                 with self._lock:
@@ -106,9 +140,11 @@ class RankWatch:
                 # The rank that failed says why; its peers would otherwise wait for it.
                 self._end(None)
                 return
-            if found != heard or done:
-                heard, since = found, time.monotonic()
-            elif time.monotonic() - since > self.patience:
+            # A machine's processes may all have been stopped and gone on, which is no silence.
+            passed, looked = min(time.monotonic() - looked, 2 * self.beat), time.monotonic()
+            silent = 0.0 if found != heard or done else silent + passed
+            heard = found
+            if silent > self.patience:
                 lost = f"expected to hear of rank {following} within {self.patience:g} seconds"
                 self._end(f"{lost}, and it is gone" if self.report() else None)
                 return

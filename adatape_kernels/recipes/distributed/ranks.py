@@ -19,8 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adatape_kernels.arguments import shown
+from adatape_kernels.data.printable import printable
 from adatape_kernels.models.value_checks import as_integer
-from adatape_kernels.recipes.distributed.rank_watch import RankWatch, store_of_torchrun
+from adatape_kernels.recipes.distributed.rank_watch import (
+    RankWatch,
+    place_of_store,
+    store_of_torchrun,
+)
+from adatape_kernels.recipes.terminal import say
 
 EXIT_BY_ANOTHER = 2
 """Exit code of a rank that stops because another one has failed and said why."""
@@ -28,6 +34,8 @@ EXIT_BY_ANOTHER = 2
 Found = TypeVar("Found")
 
 _NONE = torch.arange(0)
+SECONDS_BEFORE_A_NOTE = 20.0
+"""How long a rank waits for the others to begin before it says so."""
 _LONGEST_WAIT = timedelta(minutes=30)
 _MOST_RANKS = 1 << 20
 # Of torch's DistributedDataParallel: a name that newer versions have for an option that older ones
@@ -120,21 +128,23 @@ class Ranks:
         """Return int64 indices of this rank's share of so many things, each count-th of them."""
         return torch.arange(self.number, total, self.count) if total > self.number else _NONE
 
-    def check_agreement(self, name: str, number: int, device: torch.device) -> None:
-        """Raise ValueError on every rank unless all ranks give the same number.
+    def check_agreement(self, found: Mapping[str, Any]) -> None:
+        """Raise ValueError on every rank unless all ranks have found the same.
+
+        No rank returns before all have called this.
 
         Args:
-            name: what the number says, for the error.
-            number: that of this rank.
-            device: where the group communicates.
+            found: what this rank has found, by the names that stand in the error; numbers, texts
+                and what is made of them.
         """
-        if not self.several:
-            return
-        ends = torch.tensor([number, -number], device=device)
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        most, least = int(ends[0]), -int(ends[1])
-        if most != least:
-            raise ValueError(f"{name}: expected the same on every rank, got {least} to {most}")
+        first, *others = self.gathered([dict(found)])
+        for rank, other in enumerate(others, start=1):
+            for name in [*first, *other]:
+                if first.get(name) != other.get(name):
+                    raise ValueError(
+                        f"{name}: expected the same on every rank, got {shown(first.get(name))} on "
+                        f"rank 0 and {shown(other.get(name))} on rank {rank}"
+                    )
 
 
 ALONE = Ranks()
@@ -171,17 +181,20 @@ def started(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
+    if ours:
+        place_of_store()
     # Where rank 0 holds the store, nobody could say there that it is gone.
     watch = RankWatch(store_of_torchrun("watch", ranks.restarts), ranks.number, ranks.count)
     try:
         if ours:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=store_of_torchrun("group", ranks.restarts),
-                rank=ranks.number,
-                world_size=ranks.count,
-                timeout=_LONGEST_WAIT,
-            )
+            with _said_when_it_takes_long(ranks):
+                dist.init_process_group(
+                    "nccl" if device.type == "cuda" else "gloo",
+                    store=store_of_torchrun("group", ranks.restarts),
+                    rank=ranks.number,
+                    world_size=ranks.count,
+                    timeout=_LONGEST_WAIT,
+                )
         with watch, _quiet(not ranks.leads), _interruptible(), warnings.catch_warnings():
             for text in _NO_FAULTS:
                 warnings.filterwarnings("ignore", text)
@@ -197,23 +210,51 @@ def started(device: torch.device) -> Iterator[Ranks]:
 
 
 @contextlib.contextmanager
+def _said_when_it_takes_long(ranks: Ranks) -> Iterator[None]:
+    """Say that a rank waits for others, which nobody may have started."""
+    host, port = place_of_store()
+    line = (
+        f"adatape-kernels: note: rank {ranks.number} of {ranks.count} waits for the others at "
+        f"{printable(host, 100)}:{port}, as RANK and WORLD_SIZE say"
+    )
+    timer = threading.Timer(SECONDS_BEFORE_A_NOTE, say, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Take SIGTERM, by which torchrun ends processes, for an interruption, which says one line."""
+    """Take SIGTERM, by which torchrun ends processes, for an interruption, which says one line.
+
+    A terminal and torchrun may both pass an interrupt on: what comes behind the first counts no
+    more, as the line is still to be written.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Who starts a process in the background may have told it to ignore interrupts.
+    asked = [signal.SIGTERM] + [signal.SIGINT] * callable(signal.getsignal(signal.SIGINT))
+
+    def ignore() -> None:
+        for number in asked:
+            signal.signal(number, signal.SIG_IGN)
 
     def interrupt(number: int, frame: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is still to be written
+        ignore()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in asked}
     try:
         yield
     except BaseException:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ignore()
         raise
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _stop(ranks: Ranks, watch: RankWatch, error: BaseException) -> NoReturn:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +37,18 @@ class LossOfModel(nn.Module):
         return compute(functools.partial(self.model, **limits))
 
 
+@functools.cache
+def _warn_unheard(device: torch.device) -> None:
+    """Bring on what torch warns of once in a process: no parameter was unused in a step.
+
+    It writes that past Python's streams, in whichever step it is first so, and on every rank.
+    """
+    with quiet_stderr():
+        norm = nn.LayerNorm(1, device=device)  # which draws nothing from torch's generator
+        used = DistributedDataParallel(norm, broadcast_buffers=False, find_unused_parameters=True)
+        used(torch.zeros(1, 1, device=device)).sum().backward()
+
+
 class SharedGradients(DistributedDataParallel):
     """Makes the gradients of all ranks their mean, while a loss's backward pass runs.
 
@@ -47,17 +60,8 @@ class SharedGradients(DistributedDataParallel):
     """
 
     def __init__(self, model: nn.Module):
+        _warn_unheard(next(model.parameters()).device)
         super().__init__(LossOfModel(model), broadcast_buffers=False, find_unused_parameters=True)
-        self._called = False
-
-    def forward(self, *inputs: Any, **names: Any) -> Any:
-        """Call the model, as LossOfModel does."""
-        if self._called:
-            return super().forward(*inputs, **names)
-        self._called = True
-        # torch warns in the first call that its search for unused parameters has found none.
-        with quiet_stderr():
-            return super().forward(*inputs, **names)
 
     def backward_pass(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a part's backward pass; gradients travel with the last part."""

@@ -56,6 +56,20 @@ def data_facts(data: ImageSet, normalise: Normaliser, root: Path | None) -> dict
     }
 
 
+def facts_of_ranks(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all ranks have to have found of the images, by what an error calls it.
+
+    What images are normalised by is left out, as it follows from them, but for rounding.
+    """
+    found = {}
+    for name, value in facts.items():
+        if name in HASHED:
+            found[f"data-dir: hash of the {HASHED[name]}"] = f"{value[:16]}…"
+        elif name not in ("mean", "std"):
+            found[f"data-dir: {name.replace('_', ' ')}"] = value
+    return found
+
+
 def check_facts(out: Path, saved: Checkpoint, facts: Mapping[str, Any], steps: int) -> None:
     """Raise ValueError where the images are not those that a run was started with.
 

@@ -10,14 +10,22 @@ from torch import Tensor
 
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.checkpoint import Checkpoint
-from adatape_kernels.recipes.distributed.divided_checkpoint import save_together
+from adatape_kernels.recipes.distributed.begun_runs import note_begun
+from adatape_kernels.recipes.distributed.divided_checkpoint import (
+    check_folder_of_all,
+    save_together,
+)
 from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole
 from adatape_kernels.recipes.model_tensors import evaluated_weights
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.training.best_model import BEST, best_content, best_entry
-from adatape_kernels.recipes.training.data_fingerprint import check_facts, data_facts
+from adatape_kernels.recipes.training.data_fingerprint import (
+    check_facts,
+    data_facts,
+    facts_of_ranks,
+)
 from adatape_kernels.recipes.training.epoch_metrics import columns_of, metrics_csv
 from adatape_kernels.recipes.training.run_setup import (
     RunSetup,
@@ -71,17 +79,22 @@ class RunRecord:
         """Make and claim the folder of a new run, and write what is to be there before training.
 
         Raises:
-            ValueError: the ranks have read checkpoints of several epochs, or the folder is in use.
+            ValueError: the ranks have found other images than each other, or with fsdp other
+                folders, or the folder is in use.
             OSError: a file cannot be written.
         """
         setup = self._setup
         folder, ranks, saved = setup.folder, setup.execution.ranks, setup.saved
-        ranks.check_agreement("out: epochs", len(self.history), setup.device)
+        ranks.check_agreement(facts_of_ranks(self.facts))
         if self.writing is None and ranks.leads:
             folder.mkdir(parents=True, exist_ok=True)
             # A folder that cannot be written shows here, before any training.
             self.writing = until_the_end.enter_context(claim(folder))
             refuse_to_overwrite(folder)
+        if self.writing is not None:
+            note_begun(folder)
+        if setup.execution.parallel == "fsdp":
+            check_folder_of_all(folder, self.writing, ranks)
         if self.writing is not None:
             checkpoint.remove_leftovers(self.writing)
             if saved is not None:

@@ -1,7 +1,7 @@
 """What a run has read and checked before it makes a model: its options, then its images."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from adatape_kernels.data import ImageSet, Normaliser, load
 from adatape_kernels.data.loading import decoded_ahead
 from adatape_kernels.recipes import checkpoint, pictures
 from adatape_kernels.recipes.checkpoint import Checkpoint
+from adatape_kernels.recipes.distributed.begun_runs import goes_on
 from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.run_folder import RunFolder, check_empty_folder, claim
@@ -26,7 +27,7 @@ from adatape_kernels.recipes.training.tensorboard_events import (
     FOLDER,
     require_tensorboard,
 )
-from adatape_kernels.recipes.training.train_config import TrainConfig
+from adatape_kernels.recipes.training.train_config import TrainConfig, option_name
 from adatape_kernels.recipes.training.train_plan import TrainPlan
 
 
@@ -77,7 +78,7 @@ class RunSetup:
         """
         folder, data_dir = request.folder, request.data_dir
         pictures.require("train")
-        resume = request.resume or (ranks.restarts > 0 and (folder / checkpoint.INDEX).exists())
+        resume = request.resume or goes_on(folder / checkpoint.INDEX, ranks)
         if resume:
             check_run_folder(folder)
         elif ranks.leads:  # others would make the folder and take it back at the same time
@@ -113,6 +114,10 @@ class RunSetup:
             tensorboard = resume and (folder / FOLDER).is_dir()
         if tensorboard:
             require_tensorboard()
+        done = 0 if saved is None else saved.epoch
+        options = {**asdict(config), **execution.entries()}
+        asked = {option_name(name): value for name, value in options.items()}
+        ranks.check_agreement({"out: epochs": done, **asked})
         return cls(
             folder,
             device,
