@@ -15,8 +15,8 @@ class Imbalance:
     Example:
         >>> import torch
         >>> from adatape_kernels.recipes.distributed.imbalance import Imbalance
-        >>> Imbalance.of(torch.tensor([[10, 30], [20, 20]])).idle_share
-        0.2
+        >>> Imbalance.of(torch.tensor([[10, 30], [10, 10]])).idle_share
+        0.25
     """
 
     processes: int
