@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """The options of each recipe, by the image sets that it is for.
 
-"small" trains an AdaTape of less than a million parameters on two cores within one to two hours.
+"small" trains an AdaTape of less than a million parameters on two cores in about an hour.
 
 "imagenet" is scenic's configuration of AdaTape on ImageNet, whose images are in folders or shards.
 Its source is google-research/scenic,
