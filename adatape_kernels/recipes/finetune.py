@@ -218,7 +218,8 @@ def run(
     with lenient_output(), contextlib.ExitStack() as until_the_end:
         ranks = until_the_end.enter_context(started(where))
         resume = resume or goes_on(folder / PLAN, ranks)
-        plan = ranks.of_first(lambda: _plan(folder, given, resume))
+        plan_of = _saved_plan if resume else _new_plan
+        plan = ranks.of_first(lambda: plan_of(folder, given))
         Execution.of_run("float32", plan.execution).check_device(where)
         own = None
         if ranks.leads:
@@ -230,15 +231,6 @@ def run(
         return _run(folder, own, plan, _How(where, plan.execution, plan.loading, ranks))
 
 
-def _plan(folder: Path, given: dict[str, Any], resume: bool) -> FinetunePlan:
-    """Return what is to be done, by what is given and by what the folder holds."""
-    if resume:
-        check_run_folder(folder)
-        return _saved_plan(folder, given)
-    check_output_folder(folder)
-    return _new_plan(folder, given)
-
-
 def _whole(path: Path) -> str:
     """Return a path by which the same file is found from any folder."""
     return str(path.resolve())
@@ -246,6 +238,7 @@ def _whole(path: Path) -> str:
 
 def _new_plan(folder: Path, given: dict[str, Any]) -> FinetunePlan:
     """Return what to do, once all is checked that can be before training. Raises ValueError."""
+    check_output_folder(folder)
     names = {inner.name for inner in folder.iterdir()} if folder.exists() else set()
     found = min(names - leftovers(folder), default=None)
     if found is not None:
@@ -266,6 +259,7 @@ def _saved_plan(folder: Path, given: Mapping[str, Any]) -> FinetunePlan:
     Raises:
         ValueError: there is none, or something that is given is not as in it.
     """
+    check_run_folder(folder)
     file = folder / PLAN
     try:
         saved = json.loads(file.read_bytes())
