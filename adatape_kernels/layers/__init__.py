@@ -12,7 +12,8 @@ to the result of the op.
 """
 
 from adatape_kernels.layers.elastic_module import ElasticModule
-from adatape_kernels.layers.encoder import ElasticEncoder, ElasticEncoderLayer
+from adatape_kernels.layers.encoder import ElasticEncoder
+from adatape_kernels.layers.encoder_layer import ElasticEncoderLayer
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.halting_encoder import AViTEncoder, Halted, UniversalEncoder
 from adatape_kernels.layers.halting_units import FeatureGate, MeanHaltingUnit

@@ -12,6 +12,7 @@ from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.elastic_module import ElasticModule
 from adatape_kernels.layers.layer_checks import check_batch, check_rate, check_size
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
+from adatape_kernels.layers.spare_rows import keeps_code_by_rows, rounded_rows, with_zero_rows
 from adatape_kernels.layers.torch_modules import bias_of, is_plain, xavier_linear
 from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops.dual_ffn import check_activation
@@ -118,6 +119,9 @@ class DualFFN(ElasticModule):
         input_ffn, tape_ffn = self._plain_ffns()
         if input_ffn is None or (self.training and self.dropout > 0):
             return x.with_data(self._by_modules(x))
+        if tape_ffn is not None and x.exact and x.min_inputs < x.max_inputs:
+            if keeps_code_by_rows(x.data):
+                return x.with_data(self._with_spare_rows(x, input_ffn, tape_ffn))
         y = ops.dual_ffn(
             x.data,
             x.num_input_rows,
@@ -127,6 +131,16 @@ class DualFFN(ElasticModule):
             activation=self.activation,
         )
         return x.with_data(y)
+
+    def _with_spare_rows(self, x: ElasticBatch, input_ffn: FFN, tape_ffn: FFN) -> Tensor:
+        """Return what the op does, computed with spare rows of either kind."""
+        inputs, tape = x.data.split([x.num_input_rows, x.data.shape[0] - x.num_input_rows])
+        more_inputs = with_zero_rows(inputs, rounded_rows(len(inputs)))
+        more_tape = with_zero_rows(tape, rounded_rows(len(tape)))
+        rows, num_inputs = torch.cat([more_inputs, more_tape]), len(more_inputs)
+        y = ops.dual_ffn(rows, num_inputs, input_ffn, tape_ffn, activation=self.activation)
+        of_inputs, of_tape = y.split([num_inputs, len(more_tape)])
+        return torch.cat([of_inputs[: len(inputs)], of_tape[: len(tape)]])
 
     def _plain_ffns(self) -> tuple[FFN | None, FFN | None]:
         """Return `input_ffn` and `tape_ffn`; both are None if a linear module is not plain."""

@@ -10,9 +10,10 @@ from adatape_kernels.arguments import check_flag, check_kind, check_number
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import Halting, HaltingState
 from adatape_kernels.layers.elastic_module import ElasticModule
-from adatape_kernels.layers.encoder import ElasticEncoderLayer
+from adatape_kernels.layers.encoder_layer import ElasticEncoderLayer
 from adatape_kernels.layers.halting_units import FeatureGate, MeanHaltingUnit
 from adatape_kernels.layers.layer_checks import check_size
+from adatape_kernels.layers.spare_rows import computed_with_spare_rows, keeps_code_by_rows
 from adatape_kernels.layers.torch_modules import NORM_EPS
 
 ApplyLayer = Callable[[ElasticEncoderLayer, ElasticBatch, HaltingState | None], ElasticBatch]
@@ -23,7 +24,29 @@ def apply_layer(
     layer: ElasticEncoderLayer, batch: ElasticBatch, state: HaltingState | None
 ) -> ElasticBatch:
     """Apply a layer to all rows of a batch, each of which all others of its example see."""
-    return layer(batch)
+    return applied_as_rows_leave(layer, layer, batch, state)
+
+
+def applied_as_rows_leave(
+    layer: ElasticEncoderLayer,
+    call: Callable[[ElasticBatch], ElasticBatch],
+    batch: ElasticBatch,
+    state: HaltingState | None,
+) -> ElasticBatch:
+    """Apply a layer to a batch whose number of rows falls from step to step, if it does.
+
+    In bfloat16 on a CPU that is done with spare rows, so that torch meets few numbers of rows.
+
+    Args:
+        layer: the layer.
+        call: what applies it, the layer itself or a checkpoint of it.
+        batch: the rows that run.
+        state: as `ApplyLayer` takes it.
+    """
+    leaves = state is not None and not (state.static or state.masked)
+    if leaves and keeps_code_by_rows(batch.data) and layer.takes_spare_rows():
+        return computed_with_spare_rows(call, batch)
+    return call(batch)
 
 
 class Halted(NamedTuple):

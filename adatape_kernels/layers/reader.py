@@ -19,6 +19,7 @@ from adatape_kernels.layers.recomputed_bank import (
     rows_of_selection,
 )
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
+from adatape_kernels.layers.spare_rows import called_with_spare_rows
 from adatape_kernels.layers.stopped_reads import check_threshold, stopped_at
 from adatape_kernels.layers.torch_modules import NORM_EPS, is_plain, xavier_linear
 from adatape_kernels.op_types import LossType, TapeSelection
@@ -207,7 +208,7 @@ class TapeReader(ElasticModule):
         tape, offsets, selection = self._read(bank, query, bank_lens, capacity, budget)
         tape = tape.to(batch.data.dtype)
         if self.tape_mlp is not None:
-            tape = self.tape_mlp(tape)
+            tape = called_with_spare_rows(self.tape_mlp, tape)
         exact = capacity is None
         y = batch.append_tape(tape, offsets, max_tapes=budget.num_tape_tokens, exact=exact)
         if self.tape_mlp is not None:

@@ -143,20 +143,11 @@ class AdaTape(Classifier, ABC):
             ([5, 5], 1)
         """
         tokens, bank, bank_lens = self._embed_to_read(inputs)
-        encoder = self.encoder
         options: dict[str, Any] = {"bank_lens": bank_lens, "capacity": capacity}
         options |= given_limits(halt_threshold, num_tape_tokens)
-        if not self._checkpoints:
-            return Encoded(*encoder(tokens, bank, **options))
-        x, reads = tokens, []
-        if encoder.row_multiple > 1:
-            x = x.round_rows(encoder.row_multiple)
-        for layer, reader in encoder.stages():
-            if reader is not None:
-                x, selection = reader(x, bank, **options)
-                reads.append(selection)
-            x = self._apply_layer(layer, x)
-        return Encoded(x.with_data(encoder.norm(x.data)), tuple(reads))
+        if self._checkpoints:
+            options["apply"] = self._apply_layer
+        return Encoded(*self.encoder(tokens, bank, **options))
 
     def _embed_to_read(
         self, inputs: ModelInputs

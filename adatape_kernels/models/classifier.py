@@ -1,5 +1,6 @@
 """A classifier, from tokens to logits and loss; what it is fed is left to its subclasses."""
 
+import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from adatape_kernels.arguments import check_flag, check_kind
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.halting import HaltingState
 from adatape_kernels.layers import ElasticEncoder, ElasticEncoderLayer
-from adatape_kernels.layers.halting_encoder import ApplyLayer
+from adatape_kernels.layers.halting_encoder import ApplyLayer, applied_as_rows_leave
 from adatape_kernels.models.cross_entropy import LossKind, classification_loss
 from adatape_kernels.models.embedding import Embedded, ModelInputs
 from adatape_kernels.models.encoder_config import EncoderConfig
@@ -198,10 +199,8 @@ class Classifier(TimmMethods, ABC):
         """
         tokens, encoder = self.embed_elastic(inputs).tokens, self.encoder
         if isinstance(encoder, ElasticEncoder):
-            if not self._checkpoints:
-                return Encoded(*encoder(tokens))
-            if encoder.row_multiple > 1:
-                tokens = tokens.round_rows(encoder.row_multiple)
+            apply = self._apply_layer if self._checkpoints else None
+            return Encoded(*encoder(tokens, apply=apply))
         return self.encode_rows(tokens, self._apply_layer)
 
     def encode_rows(
@@ -234,9 +233,8 @@ class Classifier(TimmMethods, ABC):
         self, layer: ElasticEncoderLayer, x: ElasticBatch, state: HaltingState | None = None
     ) -> ElasticBatch:
         """Apply a layer; in training once more in the backward pass, where this is asked for."""
-        if self._checkpoints:
-            return cast(ElasticBatch, checkpoint(layer, x, use_reentrant=False))
-        return layer(x)
+        again = functools.partial(checkpoint, layer, use_reentrant=False)
+        return applied_as_rows_leave(layer, again if self._checkpoints else layer, x, state)
 
     def output_of(self, encoded: Encoded, logits: Tensor) -> AdaTapeOutput:
         """Return a batch's output.

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind
+from adatape_kernels.layers.spare_rows import keeps_code_by_rows, rounded_rows
+from adatape_kernels.layers.torch_modules import is_plain
 from adatape_kernels.models.classifier import Classifier
 from adatape_kernels.models.embedding import Embedded, ModelInputs, elastic_rows
 from adatape_kernels.models.image_config import ViTConfig
@@ -175,7 +177,7 @@ class ImageClassifier(Classifier, ABC):
 
 def embedded(
     images: Sequence[Tensor],
-    embed: nn.Module,
+    embed: nn.Conv2d,
     config: ViTConfig,
     size: int,
     position: Tensor,
@@ -189,13 +191,25 @@ def embedded(
     side = config.image_size // size
     grids = [(image.shape[1] // size, image.shape[2] // size) for image in images]
     lens = [rows * columns for rows, columns in grids]
-    rows = embed(strip_of_patches(images, size).unsqueeze(0)).flatten(2)[0].mT
+    rows = _rows_of_patches(strip_of_patches(images, size), embed, size)
     if learned:
         rows = torch.cat([part for own in rows.split(lens) for part in (*learned, own)])
     of_grid = {grid: grid_positions(position, (side, side), grid) for grid in set(grids)}
     positions = torch.cat([of_grid[grid] for grid in grids])
     front = sum(map(len, learned))
     return rows + positions, [front + patches for patches in lens]
+
+
+def _rows_of_patches(strip: Tensor, embed: nn.Conv2d, size: int) -> Tensor:
+    """Embed the patches of a strip (channels, size, patches · size), to (patches, dim).
+
+    In bfloat16 on a CPU there are spare ones among them, as `spare_rows` says.
+    """
+    if not (keeps_code_by_rows(strip) and is_plain(embed, nn.Conv2d) and cuts_patches(embed, size)):
+        return embed(strip.unsqueeze(0)).flatten(2)[0].mT
+    count = strip.shape[2] // size
+    spare = strip.new_zeros(*strip.shape[:2], (rounded_rows(count) - count) * size)
+    return embed(torch.cat([strip, spare], 2).unsqueeze(0)).flatten(2)[0].mT[:count]
 
 
 def patches(config: ViTConfig, size: int) -> nn.Conv2d:

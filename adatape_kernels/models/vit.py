@@ -19,6 +19,7 @@ from adatape_kernels.layers.recomputed_bank import (
     is_large,
     plain_backward_pass,
 )
+from adatape_kernels.layers.spare_rows import called_with_spare_rows
 from adatape_kernels.layers.torch_modules import is_bare, is_plain
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
@@ -263,7 +264,7 @@ class AdaTapeViT(AdaTape, ImageClassifier):
         if c.bank == "learn":
             return None, None
         rows, lens = embedded(images, self.bank_embed, c, c.bank_patch_size, self.bank_position, [])
-        return padded_banks(self.pre_bank(rows), lens, c.topk)
+        return padded_banks(called_with_spare_rows(self.pre_bank, rows), lens, c.topk)
 
 
 def adatape_vit(variant: str = "S/16", **options: "Unpack[AdaTapeViTOptions]") -> AdaTapeViT:
