@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adatape_kernels.cli.options import integers
+from adatape_kernels.cli.option_kinds import OptionKind
 from adatape_kernels.recipes.distributed.dealing import dealt, in_turn
 
 RANKS = (8, 32, 128, 512, 1024)
@@ -119,7 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--most", type=int, default=50, help="most tape tokens; default: %(default)s")
     add("--own-rows", type=int, default=197, help="rows beside the tape; default: %(default)s")
     add("--per-rank", type=int, default=32, help="images for each rank; default: %(default)s")
-    add("--ranks", type=integers, default=RANKS, metavar="N,N", help="default: 8 to 1,024")
+    add(
+        "--ranks",
+        type=OptionKind(int, many=True).of_word,
+        default=RANKS,
+        metavar="N,N",
+        help="default: 8 to 1,024",
+    )
     add("--fixed", type=float, default=0.0, help="rows a step besides; default: %(default)s")
     arguments = parser.parse_args(argv)
     chosen = {name: distribution(name, arguments.most) for name in ("skewed", "uniform")}
