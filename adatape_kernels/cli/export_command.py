@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,12 +73,12 @@ def run(options: ExportCommand) -> int:
     model: Any = load(
         options.source,
         device=device,
-        dtype=options.dtype and getattr(torch, options.dtype),
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
         halt_threshold=options.threshold,
     )
     if not isinstance(model, AdaTape):
         raise ValueError(f"source: expected an AdaTape, got a model of {type(model).__name__}")
-    out = options.out
+    out: str | Path | None = options.out
     if out is None:
         out = default_target(options.source, options.format)
     try:

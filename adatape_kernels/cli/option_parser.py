@@ -115,7 +115,7 @@ class _Option:
             # What is true by a file is made false by the command line, and the other way round.
             told["action"] = jsonargparse.ActionYesNo(no_prefix="no-")
             if self.name.startswith("no_"):
-                told["action"] = "store_true"
+                told["action"] = "store_true"  # which has no counterpart of its own
         else:
             told["type"] = self.kind.of_word
             told["metavar"] = self.told.get("metavar") or self.kind.metavar
@@ -184,7 +184,8 @@ class OneLineParser(jsonargparse.ArgumentParser):
         text = text.replace('":', ":", 1) if message.startswith("Parser key") else text
         if text.startswith("unrecognized arguments: "):
             word = text.split(" ")[2].partition("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            spelled = [name for name in self._option_string_actions if "_" not in name]
+            near = difflib.get_close_matches(word, spelled, n=1)
             text += f", near {near[0]}" if near and word.startswith("-") else ""
         self.exit(EXIT_UNREADABLE, f"{self.prog}: {printable(text)} (--help lists what there is)\n")
 

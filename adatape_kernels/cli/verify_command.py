@@ -34,7 +34,7 @@ def run(options: VerifyCommand) -> int:
     forced = "" if backend is None else backend.partition(",")[0]
     device = asked_device(options)
     interpreter_is_off = triton_runtime.INSTALLED and not triton_runtime.INTERPRETED
-    if forced == "triton" and device.type == "cpu" and interpreter_is_off:
+    if backend is not None and forced == "triton" and device.type == "cpu" and interpreter_is_off:
         print("triton on the CPU: its interpreter runs the kernels", flush=True)
         return _in_interpreter("verify", *files, "--backend", backend, "--device", "cpu")
     code = 0

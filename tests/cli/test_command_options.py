@@ -175,6 +175,7 @@ def test_the_list_of_commands_imports_none_of_them():
         ([], "COMMAND: expected info, check, verify, "),
         (["trian"], "got 'trian', near train"),
         (["--teach"], "unrecognized arguments: --teach"),
+        (["train", "--print-cnofig"], "--print-cnofig, near --print-config"),
         (["--print-completion", "csh"], "--print-completion: expected bash, zsh"),
         (["train", "--epoch", "3"], "unrecognized arguments: --epoch 3, near --epochs"),
         (["train", "--epochs", "3.5"], "--epochs: expected an integer, got '3.5'"),
@@ -335,6 +336,11 @@ def test_other_shells_have_a_script_too(shell, capsys):
         main(["--print-completion", shell])
     script = capsys.readouterr().out
     assert "halt-threshold" in script and "finetune" in script
+
+
+def test_words_behind_two_dashes_are_no_options():
+    found, file, _ = parsed("predict", "--top", "2", "--", "runs/a", "--config", "-b.png")
+    assert (found.images, found.top, file) == (("--config", "-b.png"), 2, None)
 
 
 def test_the_parser_of_all_commands_takes_a_line():
