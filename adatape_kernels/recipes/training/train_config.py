@@ -175,8 +175,7 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
             ValueError: a value is out of range. No data is read for that.
         """
         _known_set(self.data)
-        numbers = {name: check_option(name, getattr(self, name)) for name in _KINDS}
-        config = replace(self, **numbers)
+        config = replace(self, **{n: check_option(n, getattr(self, n)) for n in _KINDS})
         config.check()
         return config
 
