@@ -6,22 +6,20 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
-
-from shtab import SUPPORTED_SHELLS as SHELLS
+from typing import TYPE_CHECKING, Any
 
 from adatape_kernels._build import VERSION
-from adatape_kernels.cli.option_parser import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_UNREADABLE,
-    CommandParser,
-    OneLineParser,
-)
+from adatape_kernels.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREADABLE
 from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.options_text import options_text
 from adatape_kernels.recipes.terminal import say
+
+if TYPE_CHECKING:
+    from adatape_kernels.cli.option_parser import OneLineParser
+
+# Parsers are imported where they are made: the benchmarks, which a machine with a GPU runs, need no
+# package that makes them.
 
 COMMANDS = {
     "info": "versions, build facts, and which backend serves which calls on which device",
@@ -43,8 +41,10 @@ COMMANDS = {
 _OF_RANKS = ("train", "demo", "finetune", "parity", "compare")
 
 
-def command_line(names: Sequence[str] = tuple(COMMANDS)) -> OneLineParser:
+def command_line(names: Sequence[str] = tuple(COMMANDS)) -> "OneLineParser":
     """Return the parser of all commands, with the options of those that are named."""
+    from adatape_kernels.cli.option_parser import SHELLS, CommandParser, OneLineParser
+
     parser = OneLineParser(prog="adatape-kernels", description="Elastic AdaTape for PyTorch.")
     parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument(
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         say(f"adatape-kernels: {printable(str(error) or type(error).__name__)}")
         return EXIT_UNREADABLE
     except KeyboardInterrupt as stop:
@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, *words: str) -> int:
     """Run a command with its options, of the command line and of a file."""
+    from adatape_kernels.cli.option_parser import CommandParser
+
     options, file, printed = CommandParser(name, _options_class(name)).options(words)
     if name not in _OF_RANKS and Ranks.of_environment().several:
         names = ", ".join(_OF_RANKS)
@@ -140,5 +142,5 @@ class _PrintCompletion(argparse.Action):
         try:
             print(command_line().get_completion_script(f"shtab-{values}"))
         except ValueError:
-            parser.error(f"{option}: expected {', '.join(SHELLS)}, got {values!r}")
+            parser.error(f"{option}: expected a shell that --help names, got {values!r}")
         parser.exit(0)

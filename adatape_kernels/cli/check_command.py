@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from adatape_kernels.cli.option_parser import EXIT_FAILED, option
+from adatape_kernels.cli.exit_codes import EXIT_FAILED
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import DeviceOption, asked_device
 
 

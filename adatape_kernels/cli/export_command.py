@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adatape_kernels.cli.option_parser import EXIT_FAILED, option
+from adatape_kernels.cli.exit_codes import EXIT_FAILED
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import asked_device
 from adatape_kernels.data.printable import printable
 from adatape_kernels.recipes.terminal import lenient_output, say

@@ -12,20 +12,17 @@ import docstring_parser
 import jsonargparse
 import shtab
 
+from adatape_kernels.cli.exit_codes import EXIT_CODES, EXIT_UNREADABLE
 from adatape_kernels.cli.option_kinds import OptionKind
 from adatape_kernels.cli.options_file import OptionsFile
 from adatape_kernels.data.printable import printable
 
-EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
-EXIT_CODES = (
-    "exit codes: 0 done; 1 a check has failed, or an export differs from its model; 2 unusable "
-    "arguments or files, or an error; 130 interrupted"
-)
-"""The last lines of `--help`."""
-
 # Finds the file among the words of a command line, and leaves the others to the command.
 _FILE_FIRST = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
 _FILE_FIRST.add_argument("--config", action="append", default=[])
+
+SHELLS = tuple(shtab.SUPPORTED_SHELLS)
+"""The shells that can be told how commands and options are completed."""
 
 _NONE = re.compile(r"[.,;] None (?:is|for|until|where) ")
 

@@ -4,7 +4,8 @@ import json
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING
 
-from adatape_kernels.cli.option_parser import EXIT_UNREADABLE, option
+from adatape_kernels.cli.exit_codes import EXIT_UNREADABLE
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import (
     BackendOption,
     DeviceOption,

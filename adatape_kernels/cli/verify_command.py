@@ -5,7 +5,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from adatape_kernels.cli.option_parser import EXIT_FAILED, EXIT_UNREADABLE, option
+from adatape_kernels.cli.exit_codes import EXIT_FAILED, EXIT_UNREADABLE
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import (
     BackendOption,
     DeviceOption,

@@ -10,14 +10,13 @@ import pytest
 
 from adatape_kernels import cli
 from adatape_kernels.cli import COMMANDS, command_line, main
-from adatape_kernels.cli.option_parser import (
+from adatape_kernels.cli.exit_codes import (
     EXIT_CODES,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_UNREADABLE,
-    CommandParser,
-    options_of,
 )
+from adatape_kernels.cli.option_parser import CommandParser, options_of
 from adatape_kernels.recipes import check
 from adatape_kernels.recipes.training import train as train_recipe
 
@@ -157,6 +156,20 @@ def test_the_list_of_commands_says_what_each_says_of_itself(capsys):
         assert f"{name} {words}" in text
 
 
+def test_benchmarks_need_no_package_that_makes_parsers():
+    script = (
+        "import sys\nsys.modules['jsonargparse'] = None\n"
+        "from adatape_kernels.cli import main\n"
+        "assert main(['info']) == 2\n"
+        "try:\n    main(['bench', '--help'])\nexcept SystemExit as stop:\n    sys.exit(stop.code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and "bench" in found.stdout, found.stderr
+    assert found.stderr.count("\n") == 1 and "jsonargparse" in found.stderr
+
+
 def test_the_list_of_commands_imports_none_of_them():
     script = (
         "import sys\nfrom adatape_kernels.cli import main\n"
@@ -176,7 +189,10 @@ def test_the_list_of_commands_imports_none_of_them():
         (["trian"], "got 'trian', near train"),
         (["--teach"], "unrecognized arguments: --teach"),
         (["train", "--print-cnofig"], "--print-cnofig, near --print-config"),
-        (["--print-completion", "csh"], "--print-completion: expected bash, zsh"),
+        (
+            ["--print-completion", "csh"],
+            "--print-completion: expected a shell that --help names, got 'csh'",
+        ),
         (["train", "--epoch", "3"], "unrecognized arguments: --epoch 3, near --epochs"),
         (["train", "--epochs", "3.5"], "--epochs: expected an integer, got '3.5'"),
         (["train", "--lr", "fast"], "--lr: expected a number, got 'fast'"),
