@@ -72,7 +72,7 @@ demo: $(ready)  ## train on real digits, compare elastic with padded, write adat
 
 imagenet: $(ready)  ## train the true S/16 for two steps, on a drawn miniature of ImageNet
 	rm -rf build/imagenet && $(bin)/python -m adatape_kernels.data.imagenet_miniature build/imagenet/images
-	$(bin)/adatape-kernels train --recipe imagenet --data imagefolder --data-dir build/imagenet/images \
+	$(bin)/adatape-kernels train --config imagenet-s16.yaml --data-dir build/imagenet/images \
 	  --epochs 1 --batch 12 --workers 1 --out build/imagenet/run $(ARGS)
 
 test: $(ready) $(cuda_host)  ## run the tests

@@ -1,65 +1,52 @@
 """`adatape-kernels budget`: trained models at many halting thresholds and longest tapes."""
 
-import argparse
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import (
-    add_backend,
-    add_device,
+    BackendOption,
+    DeviceOption,
     asked_device,
     chosen_backend,
-    integers,
-    numbers,
 )
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "budget", help="measure one trained model at many thresholds and longest tapes"
+@dataclass(frozen=True)
+class BudgetCommand(DeviceOption, BackendOption):
+    """Measure one trained model at many thresholds and longest tapes."""
+
+    source: str = option(metavar="RUN", positional=True)
+    """Folder of a run of train, or of the demo."""
+    _: KW_ONLY
+    beside: tuple[str, ...] = option((), metavar="RUN", by_word=True)
+    """Further runs on the same images, measured at the same limits."""
+    thresholds: tuple[float, ...] | None = option(
+        None, unset="seven from 0 to twice the model's own"
     )
-    add = parser.add_argument
-    add("source", metavar="RUN", help="folder of a run of train, or of the demo")
-    add(
-        "--beside",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="further runs on the same images, measured at the same limits",
-    )
-    add(
-        "--thresholds",
-        type=numbers,
-        metavar="X,X",
-        help="halting thresholds; default: seven from 0 to twice the model's own",
-    )
-    add(
-        "--max-tape",
-        type=integers,
-        metavar="N,N",
-        help="most tape tokens of a read; default: the model's own",
-    )
-    add("--rounds", type=int, default=5, metavar="N", help="timings of each; default: %(default)s")
-    add("--data-dir", metavar="FOLDER", help="the set's files; default: where they were")
-    add("--out", default="adatape-budget", metavar="FOLDER", help="default: %(default)s")
-    add_backend(parser)
-    add_device(parser)
-    parser.set_defaults(run=run)
+    """Halting thresholds."""
+    max_tape: tuple[int, ...] | None = option(None, unset="the model's own")
+    """Most tape tokens of a read."""
+    rounds: int = 5
+    """Timings of each."""
+    data_dir: str | None = option(None, metavar="FOLDER", unset="where they were")
+    """The set's files."""
+    out: str = option("adatape-budget", metavar="FOLDER")
+    """Where the table and its picture are written."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(options: BudgetCommand) -> int:
     """Measure, and print the table."""
     from adatape_kernels.recipes.budget import budget
 
-    with chosen_backend(arguments.backend):
+    with chosen_backend(options.backend):
         budget.run(
-            arguments.source,
-            arguments.out,
-            beside=arguments.beside,
-            thresholds=arguments.thresholds,
-            max_tape=arguments.max_tape,
-            data_dir=arguments.data_dir,
-            rounds=arguments.rounds,
-            device=asked_device(arguments),
+            options.source,
+            options.out,
+            beside=options.beside,
+            thresholds=options.thresholds,
+            max_tape=options.max_tape,
+            data_dir=options.data_dir,
+            rounds=options.rounds,
+            device=asked_device(options),
         )
     return 0

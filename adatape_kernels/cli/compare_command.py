@@ -1,129 +1,85 @@
 """`adatape-kernels compare`: AdaTape beside other models, accuracy against speed and FLOPs."""
 
-import argparse
+from dataclasses import dataclass, fields
 from typing import Any
 
+from adatape_kernels.cli.option_parser import option, taken_from
 from adatape_kernels.cli.options import (
-    add_backend,
-    add_device,
-    add_loading,
+    BackendOption,
+    DeviceOption,
+    JobsOption,
+    LoadingWays,
+    ReadingOptions,
     asked_device,
     asked_loading,
     chosen_backend,
-    integers,
-    names,
 )
+from adatape_kernels.recipes.compare.compare_config import (
+    SHARED_OPTIONS,
+    CompareConfig,
+    seconds_of,
+)
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
-_MODELS = "adatape-input,adatape-learn,vit,uvit,u2t,avit"
 _BUDGET = "20m"
 
-
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "compare", help="train several models at several sizes, accuracy against speed and FLOPs"
-    )
-    add = parser.add_argument
-    add(
-        "--data",
-        default="fashion-mnist",
-        metavar="SET",
-        help="digits, fashion-mnist, mnist, cifar10, imagefolder or shards; default: %(default)s",
-    )
-    add(
-        "--data-dir",
-        metavar="FOLDER",
-        help="the set's files; default for fashion-mnist: where Debian's package puts them",
-    )
-    add(
-        "--models",
-        type=names,
-        default=names(_MODELS),
-        metavar="NAME,NAME",
-        help=f"default: all, {_MODELS}",
-    )
-    add(
-        "--sizes",
-        type=integers,
-        default=(2, 4, 6),
-        metavar="N,N",
-        help="numbers of layers, of steps of uvit and u2t; default: 2,4,6",
-    )
-    add(
-        "--seeds",
-        type=integers,
-        default=(0, 1),
-        metavar="N,N",
-        help="each is a run of each model of each size; default: 0,1",
-    )
-    add(
-        "--budget",
-        metavar="TIME",
-        help="how long all of it may take, as in 90s, 20m or 1h30m, by which the number of epochs "
-        f"is chosen; default: {_BUDGET}",
-    )
-    add("--epochs", type=int, metavar="N", help="passes over the training images, not by a budget")
-    add("--limit", type=int, metavar="N", help="number of training images; default: all")
-    add("--out", default="adatape-compare", metavar="FOLDER", help="default: %(default)s")
-    for name, kind, text in (
-        ("image-size", int, "imagefolder, shards: side that images are brought to, in pixels"),
-        ("patch", int, "side of an input patch, in pixels"),
-        ("bank-patch", int, "side of a bank patch of AdaTape, in pixels"),
-        ("dim", int, "width of a token"),
-        ("heads", int, "number of attention heads"),
-        ("ffn", int, "hidden width of the feed-forward for input rows"),
-        ("batch", int, "number of images in a step"),
-        ("lr", float, "the highest learning rate"),
-    ):
-        add(f"--{name}", type=kind, metavar="N", help=f"{text}; default: that of train")
-    add(
-        "--rounds",
-        type=int,
-        default=5,
-        metavar="N",
-        help="timed passes over the test images, all models in turn; default: %(default)s",
-    )
-    add(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="runs at a time, a thread each; default: one a core, and 1 on a GPU",
-    )
-    add_backend(parser)
-    add_device(parser)
-    add_loading(parser)
-    parser.set_defaults(run=run)
+_Compared: Any = taken_from(
+    CompareConfig,
+    {field.name for field in fields(CompareConfig)} - {"budget", "options"},
+    metavars={"data": "SET"},
+)
+_OF_TRAIN = {name for name in SHARED_OPTIONS if not name.startswith("unreadable")}
+_Shared: Any = taken_from(
+    TrainConfig,
+    _OF_TRAIN,
+    group="of every model that is trained",
+    unset=dict.fromkeys(_OF_TRAIN, "that of train"),
+)
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(
+    DeviceOption, BackendOption, ReadingOptions, LoadingWays, _Shared, JobsOption, _Compared
+):
+    """Train several models at several sizes, accuracy against speed and FLOPs."""
+
+    data_dir: str | None = option(
+        None, metavar="FOLDER", unset="none; for fashion-mnist where Debian's package puts them"
+    )
+    """The set's files."""
+    budget: str | None = option(None, metavar="TIME", unset=f"{_BUDGET}, or by --epochs")
+    """How long all of it may take, as in 90s, 20m or 1h30m, by which the number of epochs is
+    chosen."""
+    out: str = option("adatape-compare", metavar="FOLDER")
+    """Where the table is written."""
+
+    def config(self) -> CompareConfig:
+        """Return what decides the comparison. Raises ValueError where a value is out of range."""
+        given: Any = self
+        text = given.budget
+        if text is None and given.epochs is None:
+            text = _BUDGET
+        return CompareConfig(
+            **{field.name: getattr(given, field.name) for field in fields(_Compared)},
+            budget=None if text is None else seconds_of(text),
+            options={name: getattr(given, name) for name in SHARED_OPTIONS},
+        )
+
+
+def run(options: CompareCommand) -> int:
     """Train and measure, or what is missing of it."""
     from adatape_kernels.recipes.compare import compare
-    from adatape_kernels.recipes.compare.compare_config import (
-        SHARED_OPTIONS,
-        CompareConfig,
-        seconds_of,
-    )
 
-    text = arguments.budget
-    if text is None and arguments.epochs is None:
-        text = _BUDGET
-    config = CompareConfig(
-        **{
-            name: getattr(arguments, name)
-            for name in ("data", "models", "sizes", "seeds", "epochs", "limit", "rounds")
-        },
-        budget=None if text is None else seconds_of(text),
-        options={name: getattr(arguments, name) for name in SHARED_OPTIONS},
-    )
-    backends = arguments.backend.split(",") if arguments.backend else ()
-    with chosen_backend(arguments.backend):  # which says what is wrong with the names
+    backends = options.backend.split(",") if options.backend else ()
+    config = options.config()
+    with chosen_backend(options.backend):  # which says what is wrong with the names
         compare.run(
-            arguments.out,
+            options.out,
             config,
-            data_dir=arguments.data_dir,
-            jobs=arguments.jobs,
+            data_dir=options.data_dir,
+            jobs=options.jobs,
             backends=backends,
-            device=asked_device(arguments),
-            loading=asked_loading({**vars(arguments)}),
+            device=asked_device(options),
+            loading=asked_loading(options),
         )
     return 0

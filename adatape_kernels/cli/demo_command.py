@@ -1,34 +1,34 @@
 """`adatape-kernels demo`: training on real digits, and what elasticity saves there."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
 
-from adatape_kernels.cli.options import add_device, add_dtype, asked_device
-
-
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("demo", help="train on real digits, compare elastic with padded")
-    parser.add_argument(
-        "--out", default="adatape-demo", metavar="FOLDER", help="default: %(default)s"
-    )
-    parser.add_argument("--epochs", type=int, help="default: about a minute on two cores")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    add_device(parser)
-    add_dtype(parser, "float32")
-    parser.set_defaults(run=run)
+from adatape_kernels.cli.option_parser import option
+from adatape_kernels.cli.options import DeviceOption, asked_device
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand(DeviceOption):
+    """Train on real digits, compare elastic with padded."""
+
+    out: str = option("adatape-demo", metavar="FOLDER")
+    """Where the report, the model and the pictures are written."""
+    epochs: int | None = option(None, unset="about a minute on two cores")
+    """Passes over the training images."""
+    seed: int = 0
+    """Decides the split, the parameters and the batches."""
+    dtype: str = "float32"
+    """What products are computed in: float32, or bf16 by autocast; the parameters are float32."""
+
+
+def run(options: DemoCommand) -> int:
     """Run the demo."""
     from adatape_kernels.recipes import demo
 
-    epochs = demo.EPOCHS if arguments.epochs is None else arguments.epochs
     demo.run(
-        arguments.out,
-        epochs=epochs,
-        seed=arguments.seed,
-        device=asked_device(arguments),
-        dtype=arguments.dtype,
+        options.out,
+        epochs=demo.EPOCHS if options.epochs is None else options.epochs,
+        seed=options.seed,
+        device=asked_device(options),
+        dtype=options.dtype,
     )
     return 0

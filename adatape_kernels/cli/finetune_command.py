@@ -1,67 +1,61 @@
 """`adatape-kernels finetune`: a pretrained ViT fine-tuned without and with tapes, side by side."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
 
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import (
-    add_backend,
-    add_device,
-    add_execution,
-    add_loading,
+    BackendOption,
+    DeviceOption,
+    ExecutionOptions,
+    LoadingWays,
+    ReadingOptions,
     asked_device,
     asked_execution,
     asked_loading,
     chosen_backend,
 )
-from adatape_kernels.cli.train_command import add_options
+from adatape_kernels.cli.train_options import CurveOptions, ImageOptions, curve_values
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "finetune", help="fine-tune a pretrained ViT without and with tapes, and compare them"
-    )
-    add = parser.add_argument
-    add(
-        "--data", metavar="SET", help="digits, fashion-mnist, mnist, cifar10, imagefolder or shards"
-    )
-    add("--data-dir", metavar="FOLDER", help="the set's files, as in train")
-    add(
-        "--source",
-        metavar="FILE",
-        help="the ViT: a safetensors file of timm or torchvision, with --heads; default: one that "
-        "is trained first",
-    )
-    add(
-        "--source-epochs",
-        type=int,
-        metavar="N",
-        help="number of passes over the training images for the source that is trained first",
-    )
-    add("--seeds", type=int, metavar="N", help="how often each kind is fine-tuned; default: 3")
-    add("--out", default="adatape-finetune", metavar="FOLDER", help="default: %(default)s")
-    add("--resume", action="store_true", help="go on with the comparison in --out")
-    add_backend(parser)
-    add_device(parser)
-    add_execution(parser)
-    add_loading(parser)
-    add_options(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand(
+    DeviceOption,
+    BackendOption,
+    ReadingOptions,
+    LoadingWays,
+    ExecutionOptions,
+    CurveOptions,
+    ImageOptions,
+):
+    """Fine-tune a pretrained ViT without and with tapes, and compare them."""
+
+    source: str | None = option(None, metavar="FILE", unset="one that is trained first")
+    """The ViT: a safetensors file of timm or torchvision, with --heads."""
+    source_epochs: int | None = option(None, unset="those of train")
+    """Number of passes over the training images for the source that is trained first."""
+    seeds: int | None = option(None, unset="3")
+    """How often each kind is fine-tuned."""
+    out: str = option("adatape-finetune", metavar="FOLDER")
+    """The comparison's folder."""
+    resume: bool = False
+    """Go on with the comparison in --out."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(options: FinetuneCommand) -> int:
     """Compare, or go on with a comparison."""
     from adatape_kernels.recipes import finetune
 
-    options, device = {**vars(arguments)}, asked_device(arguments)
-    for name in ("command", "run", "backend", "device"):
-        options.pop(name)
-    ways: dict[str, Any] = {
-        "execution": asked_execution(options),
-        "loading": asked_loading(options),
-    }
-    names = ("data_dir", "source", "source_epochs", "seeds", "resume")
-    others = {name: options.pop(name) for name in names}
-    with chosen_backend(arguments.backend):
-        finetune.run(options.pop("out"), options, **others, device=device, **ways)
+    with chosen_backend(options.backend):
+        finetune.run(
+            options.out,
+            curve_values(options),
+            data_dir=options.data_dir,
+            source=options.source,
+            source_epochs=options.source_epochs,
+            seeds=options.seeds,
+            resume=options.resume,
+            device=asked_device(options),
+            execution=asked_execution(options),
+            loading=asked_loading(options),
+        )
     return 0

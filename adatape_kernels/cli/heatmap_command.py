@@ -1,44 +1,47 @@
 """`adatape-kernels heatmap`: what a trained model reads, in pictures and numbers."""
 
-import argparse
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
-from adatape_kernels.cli.options import add_backend, add_device, asked_device, chosen_backend
-
-
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("heatmap", help="draw what a trained model reads")
-    add = parser.add_argument
-    add("source", metavar="RUN", help="folder of a run of train, or of the demo")
-    add("images", nargs="*", metavar="IMAGE", help="image files to draw in place of test images")
-    add(
-        "--beside",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="further runs, with patches of another size perhaps, drawn side by side with RUN",
-    )
-    add("--no-images", action="store_true", help="show no image of the set, only what is read")
-    add("--data-dir", metavar="FOLDER", help="the set's files; default: where they were")
-    add("--out", default="adatape-heatmap", metavar="FOLDER", help="default: %(default)s")
-    add_backend(parser)
-    add_device(parser)
-    parser.set_defaults(run=run)
+from adatape_kernels.cli.option_parser import option
+from adatape_kernels.cli.options import (
+    BackendOption,
+    DeviceOption,
+    asked_device,
+    chosen_backend,
+)
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class HeatmapCommand(DeviceOption, BackendOption):
+    """Draw what a trained model reads."""
+
+    source: str = option(metavar="RUN", positional=True)
+    """Folder of a run of train, or of the demo."""
+    images: tuple[str, ...] = option((), metavar="IMAGE", positional=True, by_word=True)
+    """Image files to draw in place of test images."""
+    _: KW_ONLY
+    beside: tuple[str, ...] = option((), metavar="RUN", by_word=True)
+    """Further runs, with patches of another size perhaps, drawn side by side with RUN."""
+    no_images: bool = False
+    """Show no image of the set, only what is read."""
+    data_dir: str | None = option(None, metavar="FOLDER", unset="where they were")
+    """The set's files."""
+    out: str = option("adatape-heatmap", metavar="FOLDER")
+    """Where the pictures are written."""
+
+
+def run(options: HeatmapCommand) -> int:
     """Draw the pictures."""
     from adatape_kernels.recipes.heatmap import heatmap
 
-    with chosen_backend(arguments.backend):
+    with chosen_backend(options.backend):
         heatmap.run(
-            arguments.source,
-            arguments.out,
-            images=arguments.images,
-            beside=arguments.beside,
-            data_dir=arguments.data_dir,
-            device=asked_device(arguments),
-            show_images=not arguments.no_images,
+            options.source,
+            options.out,
+            images=options.images,
+            beside=options.beside,
+            data_dir=options.data_dir,
+            device=asked_device(options),
+            show_images=not options.no_images,
         )
     return 0

@@ -1,10 +1,10 @@
 """`adatape-kernels info`: versions, build facts, and which backend serves which calls."""
 
-import argparse
 import itertools
 import json
 import platform
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +21,17 @@ _SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f1
 _OP_WIDTH, _CALL_WIDTH, _CELL_WIDTH = 24, 42, 22
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "info", help="versions, build facts, and which backend serves which calls on which device"
-    )
-    parser.add_argument("--json", action="store_true", help="the same for programs")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class InfoCommand:
+    """Versions, build facts, and which backend serves which calls on which device."""
+
+    json: bool = False
+    """The same for programs."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(options: InfoCommand) -> int:
     """Print what is known, as text or as one JSON object."""
-    if arguments.json:
+    if options.json:
         print(json.dumps(facts(), indent=1))
         return 0
     known = facts()

@@ -1,14 +1,14 @@
 """`adatape-kernels predict`: what a trained model says of image files."""
 
-import argparse
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import TYPE_CHECKING
 
+from adatape_kernels.cli.exit_codes import EXIT_UNREADABLE
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import (
-    EXIT_UNREADABLE,
-    add_backend,
-    add_device,
+    BackendOption,
+    DeviceOption,
     asked_device,
     chosen_backend,
 )
@@ -19,43 +19,41 @@ if TYPE_CHECKING:
     from adatape_kernels.recipes.predict import Prediction
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("predict", help="classify image files by a trained model")
-    option = parser.add_argument
-    option("source", metavar="RUN", help="folder of a run, or a .safetensors file of a model")
-    option("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP or BMP")
-    option("--top", type=int, default=3, metavar="N", help="classes to name; default: %(default)s")
-    option(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="an image reads on while its halting score is below this; default: the model's own",
-    )
-    option("--json", action="store_true", help="print one JSON object a line")
-    add_device(parser)
-    add_backend(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class PredictCommand(BackendOption, DeviceOption):
+    """Classify image files by a trained model."""
+
+    source: str = option(metavar="RUN", positional=True)
+    """Folder of a run, or a .safetensors file of a model."""
+    images: tuple[str, ...] = option(metavar="IMAGE", positional=True, by_word=True)
+    """A JPEG, PNG, WebP or BMP."""
+    _: KW_ONLY
+    top: int = 3
+    """Classes to name."""
+    threshold: float | None = option(None, unset="the model's own")
+    """An image reads on while its halting score is below this."""
+    json: bool = False
+    """Print one JSON object a line."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(options: PredictCommand) -> int:
     """Print a line for each image; 2 where a file is no image, which the others do not mind."""
     from adatape_kernels.recipes.model_loading import load
     from adatape_kernels.recipes.predict import Predictor
 
-    device = asked_device(arguments)
+    device = asked_device(options)
     code = 0
-    with chosen_backend(arguments.backend), lenient_output():
-        model = load(arguments.source, device=device, halt_threshold=arguments.threshold)
-        predictor = Predictor(model, top=arguments.top)
-        for file in arguments.images:
+    with chosen_backend(options.backend), lenient_output():
+        model = load(options.source, device=device, halt_threshold=options.threshold)
+        predictor = Predictor(model, top=options.top)
+        for file in options.images:
             try:
                 found = predictor(file)
             except ValueError as error:
                 say(f"adatape-kernels: {printable(error)}")
                 code = EXIT_UNREADABLE
                 continue
-            print(_json_line(found) if arguments.json else _line(found), flush=True)
+            print(_json_line(found) if options.json else _line(found), flush=True)
     return code
 
 

@@ -1,16 +1,15 @@
 """`adatape-kernels verify`: this package beside results of the public JAX code."""
 
-import argparse
 import os
 import subprocess
 import sys
-from typing import Any
+from dataclasses import dataclass
 
+from adatape_kernels.cli.exit_codes import EXIT_FAILED, EXIT_UNREADABLE
+from adatape_kernels.cli.option_parser import option
 from adatape_kernels.cli.options import (
-    EXIT_FAILED,
-    EXIT_UNREADABLE,
-    add_backend,
-    add_device,
+    BackendOption,
+    DeviceOption,
     asked_device,
     chosen_backend,
 )
@@ -20,26 +19,23 @@ from adatape_kernels.ops.op import NotServed
 from adatape_kernels.recipes.terminal import say
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "verify", help="compare with files of results that the public JAX code computed"
-    )
-    parser.add_argument("files", nargs="+", metavar="FILE.npz")
-    add_backend(parser)
-    add_device(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class VerifyCommand(BackendOption, DeviceOption):
+    """Compare with files of results that the public JAX code computed."""
+
+    files: tuple[str, ...] = option(metavar="FILE", positional=True, by_word=True)
+    """Files of results, as in FILE.npz."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(options: VerifyCommand) -> int:
     """Compare every file; 0 all pass, 1 one is over tolerance, 2 one cannot be read."""
     from adatape_kernels.recipes.verify import verify_file
 
-    files, backend = arguments.files, arguments.backend
+    files, backend = options.files, options.backend
     forced = "" if backend is None else backend.partition(",")[0]
-    device = asked_device(arguments)
+    device = asked_device(options)
     interpreter_is_off = triton_runtime.INSTALLED and not triton_runtime.INTERPRETED
-    if forced == "triton" and device.type == "cpu" and interpreter_is_off:
+    if backend is not None and forced == "triton" and device.type == "cpu" and interpreter_is_off:
         print("triton on the CPU: its interpreter runs the kernels", flush=True)
         return _in_interpreter("verify", *files, "--backend", backend, "--device", "cpu")
     code = 0

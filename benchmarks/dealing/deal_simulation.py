@@ -23,7 +23,7 @@ import numpy as np
 from adatape_kernels.benchmarks.dealing import rank_step_cost, recorded_lengths
 from adatape_kernels.benchmarks.dealing.rank_step_cost import StepCost
 from adatape_kernels.benchmarks.reports.imagenet_cost import VARIANTS
-from adatape_kernels.cli.options import integers
+from adatape_kernels.cli.option_kinds import OptionKind
 from adatape_kernels.recipes.distributed.dealing import dealt, in_turn
 
 RANKS = (8, 32, 128, 512, 1024)
@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--most", type=int, help="most tape tokens; default: 50, or those of the variant")
     add("--own-rows", type=int, help="rows beside the tape; default: 197, or those of the variant")
     add("--per-rank", type=int, default=32, help="images for each rank; default: %(default)s")
-    add("--ranks", type=integers, default=RANKS, metavar="N,N", help="default: 8 to 1,024")
+    ranks = OptionKind(int, many=True)
+    add("--ranks", type=ranks.of_word, default=RANKS, metavar="N,N", help="default: 8 to 1,024")
     add(
         "--fixed",
         type=float,

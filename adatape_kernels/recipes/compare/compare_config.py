@@ -65,21 +65,21 @@ class CompareConfig:
     """
 
     data: str = "fashion-mnist"
-    """Name of the image set."""
+    """The image set: digits, fashion-mnist, mnist, cifar10, imagefolder or shards."""
     models: tuple[str, ...] = tuple(MODELS)
-    """Names in MODELS."""
+    """Names of models, of which all are compared by default."""
     sizes: tuple[int, ...] = (2, 4, 6)
-    """Numbers of layers."""
+    """Numbers of layers, of steps of uvit and u2t."""
     seeds: tuple[int, ...] = (0, 1)
-    """Each decides the parameters, the order of the images and their augmentation."""
+    """Each is a run of each model of each size, and decides its parameters and order of images."""
     budget: float | None = None
     """Seconds that all of it may take; None where `epochs` says how long training is."""
     epochs: int | None = None
-    """Number of passes over the training images; None where `budget` decides it."""
+    """Passes over the training images, in the place of a budget; None where that decides it."""
     limit: int | None = None
     """Most training images that are used; None for all."""
     rounds: int = 5
-    """Number of times that each model's pass over the test images is timed."""
+    """Timed passes over the test images, all models in turn."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Values by name of SHARED_OPTIONS, where they are not those of `train`."""
 

@@ -43,9 +43,10 @@ class ParityConfig:
     lengths: tuple[int, ...] = (16, 32, 64)
     """Numbers of symbols of a sequence."""
     models: tuple[str, ...] = ("adatape", "transformer", "universal")
-    """Names in `parity_models.MODELS`."""
+    """Adatape, transformer, universal, and the ablations adatape-last-read, adatape-fixed-query,
+    adatape-one-by-one and adatape-wide-keys."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each decides the parameters and the training sequences of a run."""
+    """Each is a run of each model at each length, whose parameters and sequences it decides."""
     steps: int = 2500
     """Number of steps of the optimizer in each run."""
     batch: int = 64
@@ -58,13 +59,14 @@ class ParityConfig:
     eval_examples: int = 6400
     """Number of fixed sequences that a run is measured on."""
     protocol: Protocol = "uniform"
-    """What is trained and measured on."""
+    """Uniform symbols, or extrapolate: train where at most half as many symbols as the length are
+    not 0, measure where more are."""
     sequence_token: bool | None = None
-    """Whether AdaTape sees the sequence as a token beside its tape. None is where all sequences of
-    a run have one length: the token of short sequences tells their labels, but not those of longer
+    """Let AdaTape see the sequence as a token beside its tape. None is where all sequences of a run
+    have one length: the token of short sequences tells their labels, but not those of longer
     ones."""
     dtype: str = "float32"
-    """What products are computed in, one of `execution.DTYPES`."""
+    """What products are computed in: float32, or bf16 by autocast; the parameters are float32."""
 
     def __post_init__(self) -> None:
         """Check the values before any work."""

@@ -40,15 +40,15 @@ class Execution:
     dtype: str = "float32"
     """One of DTYPES; bf16 is torch's autocast, and the loss is computed in float32 behind it."""
     accumulate: int = 1
-    """Number of parts that a step's batch is computed in, one after another."""
+    """Number of parts that a step's batch is computed in, one after another, for less memory."""
     checkpoint_layers: bool = False
-    """Whether the backward pass computes the layers once more, so that less is kept for it."""
+    """Compute each layer once more in the backward pass, for less memory."""
     compiled: bool = False
-    """Whether torch's compiler makes the training steps."""
+    """Make the training steps by torch.compile."""
     parallel: str = "ddp"
-    """One of PARALLEL, which means nothing to a single process."""
+    """Under torchrun: ddp, every process holds all parameters, or fsdp, each a part of them."""
     graph: bool = False
-    """Whether steps are one CUDA graph, which is captured once and replayed."""
+    """On a GPU, capture a whole training step as a CUDA graph and replay it."""
     ranks: Ranks = ALONE
     """The processes that share each step."""
 

@@ -26,7 +26,7 @@ class LoadingOptions:
     """What augments and mixes images: one generator for an "epoch", or for each "image", as a
     loader needs. No option sets it: `with_draws` chooses, and a run goes on as it began."""
     unreadable: str
-    """What an image that cannot be read does: "stop" the run, or the run goes on and "skip" it."""
+    """What an image file that cannot be read does: stop the run, or skip it."""
     unreadable_limit: int
     """The most images of a half of the set that are skipped."""
 
@@ -59,10 +59,10 @@ class Loading:
     """
 
     workers: int = 0
-    """Number of processes that prepare batches, and that decode the images of an evaluation; 0
-    where the training process does."""
+    """Number of processes that prepare batches ahead and decode the images of an evaluation; any
+    gives one curve, and 0 is the training process itself."""
     look: str = "all"
-    """Which images are decoded once before training: "all", those of the "test", or "none"."""
+    """Images that are decoded once before training: all, test or none."""
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -46,11 +46,11 @@ class ModelOptions:
     """
 
     model_name: str
-    """A kind of model of images, such as "avit", or a whole name of `list_models()`."""
+    """Adatape, vit, uvit, u2t or avit, or a whole name as list_models() has it."""
     image_size: int
-    """Side of an image in pixels."""
+    """Side of an image in pixels, which those of imagefolder and shards are brought to."""
     variant: str | None
-    """A ViT's size and patch size, as `adatape_vit` takes it."""
+    """A ViT's size and patch, as in Ti/4, in the place of sizes one by one."""
     patch: int | None
     """Side of an input patch in pixels."""
     bank_patch: int
@@ -72,25 +72,25 @@ class ModelOptions:
     activation: Activation
     """That of the feed-forward for input rows."""
     bank: BankKind
-    """What the tape is read from: patches of the image, "input", or learned tokens, "learn"."""
+    """What the tape is read from: input, the image's own patches, or learn, learned tokens."""
     bank_size: int
     """Number of tokens of a learnable bank."""
     act_epsilon: float | None
-    """What halts has a score above 1 - act_epsilon."""
+    """Uvit, u2t, avit: what halts has a score above 1 - act_epsilon."""
     act_level: HaltingLevel | None
-    """What halts on its own in a universal model: an image, "example", or each token, "row"."""
+    """Uvit, u2t: what halts on its own, an image (example) or each of its tokens (row)."""
     leave: HaltingLevel | None
-    """When tokens of a universal model leave: with all others of their image, or each at once."""
+    """Uvit, u2t: whether tokens leave with all of their image (example) or each at once (row)."""
     distinct_layers: int | None
-    """Number of a universal model's layers that take turns; 0 for one a step."""
+    """Uvit, u2t: number of layers that take turns; 0 for one a step."""
     gate_scale: float | None
-    """The factor of a token's first feature in an A-ViT's halting probability."""
+    """Avit: factor of a token's first feature in its probability to halt."""
     gate_center: float | None
-    """What is taken away from that product before the sigmoid."""
+    """Avit: what is taken away from that product before the sigmoid."""
     ponder_weight: float | None
-    """The factor of the ponder loss within the loss."""
+    """Factor of the ponder loss, which charges reading or halting."""
     distribution_weight: float | None
-    """The factor of an A-ViT's distribution loss within the loss."""
+    """Avit: factor of the distribution loss within the loss."""
     source: SourceFacts | None
     """Of a model that began with pretrained parameters, what their file decides."""
     init: InitFacts | None

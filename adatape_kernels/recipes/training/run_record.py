@@ -17,6 +17,7 @@ from adatape_kernels.recipes.distributed.divided_checkpoint import (
 )
 from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole
 from adatape_kernels.recipes.model_tensors import evaluated_weights
+from adatape_kernels.recipes.options_text import options_text
 from adatape_kernels.recipes.run_environment import note_differences, run_environment
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 from adatape_kernels.recipes.terminal import say
@@ -27,6 +28,7 @@ from adatape_kernels.recipes.training.data_fingerprint import (
     facts_of_ranks,
 )
 from adatape_kernels.recipes.training.epoch_metrics import columns_of, metrics_csv
+from adatape_kernels.recipes.training.run_options import CONFIG, run_options
 from adatape_kernels.recipes.training.run_setup import (
     RunSetup,
     TrainingImages,
@@ -68,6 +70,7 @@ class RunRecord:
                 note_extension(saved)
         self.environment |= setup.loading.entries()
         self.config = asdict(images.config)
+        self._config = images.config
         self.columns = columns_of(images.config)
         self.writing: RunFolder | None = setup.claimed
         self._setup, self._trained = setup, trained
@@ -101,6 +104,7 @@ class RunRecord:
                 self._mend_best(self.writing, saved)
         if saved is None:
             self._save(self.history, self._trained.tensors())
+            self._write_options()
         elif setup.extended or self._best != saved.best:
             self._save(self.history, saved.tensors)
         elif self.writing is not None:
@@ -196,6 +200,14 @@ class RunRecord:
 
     def _write_metrics(self, writing: RunFolder, rows: list[dict[str, Any]]) -> None:
         writing.write("metrics.csv", metrics_csv(rows, self.columns))
+
+    def _write_options(self) -> None:
+        """Write the file with which `train --config` trains the same run again."""
+        setup = self._setup
+        if self.writing is not None:
+            given = (setup.start, setup.data_dir, setup.execution, setup.loading)
+            content = options_text(run_options(self._config, *given))
+            self.writing.write(CONFIG, content.encode())
 
     def _mend_best(self, writing: RunFolder, saved: Checkpoint) -> None:
         """Write the best model anew where its file is not the one that the checkpoint names.

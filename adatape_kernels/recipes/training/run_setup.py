@@ -99,8 +99,7 @@ class RunSetup:
         else:
             if ranks.leads:
                 refuse_to_overwrite(folder)
-            start = _beginning(request)
-            config = _new_config(request, start)
+            start, config = new_run(request)
         environment = None if saved is None else saved.environment
         execution = Execution.of_run(config.dtype, request.execution, environment)
         execution = replace(execution, ranks=ranks)
@@ -184,24 +183,23 @@ def refuse_to_overwrite(out: Path) -> None:
     check_empty_folder(out)
 
 
-def _beginning(request: RunRequest) -> SourceFile | InitialModel | None:
-    """Read what a new run begins with. Raises ValueError and OSError."""
+def new_run(request: RunRequest) -> tuple[SourceFile | InitialModel | None, TrainConfig]:
+    """Return what a new run begins with, which is read, and its options. No image is read.
+
+    Raises:
+        ValueError: an option is out of range, or is not that of the model to begin with.
+        OSError: a file cannot be read.
+    """
+    options = with_draws(request.options, request.loading)
     if request.init is not None:
-        return InitialModel.read(request.init)
+        model = InitialModel.read(request.init)
+        return model, TrainConfig.of(model.options(options))
     if request.source is None:
-        return None
-    options = request.options
-    return SourceFile.read(
+        return None, TrainConfig.of(options)
+    source = SourceFile.read(
         request.source, heads=options.get("heads"), activation=options.get("activation")
     )
-
-
-def _new_config(request: RunRequest, start: SourceFile | InitialModel | None) -> TrainConfig:
-    """Return the options of a new run. Raises ValueError."""
-    options = with_draws(request.options, request.loading)
-    if isinstance(start, InitialModel):
-        return TrainConfig.of(start.options(options))
-    return TrainConfig.of(options, start)
+    return source, TrainConfig.of(options, source)
 
 
 def _plan_line(data: ImageSet, plan: TrainPlan, chosen: bool) -> str:

@@ -48,7 +48,8 @@ def run(
     Under torchrun the processes share each step, and rank 0 writes what is written. Where torchrun
     has started them anew, the run goes on from its last checkpoint.
 
-    After each epoch checkpoint.json, the safetensors file that it names and metrics.csv, which has
+    At the start config.yaml, the options with which the command trains the same run again, and
+    after each epoch checkpoint.json, the safetensors file that it names and metrics.csv, which has
     a row for each epoch, are written into `out`, and best.safetensors where the epoch was the best
     so far; in the end report.json, model.safetensors and the pictures, as the demo writes them.
 

@@ -87,7 +87,7 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
     epochs: int
     """Number of passes over the training images."""
     batch: int | None
-    """Number of images in a step of the optimizer; None until `with_batch_for` chooses it."""
+    """Number of images in a step of the optimizer, None until `with_batch_for` chooses it."""
     lr: float
     """The highest learning rate."""
     weight_decay: float
@@ -102,10 +102,10 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
     split_seed: int | None
     """Decides the split and the `limit` in the place of `seed`; None for `seed` itself."""
     halt_threshold_range: ThresholdRange | None
-    """What each training step draws its halting threshold from; None for `halt_threshold` in all
-    steps. Whatever it is, `halt_threshold` is the model's own, and that of every evaluation."""
+    """Draw the halting threshold of each training step from this range, so that the model can be
+    run at any; it is tested at `halt_threshold`; None for that one in all steps."""
     dtype: str
-    """What products are computed in, one of `execution.DTYPES`."""
+    """What products are computed in: float32, or bf16 by autocast; the parameters are float32."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], source: SourceFile | None = None) -> "TrainConfig":
@@ -175,8 +175,7 @@ class TrainConfig(ModelOptions, TrainingOptions, LoadingOptions):
             ValueError: a value is out of range. No data is read for that.
         """
         _known_set(self.data)
-        numbers = {name: check_option(name, getattr(self, name)) for name in _KINDS}
-        config = replace(self, **numbers)
+        config = replace(self, **{n: check_option(n, getattr(self, n)) for n in _KINDS})
         config.check()
         return config
 

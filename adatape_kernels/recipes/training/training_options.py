@@ -35,9 +35,10 @@ class TrainingOptions:
     """What decides the loss and the regularisation, by the names of the command's options."""
 
     recipe: str | None
-    """Name of the recipe whose values were the defaults; None for those of the image set."""
+    """Whole defaults by name: small, for fashion-mnist and cifar10 on two cores, or imagenet,
+    scenic's for AdaTape S/16 on ImageNet's folders or shards; None for those of the image set."""
     loss: LossKind
-    """The cross entropy of the classes' distribution, "softmax", or of each class, "sigmoid"."""
+    """Cross entropy of all classes' softmax, or of each class's sigmoid, as scenic has it."""
     label_smoothing: float
     """Share of the target that is spread over all classes."""
     mixup: float
@@ -45,11 +46,12 @@ class TrainingOptions:
     randaugment: int
     """Number of RandAugment's operations that an image passes; 0 for none."""
     randaugment_magnitude: int
-    """How strong these operations are, on kornia's scale."""
+    """How strong RandAugment's operations are, 1 to 29, kornia's scale."""
     random_erasing: float
     """Probability with which noise overwrites a rectangle of an image."""
     ema: float
-    """Most of itself that a moving average of the parameters keeps at a step; 0 for no average."""
+    """Evaluate and write a moving average of the parameters that keeps so much of itself at a step,
+    as in 0.999; 0 for none."""
     max_grad_norm: float
     """Norm that a larger gradient of all parameters is scaled down to; 0 for none."""
     warmup_share: float

@@ -118,7 +118,7 @@ def test_evaluation_takes_the_threshold_that_is_named(whole):
         (["--halt-threshold-range", "nan,1"], "halt-threshold-range: expected a number"),
         (["--halt-threshold-range", "1,2,3"], "expected two finite numbers"),
         (["--halt-threshold-range", "4,8"], "halt-threshold: expected 4 to 8, the range that"),
-        (["--halt-threshold-range", "1,x"], "--halt-threshold-range: invalid"),
+        (["--halt-threshold-range", "1,x"], "--halt-threshold-range: expected numbers"),
         (["--halt-threshold-range", "1,3", "--model", "vit"], "expected none for the model vit"),
     ],
 )

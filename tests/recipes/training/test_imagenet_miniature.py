@@ -40,10 +40,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(pictures, "draw_all", lambda *given: None)
 
 
-def trained(data, folder, out, *more):
+def trained(kind, folder, out, *more):
     options = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     paths = ["--data-dir", str(folder), "--out", str(out)]
-    words = ["train", "--recipe", "imagenet", "--data", data, *paths, *options, *more]
+    words = ["train", *kind, *paths, *options, *more]
     assert main(words) == 0
     with open(out / "metrics.csv", newline="") as stream:
         return [{**row, "images_per_second": None} for row in csv.DictReader(stream)]
@@ -89,10 +89,11 @@ def test_the_whole_recipe_trains_on_folders_and_on_shards(miniature, tmp_path, q
     pytest.importorskip("kornia", reason="RandAugment, which the recipe asks for, needs kornia")
     monkeypatch.setattr(read_ahead, "_ASKED", 1)  # so that workers have something to share
     outs = tmp_path / "folders", tmp_path / "shards"
-    curve = trained("imagefolder", miniature / "images", outs[0])
+    curve = trained(["--config", "imagenet-s16.yaml"], miniature / "images", outs[0])
     monkeypatch.setattr(train, "write_report", lambda *given, **options: None)
     monkeypatch.setattr(RunRecord, "end", lambda record: None)
-    assert trained("shards", miniature / "shards", outs[1], "--workers", "2") == curve
+    kind = ["--recipe", "imagenet", "--data", "shards"]
+    assert trained(kind, miniature / "shards", outs[1], "--workers", "2") == curve
     assert len(curve) == 1 and all(math.isfinite(float(row["train_loss"])) for row in curve)
     saved, other = (checkpoint.load(out) for out in outs)
     for name, tensor in saved.tensors.items():

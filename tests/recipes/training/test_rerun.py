@@ -12,10 +12,12 @@ from image_files import write_mnist
 from tiny_training import TINY, assert_same_run
 
 from adatape_kernels._build import VERSION
+from adatape_kernels.cli import main
 from adatape_kernels.recipes import machine, run_environment
 from adatape_kernels.recipes.checkpoint import INDEX
 from adatape_kernels.recipes.training import train as recipe
 from adatape_kernels.recipes.training.execution import Execution
+from adatape_kernels.recipes.training.run_options import CONFIG
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,42 @@ def test_what_a_folder_records_gives_its_curve_again(tmp_path, options):
     for name in ("config", "data", "environment"):
         assert found[name] == saved[name]
     assert found["config"]["seed"] == options.get("seed", 0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--data", "digits", "--limit", "40", "--epochs", "1", "--batch", "20"],
+        ["--model", "vit", "--accumulate", "2", "--weight-decay", "0.2"],
+        ["--halt-threshold-range=0.5,2.5", "--seed", "3", "--workers", "0", "--loss", "sigmoid"],
+    ],
+)
+def test_its_file_of_options_trains_the_same_run(tmp_path, more):
+    sizes = {name: TINY[name] for name in ("dim", "depth", "heads", "ffn")}
+    if "digits" not in more:
+        write_mnist(tmp_path / "data", train=40, test=10)
+        more = ["--data", "mnist", "--data-dir", str(tmp_path / "data"), "--patch", "14", *more]
+        more = ["--epochs", "2", *more]
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *words, *more, "--out", str(tmp_path / "one")]) == 0
+    file = tmp_path / "one" / CONFIG
+    assert main(["train", "--config", str(file), "--out", str(tmp_path / "other")]) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "other")
+    one, other = (json.loads((tmp_path / n / INDEX).read_text()) for n in ("one", "other"))
+    assert other["config"] == one["config"] and other["environment"] == one["environment"]
+    assert (tmp_path / "other" / CONFIG).read_text() == file.read_text()
+
+
+def test_a_run_that_began_with_a_model_names_it_in_its_file(tmp_path):
+    write_mnist(tmp_path / "data", train=40, test=10)
+    recipe.run(tmp_path / "first", {**TINY, "epochs": 1}, data_dir=tmp_path / "data")
+    given = {"data": "mnist", "epochs": 1, "batch": 20}
+    where = {"data_dir": tmp_path / "data", "init": tmp_path / "first"}
+    recipe.run(tmp_path / "one", given, **where)
+    file = tmp_path / "one" / CONFIG
+    assert f'init: "{tmp_path / "first"}"\n' in file.read_text()
+    assert main(["train", "--config", str(file), "--out", str(tmp_path / "other")]) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "other")
 
 
 def test_versions_and_commit_are_recorded(capsys):
