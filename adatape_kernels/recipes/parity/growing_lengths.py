@@ -1,4 +1,4 @@
-"""The curriculum of a parity run: sequences that grow as they are solved, and shrink as they fail."""
+"""The curriculum of a parity run: sequences that grow as they are solved, and shrink as not."""
 
 _FIRST_LENGTH = 8
 _GROWTH = 1.25
@@ -39,7 +39,7 @@ class GrowingLengths:
         self._right = _BELOW_SOLVED
 
     def decides(self, step: int) -> bool:
-        """Return whether what a model is right about in a step decides the lengths of later ones."""
+        """Return whether what a model is right about in a step decides later lengths."""
         return step < self.growing_steps and len(self._lengths) > 1
 
     def at(self, step: int) -> int:
