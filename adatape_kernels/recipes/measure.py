@@ -1,10 +1,7 @@
 """Measurements of a function on a device: its time, its FLOPs and the memory that it holds."""
 
-import contextlib
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -15,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes.devices import CPU, wait
+from adatape_kernels.recipes.quiet_stderr import quiet_stderr
 
 Run = Callable[[], object]
 
@@ -106,22 +104,3 @@ def peak_bytes(run: Run, device: torch.device = CPU) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Drop what is written to file descriptor 2, where the profiler writes a greeting."""
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:  # the descriptor is closed
-        yield
-        return
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

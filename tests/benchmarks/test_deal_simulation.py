@@ -1,6 +1,7 @@
 """How much idle time balanced dealing saves, by drawn and by recorded lengths."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_a_step_costs_what_imagenet_s_page_predicts_where_all_images_read_to_the
         longest = cost.images(np.full(images, cost.longest)).sum() + cost.step
         assert longest == pytest.approx(page.step, rel=1e-6)
         assert cost.images(np.array([0])) < cost.images(np.array([cost.longest]))
+
+
+def test_the_guide_has_what_the_command_prints(capsys):
+    """Of 8 ranks, whose lines take a moment."""
+    guide = (Path(__file__).parents[2] / "docs/guides/several-processes.md").read_text()
+    for options in ([], ["--recorded"]):
+        assert main([*options, "--ranks", "8"]) == 0
+        heads, rule, *lines = capsys.readouterr().out.splitlines()
+        assert lines and all(line in guide for line in (f"{heads}\n{rule}", *lines))
 
 
 def test_what_a_rank_s_images_cost():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
+from adatape_kernels.recipes.quiet_stderr import quiet_stderr
 
 BEAT_SECONDS = 3.0
 """How often each rank says that it is alive, and looks whether the others are."""
@@ -42,9 +43,6 @@ def store_of_torchrun(purpose: str, restarts: int | None = None) -> Any:
         ValueError: a variable that says where the store is, is missing or damaged.
         RuntimeError: nothing answers there.
     """
-    # It imports the devices, which ask which rank this is.
-    from adatape_kernels.recipes.measure import quiet_stderr
-
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = place_of_store()

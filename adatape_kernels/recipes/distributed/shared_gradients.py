@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adatape_kernels.models import AdaTapeOutput
-from adatape_kernels.recipes.measure import quiet_stderr
+from adatape_kernels.recipes.quiet_stderr import quiet_stderr
 
 Compute = Callable[[Callable[..., AdaTapeOutput]], tuple[Tensor, AdaTapeOutput]]
 """What calls a model once, and returns the loss and, without gradients, the output."""
