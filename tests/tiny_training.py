@@ -4,10 +4,19 @@ import csv
 
 from checks import assert_same_bits
 
+from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
 
 TINY = {"data": "mnist", "patch": 14, "bank_patch": 7, "dim": 8, "depth": 1, "heads": 2, "ffn": 8}
 TINY |= {"num_tape_tokens": 2, "topk": 2, "batch": 20, "epochs": 2}
+
+
+def exit_code(words):
+    """The exit code of a command, which ends the program where its options cannot be parsed."""
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return stop.code
 
 
 def curve(out):

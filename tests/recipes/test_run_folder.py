@@ -386,7 +386,7 @@ def test_a_killed_start_does_not_block_the_next(tmp_path, monkeypatch, capsys):
     words += ["--depth", "1", "--ffn", "16", "--heads", "2"]
     monkeypatch.setattr(train, "write_report", lambda *given, **options: None)
     assert main([*words, "--out", str(tmp_path)]) == 0
-    kept = {"checkpoint-1.safetensors", "best.safetensors", "metrics.csv"}
+    kept = {"checkpoint-1.safetensors", "best.safetensors", "metrics.csv", "config.yaml"}
     assert names(tmp_path) == {INDEX, *kept}
 
 

@@ -161,10 +161,9 @@ float weigh(const BlockRow& row) {
   return sum(products + first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f));
 }
 
-// What the gradients of all of a row's scores have in common: the sum of its products of weights
-// and gradients. Where a block has all keys it is summed there, in float; else it was summed over
-// the features of the output and its gradient, which comes to the same but for the output's
-// rounding.
+// What the gradients of all of a row's scores have in common: the sum of the products of the output
+// and its gradient over the features. It is that of weights and their gradients over the keys, too,
+// which is taken where an output was rounded to bfloat16 and one block has all keys.
 struct CommonPart {
   const float* known;  // of the block's queries, or null
 
@@ -268,9 +267,11 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
   Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * wide_block) : ds_by_key;
 
   for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[head * p.rows + e.at(r)];
-  if (rows > block)
+  const bool by_outputs = std::is_same_v<T, float> || rows > block;
+  if (by_outputs) {
     products_of_outputs(HeadBlock<T>{p.out, e, head, 0, rows, dim},
                         HeadBlock<T>{p.dout, e, head, 0, rows, dim}, common);
+  }
   const auto scale = [&p](float* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) store(x + i, load(x + i) * p.softmax_scale);
   };
@@ -307,7 +308,7 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
       over_features(q, kt, scores);
       over_features(dout, vt, ds);
       differentiate(scores, ds, ds_by_query, queries, keys, columns, p.softmax_scale, lse + query,
-                    {rows > block ? common + query : nullptr});
+                    {by_outputs ? common + query : nullptr});
       const auto over_queries = [&](const Element* left, const Element* right, float* to) {
         gemm<Element>({.rows = keys,
                        .cols = width,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_training import exit_code
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
@@ -55,10 +56,7 @@ def test_without_limits_the_models_own_are_measured(run, tmp_path):
 )
 def test_refusals_are_one_line(run, tmp_path, capsys, arguments, words):
     out = tmp_path / "b"
-    try:
-        code = main(["budget", str(run), *arguments, "--out", str(out)])
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(["budget", str(run), *arguments, "--out", str(out)])
     line = capsys.readouterr().err.strip()
     assert code == 2 and len(line.splitlines()) == 1 and all(word in line for word in words)
     assert not out.exists()

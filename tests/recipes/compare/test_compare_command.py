@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from fake_gpu import NAME, fake_gpu
+from tiny_training import exit_code
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
@@ -314,10 +315,7 @@ def test_the_result_of_a_run_that_is_damaged_is_named(tmp_path):
 )
 def test_refusals_are_one_line_before_anything_is_written(tmp_path, capsys, arguments, words):
     out = tmp_path / "c"
-    try:
-        code = main(["compare", "--data", "digits", *arguments, "--out", str(out)])
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(["compare", "--data", "digits", *arguments, "--out", str(out)])
     line = capsys.readouterr().err
     assert code == 2 and len(line.splitlines()) == 1
     assert all(word in line for word in words)

@@ -86,7 +86,7 @@ def test_what_ends_a_rank_ends_all_and_torchrun_goes_on(folder, codes, name, end
     shared = {key: tensor for key, tensor in saved.tensors.items() if key in whole.tensors}
     assert shared.keys() == whole.tensors.keys()
     parts = 2 if name == "full disk" else 0
-    files = {"checkpoint.json", "best.safetensors", "metrics.csv"}
+    files = {"checkpoint.json", "best.safetensors", "metrics.csv", "config.yaml"}
     left = {file.name for file in (folder / name).iterdir()} - files
     assert len(left) == 1 + parts and all(file.startswith("checkpoint-2") for file in left)
 

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from tiny_training import exit_code
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
@@ -133,10 +134,7 @@ def test_a_process_that_is_killed_is_named(tmp_path):
 )
 def test_refusals_are_one_line_before_anything_is_written(tmp_path, capsys, arguments, words):
     out = tmp_path / "table"
-    try:
-        code = main(["parity", *arguments, "--out", str(out)])
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(["parity", *arguments, "--out", str(out)])
     line = capsys.readouterr().err
     assert code == 2 and len(line.splitlines()) == 1
     assert all(word in line for word in words)

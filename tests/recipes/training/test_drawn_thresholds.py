@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tiny_training import exit_code
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
@@ -124,10 +125,7 @@ def test_evaluation_takes_the_threshold_that_is_named(whole):
 )
 def test_refusals_are_one_line(tmp_path, capsys, arguments, words):
     out = tmp_path / "run"
-    try:
-        code = main(["train", "--data", "digits", *arguments, "--out", str(out)])
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(["train", "--data", "digits", *arguments, "--out", str(out)])
     line = capsys.readouterr().err.strip()
     assert code == 2 and len(line.splitlines()) == 1 and words in line
     assert not out.exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import assert_same_bits, refused
 from safetensors.torch import load_file
-from tiny_training import assert_same_run, curve
+from tiny_training import assert_same_run, curve, exit_code
 
 from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser, load, rand_augment
@@ -184,7 +184,7 @@ def test_a_resumed_run_keeps_its_options(tmp_path, capsys):
 )
 def test_refusals_are_one_line(tmp_path, capsys, words, parts):
     out = tmp_path / "run"
-    assert main(["train", "--data", "digits", "--out", str(out), *words]) == 2
+    assert exit_code(["train", "--data", "digits", "--out", str(out), *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and not out.exists()
     for part in parts:

@@ -8,6 +8,7 @@ import torch
 from checks import refused
 from image_files import write_mnist
 from safetensors.torch import save_file
+from tiny_training import exit_code
 
 import adatape_kernels as ak
 from adatape_kernels.cli import main
@@ -159,7 +160,7 @@ def test_a_source_that_does_not_fit_is_one_line(file, mnist, tmp_path, capsys, c
     heads = [] if "--heads" in more else ["--heads", str(HEADS)]
     more = [] if case == "no heads" else more
     command = [*words(mnist, tmp_path / "run"), "--source", str(path), *heads, *TRAINING, *more]
-    assert main(command) == 2
+    assert exit_code(command) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1, error
     assert not (tmp_path / "run").exists()
