@@ -20,8 +20,8 @@ def cpp_kernel(limits: Statement | None = None) -> CompiledKernel:
     `limits` states what else it asks of a call, as in `Implementation`.
     """
     absent = None if FACTS["compiled"] == "yes" else FACTS["why"]
-    dtypes = (torch.float32, torch.bfloat16)
-    return CompiledKernel("adatape_cpu", ("cpu",), dtypes, absent, limits, checks_values=True)
+    kinds = ("cpu",), HALF_AND_FLOAT
+    return CompiledKernel("adatape_cpu", *kinds, absent, limits, checks_values=True)
 
 
 def cuda_kernel(

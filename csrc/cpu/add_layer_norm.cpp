@@ -15,8 +15,7 @@ Tensor as_float(const Tensor& parameter) {
 
 // Returns `x` with dense rows; a dtype that the kernels do not read becomes float32.
 Tensor readable(const Tensor& x) {
-  const bool known =
-      x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16;
+  const bool known = std::ranges::find(kCpuDtypes, x.scalar_type()) != std::end(kCpuDtypes);
   return with_dense_rows(known ? x : torch::stable::to(x, ScalarType::Float));
 }
 

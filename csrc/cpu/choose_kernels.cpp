@@ -1,5 +1,9 @@
 // Chooses the kernels for the processor at hand; cpu_kernels.h says what they do.
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,8 +13,10 @@
 // Declares the kernels that one instruction set's namespace defines, and makes their table.
 #define ADATAPE_DECLARE(isa)                                                                       \
   namespace isa {                                                                                  \
-  void attention_fwd(const CpuElasticAttentionParams&, int64_t, int64_t, int64_t);                 \
-  void attention_bwd(const CpuElasticAttentionParams&, int64_t, int64_t);                          \
+  void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
+                     const AttentionTask*);                                                        \
+  void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
+                     const AttentionTask*);                                                        \
   void select_columns(const CpuTapeSelectParams&, float*, int64_t, int64_t);                       \
   void select_fwd(const CpuTapeSelectParams&, int64_t, int64_t);                                   \
   void select_bwd(const CpuTapeSelectParams&, int64_t);                                            \
@@ -51,8 +57,8 @@ ADATAPE_DECLARE(avx512)
 
 // Those of AVX-512, but for the products that AVX512-BF16 has instructions for.
 namespace avx512_bf16 {
-void attention_fwd(const CpuElasticAttentionParams&, int64_t, int64_t, int64_t);
-void attention_bwd(const CpuElasticAttentionParams&, int64_t, int64_t);
+void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
 }  // namespace avx512_bf16
 constexpr CpuKernels k_avx512_bf16 = [] {
   CpuKernels kernels = k_avx512;
@@ -65,11 +71,20 @@ constexpr CpuKernels k_avx512_bf16 = [] {
 
 namespace {
 
+#if defined(__x86_64__)
+// Some compilers' __builtin_cpu_supports does not know the name.
+bool converts_float16() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 const CpuKernels& choose() {
   const char* const wanted = std::getenv("ADATAPE_CPU");
   std::string available;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_float16();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");

@@ -12,7 +12,7 @@
 
 namespace adatape {
 
-enum class DType { kFloat, kBFloat16 };
+enum class DType { kFloat, kBFloat16, kFloat16 };
 
 // A matrix of heads, (rows, num_heads, head_dim), in which every head's elements are contiguous.
 struct CpuHeadRows {
@@ -31,6 +31,12 @@ struct CpuElasticAttentionParams {
   int64_t head_dim;
   float softmax_scale;
   DType dtype;  // of all matrices of heads
+};
+
+// What one task of attention does: one head of one example, in the forward of the queries from
+// `first` on.
+struct AttentionTask {
+  int64_t example, head, first;
 };
 
 // A bank of keys or values: one (bank_size, width) that all examples share, or one for each
@@ -97,7 +103,7 @@ struct CpuSegmentSumParams {
   void* out;  // (rows of all banks, width), contiguous
   int64_t width;
   DType rows_dtype;
-  DType out_dtype;  // bfloat16 rows have a bfloat16 sum; float rows may have either
+  DType out_dtype;  // of rows in 16 bits their own; float rows may have any
 };
 
 // The matrices are contiguous. `hidden` has 2 · width columns where the activation is a GLU.
@@ -158,7 +164,7 @@ struct CpuAccumulateRowsParams {
   int64_t stride_sum;          // from a row of sum to the next
   int64_t dim;
   DType dtype;       // of total and sum
-  DType rows_dtype;  // of rows; bfloat16 rows may have a total of either
+  DType rows_dtype;  // of rows; those of 16 bits may have a total of their own dtype or float
 };
 
 struct CpuAccumulateRowsBwdParams {
@@ -200,11 +206,13 @@ constexpr int64_t kAccumulateRows = 32;
 struct CpuKernels {
   const char* name;  // of the instruction set
 
-  // Attends from the queries `first` on, kQueryBlock at most, of one head of one example.
-  void (*attention_fwd)(const CpuElasticAttentionParams&, int64_t example, int64_t head,
-                        int64_t first);
+  // The next two are told which task their thread is about to have next, or null.
+  // Attends from kQueryBlock queries at most.
+  void (*attention_fwd)(const CpuElasticAttentionParams&, const AttentionTask&,
+                        const AttentionTask* next);
   // Writes all gradients of one head of one example.
-  void (*attention_bwd)(const CpuElasticAttentionParams&, int64_t example, int64_t head);
+  void (*attention_bwd)(const CpuElasticAttentionParams&, const AttentionTask&,
+                        const AttentionTask* next);
 
   // Copies entries `first` to `first + count` of a shared bank to the columns of `to`, which is
   // shaped as keys_by_column.

@@ -19,10 +19,17 @@
 namespace adatape {
 
 // The dtypes of an op's first argument that the kernels are compiled for.
-constexpr ScalarType kCpuDtypes[] = {ScalarType::Float, ScalarType::BFloat16};
+constexpr ScalarType kCpuDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 
 inline DType dtype_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Float ? DType::kFloat : DType::kBFloat16;
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat;
+  }
 }
 
 // Describes keys or values with dense rows, (bank_size, width) or (batch, bank_size, width).

@@ -42,9 +42,9 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   if (rows == 0) return;
   const Tensor b1 = dense(ffn.b1), b2 = dense(ffn.b2);
-  // torch's product adds the bias before it rounds to bfloat16. Sums of float are not rounded any
+  // torch's product adds the bias before it rounds to 16 bits. Sums of float are not rounded any
   // further, so that their bias goes into the pass that takes the activation.
-  const bool with_product = dtype_of(x) == DType::kBFloat16;
+  const bool with_product = dtype_of(x) != DType::kFloat;
   if (with_product) {
     linear(x, ffn.w1, b1, hidden);
   } else {

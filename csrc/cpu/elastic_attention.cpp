@@ -71,10 +71,17 @@ CpuAttentionOutputs allocate_attention(const Tensor& q, const ExampleOffsets& ex
   return {.out = out, .lse = lse};
 }
 
-// What one call of the forward kernel does: queries from `first` on of one head of one example.
-struct AttentionTask {
-  int64_t example, head, first;
-};
+// Runs the tasks. Each kernel is told of a task so many ahead as there are threads, which is about
+// the next one of its own thread.
+template <class Kernel>
+void run_attention(const CpuElasticAttentionParams& p, const std::vector<AttentionTask>& tasks,
+                   const Kernel& kernel) {
+  const auto count = static_cast<int64_t>(tasks.size());
+  const int64_t threads = torch::stable::get_num_threads();
+  run_tasks(count, [&](int64_t t) {
+    kernel(p, tasks[t], t + threads < count ? &tasks[t + threads] : nullptr);
+  });
+}
 
 // Attends, with arguments that were checked, whatever the strides of q, k and v.
 std::tuple<Tensor, Tensor> attend(const HeadTensors& any, const Tensor& cu_inputs_any,
@@ -110,10 +117,7 @@ std::tuple<Tensor, Tensor> attend(const HeadTensors& any, const Tensor& cu_input
       }
     }
   }
-  const CpuKernels& chosen = cpu_kernels();
-  run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    chosen.attention_fwd(p, tasks[t].example, tasks[t].head, tasks[t].first);
-  });
+  run_attention(p, tasks, cpu_kernels().attention_fwd);
   return {outputs.out, outputs.lse};
 }
 
@@ -166,11 +170,13 @@ void write_gradients(const HeadTensors& to, const Tensor& dout_any, const HeadTe
       .softmax_scale = scale_of(q, softmax_scale),
       .dtype = dtype_of(q),
   };
-  const CpuKernels& chosen = cpu_kernels();
-  run_tasks(examples.batch * num_heads, [&](int64_t task) {
-    const int64_t example = task / num_heads, head = task % num_heads;
-    if (examples.len(example) > 0) chosen.attention_bwd(p, example, head);
-  });
+  std::vector<AttentionTask> tasks;
+  for (int64_t i = 0; i < examples.batch; ++i) {
+    for (int64_t head = 0; head < num_heads && examples.len(i) > 0; ++head) {
+      tasks.push_back({.example = i, .head = head, .first = 0});
+    }
+  }
+  run_attention(p, tasks, cpu_kernels().attention_bwd);
 }
 
 std::tuple<Tensor, Tensor, Tensor> elastic_attention_bwd(

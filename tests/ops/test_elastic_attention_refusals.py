@@ -146,7 +146,7 @@ UNSERVED = [
     ("cuda", torch.float16, 32, 20, "it takes heads of 64 features, not 32"),
     ("cuda", torch.bfloat16, 64, None, "it takes examples of up to 512 rows, by max_rows"),
     ("cuda", torch.float16, 64, 513, "it takes examples of up to 512 rows, by max_rows"),
-    ("cpp", torch.float16, 64, 20, "it takes float32, bfloat16"),
+    ("cpp", torch.float64, 64, 20, "it takes float32, bfloat16, float16"),
 ]
 
 

@@ -135,7 +135,7 @@ def test_the_command_in_json(saved, tmp_path, capsys):
         (["--backend", "triton"], "backend: expected eager or cpp"),
         (["--format", "onnx", "--backend", "cpp"], "backend: expected eager for onnx"),
         (["--format", "onnx", "--dtype", "bfloat16"], "model: expected torch.float32 on cpu"),
-        (["--backend", "cpp", "--dtype", "float16"], "expected a model in float32 or bfloat16"),
+        (["--backend", "cpp", "--dtype", "float64"], "in float32, bfloat16, float16 on cpu"),
         (["--dtype", "int8"], "dtype: expected float32"),
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N"),
         (["--threshold", "nan"], "halt_threshold"),

@@ -14,7 +14,7 @@ from adatape_kernels.arguments import check_int, shown
 from adatape_kernels.models import AdaTape, AdaTapeParity, AdaTapeViT
 from adatape_kernels.models.padded import PaddedAdaTape, batched_topk_select
 from adatape_kernels.ops.compiled_part import FACTS
-from adatape_kernels.ops.implementation import short
+from adatape_kernels.ops.implementation import HALF_AND_FLOAT, short
 from adatape_kernels.ops.lowering import cpp_decompositions
 
 DESCRIPTION = "adatape_kernels"
@@ -22,7 +22,6 @@ DESCRIPTION = "adatape_kernels"
 INPUTS, OUTPUTS = "inputs", ("logits", "tape_lens")
 """Names of what an exported model takes and returns."""
 
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _DESCRIPTION_FORMAT = 1
 _EXAMPLE_BATCH = 4
 
@@ -128,11 +127,11 @@ def _backend(options: Options, parameter: Tensor) -> str | None:
         if given == "cpp":
             raise ValueError("backend: expected eager for onnx, which has no ops of ours, got cpp")
         return "eager"
-    serves = parameter.device.type == "cpu" and parameter.dtype in _CPP_DTYPES
+    serves = parameter.device.type == "cpu" and parameter.dtype in HALF_AND_FLOAT
     compiled = FACTS["compiled"] == "yes"
     if given == "cpp":
         if not serves:
-            names = " or ".join(map(short, _CPP_DTYPES))
+            names = ", ".join(map(short, HALF_AND_FLOAT))
             raise ValueError(
                 f"backend: expected a model in {names} on cpu for cpp, got "
                 f"{short(parameter.dtype)} on {parameter.device}"

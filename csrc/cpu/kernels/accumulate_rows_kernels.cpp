@@ -75,15 +75,15 @@ void backward(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count)
 }  // namespace
 
 void accumulate_rows_fwd(const CpuAccumulateRowsParams& p, int64_t first, int64_t count) {
-  if (p.rows_dtype == DType::kFloat) return forward<float, float>(p, first, count);
-  p.dtype == DType::kFloat ? forward<float, bfloat16>(p, first, count)
-                           : forward<bfloat16, bfloat16>(p, first, count);
+  with_wide_and_narrow(p.dtype, p.rows_dtype, [&](auto total, auto row) {
+    forward<decltype(total), decltype(row)>(p, first, count);
+  });
 }
 
 void accumulate_rows_bwd(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count) {
-  if (p.rows_dtype == DType::kFloat) return backward<float, float>(p, first, count);
-  p.dtype == DType::kFloat ? backward<float, bfloat16>(p, first, count)
-                           : backward<bfloat16, bfloat16>(p, first, count);
+  with_wide_and_narrow(p.dtype, p.rows_dtype, [&](auto total, auto row) {
+    backward<decltype(total), decltype(row)>(p, first, count);
+  });
 }
 
 }  // namespace adatape::ADATAPE_ISA

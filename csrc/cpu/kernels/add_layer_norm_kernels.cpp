@@ -83,18 +83,14 @@ void backward(const CpuAddLayerNormBwdParams& p, int64_t block, int64_t count) {
 }  // namespace
 
 void add_layer_norm_fwd(const CpuAddLayerNormParams& p, int64_t first, int64_t count) {
-  const bool float_branch = p.branch_dtype == DType::kFloat;
-  if (p.dtype == DType::kFloat) {
-    float_branch ? forward<float, float>(p, first, count)
-                 : forward<float, bfloat16>(p, first, count);
-  } else {
-    float_branch ? forward<bfloat16, float>(p, first, count)
-                 : forward<bfloat16, bfloat16>(p, first, count);
-  }
+  with_number(p.dtype, [&](auto x) {
+    with_number(p.branch_dtype,
+                [&](auto branch) { forward<decltype(x), decltype(branch)>(p, first, count); });
+  });
 }
 
 void add_layer_norm_bwd(const CpuAddLayerNormBwdParams& p, int64_t block, int64_t count) {
-  p.dtype == DType::kFloat ? backward<float>(p, block, count) : backward<bfloat16>(p, block, count);
+  with_number(p.dtype, [&](auto number) { backward<decltype(number)>(p, block, count); });
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -5,8 +5,11 @@
 
 #pragma once
 
+#include <initializer_list>
+
 #include "../cpu_kernels.h"
 #include "gemm.h"
+#include "scratch.h"
 
 namespace adatape::ADATAPE_ISA {
 
@@ -176,15 +179,65 @@ inline void copy_along_depth(const HeadBlock<bfloat16>& from, int64_t width, BFl
 }
 #endif
 
-// Copies rows of float, `width` apart, to the rows of a block.
-template <class T>
-void copy_out(const float* from, int64_t width, const HeadBlock<T>& to) {
+// Copies rows of float, `width` apart, to the rows of a block, each times factor_of(row).
+template <class T, class Factor>
+void copy_out(const float* from, int64_t width, const HeadBlock<T>& to, const Factor& factor_of) {
   for (int64_t r = 0; r < to.count; ++r, from += width) {
     T* const row = to.row(r);
+    const float factor = factor_of(r);
     int64_t d = 0;
-    for (; d + kLanes <= to.dim; d += kLanes) store(row + d, load(from + d));
-    if (d < to.dim) store_some(row + d, load(from + d), static_cast<int>(to.dim - d));
+    for (; d + kLanes <= to.dim; d += kLanes) store(row + d, load(from + d) * factor);
+    if (d < to.dim) store_some(row + d, load(from + d) * factor, static_cast<int>(to.dim - d));
   }
 }
+
+// Asks the caches for rows before a task comes to them, a line at a time. The rows of one head lie
+// far apart, so that a processor does not foresee them. Few lines can be on their way at once, and
+// so products ask for one in each of their steps, beside which it costs nothing.
+class ComingRows {
+ public:
+  // Has room for `most` rows of so many bytes.
+  ComingRows(Scratch& scratch, int64_t bytes, int64_t most) : bytes_(bytes) {
+    constexpr int64_t kFloats = sizeof(const char*) / sizeof(float);
+    next_ = end_ = reinterpret_cast<const char**>(scratch.take(most * kFloats));
+  }
+
+  // Adds the rows of a task's head, from its first query on, of each matrix.
+  template <class T>
+  void add(const CpuElasticAttentionParams& p, const AttentionTask& task,
+           std::initializer_list<CpuHeadRows> matrices) {
+    const ExampleRows e(p, task.example);
+    for (int64_t r = 0; r < rows_of(p, task); ++r) {
+      for (const CpuHeadRows& x : matrices) {
+        const HeadBlock<T> block{x, e, task.head, task.first, 0, 0};
+        *end_++ = reinterpret_cast<const char*>(block.row(r));
+      }
+    }
+  }
+
+  // How many rows `add` adds of each matrix. Of a long example those to begin with are enough.
+  static int64_t rows_of(const CpuElasticAttentionParams& p, const AttentionTask& task) {
+    const int64_t rows = ExampleRows(p, task.example).rows() - task.first;
+    return rows < kQueryBlock ? rows : kQueryBlock;
+  }
+
+  // Asks for the next line, if there is one.
+  __attribute__((always_inline)) void ask() {
+    if (next_ == end_) return;
+    __builtin_prefetch(*next_ + byte_, 0, kSecondLevel);
+    byte_ += kCacheLine;
+    next_ += byte_ >= bytes_;
+    byte_ = byte_ >= bytes_ ? 0 : byte_;
+  }
+
+ private:
+  static constexpr int64_t kCacheLine = 64;
+  static constexpr int kSecondLevel = 2;  // which cache the rows come to, by the builtin's numbers
+
+  int64_t bytes_;     // of a row
+  int64_t byte_ = 0;  // of the next row
+  const char** next_;
+  const char** end_;
+};
 
 }  // namespace adatape::ADATAPE_ISA

@@ -196,17 +196,15 @@ void backward_of(const CpuBiasActParams& p, int64_t first, int64_t count) {
 }  // namespace
 
 void bias(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? add_bias<float>(p, first, count) : add_bias<bfloat16>(p, first, count);
+  with_number(p.dtype, [&](auto number) { add_bias<decltype(number)>(p, first, count); });
 }
 
 void bias_act(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? forward_of<float>(p, first, count)
-                           : forward_of<bfloat16>(p, first, count);
+  with_number(p.dtype, [&](auto number) { forward_of<decltype(number)>(p, first, count); });
 }
 
 void act_bwd(const CpuBiasActParams& p, int64_t first, int64_t count) {
-  p.dtype == DType::kFloat ? backward_of<float>(p, first, count)
-                           : backward_of<bfloat16>(p, first, count);
+  with_number(p.dtype, [&](auto number) { backward_of<decltype(number)>(p, first, count); });
 }
 
 }  // namespace adatape::ADATAPE_ISA

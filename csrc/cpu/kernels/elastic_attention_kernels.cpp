@@ -31,7 +31,10 @@ void store_weights(BFloat16Pair* row, int64_t c, Vec x) {
 }
 #endif
 
-// Replaces a row of scores by exp(score * scale - largest) as elements, with zeros from `count` on.
+// e^x is 2^(x log2 e): scores are multiplied by log2 e together with their scale.
+constexpr float kLn2 = 0.69314718f;
+
+// Replaces a row of scores by 2^(score * scale - largest) as elements, with zeros from `count` on.
 // They begin where the row does, and never lie behind the score that they are made of. `largest`
 // and `total` run on from earlier blocks of keys; the result is the factor by which everything that
 // those blocks have added up must be multiplied.
@@ -51,16 +54,16 @@ float softmax_row(float* s, Element* weights, int64_t count, int64_t width, floa
   const float shift = now == -__builtin_inff() ? 0.0f : now;
   Vec sums = {};
   for (int64_t c = 0; c < whole; c += kLanes) {
-    const Vec e = exp(load(s + c) * scale - shift);
+    const Vec e = exp2(load(s + c) * scale - shift);
     store_weights(weights, c, e);
     sums += e;
   }
   if (whole < width) {
-    const Vec e = exp(rest - shift);
+    const Vec e = exp2(rest - shift);
     store_weights(weights, whole, e);
     sums += e;
   }
-  const float kept = before == -__builtin_inff() ? 0.0f : __builtin_expf(before - now);
+  const float kept = before == -__builtin_inff() ? 0.0f : __builtin_exp2f(before - now);
   *largest = now;
   *total = *total * kept + sum(sums);
   return kept;
@@ -68,10 +71,12 @@ float softmax_row(float* s, Element* weights, int64_t count, int64_t width, floa
 
 // Attends from kQueryBlock queries at most, which begin at row `first` of the example.
 template <class Form>
-void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, int64_t first) {
+void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
+             const AttentionTask* next) {
   using T = typename Form::Number;
   using Element = typename Form::Element;
-  const ExampleRows e(p, example);
+  const ExampleRows e(p, task.example);
+  const int64_t head = task.head, first = task.first;
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
@@ -85,6 +90,13 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
   float* const total = scratch.take(queries);
   float* const scores = scratch.take(kTileQueries * block);
   Element* const weights = reinterpret_cast<Element*>(scores);
+  const float scale = p.softmax_scale * kLog2e;
+  const int64_t own = ComingRows::rows_of(p, task);
+  const int64_t others = next ? ComingRows::rows_of(p, *next) : 0;
+  ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), own + 3 * others);
+  coming.add<T>(p, task, {p.out});
+  if (next) coming.add<T>(p, *next, {p.q, p.k, p.v});
+  const auto ask = [&coming]() __attribute__((always_inline)) { coming.ask(); };
 
   copy_rows(HeadBlock<T>{p.q, e, head, first, queries, dim}, wide_depth, q);
   for (int64_t r = 0; r < queries; ++r) largest[r] = -__builtin_inff(), total[r] = 0.0f;
@@ -105,10 +117,11 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
                      .stride_b = columns,
                      .c = scores,
                      .stride_c = columns,
-                     .accumulate = false});
+                     .accumulate = false},
+                    ask);
       for (int64_t t = 0; t < count; ++t) {
         const float kept = softmax_row(scores + t * columns, weights + t * columns, keys, columns,
-                                       p.softmax_scale, largest + r + t, total + r + t);
+                                       scale, largest + r + t, total + r + t);
         if (key > 0) {
           float* const o = out + (r + t) * width;
           for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * kept);
@@ -124,26 +137,25 @@ void forward(const CpuElasticAttentionParams& p, int64_t example, int64_t head, 
                      .stride_b = width,
                      .c = out + r * width,
                      .stride_c = width,
-                     .accumulate = key > 0});
+                     .accumulate = key > 0},
+                    ask);
     }
   }
   for (int64_t r = 0; r < queries; ++r) {
-    const float inverse = 1.0f / total[r];
-    float* const o = out + r * width;
-    for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * inverse);
-    p.lse[head * p.rows + e.at(first + r)] = largest[r] + __builtin_logf(total[r]);
+    p.lse[head * p.rows + e.at(first + r)] = largest[r] * kLn2 + __builtin_logf(total[r]);
   }
-  copy_out(out, width, HeadBlock<T>{p.out, e, head, first, queries, dim});
+  copy_out(out, width, HeadBlock<T>{p.out, e, head, first, queries, dim},
+           [total](int64_t r) { return 1.0f / total[r]; });
 }
 
 // A row of a block of attention in the backward.
 struct BlockRow {
   float* scores;
-  float* dweights;  // gradients of the weights
-  int64_t keys;     // those that the row has; columns behind them are no keys
-  float scale, lse;
+  float* dweights;   // gradients of the weights
+  int64_t keys;      // those that the row has; columns behind them are no keys
+  float scale, lse;  // both times log2 e
 
-  Vec weights(int64_t c) const { return exp(load(scores + c) * scale - lse); }
+  Vec weights(int64_t c) const { return exp2(load(scores + c) * scale - lse); }
 };
 
 // Replaces the scores by the weights; returns the sum of the products of weights and gradients.
@@ -163,7 +175,7 @@ float weigh(const BlockRow& row) {
 
 // What the gradients of all of a row's scores have in common: the sum of the products of the output
 // and its gradient over the features. It is that of weights and their gradients over the keys, too,
-// which is taken where an output was rounded to bfloat16 and one block has all keys.
+// which is taken where an output was rounded to 16 bits and one block has all keys.
 struct CommonPart {
   const float* known;  // of the block's queries, or null
 
@@ -235,11 +247,13 @@ void products_of_outputs(const HeadBlock<T>& out, const HeadBlock<T>& dout, floa
 
 // Computes the gradients block by block: for each block of keys all blocks of queries.
 template <class Form>
-void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
+void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
+              const AttentionTask* next) {
   using T = typename Form::Number;
   using Element = typename Form::Element;
   constexpr bool kPairs = Form::kNumbers > 1;
-  const ExampleRows e(p, example);
+  const ExampleRows e(p, task.example);
+  const int64_t head = task.head;
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
@@ -266,15 +280,22 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
   Element* const ds_by_key = reinterpret_cast<Element*>(ds);
   Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * wide_block) : ds_by_key;
 
-  for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[head * p.rows + e.at(r)];
+  const float scale = p.softmax_scale * kLog2e;
+  const int64_t own = ComingRows::rows_of(p, task);
+  const int64_t others = next ? ComingRows::rows_of(p, *next) : 0;
+  ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), 3 * own + 5 * others);
+  coming.add<T>(p, task, {p.dq, p.dk, p.dv});
+  if (next) coming.add<T>(p, *next, {p.q, p.k, p.v, p.out, p.dout});
+  const auto ask = [&coming]() __attribute__((always_inline)) { coming.ask(); };
+
+  for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[head * p.rows + e.at(r)] * kLog2e;
   const bool by_outputs = std::is_same_v<T, float> || rows > block;
   if (by_outputs) {
     products_of_outputs(HeadBlock<T>{p.out, e, head, 0, rows, dim},
                         HeadBlock<T>{p.dout, e, head, 0, rows, dim}, common);
   }
-  const auto scale = [&p](float* x, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) store(x + i, load(x + i) * p.softmax_scale);
-  };
+  const auto unscaled = [](int64_t) { return 1.0f; };
+  const auto scaled = [&p](int64_t) { return p.softmax_scale; };
   for (int64_t key = 0; key < rows; key += block) {
     const int64_t keys = rows - key < block ? rows - key : block;
     const int64_t columns = round_up(keys, kLanes);
@@ -303,11 +324,12 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
                        .stride_b = columns,
                        .c = to,
                        .stride_c = columns,
-                       .accumulate = false});
+                       .accumulate = false},
+                      ask);
       };
       over_features(q, kt, scores);
       over_features(dout, vt, ds);
-      differentiate(scores, ds, ds_by_query, queries, keys, columns, p.softmax_scale, lse + query,
+      differentiate(scores, ds, ds_by_query, queries, keys, columns, scale, lse + query,
                     {by_outputs ? common + query : nullptr});
       const auto over_queries = [&](const Element* left, const Element* right, float* to) {
         gemm<Element>({.rows = keys,
@@ -320,7 +342,8 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
                        .stride_b = width,
                        .c = to,
                        .stride_c = width,
-                       .accumulate = query > 0});
+                       .accumulate = query > 0},
+                      ask);
       };
       over_queries(ds_by_query, q_rows, dk);
       over_queries(weights, dout_rows, dv);
@@ -334,38 +357,37 @@ void backward(const CpuElasticAttentionParams& p, int64_t example, int64_t head)
                      .stride_b = width,
                      .c = dq + query * width,
                      .stride_c = width,
-                     .accumulate = key > 0});
+                     .accumulate = key > 0},
+                    ask);
     }
-    scale(dk, keys * width);
-    copy_out(dk, width, HeadBlock<T>{p.dk, e, head, key, keys, dim});
-    copy_out(dv, width, HeadBlock<T>{p.dv, e, head, key, keys, dim});
+    copy_out(dk, width, HeadBlock<T>{p.dk, e, head, key, keys, dim}, scaled);
+    copy_out(dv, width, HeadBlock<T>{p.dv, e, head, key, keys, dim}, unscaled);
   }
-  scale(dq, rows * width);
-  copy_out(dq, width, HeadBlock<T>{p.dq, e, head, 0, rows, dim});
+  copy_out(dq, width, HeadBlock<T>{p.dq, e, head, 0, rows, dim}, scaled);
 }
 
 // Calls `run` with the form in which an example of so many rows is computed.
 template <class Run>
 void in_form_of(DType dtype, int64_t rows, const Run& run) {
-  if (dtype == DType::kFloat) return run(AsFloat<float>{});
 #if defined(__AVX512BF16__)
-  if (rows >= kLeastRowsAsPairs) return run(AsPairs{});
+  if (dtype == DType::kBFloat16 && rows >= kLeastRowsAsPairs) return run(AsPairs{});
 #endif
   static_cast<void>(rows);
-  run(AsFloat<bfloat16>{});
+  with_number(dtype, [&](auto number) { run(AsFloat<decltype(number)>{}); });
 }
 
 }  // namespace
 
-void attention_fwd(const CpuElasticAttentionParams& p, int64_t example, int64_t head,
-                   int64_t first) {
-  in_form_of(p.dtype, ExampleRows(p, example).rows(),
-             [&](auto form) { forward<decltype(form)>(p, example, head, first); });
+void attention_fwd(const CpuElasticAttentionParams& p, const AttentionTask& task,
+                   const AttentionTask* next) {
+  in_form_of(p.dtype, ExampleRows(p, task.example).rows(),
+             [&](auto form) { forward<decltype(form)>(p, task, next); });
 }
 
-void attention_bwd(const CpuElasticAttentionParams& p, int64_t example, int64_t head) {
-  in_form_of(p.dtype, ExampleRows(p, example).rows(),
-             [&](auto form) { backward<decltype(form)>(p, example, head); });
+void attention_bwd(const CpuElasticAttentionParams& p, const AttentionTask& task,
+                   const AttentionTask* next) {
+  in_form_of(p.dtype, ExampleRows(p, task.example).rows(),
+             [&](auto form) { backward<decltype(form)>(p, task, next); });
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -47,8 +47,8 @@ struct SmallProduct {
 // Computes a tile of `rows` rows and `vecs` vectors of C, from row r and column j on. The tile
 // stays in registers while k counts up to the depth. So every element of C is one chain of fused
 // multiply-adds in the order of k, whatever tile it lies in.
-template <int rows, int vecs, class Element>
-inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j) {
+template <int rows, int vecs, class Element, class Aside>
+inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, const Aside& aside) {
   const Element* const a = p.a + r * p.stride_a_row;
   const Element* const b = p.b + j;
   float* const c = p.c + r * p.stride_c + j;
@@ -59,6 +59,7 @@ inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j) {
     }
   }
   for (int64_t k = 0; k < p.depth; ++k) {
+    aside();
     decltype(load_elements(b)) right[vecs];
     for (int v = 0; v < vecs; ++v) right[v] = load_elements(b + k * p.stride_b + v * kLanes);
     for (int i = 0; i < rows; ++i) {
@@ -72,19 +73,27 @@ inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j) {
 }
 
 // Computes `vecs` vectors of every row of C, from column j on.
-template <int vecs, class Element>
-inline void gemm_columns(const SmallProduct<Element>& p, int64_t j) {
+template <int vecs, class Element, class Aside>
+inline void gemm_columns(const SmallProduct<Element>& p, int64_t j, const Aside& aside) {
   int64_t r = 0;
-  for (; r + kTileRows <= p.rows; r += kTileRows) gemm_tile<kTileRows, vecs>(p, r, j);
-  for (; r + 2 <= p.rows; r += 2) gemm_tile<2, vecs>(p, r, j);
-  if (r < p.rows) gemm_tile<1, vecs>(p, r, j);
+  for (; r + kTileRows <= p.rows; r += kTileRows) gemm_tile<kTileRows, vecs>(p, r, j, aside);
+  for (; r + 2 <= p.rows; r += 2) gemm_tile<2, vecs>(p, r, j, aside);
+  if (r < p.rows) gemm_tile<1, vecs>(p, r, j, aside);
 }
 
+// Computes the product. What else is to be done meanwhile, in small pieces, is done by aside(),
+// once in each step of a tile.
+template <class Element, class Aside>
+inline void gemm(const SmallProduct<Element>& p, const Aside& aside) {
+  int64_t j = 0;
+  for (; j + kTileVecs * kLanes <= p.cols; j += kTileVecs * kLanes) {
+    gemm_columns<kTileVecs>(p, j, aside);
+  }
+  for (; j < p.cols; j += kLanes) gemm_columns<1>(p, j, aside);
+}
 template <class Element>
 inline void gemm(const SmallProduct<Element>& p) {
-  int64_t j = 0;
-  for (; j + kTileVecs * kLanes <= p.cols; j += kTileVecs * kLanes) gemm_columns<kTileVecs>(p, j);
-  for (; j < p.cols; j += kLanes) gemm_columns<1>(p, j);
+  gemm(p, [] {});
 }
 
 }  // namespace adatape::ADATAPE_ISA

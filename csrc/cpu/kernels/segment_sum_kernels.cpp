@@ -40,13 +40,9 @@ void add_up(const CpuSegmentSumParams& p, int64_t bank_row, const Contribution* 
 
 void segment_sum(const CpuSegmentSumParams& p, int64_t bank_row, const Contribution* first,
                  const Contribution* last) {
-  if (p.rows_dtype == DType::kBFloat16) {
-    add_up<bfloat16, bfloat16>(p, bank_row, first, last);
-  } else if (p.out_dtype == DType::kBFloat16) {
-    add_up<float, bfloat16>(p, bank_row, first, last);
-  } else {
-    add_up<float, float>(p, bank_row, first, last);
-  }
+  with_wide_and_narrow(p.rows_dtype, p.out_dtype, [&](auto row, auto out) {
+    add_up<decltype(row), decltype(out)>(p, bank_row, first, last);
+  });
 }
 
 }  // namespace adatape::ADATAPE_ISA

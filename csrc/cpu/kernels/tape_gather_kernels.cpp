@@ -77,11 +77,11 @@ void backward(const CpuTapeGatherParams& p, int64_t i) {
 }  // namespace
 
 void gather_fwd(const CpuTapeGatherParams& p, int64_t example) {
-  p.dtype == DType::kFloat ? forward<float>(p, example) : forward<bfloat16>(p, example);
+  with_number(p.dtype, [&](auto number) { forward<decltype(number)>(p, example); });
 }
 
 void gather_bwd(const CpuTapeGatherParams& p, int64_t example) {
-  p.dtype == DType::kFloat ? backward<float>(p, example) : backward<bfloat16>(p, example);
+  with_number(p.dtype, [&](auto number) { backward<decltype(number)>(p, example); });
 }
 
 }  // namespace adatape::ADATAPE_ISA

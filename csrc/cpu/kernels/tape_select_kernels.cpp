@@ -252,17 +252,16 @@ void backward(const CpuTapeSelectParams& p, int64_t i) {
 
 void select_columns(const CpuTapeSelectParams& p, float* to, int64_t first, int64_t count) {
   const int64_t columns = round_up(p.keys.bank_size, kColumnMultiple);
-  p.dtype == DType::kFloat ? by_column<float>(p, 0, to, first, count, columns)
-                           : by_column<bfloat16>(p, 0, to, first, count, columns);
+  with_number(p.dtype,
+              [&](auto number) { by_column<decltype(number)>(p, 0, to, first, count, columns); });
 }
 
 void select_fwd(const CpuTapeSelectParams& p, int64_t example, int64_t count) {
-  p.dtype == DType::kFloat ? forward<float>(p, example, count)
-                           : forward<bfloat16>(p, example, count);
+  with_number(p.dtype, [&](auto number) { forward<decltype(number)>(p, example, count); });
 }
 
 void select_bwd(const CpuTapeSelectParams& p, int64_t example) {
-  p.dtype == DType::kFloat ? backward<float>(p, example) : backward<bfloat16>(p, example);
+  with_number(p.dtype, [&](auto number) { backward<decltype(number)>(p, example); });
 }
 
 }  // namespace adatape::ADATAPE_ISA

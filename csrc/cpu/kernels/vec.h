@@ -1,140 +1,12 @@
-// Vectors of float for one instruction set.
-//
-// Only kernels include this header. They are compiled once for each instruction set, with
-// ADATAPE_ISA naming it. Everything here lies in a namespace of that name, so that no inline
-// function that was built for one processor is linked into code for another.
+// Arithmetic of vectors of float for one instruction set; numbers.h says how these are compiled.
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "numbers.h"
 
 namespace adatape::ADATAPE_ISA {
-
-#if defined(__AVX512F__)
-constexpr int kVecBytes = 64;
-constexpr int kTileRows = 6, kTileVecs = 4;  // of 32 registers 24 hold the tile of a product
-#elif defined(__AVX2__)
-constexpr int kVecBytes = 32;
-constexpr int kTileRows = 4, kTileVecs = 3;  // of 16 registers 12 do
-#else
-constexpr int kVecBytes = 16;
-constexpr int kTileRows = 4, kTileVecs = 2;  // of 16 registers 8 do
-#endif
-constexpr int kLanes = kVecBytes / 4;
-
-// These types have no attribute that lets them alias others, because elements are loaded and stored
-// by memcpy.
-using Vec = float __attribute__((vector_size(kVecBytes)));
-using IntVec = uint32_t __attribute__((vector_size(kVecBytes)));
-using HalfVec = uint16_t __attribute__((vector_size(kVecBytes / 2)));
-
-// Between numbers of 16 and of 32 bits. Some compilers make many instructions of a conversion that
-// is one.
-inline IntVec widened(HalfVec x) {
-#if defined(__AVX512F__)
-  __m256i half;
-  std::memcpy(&half, &x, sizeof half);
-  return reinterpret_cast<IntVec>(_mm512_maskz_cvtepu16_epi32(0xffff, half));
-#else
-  return __builtin_convertvector(x, IntVec);
-#endif
-}
-inline HalfVec narrowed(IntVec x) {
-#if defined(__AVX512F__)
-  const __m256i half = _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(x));
-  HalfVec result;
-  std::memcpy(&result, &half, sizeof result);
-  return result;
-#else
-  return __builtin_convertvector(x, HalfVec);
-#endif
-}
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-template <class T>
-T from_float(float x);
-template <>
-inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-inline bfloat16 from_float<bfloat16>(float x) {
-  if (x != x) return {0x7fc0};
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits += 0x7fff + ((bits >> 16) & 1);  // rounds to nearest, and ties to even
-  return {static_cast<uint16_t>(bits >> 16)};
-}
-
-inline Vec broadcast(float x) { return x - Vec{}; }
-
-inline Vec load(const float* from) {
-  Vec result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-}
-inline Vec load(const bfloat16* from) {
-  HalfVec half;
-  std::memcpy(&half, from, sizeof half);
-  const IntVec bits = widened(half) << 16;
-  return reinterpret_cast<Vec>(bits);
-}
-inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
-inline void store(bfloat16* to, Vec x) {
-  const IntVec bits = reinterpret_cast<IntVec>(x);
-  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const IntVec result = x != x ? IntVec{} + 0x7fc0 : rounded;
-  const HalfVec half = narrowed(result);
-  std::memcpy(to, &half, sizeof half);
-}
-
-// Two numbers in bfloat16, the first in the lower half.
-struct BFloat16Pair {
-  uint32_t bits;
-};
-
-#if defined(__AVX512BF16__)
-// Rounds to nearest, and ties to even. Where a number is below the normal ones it becomes 0, so
-// that this is for what a kernel computes with, not for what it writes.
-inline HalfVec rounded(Vec x) {
-  const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
-  HalfVec result;
-  std::memcpy(&result, &half, sizeof result);
-  return result;
-}
-#endif
-
-// Loads the first `count` elements, with zeros behind them.
-template <class T>
-inline Vec load_some(const T* from, int count) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = to_float(from[i]);
-  return load(lanes);
-}
-// Stores the first `count` elements.
-template <class T>
-inline void store_some(T* to, Vec x, int count) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int i = 0; i < count; ++i) to[i] = from_float<T>(lanes[i]);
-}
 
 #if defined(__AVX512F__)
 inline Vec max(Vec a, Vec b) {
@@ -157,6 +29,25 @@ inline Vec negative_size(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) | 0x80000000u);
 }
 
+// Both fold halves of the vector onto each other until one lane is left, so that a sum is the same
+// whatever the instructions.
+#if defined(__AVX512F__)
+template <class Fold>
+inline float folded(Vec x, const Fold& fold) {
+  __m256 halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  const __m256 eight = fold(halves[0], halves[1]);
+  const __m256 four = fold(eight, _mm256_permute2f128_ps(eight, eight, 1));
+  const __m256 two = fold(four, _mm256_permute_ps(four, 0b01001110));
+  return _mm256_cvtss_f32(fold(two, _mm256_permute_ps(two, 0b10110001)));
+}
+inline float sum(Vec x) {
+  return folded(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); });
+}
+inline float max(Vec x) {
+  return folded(x, [](__m256 a, __m256 b) { return _mm256_max_ps(b, a); });
+}
+#else
 inline float sum(Vec x) {
   float lanes[kLanes];
   store(lanes, x);
@@ -171,6 +62,7 @@ inline float max(Vec x) {
   for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
   return result;
 }
+#endif
 
 // With x = n ln 2 + r and |r| <= ln 2 / 2, e^x is 2^n times a polynomial of r.
 constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -190,11 +82,11 @@ inline Vec exp_polynomial(Vec x, Vec n) {
 // of kShift. Takes x from -104 to 88.
 struct SplitExp {
   static constexpr uint32_t kShift = 0x4b400000;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23; to add it rounds to an integer
   Vec mantissa;
   IntVec shifted;
 
   explicit SplitExp(Vec x) {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23; to add it rounds to an integer
     const Vec rounded = x * kLog2e + kRound;
     mantissa = exp_polynomial(x, rounded - kRound);
     shifted = reinterpret_cast<IntVec>(rounded);
@@ -237,6 +129,38 @@ inline Vec exp_to_smallest(Vec x) {
   const IntVec below = split.shifted < kLowestPower ? kLowestPower - split.shifted : IntVec{};
   const Vec normal = split.mantissa * power_of_2(split.shifted + below);
   return normal * power_of_2(SplitExp::kShift - below);
+}
+
+// Returns 2^x within 1 unit in the last place, for x up to 127. From -126 down it may be 0, and
+// from -150 down it is. NaN gives NaN.
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  constexpr float kLowest = -150.0f;
+  constexpr __mmask16 kAll = 0xffff;
+  const auto as = [](Vec v) { return reinterpret_cast<__m512>(v); };
+  // The larger of two numbers is the second one where either is NaN.
+  const __m512 above = _mm512_maskz_max_ps(kAll, as(broadcast(kLowest)), as(x));
+  const __m512 n = _mm512_maskz_roundscale_ps(kAll, above, _MM_FROUND_TO_NEAREST_INT);
+  const Vec r = reinterpret_cast<Vec>(above) - reinterpret_cast<Vec>(n);
+#else
+  constexpr float kLowest = -127.0f;
+  const Vec above = x < kLowest ? broadcast(kLowest) : x;
+  const Vec shifted = above + SplitExp::kRound;
+  const Vec r = above - (shifted - SplitExp::kRound);
+#endif
+  // 2^r for |r| <= 1 / 2, exact at 0.
+  Vec p = broadcast(1.54531634e-4f);
+  p = p * r + 1.33908633e-3f;
+  p = p * r + 9.61808302e-3f;
+  p = p * r + 5.55035695e-2f;
+  p = p * r + 2.40226507e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(kAll, as(p), n));
+#else
+  return p * power_of_2(reinterpret_cast<IntVec>(shifted));
+#endif
 }
 
 // Turns the columns of a square of words, a vector a row, into its rows.
