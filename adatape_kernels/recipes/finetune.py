@@ -24,7 +24,8 @@ from adatape_kernels.models.value_checks import as_flag, as_integer
 from adatape_kernels.recipes import checkpoint, model_loading, pictures
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.distributed.begun_runs import goes_on, note_begun
-from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.distributed.joining import started
+from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.finetune_report import KINDS, FinetuneReport, report
 from adatape_kernels.recipes.output_folder import check_output_folder, check_run_folder
 from adatape_kernels.recipes.report_file import REPORT, json_bytes

@@ -82,6 +82,7 @@ from adatape_kernels.recipes.table_bars import TableBars
 from adatape_kernels.recipes.terminal import lenient_output, say
 from adatape_kernels.recipes.training.data_fingerprint import data_facts
 from adatape_kernels.recipes.training.loading_options import Loading
+from adatape_kernels.recipes.training.train_config import option_name
 from adatape_kernels.recipes.worker_processes import in_processes
 
 # Share of the budget, and seconds for a model and a size, in which training steps are timed.
@@ -134,7 +135,10 @@ def run(
     jobs = runs_at_a_time(jobs, place)
     reading = config.loading({} if loading is None else loading)
     pictures.require("compare")
-    with lenient_output(), one_thread(), runs_dealt_out(place) as works:
+    asked = {"backend": tuple(backends), **options_of(config), **options_of(config)["options"]}
+    del asked["options"]
+    asked = {option_name(name): value for name, value in asked.items()}
+    with lenient_output(), one_thread(), runs_dealt_out(place, asked) as works:
         if not works:
             return []
         check_output_folder(folder)

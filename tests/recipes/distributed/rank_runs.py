@@ -86,7 +86,7 @@ def write_and_die(path, content, part):
 
 def deal_runs(ranks, folder):
     """Let ranks 1 and 2 work on runs that rank 0 deals out, of which the last one fails."""
-    with runs_dealt_out(CPU) as works:
+    with runs_dealt_out(CPU, {}) as works:
         if works:
             helpers = runs_at_a_time(None, CPU) - 1
             runs = [(f"run {number}", (number, folder)) for number in range(5)]
