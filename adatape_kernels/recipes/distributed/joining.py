@@ -78,24 +78,26 @@ def started(device: torch.device) -> Iterator[Ranks]:
     # Where rank 0 holds the store, nobody could say there that it is gone.
     watch = RankWatch(store_of_torchrun(WATCH, ranks.restarts), ranks.number, ranks.count)
     try:
-        if ours:
+        store = store_of_torchrun("group", ranks.restarts) if ours else None
+        if store is not None:
             with _said_when_it_takes_long(ranks):
-                store = store_of_torchrun("group", ranks.restarts)
-                if store is not None:
-                    _wait_for_all(store, ranks, watch)
-                dist.init_process_group(
-                    "nccl" if device.type == "cuda" else "gloo",
-                    store=store,
-                    rank=ranks.number,
-                    world_size=ranks.count,
-                    timeout=_LONGEST_WAIT,
-                )
-        quiet = _quiet(not ranks.leads)
-        with watch, quiet, interruptible(for_good=True), warnings.catch_warnings():
-            for text in _NO_FAULTS:
-                warnings.filterwarnings("ignore", text)
-            _joined.append(ranks)
-            yield ranks
+                _wait_for_all(store, ranks, watch)
+        with watch:
+            if ours:
+                with _said_when_it_takes_long(ranks):
+                    dist.init_process_group(
+                        "nccl" if device.type == "cuda" else "gloo",
+                        store=store,
+                        rank=ranks.number,
+                        world_size=ranks.count,
+                        timeout=_LONGEST_WAIT,
+                    )
+            quiet = _quiet(not ranks.leads)
+            with quiet, interruptible(for_good=True), warnings.catch_warnings():
+                for text in _NO_FAULTS:
+                    warnings.filterwarnings("ignore", text)
+                _joined.append(ranks)
+                yield ranks
     except (Exception, KeyboardInterrupt) as error:
         _stop(ranks, watch, error)
     finally:
@@ -119,11 +121,13 @@ def _wait_for_all(store: Any, ranks: Ranks, watch: RankWatch) -> None:
         RuntimeError: not all have come within half an hour.
         SystemExit: one has failed, and has said why.
     """
-    store.add("came", 1)
+    came = store.add("came", 1)
     until, pause = time.monotonic() + _LONGEST_WAIT.total_seconds(), _FIRST_LOOK
-    while (came := store.add("came", 0)) < ranks.count:
+    while True:
         if watch.one_has_failed():
             raise SystemExit(EXIT_BY_ANOTHER)
+        if came >= ranks.count:
+            return
         if time.monotonic() > until:
             raise RuntimeError(
                 f"rank {ranks.number} of {ranks.count}: expected all ranks to begin within "
@@ -131,6 +135,7 @@ def _wait_for_all(store: Any, ranks: Ranks, watch: RankWatch) -> None:
             )
         time.sleep(pause)
         pause = min(2 * pause, _LAST_LOOK)
+        came = store.add("came", 0)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from adatape_kernels.cli import main
 from adatape_kernels.data import augment
 from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput
-from adatape_kernels.recipes import checkpoint, finetune, pictures
+from adatape_kernels.recipes import checkpoint, pictures
+from adatape_kernels.recipes.finetune import finetune
 from adatape_kernels.recipes.training import train
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_loop import accuracy
