@@ -230,37 +230,6 @@ def test_a_dead_process_holds_no_lock(tmp_path):
 @pytest.mark.parametrize(
     "words", [["demo", "--epochs", "1"], ["train", "--data", "digits"], ["train", "--resume"]]
 )
-@pytest.mark.parametrize("file", ["weights", "index", "metrics"])
-def test_a_failed_write_leaves_no_lock_behind(tmp_path, monkeypatch, file):
-    """Nor what it had begun, whichever file it was; the checkpoint before it stays."""
-    with claim(tmp_path) as run:
-        checkpoint.save(run, of(1))
-    names_before, opened = names(tmp_path), type(tmp_path).open
-    begins = {"weights": "checkpoint-2", "index": INDEX, "metrics": "metrics.csv"}[file]
-
-    def full(path, *mode):
-        if path.name.startswith(begins):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return opened(path, *mode)
-
-    monkeypatch.setattr(type(tmp_path), "open", full)
-    with pytest.raises(OSError, match="No space left"), claim(tmp_path) as run:
-        if file == "metrics":
-            run.write("metrics.csv", b"epoch")
-        checkpoint.save(run, of(2))
-    monkeypatch.undo()
-    assert names(tmp_path) == names_before and LOCK not in names_before
-    assert checkpoint.load(tmp_path).epoch == 1
-
-
-def test_a_lock_file_of_a_process_number_that_is_in_use_holds_nobody_up(tmp_path):
-    """It is the system's lock that counts, and not who is said to hold it."""
-    (tmp_path / LOCK).write_bytes(run_folder._FIRST_LINE + f"process {os.getpid()}\n".encode())
-    with claim(tmp_path) as run:
-        run.write("metrics.csv", b"epoch")
-    assert names(tmp_path) == {"metrics.csv"}
-
-
 def test_a_second_process_gets_one_line(tmp_path, capsys, words):
     if "--resume" in words:
         checkpoint.save(tmp_path, of(1))
