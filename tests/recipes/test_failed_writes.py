@@ -1,4 +1,4 @@
-"""A failed write leaves neither its part nor the lock, and a lock that nobody holds stops nobody."""
+"""A failed write leaves neither its part nor the lock; a lock that nobody holds stops nobody."""
 
 import errno
 import os
