@@ -77,7 +77,8 @@ class TrainConfig(CurveFields):
         check_given(model, {**given, "source": source})
         defaults = defaults_of(given, source)
         config = cls(**{**defaults, **given}).checked()
-        check_used(config, given, {**defaults, **(usual or {})})
+        unasked = {name: check_option(name, value) for name, value in (usual or {}).items()}
+        check_used(config, given, {**defaults, **unasked})
         return config
 
     @classmethod

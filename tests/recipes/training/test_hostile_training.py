@@ -17,7 +17,7 @@ from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_loop import accuracy
 
 TINY = {"data": "digits", "dim": 8, "depth": 1, "heads": 2, "ffn": 8, "num_tape_tokens": 2}
-TINY |= {"topk": 2, "limit": 20, "batch": 20, "bank_size": 8}
+TINY |= {"topk": 2, "limit": 20, "batch": 20}
 STEPS = ("accumulate", "checkpoint_layers", "compiled")
 
 
