@@ -56,6 +56,7 @@ _OF_COMMANDS = (
     "models/test_model_names.py",
     "recipes/compare/test_compare_command.py",
     "recipes/distributed/test_ranks.py",
+    "recipes/distributed/test_torchrun_signals.py",
     "recipes/parity/test_parity_table.py",
     "recipes/test_check.py",
     "recipes/test_check_jobs.py",

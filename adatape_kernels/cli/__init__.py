@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from adatape_kernels._build import VERSION
 from adatape_kernels.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREADABLE
 from adatape_kernels.data.printable import printable
+from adatape_kernels.recipes.distributed.one_voice import say_why, spoken_by_rank_0
 from adatape_kernels.recipes.distributed.ranks import Ranks
+from adatape_kernels.recipes.interruptions import interruptible
 from adatape_kernels.recipes.options_text import options_text
-from adatape_kernels.recipes.terminal import say
 
 if TYPE_CHECKING:
     from adatape_kernels.cli.option_parser import OneLineParser
@@ -69,21 +70,23 @@ def command_line(names: Sequence[str] = tuple(COMMANDS)) -> "OneLineParser":
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     words = [*(sys.argv[1:] if argv is None else argv)]
-    try:
-        if words[:1] == ["bench"]:
-            return _run_bench(words[1:])
-        if words and words[0] in COMMANDS:
-            return _run(*words)
-        return _run_no_command(words)
-    except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
-        say(f"adatape-kernels: {printable(str(error) or type(error).__name__)}")
-        return EXIT_UNREADABLE
-    except KeyboardInterrupt as stop:
-        say(": ".join(["adatape-kernels: interrupted", *map(printable, stop.args)]))
-        return EXIT_INTERRUPTED
+    # What runs as a program ends with this function.
+    with interruptible(for_good=argv is None), spoken_by_rank_0():
+        try:
+            if words[:1] == ["bench"]:
+                return _run_bench(words[1:])
+            if words and words[0] in COMMANDS:
+                return _run(*words)
+            return _run_no_command(words)
+        except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILED
+        except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
+            say_why(f"adatape-kernels: {printable(str(error) or type(error).__name__)}")
+            return EXIT_UNREADABLE
+        except KeyboardInterrupt as stop:
+            say_why(": ".join(["adatape-kernels: interrupted", *map(printable, stop.args)]))
+            return EXIT_INTERRUPTED
 
 
 def _run(name: str, *words: str) -> int:

@@ -43,7 +43,7 @@ class FinetuneCommand(
 
 def run(options: FinetuneCommand) -> int:
     """Compare, or go on with a comparison."""
-    from adatape_kernels.recipes import finetune
+    from adatape_kernels.recipes.finetune import finetune
 
     with chosen_backend(options.backend):
         finetune.run(

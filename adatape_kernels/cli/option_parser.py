@@ -16,6 +16,7 @@ from adatape_kernels.cli.exit_codes import EXIT_CODES, EXIT_UNREADABLE
 from adatape_kernels.cli.option_kinds import OptionKind
 from adatape_kernels.cli.options_file import OptionsFile
 from adatape_kernels.data.printable import printable
+from adatape_kernels.recipes.distributed.one_voice import say_why
 
 # Finds the file among the words of a command line, and leaves the others to the command.
 _FILE_FIRST = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -184,7 +185,8 @@ class OneLineParser(jsonargparse.ArgumentParser):
             spelled = [name for name in self._option_string_actions if "_" not in name]
             near = difflib.get_close_matches(word, spelled, n=1)
             text += f", near {near[0]}" if near and word.startswith("-") else ""
-        self.exit(EXIT_UNREADABLE, f"{self.prog}: {printable(text)} (--help lists what there is)\n")
+        say_why(f"{self.prog}: {printable(text)} (--help lists what there is)")
+        self.exit(EXIT_UNREADABLE)
 
 
 class CommandParser(OneLineParser):

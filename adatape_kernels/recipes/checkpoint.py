@@ -13,9 +13,6 @@ processes; format 2 is written where there are none.
 """
 
 import hashlib
-import json
-import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +24,21 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.arguments import shown
+from adatape_kernels.recipes.checkpoint_index import (
+    DIVIDED_FORMAT,
+    FORMAT,
+    FORMATS,
+    INDEX,
+    KEPT_ENTRIES,
+    OPTIONAL_ENTRIES,
+    content_of,
+    current_files,
+    files_of,
+    parsed,
+    sealed,
+)
 from adatape_kernels.recipes.devices import device_of
-from adatape_kernels.recipes.distributed.checkpoint_parts import check_parts, joined
+from adatape_kernels.recipes.distributed.checkpoint_parts import joined
 from adatape_kernels.recipes.distributed.divided_parameters import is_part
 from adatape_kernels.recipes.model_tensors import (
     MODEL,
@@ -39,15 +49,6 @@ from adatape_kernels.recipes.model_tensors import (
 )
 from adatape_kernels.recipes.run_folder import RunFolder, claim
 
-FORMATS = {f"adatape-kernels training checkpoint, {number}": number for number in (1, 2, 3)}
-"""The formats that can be read, by what checkpoint.json calls them; the last two are written."""
-FORMAT, _DIVIDED_FORMAT = list(FORMATS)[1:]
-INDEX = "checkpoint.json"
-
-_TENSORS = re.compile(r"checkpoint-[0-9]+(-[0-9a-f]{8})?\.safetensors")
-# The end of checkpoint.json. The SHA-256 is that of the file with zeros in its place.
-_SEAL = re.compile(rb'"sha256 of this file": "([0-9a-f]{64})"\n\}\n\Z')
-_SEALED = "sha256 of this file"
 _OPTIMIZER, _RNG, _GPU_RNG = "optimizer.", "rng", "rng of the gpu"
 
 
@@ -104,61 +105,35 @@ def save(
     content = safetensors.torch.save(checkpoint.tensors)
     name = where.unused_name(f"checkpoint-{checkpoint.epoch}", ".safetensors")
     try:
-        previous = _current(where.folder)
+        previous = current_files(where.folder)
     except ValueError:  # its index was damaged meanwhile, and so nothing is known of it
         previous = []
     # Whether we are killed before or after the index is written: one of the two is left over.
     where.note(name, *previous)
-    where.write(name, content)
-    entries = {key: getattr(checkpoint, key) for key in (*_KEPT, *_OPTIONAL)}
+    entries = {key: getattr(checkpoint, key) for key in (*KEPT_ENTRIES, *OPTIONAL_ENTRIES)}
     index = {
-        "format": _DIVIDED_FORMAT if parts else FORMAT,
+        "format": DIVIDED_FORMAT if parts else FORMAT,
         "file": name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         **({"parts": list(parts)} if parts else {}),
-        **{key: value for key, value in entries.items() if value or key in _KEPT},
+        **{key: value for key, value in entries.items() if value or key in KEPT_ENTRIES},
     }
-    where.write(INDEX, sealed(index))
-    where.clear(keep=_files(index))
+    try:
+        where.write(name, content)
+        where.write(INDEX, sealed(index))
+    except BaseException:
+        remove_leftovers(where)
+        raise
+    where.clear(keep=files_of(index))
 
 
 def remove_leftovers(run: RunFolder) -> None:
     """Remove what a save that did not end has left, but nothing that the checkpoint needs."""
     try:
-        run.clear(keep=_current(run.folder))
+        run.clear(keep=current_files(run.folder))
     except ValueError:
         pass  # Where the index is damaged, a file that it named may still be of use.
-
-
-def _files(index: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files that hold an index's tensors."""
-    return [index["file"], *(part["file"] for part in index.get("parts", ()))]
-
-
-def _current(folder: Path) -> list[str]:
-    """Return the names of the tensors' files of a folder's checkpoint; none where there is none.
-
-    Raises:
-        ValueError: checkpoint.json is damaged.
-    """
-    try:
-        content = _read(folder / INDEX)
-    except FileNotFoundError:
-        return []
-    return _files(_parsed(folder / INDEX, content))
-
-
-def sealed(index: Mapping[str, Any]) -> bytes:
-    """Return the content of checkpoint.json, which holds a SHA-256 of itself."""
-    content = (json.dumps({**index, _SEALED: 64 * "0"}, indent=1) + "\n").encode()
-    found = _SEAL.search(content)
-    assert found is not None
-    return _with_digest(content, found, hashlib.sha256(content).hexdigest().encode())
-
-
-def _with_digest(content: bytes, found: re.Match[bytes], digest: bytes) -> bytes:
-    return content[: found.start(1)] + digest + content[found.end(1) :]
 
 
 def require(folder: Path) -> None:
@@ -177,8 +152,8 @@ def load(folder: Path) -> Checkpoint:
     index_file = folder / INDEX
     while True:
         require(folder)
-        content = _read(index_file)
-        index = _parsed(index_file, content)
+        content = content_of(index_file)
+        index = parsed(index_file, content)
         found, file = [], folder
         try:
             for each in (index, *index.get("parts", ())):
@@ -186,103 +161,16 @@ def load(folder: Path) -> Checkpoint:
                 found.append(_tensors(file, each["bytes"], each["sha256"]))
         except FileNotFoundError:
             # Who has written a newer checkpoint meanwhile has removed the tensors of this one.
-            if index_file.is_file() and _read(index_file) != content:
+            if index_file.is_file() and content_of(index_file) != content:
                 continue
             raise ValueError(f"{file}: expected the tensors of {INDEX}, got no such file") from None
         tensors, *parts = found
         tensors |= joined(index_file, parts)
         return Checkpoint(
-            **{name: index[name] for name in (*_KEPT, *_OPTIONAL) if name in index},
+            **{name: index[name] for name in (*KEPT_ENTRIES, *OPTIONAL_ENTRIES) if name in index},
             tensors=tensors,
             format=FORMATS[index["format"]],
         )
-
-
-def _read(file: Path) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read; the error names it.
-    """
-    try:
-        # A pipe would be waited for.
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError(f"{file}: expected a file, got something else")
-        with open(file, "rb") as stream:
-            return stream.read()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(
-            f"{file}: expected a file that can be read, got {error.strerror}"
-        ) from None
-
-
-def _parsed(index_file: Path, content: bytes) -> dict[str, Any]:
-    """Return the entries of checkpoint.json.
-
-    Raises:
-        ValueError: it is cut, altered or of another format; the error names the file.
-    """
-    try:
-        index = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or ["too deep a nesting"])[0]
-        raise ValueError(f"{index_file}: expected whole JSON, got {reason}") from None
-    came = index.get("format") if isinstance(index, dict) else None
-    if not isinstance(came, str) or came not in FORMATS:
-        raise ValueError(f"{index_file}: expected the format {FORMAT!r}, got {shown(came)}")
-    # An altered byte may also make it look like format 1, in which there is no such entry.
-    if FORMATS[came] > 1 or _SEALED in index:
-        found = _SEAL.search(content)
-        whole = b"" if found is None else _with_digest(content, found, 64 * b"0")
-        if found is None or hashlib.sha256(whole).hexdigest().encode() != found[1]:
-            raise ValueError(f"{index_file}: expected its own SHA-256, got that of another content")
-    for name, kind in {**_ENTRIES, **_OPTIONAL}.items():
-        if name in _OPTIONAL and name not in index:
-            continue
-        if type(index.get(name)) is not kind or (name in _OPTIONAL and not index[name]):
-            raise ValueError(
-                f"{index_file}: expected {name} of type {kind.__name__}, "
-                f"got {shown(index.get(name))}"
-            )
-    if FORMATS[came] == 3:
-        check_parts(index_file, index.get("parts"))
-    else:
-        index.pop("parts", None)
-    # The name comes from a file, which must not make us read outside of the folder.
-    for name in _files(index):
-        if not _TENSORS.fullmatch(name):
-            raise ValueError(
-                f"{index_file}: expected file of the form checkpoint-N.safetensors, "
-                f"got {shown(name)}"
-            )
-    for name in ("epoch", "step", "bytes"):
-        if index[name] < 0:
-            raise ValueError(f"{index_file}: expected {name} of 0 or more, got {index[name]}")
-    if index["epoch"] != len(index["history"]):
-        raise ValueError(
-            f"{index_file}: expected epoch to be the length of history, {len(index['history'])}, "
-            f"got {shown(index['epoch'])}"
-        )
-    return index
-
-
-_ENTRIES: dict[str, type] = {
-    "file": str,
-    "bytes": int,
-    "sha256": str,
-    "epoch": int,
-    "step": int,
-    "config": dict,
-    "data": dict,
-    "history": list,
-    "environment": dict,
-}
-_KEPT = ("epoch", "step", "config", "data", "history", "environment")
-# Entries that runs of earlier versions lack, and that are written where there is something to say.
-_OPTIONAL: dict[str, type] = {"extended": list, "best": dict}
 
 
 def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
@@ -296,7 +184,7 @@ def _tensors(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
     import safetensors.torch
     from safetensors import SafetensorError
 
-    content = _read(file)
+    content = content_of(file)
     if len(content) != size:
         raise ValueError(f"{file}: expected {shown(size)} bytes, got {len(content)}")
     came = hashlib.sha256(content).hexdigest()

@@ -10,7 +10,7 @@ from adatape_kernels.data.augment import turn_and_move
 from adatape_kernels.models import AdaTapeViT, AdaTapeViTConfig
 from adatape_kernels.recipes import pictures
 from adatape_kernels.recipes.devices import chosen_device
-from adatape_kernels.recipes.distributed.ranks import started
+from adatape_kernels.recipes.distributed.joining import started
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
 from adatape_kernels.recipes.one_thread import one_thread
@@ -77,6 +77,7 @@ def run(
     with lenient_output(), contextlib.ExitStack() as until_the_end, one_thread():
         ranks = until_the_end.enter_context(started(where))
         execution, run_folder = Execution(dtype, ranks=ranks), None
+        ranks.check_agreement({"epochs": plan.epochs, "seed": plan.seed, "dtype": execution.dtype})
         if ranks.leads:
             # A folder that cannot be written shows here, before a minute of training.
             check_output_folder(folder)

@@ -19,7 +19,8 @@ from adatape_kernels.models.model_file import FILE, Description, SavedModel, rea
 from adatape_kernels.recipes import checkpoint, demo
 from adatape_kernels.recipes.model_tensors import evaluated_weights
 from adatape_kernels.recipes.report_file import REPORT
-from adatape_kernels.recipes.training.train_config import TrainConfig, with_present_names
+from adatape_kernels.recipes.training.saved_options import with_present_names
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 
 def load(

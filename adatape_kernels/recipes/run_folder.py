@@ -1,8 +1,10 @@
 """The folder of a run: one process writes into it at a time, each file whole or not at all.
 
-The process holds a lock of the system on a file of its own, which the system takes away when the
-process ends, in whatever way. That file also names the files that the process has begun to write,
-or is about to remove, so that what a killed process leaves behind is known by name.
+The process holds a lock of the system (flock) on a file of its own, which the system takes away
+when the process ends, in whatever way. So a process is at work exactly where another one cannot get
+the lock: no process number is looked up, which another process may have by then, and no age of the
+file. That file also names the files that the process has begun to write, or is about to remove, so
+that what a killed process leaves behind is known by name; it is left behind for that alone.
 """
 
 import contextlib
@@ -78,9 +80,12 @@ class RunFolder:
         """
         part = f"{name}.{self._token}.part"
         self.note(part)
-        write_file(self.folder / name, content, self.folder / part)
-        self.noted.remove(part)
-        self._record()
+        try:
+            write_file(self.folder / name, content, self.folder / part)
+        finally:
+            if not os.path.lexists(self.folder / part):
+                self.noted.remove(part)
+                self._record()
 
     def note(self, *names: str) -> None:
         """Note files that are begun or to be removed, before either happens."""

@@ -9,7 +9,8 @@ from adatape_kernels.data.printable import printable
 from adatape_kernels.models.model_file import SavedModel
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.report_file import REPORT
-from adatape_kernels.recipes.training.train_config import TrainConfig, with_present_names
+from adatape_kernels.recipes.training.saved_options import with_present_names
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 
 def images_of_run(folder: Path, data_dir: Path | None = None) -> ImageSet:

@@ -126,8 +126,9 @@ def _give(connection: Connection, task: _Task | None) -> None:
 
 def _work(connection: Connection) -> None:
     """Do the work of a process that was started for it."""
-    # An interrupt is for the process that started this one, which then ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An interruption is for the process that started this one, which then ends it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     serve(connection)
 
 

@@ -59,7 +59,7 @@ def other_value(name, option):
     if name == "parity" and option.name == "dtype":
         return "bf16"
     if name == "parity" and option.name == "models":
-        return ("universal",)
+        return ("adatape-fixed-query",)
     value = OTHERS[option.kind.item]
     return (value,) if option.kind.many else value
 

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 from adatape_kernels.cli import main
 from adatape_kernels.data import augment
-from adatape_kernels.recipes import finetune_report, pictures
-from adatape_kernels.recipes.finetune import PLAN, SOURCE, run
-from adatape_kernels.recipes.finetune_report import CONTROL, KINDS
+from adatape_kernels.recipes import pictures
+from adatape_kernels.recipes.finetune import finetune_report
+from adatape_kernels.recipes.finetune.finetune import PLAN, SOURCE, run
+from adatape_kernels.recipes.finetune.finetune_report import CONTROL, KINDS
 from adatape_kernels.recipes.training import train
 
 TINY = {"data": "digits", "dim": 16, "depth": 1, "heads": 2, "ffn": 16, "num_tape_tokens": 3}

@@ -7,10 +7,11 @@ from checks import refused
 from image_files import write_folder
 
 from adatape_kernels.cli import main
-from adatape_kernels.recipes import checkpoint, finetune_report, pictures
-from adatape_kernels.recipes.compare import compare
+from adatape_kernels.recipes import checkpoint, pictures
+from adatape_kernels.recipes.compare import compare_calibration, compare_work
 from adatape_kernels.recipes.compare.compare_config import CompareConfig
-from adatape_kernels.recipes.finetune import PLAN
+from adatape_kernels.recipes.finetune import finetune_report
+from adatape_kernels.recipes.finetune.finetune_folder import PLAN
 from adatape_kernels.recipes.training import train
 
 pytest.importorskip("PIL", reason="image folders need Pillow")
@@ -30,8 +31,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(train, "ROUNDS", 1)
     monkeypatch.setattr(finetune_report, "ROUNDS", 1)
     monkeypatch.setattr(pictures, "draw_all", lambda *given: None)
-    monkeypatch.setattr(compare, "in_processes", here)
-    monkeypatch.setattr(compare, "_LEAST_TIMING", 0.01)
+    monkeypatch.setattr(compare_work, "in_processes", here)
+    monkeypatch.setattr(compare_calibration, "_LEAST_TIMING", 0.01)
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def photos(tmp_path):
 
 def test_compare_with_workers_leaves_out_what_cannot_be_read(photos, tmp_path, capsys):
     folder, bad = photos
-    words = ["compare", "--data", "imagefolder", "--data-dir", str(folder), *TINY]
+    tiny = [word for word in TINY if word not in ("--bank-patch", "4")]  # which no ViT has
+    words = ["compare", "--data", "imagefolder", "--data-dir", str(folder), *tiny]
     words += ["--models", "vit", "--sizes", "1", "--seeds", "0", "--epochs", "1", "--rounds", "1"]
     assert main([*words, "--out", str(tmp_path / "stopped")]) == 2
     error = capsys.readouterr().err

@@ -24,7 +24,7 @@ WRITER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from adatape_kernels.recipes import checkpoint, run_folder
+from adatape_kernels.recipes import checkpoint, checkpoint_index, run_folder
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
 
 folder = Path(sys.argv[1])
@@ -76,7 +76,7 @@ def test_a_death_at_any_line_leaves_a_checkpoint_and_nothing_that_stays(tmp_path
     ends = by_a_writer(
         tmp_path,
         """
-        FILES = (run_folder.__file__, checkpoint.__file__)
+        FILES = (run_folder.__file__, checkpoint.__file__, checkpoint_index.__file__)
 
         def dying(line):
             left = [line]

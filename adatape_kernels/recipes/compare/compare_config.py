@@ -17,6 +17,7 @@ from adatape_kernels.recipes.training.loading_options import (
 )
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_plan import MOST_EPOCHS
+from adatape_kernels.recipes.training.unused_options import check_loading_used
 
 MODELS: dict[str, dict[str, Any]] = {
     "adatape-input": {"model_name": "adatape", "bank": "input"},
@@ -105,6 +106,11 @@ class CompareConfig:
                     f"options: expected {', '.join(SHARED_OPTIONS)}, got {shown(name)}"
                 )
         self._set("options", given)
+        if "bank_patch" in given and not any(name.startswith("adatape") for name in self.models):
+            raise ValueError(
+                f"bank-patch: expected none without an AdaTape among the models, got "
+                f"{given['bank_patch']}"
+            )
         for run in self.runs():
             self.train_config(run, self.epochs or 1, self.limit)
 
@@ -129,6 +135,7 @@ class CompareConfig:
         """
         check_kind("loading", asked, Mapping)
         loading = Loading.of_run(asked)
+        check_loading_used(asked, self.data)
         if loading.workers and self.data not in SETS_OF_FILES:
             raise ValueError(
                 f"workers: expected 0 for {self.data}, whose images are in memory, got "
@@ -152,7 +159,10 @@ class CompareConfig:
         if made["model_name"] != "adatape":
             shared.pop("bank_patch", None)
         options = {"data": self.data, "epochs": epochs, "limit": limit, **shared, **made}
-        return TrainConfig.of(with_draws(options, {}))
+        # What one model has no use for may be there for another one.
+        usual = self.options if "adatape-input" in self.models else {}
+        usual = {name: usual[name] for name in usual if name == "bank_patch"}
+        return TrainConfig.of(with_draws(options, {}), usual=usual)
 
 
 def seconds_of(text: str) -> float:

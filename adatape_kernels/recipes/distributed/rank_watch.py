@@ -25,19 +25,29 @@ BEAT_SECONDS = 3.0
 PATIENCE_SECONDS = 40.0
 """How long a rank may be silent. With the beat, and a look at the store, it is below a minute."""
 
-_EXIT = 2
+EXIT_BY_ANOTHER = 2
+"""Exit code of a rank that ends because another one has failed and said why."""
+
 _MOST_PORT = 65535
 _SECONDS_TO_CONNECT = 30
+# One that has failed already asks for no more than whether it is the first.
+_SECONDS_TO_CONNECT_AT_LAST = 5
 _FAILED = "failed"
 
+WATCH = "watch"
+"""What the watch's part of torchrun's store is for, as `store_of_torchrun` has it."""
 
-def store_of_torchrun(purpose: str, restarts: int | None = None) -> Any:
+
+def store_of_torchrun(
+    purpose: str, restarts: int | None = None, seconds: float = _SECONDS_TO_CONNECT
+) -> Any:
     """Return a connection to torchrun's own store, or None where rank 0 is to hold one.
 
     Args:
         purpose: begins the names of what is stored.
         restarts: how often torchrun has started the processes anew, which begins them too: its
             store may still hold what those before have written. None for what all starts share.
+        seconds: how long it is tried to reach it.
 
     Raises:
         ValueError: a variable that says where the store is, is missing or damaged.
@@ -46,17 +56,39 @@ def store_of_torchrun(purpose: str, restarts: int | None = None) -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = place_of_store()
-    patience = timedelta(seconds=_SECONDS_TO_CONNECT)
+    patience = timedelta(seconds=seconds)
     try:
         with quiet_stderr():  # torch's library notes every attempt
             store = dist.TCPStore(host, port, None, False, timeout=patience)
     except RuntimeError:
         raise RuntimeError(
             f"MASTER_ADDR: expected torchrun's store at {printable(host, 100)}:{port}, got no "
-            f"answer within {_SECONDS_TO_CONNECT} seconds"
+            f"answer within {seconds:g} seconds"
         ) from None
     start = "" if restarts is None else f"{restarts}/"
     return dist.PrefixStore(f"adatape-kernels/{start}{purpose}", store)
+
+
+def is_first_to_fail(number: int, restarts: int) -> bool:
+    """Tell all ranks that this one has failed; return whether it is the first that does.
+
+    This is for a rank that may not have joined the others yet, as where its options are wrong.
+
+    Args:
+        number: the rank of this process.
+        restarts: how often torchrun has started all of them anew.
+    """
+    try:
+        store = store_of_torchrun(WATCH, restarts, _SECONDS_TO_CONNECT_AT_LAST)
+        return store is None or _is_first(store, number)
+    except (RuntimeError, ValueError):  # nobody is there with whom it could tell
+        return True
+
+
+def _is_first(store: Any, number: int) -> bool:
+    mine = str(number)
+    first = store.compare_set(_FAILED, "", mine)
+    return bool(first.decode() == mine)
 
 
 def place_of_store() -> tuple[str, int]:
@@ -109,14 +141,18 @@ class RankWatch:
             with contextlib.suppress(RuntimeError), self._lock:
                 self._store.set(f"done/{self.number}", "1")
 
+    def one_has_failed(self) -> bool:
+        """Return whether a rank has told all that it has failed."""
+        with self._lock:
+            return self._store is not None and self._store.check([_FAILED])
+
     def report(self) -> bool:
         """Tell all ranks that this one has failed; return whether it is the first that does."""
         if self._store is None:
             return True
         try:
             with self._lock:
-                mine = str(self.number)
-                return self._store.compare_set(_FAILED, "", mine).decode() == mine
+                return _is_first(self._store, self.number)
         except RuntimeError:  # the store is gone, with whom it could tell
             return True
 
@@ -160,4 +196,4 @@ class RankWatch:
                 if stream is not None:
                     rank = f"rank {self.number} of {self.count}"
                     print(f"adatape-kernels: {rank}: {reason}", file=stream, flush=True)
-        os._exit(_EXIT)
+        os._exit(EXIT_BY_ANOTHER)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 
 from adatape_kernels.models.value_checks import as_integer
 from adatape_kernels.recipes import worker_processes
-from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.distributed.joining import started
+from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.worker_processes import MOST_JOBS, usable_cores
 
 _KEY_BYTES = 32
 
 
 @contextlib.contextmanager
-def runs_dealt_out(device: torch.device) -> Iterator[bool]:
+def runs_dealt_out(device: torch.device, asked: Mapping[str, Any]) -> Iterator[bool]:
     """Yield whether this process is to do a command's work, and to have its runs trained.
 
     Under torchrun rank 0 is, and each other rank has trained what rank 0 gave to it when its
@@ -27,10 +28,13 @@ def runs_dealt_out(device: torch.device) -> Iterator[bool]:
 
     Args:
         device: where this process computes.
+        asked: what decides the runs, by option, which all ranks are to be asked for alike.
 
-    Raises what `ranks.started` does.
+    Raises:
+        ValueError: a rank was asked for something else; and what `joining.started` raises.
     """
     with started(device) as ranks:
+        ranks.check_agreement(asked)
         if not ranks.several:
             yield True
         elif ranks.leads:

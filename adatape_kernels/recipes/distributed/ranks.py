@@ -1,51 +1,21 @@
 """The processes that train together, as torchrun's environment describes them."""
 
-import atexit
-import contextlib
-import gc
-import io
 import os
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from adatape_kernels.arguments import shown
-from adatape_kernels.data.printable import printable
 from adatape_kernels.models.value_checks import as_integer
-from adatape_kernels.recipes.distributed.rank_watch import (
-    RankWatch,
-    place_of_store,
-    store_of_torchrun,
-)
-from adatape_kernels.recipes.terminal import say
-
-EXIT_BY_ANOTHER = 2
-"""Exit code of a rank that stops because another one has failed and said why."""
 
 Found = TypeVar("Found")
 
 _NONE = torch.arange(0)
-SECONDS_BEFORE_A_NOTE = 20.0
-"""How long a rank waits for the others to begin before it says so."""
-_LONGEST_WAIT = timedelta(minutes=30)
 _MOST_RANKS = 1 << 20
-# Of torch's DistributedDataParallel: a name that newer versions have for an option that older ones
-# know by this one alone, and the layout of small gradients. Of its FSDP2: what a model returns must
-# not be changed in place, as it is not here.
-_NO_FAULTS = (
-    "`broadcast_buffers` is deprecated",
-    "Grad strides do not match",
-    "FSDP2-wrapped module",
-)
 
 
 @dataclass(frozen=True)
@@ -149,160 +119,3 @@ class Ranks:
 
 ALONE = Ranks()
 """A process that shares its steps with no other."""
-
-# What this process is among others that it has joined.
-_joined: list[Ranks] = []
-
-
-@contextlib.contextmanager
-def started(device: torch.device) -> Iterator[Ranks]:
-    """Join the other processes that torchrun has started, and yield which of them this is.
-
-    Within the context all ranks but rank 0 print nothing, and another one yields the same. A group
-    that the caller has started is used, and left as it is. Without torchrun this does nothing.
-
-    Args:
-        device: where this process computes, which decides between gloo and NCCL.
-
-    Raises:
-        ValueError: torchrun's variables are damaged, or several processes would share a GPU.
-        KeyboardInterrupt: torchrun ends this process, as it does with all when one has died.
-        SystemExit: another rank has failed, and has said why.
-    """
-    ranks = Ranks.of_environment()
-    if not ranks.several or ranks in _joined:
-        yield ranks
-        return
-    if device.type == "cuda":
-        if device.index != ranks.local:
-            raise ValueError(
-                "device: expected auto or cuda under torchrun, each of whose processes has a GPU "
-                f"of its own, got {device}"
-            )
-        torch.cuda.set_device(device)
-    ours = not dist.is_initialized()
-    if ours:
-        place_of_store()
-    # Where rank 0 holds the store, nobody could say there that it is gone.
-    watch = RankWatch(store_of_torchrun("watch", ranks.restarts), ranks.number, ranks.count)
-    try:
-        if ours:
-            with _said_when_it_takes_long(ranks):
-                dist.init_process_group(
-                    "nccl" if device.type == "cuda" else "gloo",
-                    store=store_of_torchrun("group", ranks.restarts),
-                    rank=ranks.number,
-                    world_size=ranks.count,
-                    timeout=_LONGEST_WAIT,
-                )
-        with watch, _quiet(not ranks.leads), _interruptible(), warnings.catch_warnings():
-            for text in _NO_FAULTS:
-                warnings.filterwarnings("ignore", text)
-            _joined.append(ranks)
-            yield ranks
-    except (Exception, KeyboardInterrupt) as error:
-        _stop(ranks, watch, error)
-    finally:
-        _joined.clear()
-    if ours:
-        gc.collect()  # what has hooks that use the group must be gone before it
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _said_when_it_takes_long(ranks: Ranks) -> Iterator[None]:
-    """Say that a rank waits for others, which nobody may have started."""
-    host, port = place_of_store()
-    line = (
-        f"adatape-kernels: note: rank {ranks.number} of {ranks.count} waits for the others at "
-        f"{printable(host, 100)}:{port}, as RANK and WORLD_SIZE say"
-    )
-    timer = threading.Timer(SECONDS_BEFORE_A_NOTE, say, [line])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Take SIGTERM, by which torchrun ends processes, for an interruption, which says one line.
-
-    A terminal and torchrun may both pass an interrupt on: what comes behind the first counts no
-    more, as the line is still to be written.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # Who starts a process in the background may have told it to ignore interrupts.
-    asked = [signal.SIGTERM] + [signal.SIGINT] * callable(signal.getsignal(signal.SIGINT))
-
-    def ignore() -> None:
-        for number in asked:
-            signal.signal(number, signal.SIG_IGN)
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        ignore()
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in asked}
-    try:
-        yield
-    except BaseException:
-        ignore()
-        raise
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def _stop(ranks: Ranks, watch: RankWatch, error: BaseException) -> NoReturn:
-    """Raise the error of the first rank that fails, and end the others without a word."""
-    atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else EXIT_BY_ANOTHER)
-    if not watch.report():
-        raise SystemExit(EXIT_BY_ANOTHER) from None
-    if _is_of_communication(error):
-        raise RuntimeError(
-            f"rank {ranks.number} of {ranks.count}: expected an answer of every other rank, and "
-            "one is gone; --resume goes on from the last checkpoint"
-        ) from None
-    raise error
-
-
-def _leave(code: int) -> None:
-    """End the process without taking the group down, which would wait for ranks that are gone."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(code)
-
-
-def _is_of_communication(error: BaseException) -> bool:
-    """Return whether an error says that another process could not be reached."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo/" in text or "Connection " in text)
-
-
-@contextlib.contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Drop what is printed."""
-    if not quiet:
-        yield
-        return
-    with contextlib.redirect_stdout(_Nowhere()), contextlib.redirect_stderr(_Nowhere()):
-        yield
-
-
-class _Nowhere(io.TextIOBase):
-    """A text stream that keeps nothing."""
-
-    def write(self, text: str) -> int:
-        """Return the length of a text."""
-        return len(text)
-
-    def writable(self) -> bool:
-        """Return that it takes texts."""
-        return True

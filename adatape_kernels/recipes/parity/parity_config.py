@@ -85,6 +85,11 @@ class ParityConfig:
                 raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
         if self.sequence_token is not None:
             self._set("sequence_token", as_flag("sequence-token", self.sequence_token))
+            if not any(name.startswith("adatape") for name in self.models):
+                raise ValueError(
+                    "sequence-token: expected none without an AdaTape among the models, got "
+                    f"{self.sequence_token}"
+                )
         as_choice("protocol", self.protocol, ("uniform", "extrapolate"))
         as_choice("dtype", self.dtype, DTYPES)
         if self.protocol == "extrapolate" and min(self.lengths) < 2:

@@ -1,9 +1,10 @@
 """The command `parity`: all runs of the table, one after another, each kept when it is done."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def run(
     folder = folder_argument("out", out)
     jobs = runs_at_a_time(jobs, where)
     pictures.require("parity")
-    with runs_dealt_out(where) as works:
+    asked = {name.replace("_", "-"): value for name, value in asdict(config).items()}
+    with runs_dealt_out(where, {**asked, "backend": tuple(backends)}) as works:
         return _run(folder, config, Workplace(jobs, where, tuple(backends))) if works else []
 
 
@@ -108,7 +110,7 @@ def _train_rest(
         return [result for result in done.values() if result is not None]
 
     left = [each for each, result in done.items() if result is None]
-    with TableBars(len(done), len(finished())) as bars:
+    with _counted_where_it_ends(out, done), TableBars(len(done), len(finished())) as bars:
         for event in in_processes(left, config, workplace):
             if isinstance(event, Progress):
                 known = event.accuracy
@@ -131,6 +133,21 @@ def _train_rest(
     pairs = _draw_reads(out, config, finished(), workplace.device)
     _write_report(out, config, finished(), workplace.device, pairs)
     return finished()
+
+
+@contextlib.contextmanager
+def _counted_where_it_ends(
+    out: RunFolder, done: Mapping[Run, ParityResult | None]
+) -> Iterator[None]:
+    """Say in an interruption how many runs are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        count = sum(result is not None for result in done.values())
+        raise KeyboardInterrupt(
+            f"{printable(out.folder)} holds {count} of {len(done)} runs; the same command goes on "
+            "from there"
+        ) from None
 
 
 def _draw_reads(

@@ -91,16 +91,26 @@ class InitialModel:
                 f"model: expected {kind}, as in {printable(self.path)}, "
                 f"got {shown(given['model_name'])}"
             )
+        usual = {} if "recipe" in given else FINE_TUNING
+        own = self.own_options(given)
+        return {"model_name": kind, **usual, **own, **given, "init": self.facts}
+
+    def own_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of `train` that are the model's where others are not given.
+
+        Args:
+            given: those that are given; None where one is not.
+        """
         own = options_of(self.config)
+        named = image_model(given.get("model_name") or _KINDS[type(self.config)])
         for name in named.choices:
             own.pop(name, None)
-        if "variant" in given or named.variant is not None:
+        if given.get("variant") is not None or named.variant is not None:
             for name in SIZES_OF_A_VARIANT:
                 del own[name]
         if given.get("data") in FIXED_SIDES:
             del own["image_size"]
-        usual = {} if "recipe" in given else FINE_TUNING
-        return {"model_name": kind, **usual, **own, **given, "init": self.facts}
+        return own
 
     def put_into(self, model: ImageClassifier, class_names: tuple[str, ...]) -> None:
         """Give a model these parameters; of another number of classes it keeps its new head.

@@ -9,10 +9,11 @@ from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.initial_model import InitialModel
 from adatape_kernels.recipes.training.loading_options import Loading
 from adatape_kernels.recipes.training.model_options import TAPE_OPTIONS
+from adatape_kernels.recipes.training.option_checks import option_name
 from adatape_kernels.recipes.training.run_request import RunRequest
 from adatape_kernels.recipes.training.run_setup import new_run
 from adatape_kernels.recipes.training.source_file import SourceFile
-from adatape_kernels.recipes.training.train_config import TrainConfig, option_name
+from adatape_kernels.recipes.training.train_config import TrainConfig
 
 CONFIG = "config.yaml"
 """Name of the file in a run's folder."""

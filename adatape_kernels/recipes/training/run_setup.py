@@ -19,6 +19,7 @@ from adatape_kernels.recipes.terminal import say
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.initial_model import InitialModel
 from adatape_kernels.recipes.training.loading_options import Loading, with_draws
+from adatape_kernels.recipes.training.option_checks import known_set, option_name
 from adatape_kernels.recipes.training.run_loader import LookedAt
 from adatape_kernels.recipes.training.run_request import RunRequest
 from adatape_kernels.recipes.training.saved_run import extended, saved_run
@@ -27,8 +28,9 @@ from adatape_kernels.recipes.training.tensorboard_events import (
     FOLDER,
     require_tensorboard,
 )
-from adatape_kernels.recipes.training.train_config import TrainConfig, option_name
+from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_plan import TrainPlan
+from adatape_kernels.recipes.training.unused_options import check_loading_used
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class RunSetup:
         loading.check_options(config)
         execution.check_thresholds(config.halt_threshold_range)
         execution.check_device(device)
+        if execution.parallel == "fsdp" and not ranks.several:
+            say("adatape-kernels: note: --parallel fsdp divides nothing in a single process")
         config.require_packages()
         tensorboard = request.tensorboard
         if tensorboard is None:
@@ -191,9 +195,11 @@ def new_run(request: RunRequest) -> tuple[SourceFile | InitialModel | None, Trai
         OSError: a file cannot be read.
     """
     options = with_draws(request.options, request.loading)
+    check_loading_used(request.loading, known_set(options.get("data")))
     if request.init is not None:
         model = InitialModel.read(request.init)
-        return model, TrainConfig.of(model.options(options))
+        config = TrainConfig.of(model.options(options), usual=model.own_options(options))
+        return model, config
     if request.source is None:
         return None, TrainConfig.of(options)
     source = SourceFile.read(

@@ -16,13 +16,10 @@ from adatape_kernels.recipes.training.epoch_metrics import check_history
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.initial_model import file_of
 from adatape_kernels.recipes.training.loading_options import Loading
+from adatape_kernels.recipes.training.option_checks import check_option, option_name
+from adatape_kernels.recipes.training.saved_options import with_present_names
 from adatape_kernels.recipes.training.source_file import sha256_of
-from adatape_kernels.recipes.training.train_config import (
-    TrainConfig,
-    check_option,
-    option_name,
-    with_present_names,
-)
+from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_plan import MOST_EPOCHS
 
 _EXTENSION = ("after_epoch", "epochs", "before")

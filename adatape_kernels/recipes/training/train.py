@@ -10,9 +10,11 @@ import torch
 from adatape_kernels.models import ImageClassifier
 from adatape_kernels.models.model_file import FILE
 from adatape_kernels.recipes import checkpoint
+from adatape_kernels.recipes.checkpoint_index import epoch_of
 from adatape_kernels.recipes.devices import chosen_device
 from adatape_kernels.recipes.distributed.divided_parameters import whole_model
-from adatape_kernels.recipes.distributed.ranks import Ranks, started
+from adatape_kernels.recipes.distributed.joining import started
+from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
 from adatape_kernels.recipes.model_comparison import ModelComparison
 from adatape_kernels.recipes.model_report import write_report
@@ -109,20 +111,21 @@ def _run(
 ) -> ModelComparison | None:
     """Do what `run` says. Nothing is written before everything that can be checked is."""
     setup = RunSetup.of(request, device, ranks, until_the_end)
-    images = TrainingImages.of(setup)
-    trained = TrainedModel.of(setup, images)
-    backend = trained.backend_of_a_step(setup, images)
-    record = RunRecord(setup, images, trained, backend)
-    record.begin(until_the_end)
     try:
+        images = TrainingImages.of(setup)
+        trained = TrainedModel.of(setup, images)
+        backend = trained.backend_of_a_step(setup, images)
+        record = RunRecord(setup, images, trained, backend)
+        record.begin(until_the_end)
         _train_epochs(setup, images, trained, record)
         images.looked.say_unreadable()
         return _report(images, trained, record)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{setup.folder} holds epoch {len(record.history)} of {images.plan.epochs}; "
-            "--resume goes on from there"
-        ) from None
+        epoch = epoch_of(setup.folder)
+        found = "no checkpoint yet"
+        if epoch is not None:
+            found = f"epoch {epoch} of {setup.config.epochs}; --resume goes on from there"
+        raise KeyboardInterrupt(f"{setup.folder} holds {found}") from None
 
 
 def _train_epochs(

@@ -13,7 +13,11 @@ import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.data.image_set import unit_range
 from adatape_kernels.recipes import measure
-from adatape_kernels.recipes.compare import compare, compare_training
+from adatape_kernels.recipes.compare import (
+    compare_calibration,
+    compare_training,
+    compare_work,
+)
 from adatape_kernels.recipes.compare.compare_config import CompareConfig, CompareRun
 from adatape_kernels.recipes.compare.compare_measuring import measured
 from adatape_kernels.recipes.compare.compare_training import Trained, Training, images_of
@@ -33,16 +37,16 @@ def here(tasks, work, jobs, backends):
 
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch):
-    monkeypatch.setattr(compare, "in_processes", here)
-    monkeypatch.setattr(compare, "_LEAST_TIMING", 0.01)
+    monkeypatch.setattr(compare_work, "in_processes", here)
+    monkeypatch.setattr(compare_calibration, "_LEAST_TIMING", 0.01)
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare") / "c"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "in_processes", here)
-        patch.setattr(compare, "_LEAST_TIMING", 0.01)
+        patch.setattr(compare_work, "in_processes", here)
+        patch.setattr(compare_calibration, "_LEAST_TIMING", 0.01)
         options = ["--sizes", "1,2", "--seeds", "3,4", "--epochs", "1"]
         assert main([*OPTIONS, *options, "--models", "adatape-input,avit", "--out", str(out)]) == 0
     return out
@@ -120,7 +124,7 @@ def test_a_run_is_the_one_that_train_trains(compared, tmp_path):
 
 def test_the_same_command_again_changes_nothing(compared, monkeypatch, capsys):
     before = {file.name: file.read_bytes() for file in compared.iterdir()}
-    monkeypatch.setattr(compare, "in_processes", None)
+    monkeypatch.setattr(compare_work, "in_processes", None)
     options = ["--sizes", "1,2", "--seeds", "3,4", "--epochs", "1"]
     arguments = [*OPTIONS, *options, "--models", "adatape-input,avit", "--out", str(compared)]
     assert main(arguments) == 0
@@ -155,12 +159,12 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
         begun.extend(name for name, _ in tasks)
         yield from here(tasks, work, jobs, backends)
 
-    monkeypatch.setattr(compare, "in_processes", interrupted)
+    monkeypatch.setattr(compare_work, "in_processes", interrupted)
     arguments = [*OPTIONS, "--sizes", "1", "--seeds", "0", "--epochs", "1", "--out", str(out)]
     arguments += ["--models", "vit,uvit"]
     assert main(arguments) == 130
     assert "holds 1 of 2 runs; the same command goes on from there" in capsys.readouterr().err
-    monkeypatch.setattr(compare, "in_processes", noted)
+    monkeypatch.setattr(compare_work, "in_processes", noted)
     assert main(arguments) == 0
     assert len(begun) == 1 and len(results_of(out)) == 2
     # One seed has no spread.
@@ -176,12 +180,12 @@ def test_a_budget_gives_all_models_the_same_training(tmp_path, monkeypatch):
     out = tmp_path / "c"
     arguments = [*OPTIONS, "--sizes", "1", "--seeds", "0", "--models", "vit,uvit"]
     arguments += ["--budget", "2s"]
-    plan = compare.planned
+    plan = compare_calibration.planned
 
     def all_but_a_moment(config, costs, **facts):
         return plan(config, costs, **{**facts, "spent": 0.95 * config.budget - 0.4})
 
-    monkeypatch.setattr(compare, "planned", all_but_a_moment)
+    monkeypatch.setattr(compare_calibration, "planned", all_but_a_moment)
     assert main([*arguments, "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert len({(r["epochs"], r["train_images"]) for r in report["results"]}) == 1
@@ -246,7 +250,7 @@ def test_a_loss_that_is_not_finite_names_run_and_step(tmp_path, monkeypatch, cap
             except RuntimeError as error:
                 raise RuntimeError(f"{name}: {error}") from None
 
-    monkeypatch.setattr(compare, "in_processes", caught)
+    monkeypatch.setattr(compare_work, "in_processes", caught)
     arguments = [*OPTIONS, "--sizes", "1", "--seeds", "0", "--epochs", "1", "--models", "vit"]
     assert main([*arguments, "--out", str(tmp_path / "c")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -23,8 +23,8 @@ from rank_runs import CHAINS, deal_runs, epoch_of_run, share_commands
 from adatape_kernels.data.loading import BatchLoader, BatchMaker, UnreadableImages
 from adatape_kernels.recipes.distributed.dealing import Dealer
 from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole
+from adatape_kernels.recipes.distributed.joining import started
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
-from adatape_kernels.recipes.distributed.ranks import started
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
 from adatape_kernels.recipes.run_folder import write_file
 from adatape_kernels.recipes.terminal import say

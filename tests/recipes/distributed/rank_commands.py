@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 import torch
 import torch._dynamo  # which DistributedDataParallel imports, once for all ranks
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 
 from adatape_kernels.cli import main
+from adatape_kernels.recipes.distributed import joining
 from adatape_kernels.recipes.training import train
 from adatape_kernels.recipes.training.train_step import EagerSteps
 
@@ -30,6 +32,15 @@ RUN = ["train", "--data", "digits", "--limit", 22, "--batch", 7, "--epochs", 2, 
 ALL = ["--accumulate", 3, "--ema", 0.9, "--mixup", 0.2, "--checkpoint-layers"]
 ALL += ["--halt-threshold-range", "0.3,1.5", "--halt-threshold", 1.0]
 BF16 = ["--dtype", "bf16", "--num-tape-tokens", 3]
+TABLE = ["parity", "--lengths", 4, "--models", "adatape,transformer", "--seeds", 0]
+TABLE += ["--steps", 3, "--batch", 8, "--eval-examples", 50]
+# What is wrong is seen by the parser, before the ranks meet, and when they have met.
+REFUSED = {
+    "no number": [*RUN, "--epochs", "two"],
+    "no device": [*RUN, "--device", "tpu"],
+    "no heads": [*RUN, "--heads", 3],
+    "unused": [*RUN, "--num-tape-tokens", 0, "--topk", 3],
+}
 STEPS = 4  # of an epoch
 _SMALL_FILE = 2000  # bytes, which a part of a checkpoint has more of
 
@@ -71,6 +82,25 @@ def later(fault, rank):
     """Let a fault befall rank 1 in the second epoch."""
     if rank == 1:
         at_step(STEPS + 2, fault)
+
+
+def asked_to_end(rank):
+    """Have each rank asked to end, in the second epoch and again, as torchrun does by SIGTERM."""
+    at_step(STEPS + 2 + rank, interrupted_again_and_again)
+
+
+def asked_to_end_too_soon(rank):
+    """Have rank 0 asked to end while it waits for rank 1, which has not come yet."""
+    waits = joining._wait_for_all
+
+    def waits_in_vain(*given):
+        Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        waits(*given)
+
+    if rank == 0:
+        joining._wait_for_all = waits_in_vain
+    else:
+        time.sleep(2)
 
 
 def in_ranks(folder, name, arguments, count=1, restarts=0, store=None, before=None):
@@ -129,8 +159,10 @@ def run_all(folder):
         "one bf16": call("one bf16", [*RUN, *BF16, "--out", folder / "one bf16"]),
         "bf16": call("bf16", [*RUN, *BF16, *fsdp, "--out", folder / "bf16"], 2),
     }
+    codes["two of fsdp"] = call("two of fsdp", [*RUN, *ALL, *fsdp, "--out", folder / "two"], 2)
     for name, count, fault, options in (
         ("killed", 3, killed, []),
+        ("killed of fsdp", 2, killed, fsdp),
         ("full disk", 2, on_a_full_disk, fsdp),
     ):
         command, store = [*RUN, *ALL, *options, "--out", folder / name], new_store()
@@ -143,6 +175,39 @@ def run_all(folder):
     codes["interrupted"] = call(
         "interrupted", [*RUN, "--out", folder / "interrupted"], 2, before=befallen
     )
+    codes["all interrupted"] = call(
+        "all interrupted", [*RUN, "--out", folder / "all"], 2, before=asked_to_end
+    )
+    codes["too soon"] = call(
+        "too soon", [*RUN, "--out", folder / "new"], 2, before=asked_to_end_too_soon
+    )
+    for name, words in REFUSED.items():
+        codes[name] = call(name, [*words, "--out", folder / "new"], 2)
+    codes["refused by one"] = call(
+        "refused by one",
+        lambda rank: [*RUN, "--epochs", "two" * rank or 2, "--out", folder / "new"],
+        2,
+    )
+    codes["help"] = call("help", ["train", "--help"], 2)
+    codes["other seeds"] = call(
+        "other seeds", lambda rank: ["demo", "--seed", rank, "--out", folder / "new"], 2
+    )
+    codes["other tables"] = call(
+        "other tables", lambda rank: [*TABLE, "--steps", 3 + rank, "--out", folder / "new"], 2
+    )
+    codes["other kinds"] = call(
+        "other kinds",
+        lambda rank: ["finetune", *RUN[1:], "--seeds", 1 + rank, "--out", folder / "new"],
+        2,
+    )
+    codes["table of one"] = call(
+        "table of one", [*TABLE, "--jobs", 1, "--out", folder / "table of one"]
+    )
+    codes["table"] = call("table", [*TABLE, "--out", folder / "table"], 2)
+    (folder / "table" / "transformer-4-0.json").unlink()
+    made = (folder / "table" / "adatape-4-0.json").read_bytes()
+    codes["table, again"] = call("table, again", [*TABLE, "--out", folder / "table"], 2)
+    assert (folder / "table" / "adatape-4-0.json").read_bytes() == made
     codes["other sizes"] = call(
         "other sizes", lambda rank: [*RUN, "--dim", 16 + 16 * rank, "--out", folder / "new"], 2
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from rank_models import CPU, DATA, NORMALISE, PLAN, new_model, noisy
 
-from adatape_kernels.recipes import checkpoint, demo, finetune
+from adatape_kernels.recipes import checkpoint, demo
 from adatape_kernels.recipes.checkpoint import Checkpoint
 from adatape_kernels.recipes.distributed import divided_checkpoint
 from adatape_kernels.recipes.distributed.dealing import rows_tensors, saved_rows
@@ -17,6 +17,7 @@ from adatape_kernels.recipes.distributed.divided_checkpoint import save_together
 from adatape_kernels.recipes.distributed.divided_parameters import is_part, whole_model
 from adatape_kernels.recipes.distributed.rank_workers import runs_at_a_time, runs_dealt_out
 from adatape_kernels.recipes.distributed.sharded_evaluation import evaluated
+from adatape_kernels.recipes.finetune import finetune
 from adatape_kernels.recipes.run_folder import claim, write_file
 from adatape_kernels.recipes.training.averaged_model import averaged_model
 from adatape_kernels.recipes.training.execution import Execution
@@ -86,7 +87,7 @@ def write_and_die(path, content, part):
 
 def deal_runs(ranks, folder):
     """Let ranks 1 and 2 work on runs that rank 0 deals out, of which the last one fails."""
-    with runs_dealt_out(CPU) as works:
+    with runs_dealt_out(CPU, {}) as works:
         if works:
             helpers = runs_at_a_time(None, CPU) - 1
             runs = [(f"run {number}", (number, folder)) for number in range(5)]

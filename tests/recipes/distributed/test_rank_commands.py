@@ -64,6 +64,7 @@ def curve(history):
     ("name", "ended", "said"),
     [
         ("killed", [2, -signal.SIGKILL, 2], "one is gone; --resume goes on from"),
+        ("killed of fsdp", [2, -signal.SIGKILL], "one is gone; --resume goes on from"),
         ("full disk", [2, 2], "bytes, got File too large"),
     ],
 )
@@ -85,10 +86,95 @@ def test_what_ends_a_rank_ends_all_and_torchrun_goes_on(folder, codes, name, end
     torch.testing.assert_close(curve(saved.history), curve(whole.history), atol=2e-3, rtol=0)
     shared = {key: tensor for key, tensor in saved.tensors.items() if key in whole.tensors}
     assert shared.keys() == whole.tensors.keys()
-    parts = 2 if name == "full disk" else 0
+    parts = 2 if saved.environment["parallel"] == "fsdp" else 0
     files = {"checkpoint.json", "best.safetensors", "metrics.csv", "config.yaml"}
     left = {file.name for file in (folder / name).iterdir()} - files
     assert len(left) == 1 + parts and all(file.startswith("checkpoint-2") for file in left)
+
+
+@needs_gloo
+def test_divided_parameters_that_torchrun_goes_on_with_are_those_of_an_unbroken_run(folder, codes):
+    """The sums of two ranks do not depend on which of them came first."""
+    assert codes["two of fsdp"] == [0, 0]
+    whole, again = (checkpoint.load(folder / name) for name in ("two", "killed of fsdp"))
+    assert again.epoch == whole.epoch == 2
+    torch.testing.assert_close(curve(again.history), curve(whole.history), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(again.tensors, whole.tensors, atol=1e-6, rtol=1e-5)
+
+
+@needs_gloo
+def test_when_all_are_asked_to_end_one_of_them_says_what_is_kept(folder, codes):
+    """Each hears of it twice and more, as where a terminal and torchrun both pass it on."""
+    assert codes["all interrupted"] in ([130, 130], [2, 130], [130, 2])
+    (line,) = lines(folder, "all interrupted")
+    assert line.endswith("all holds epoch 1 of 2; --resume goes on from there")
+
+
+@needs_gloo
+def test_a_rank_that_waits_for_others_hears_that_it_is_to_end(folder, codes):
+    assert codes["too soon"] == [130, 2]
+    assert lines(folder, "too soon") == ["interrupted"]
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no number", "argument --epochs: "),
+        ("no device", "device: "),
+        ("no heads", "heads"),
+        ("unused", "topk: expected none with --num-tape-tokens 0"),
+        ("refused by one", "argument --epochs: "),
+    ],
+)
+def test_what_is_wrong_with_options_is_said_once(folder, codes, name, said):
+    """Whether all ranks are asked for it or one alone, for whom the other one does not wait."""
+    assert codes[name] == [2, 2]
+    words = "".join((folder / f"{name}-{rank}.txt").read_text() for rank in range(2))
+    assert words.startswith("adatape-kernels") and words.count("\n") == 1
+    assert said.removeprefix("argument ") in words
+    assert not (folder / "new").exists()
+
+
+@needs_gloo
+def test_help_is_printed_by_rank_0(folder, codes):
+    assert codes["help"] == [0, 0]
+    first, second = ((folder / f"help-{rank}.txt").read_text() for rank in range(2))
+    assert "--epochs" in first and second == ""
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("name", "option"), [("seeds", "seed"), ("tables", "steps"), ("kinds", "seeds")]
+)
+def test_commands_that_share_runs_want_the_same_of_all_ranks(folder, codes, name, option):
+    assert codes[f"other {name}"] == [2, 2]
+    (line,) = lines(folder, f"other {name}")
+    assert line.startswith(f"{option}: expected the same on every rank, got ")
+    assert line.endswith("on rank 1")
+
+
+@needs_gloo
+def test_parity_in_two_ranks_has_the_table_of_one_process_and_goes_on(folder, codes):
+    assert codes["table of one"] == [0]
+    assert codes["table"] == codes["table, again"] == [0, 0]
+    reports = {
+        name: json.loads((folder / name / "report.json").read_text())
+        for name in ("table of one", "table")
+    }
+    one, two = (
+        [{k: v for k, v in r.items() if k != "seconds"} for r in report["results"]]
+        for report in reports.values()
+    )
+    assert one == two and [result["model"] for result in one] == ["adatape", "transformer"]
+    first = (folder / "table of one-0.txt").read_text()
+    assert header(first) == header((folder / "table-0.txt").read_text()) != []
+    names = {file.name for file in (folder / "table").iterdir()}
+    assert names == {file.name for file in (folder / "table of one").iterdir()}
+
+
+def header(text):
+    return [line for line in text.splitlines() if line.lstrip().startswith("length")]
 
 
 @needs_gloo

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from adatape_kernels.recipes.distributed import rank_watch, ranks
+from adatape_kernels.recipes.distributed import joining, rank_watch, ranks
 from adatape_kernels.recipes.distributed.rank_watch import RankWatch
 
 
@@ -59,9 +59,9 @@ def test_silence_is_measured_while_the_own_process_runs(monkeypatch, gaps, secon
 def test_a_rank_that_waits_for_others_says_so_after_a_while(monkeypatch, capsys, seconds):
     monkeypatch.setenv("MASTER_ADDR", "node-7")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setattr(ranks, "SECONDS_BEFORE_A_NOTE", seconds)
+    monkeypatch.setattr(joining, "SECONDS_BEFORE_A_NOTE", seconds)
     said, until = "", time.monotonic() + (10 if seconds < 1 else 0.1)
-    with ranks._said_when_it_takes_long(ranks.Ranks(0, 8)):
+    with joining._said_when_it_takes_long(ranks.Ranks(0, 8)):
         while not said and time.monotonic() < until:
             time.sleep(0.01)
             said += capsys.readouterr().err

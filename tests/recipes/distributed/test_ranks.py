@@ -18,9 +18,10 @@ from torch import nn
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint
 from adatape_kernels.recipes.distributed.imbalance import RANK_METRICS
+from adatape_kernels.recipes.distributed.joining import started
 from adatape_kernels.recipes.distributed.rank_workers import device_of_each, runs_at_a_time
-from adatape_kernels.recipes.distributed.ranks import Ranks, started
-from adatape_kernels.recipes.finetune_report import KINDS
+from adatape_kernels.recipes.distributed.ranks import Ranks
+from adatape_kernels.recipes.finetune.finetune_report import KINDS
 from adatape_kernels.recipes.training.epoch_metrics import METRICS, check_history, metrics_csv
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.train_config import TrainConfig

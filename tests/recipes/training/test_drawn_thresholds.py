@@ -11,8 +11,8 @@ import adatape_kernels as ak
 from adatape_kernels.cli import main
 from adatape_kernels.data import Normaliser
 from adatape_kernels.data import load as load_images
-from adatape_kernels.recipes import finetune
 from adatape_kernels.recipes.checkpoint import load
+from adatape_kernels.recipes.finetune import finetune
 from adatape_kernels.recipes.run_images import images_of_run, normaliser_of
 from adatape_kernels.recipes.training import train as train_recipe
 from adatape_kernels.recipes.training import train_loop
@@ -155,7 +155,7 @@ def test_a_comparison_keeps_its_range(tmp_path):
     options = dict(data="digits", halt_threshold_range=(0.5, 4.0))
     (tmp_path / finetune.PLAN).write_text(json.dumps({**plan, "options": options}))
     given = {**plan, "options": options, "execution": {}, "loading": {}}
-    assert finetune._saved_plan(tmp_path, given).options["halt_threshold_range"] == [0.5, 4.0]
+    assert finetune.saved_plan(tmp_path, given).options["halt_threshold_range"] == [0.5, 4.0]
     given["options"] = {"halt_threshold_range": (0.5, 5.0)}
     with pytest.raises(ValueError, match=r"^halt-threshold-range: expected .0.5, 4.0., as in"):
-        finetune._saved_plan(tmp_path, given)
+        finetune.saved_plan(tmp_path, given)

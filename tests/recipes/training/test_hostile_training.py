@@ -10,13 +10,14 @@ from adatape_kernels.cli import main
 from adatape_kernels.data import augment
 from adatape_kernels.data.mixup import Mixture
 from adatape_kernels.models import AdaTapeOutput
-from adatape_kernels.recipes import checkpoint, finetune, pictures
+from adatape_kernels.recipes import checkpoint, pictures
+from adatape_kernels.recipes.finetune import finetune
 from adatape_kernels.recipes.training import train
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_loop import accuracy
 
 TINY = {"data": "digits", "dim": 8, "depth": 1, "heads": 2, "ffn": 8, "num_tape_tokens": 2}
-TINY |= {"topk": 2, "limit": 20, "batch": 20, "bank_size": 8}
+TINY |= {"topk": 2, "limit": 20, "batch": 20}
 STEPS = ("accumulate", "checkpoint_layers", "compiled")
 
 

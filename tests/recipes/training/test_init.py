@@ -58,7 +58,8 @@ def model_of(config, start, classes=10):
 
 def begun_with(path, **options):
     start = InitialModel.read(path)
-    return TrainConfig.of(start.options({"data": "mnist", **options})), start
+    given = {"data": "mnist", **options}
+    return TrainConfig.of(start.options(given), usual=start.own_options(given)), start
 
 
 def words(mnist, out, path, *more):

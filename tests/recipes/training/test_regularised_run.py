@@ -202,7 +202,7 @@ def test_kornia_is_missed_before_anything_is_written(tmp_path, monkeypatch, caps
 
 def test_a_fine_tuning_takes_no_recipe(tmp_path, capsys):
     words = ["--out", str(tmp_path / "a"), "--data", "digits"]
-    from adatape_kernels.recipes import finetune
+    from adatape_kernels.recipes.finetune import finetune
 
     with refused("recipe", "none"):
         finetune.run(tmp_path / "a", {"data": "digits", "recipe": "small"})

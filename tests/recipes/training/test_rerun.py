@@ -29,7 +29,8 @@ def no_report(monkeypatch):
     "options",
     [
         {"seed": 5, "split_seed": 2, "limit": 39, "mixup": 0.3, "random_erasing": 0.5, "ema": 0.9},
-        {"halt_threshold_range": (0.5, 2.5), "loss": "sigmoid", "bank": "learn", "bank_size": 9},
+        {"halt_threshold_range": (0.5, 2.5), "loss": "sigmoid", "bank": "learn", "bank_size": 9}
+        | {"bank_patch": None},
     ],
 )
 def test_what_a_folder_records_gives_its_curve_again(tmp_path, options):

@@ -126,25 +126,32 @@ def test_a_killed_run_resumes_on_the_same_curve(mnist, tmp_path):
         assert_same_bits(ours[name], tensor)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_is_one_line_and_the_run_goes_on(
-    unbroken, mnist, tmp_path, no_report, monkeypatch, capsys
+    unbroken, mnist, tmp_path, no_report, monkeypatch, capsys, number
 ):
+    """Whoever runs jobs sends SIGTERM, and a second one changes nothing."""
     steps = []
 
     def crop(images, *rest):
         steps.append(1)
         if len(steps) == 75:
-            signal.raise_signal(signal.SIGINT)
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(number)
         return original(images, *rest)
 
     original = augment.crop
     monkeypatch.setattr(augment, "crop", crop)
     # A shell starts what runs in the background deaf to SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(number)
     try:
         assert main(arguments(mnist, tmp_path / "run", *EPOCHS)) == 130
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, interrupts)
     one_line(capsys, "interrupted", "epoch 1 of 3", "--resume")
     assert main(arguments(mnist, tmp_path / "run", *EPOCHS, "--resume")) == 0
     assert metrics(tmp_path / "run") == metrics(unbroken)

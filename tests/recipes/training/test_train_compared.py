@@ -15,8 +15,9 @@ from adatape_kernels.data import Normaliser, load
 from adatape_kernels.models import AdaTapeOutput, HaltedUnits
 from adatape_kernels.recipes.joined_outputs import joined
 from adatape_kernels.recipes.training import train as recipe
+from adatape_kernels.recipes.training.saved_options import with_present_names
 from adatape_kernels.recipes.training.tensorboard_events import PICTURES
-from adatape_kernels.recipes.training.train_config import TrainConfig, with_present_names
+from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.train_loop import predict
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
