@@ -100,9 +100,11 @@ BestEntries best_of_part(const CpuTapeSelectParams& p, const CpuTapeSelectState&
   return {s.best + (i * s.parts + part) * p.topk, p.topk};
 }
 
-// Fetches some rows of a bank into the second cache.
+// Fetches some rows of a bank into the second cache. Were it not inlined, a compiler might take a
+// function that only fetches for one that does nothing.
 template <class T>
-void fetch(const CpuTapeSelectParams& p, int64_t example, int64_t first, int64_t count) {
+__attribute__((always_inline)) inline void fetch(const CpuTapeSelectParams& p, int64_t example,
+                                                 int64_t first, int64_t count) {
   for (int64_t r = first; r < smaller(first + count, p.keys.bank_size); ++r) {
     const auto* const row = reinterpret_cast<const char*>(key_row<T>(p, example, r));
     const int64_t bytes = p.keys.width * static_cast<int64_t>(sizeof(T));
