@@ -78,24 +78,35 @@ Shares shares_of(const CpuTapeSelectParams& p, int64_t batch, bool shared_bank) 
   return {(each + rounds - 1) / rounds, 1};
 }
 
-// Takes the working memory of the whole batch.
+// Takes the working memory of the whole batch, in one piece.
 CpuTapeSelectState state_of(const CpuTapeSelectParams& p, int64_t batch, int64_t parts,
                             Scratch& scratch) {
+  constexpr int64_t kFloatsOfLine = 16;
   const int64_t entries = round_up(p.keys.bank_size, kPanelMultiple);
   const int64_t part = (entries / kPanelMultiple + parts - 1) / parts * kPanelMultiple;
-  const auto take = [&]<class Number>(Number*& to, int64_t count) {
-    static_assert(sizeof(Number) % sizeof(float) == 0);
-    to = reinterpret_cast<Number*>(scratch.take(count * (sizeof(Number) / sizeof(float))));
-  };
   CpuTapeSelectState s{.stride_query = round_up(p.keys.width, kQueryMultiple),
                        .stride_unread = entries / kUnreadBits,
                        .parts = parts,
                        .part_size = part};
-  take(s.queries, batch * s.stride_query);
-  take(s.unread, batch * s.stride_unread);
-  take(s.left, batch);
-  take(s.halting, batch);
-  take(s.best, batch * parts * p.topk);
+  const auto floats_of = []<class Number>(Number*, int64_t count) {
+    static_assert(sizeof(Number) % sizeof(float) == 0);
+    return round_up(count * static_cast<int64_t>(sizeof(Number) / sizeof(float)), kFloatsOfLine);
+  };
+  // Calls `take(member, count)` for each array of the state.
+  const auto for_each = [&](const auto& take) {
+    take(s.queries, batch * s.stride_query);
+    take(s.unread, batch * s.stride_unread);
+    take(s.left, batch);
+    take(s.halting, batch);
+    take(s.best, batch * parts * p.topk);
+  };
+  int64_t all = 0;
+  for_each([&](auto* member, int64_t count) { all += floats_of(member, count); });
+  float* next = scratch.take(all);
+  for_each([&]<class Number>(Number*& member, int64_t count) {
+    member = reinterpret_cast<Number*>(next);
+    next += floats_of(member, count);
+  });
   return s;
 }
 
