@@ -18,8 +18,10 @@ namespace {
 // The largest task of examples that have a bank of their own. Within a task, an example's bank is
 // fetched while the one before it reads.
 constexpr int64_t kOwnBanksPerTask = 8;
-// With fewer examples of a shared bank than this, a task waits for the bank's keys.
+// With fewer examples than this, a task of a shared bank waits for the keys, if there are so many
+// numbers in them that they do not stay in a thread's own caches.
 constexpr int64_t kLeastExamplesPerTask = 12;
+constexpr int64_t kLargeBank = int64_t{1} << 18;
 // A task that scans for one tape token makes at least so many products, which take longer than it
 // takes to share tasks out.
 constexpr int64_t kLeastProductsPerScan = int64_t{1} << 18;
@@ -63,7 +65,9 @@ Shares shares_of(const CpuTapeSelectParams& p, int64_t batch, bool shared_bank) 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t units = round_up(p.keys.bank_size, kPanelMultiple) / kPanelMultiple;
   const int64_t each = (batch + threads - 1) / threads;
-  const bool few = shared_bank ? each < kLeastExamplesPerTask : batch < threads;
+  const bool waits =
+      shared_bank && each < kLeastExamplesPerTask && p.keys.bank_size * p.keys.width >= kLargeBank;
+  const bool few = batch < threads || waits;
   if (few && threads > 1) {
     // A bank of an example's own makes tasks of its own.
     const int64_t together = shared_bank ? batch : 1;
@@ -171,9 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   const Shares shares = shares_of(p, batch, shared_bank);
   Scratch scratch;
   const CpuTapeSelectState state = state_of(p, batch, shares.parts, scratch);
+  std::optional<Tensor> packed;
   if (shared_bank) {
     const int64_t entries = round_up(bank.bank_size, kPanelMultiple);
-    float* const panels = scratch.take(entries * bank.width);
+    packed = new_output("packed keys", query, {entries, bank.width}, ScalarType::Float);
+    float* const panels = packed->mutable_data_ptr<float>();
     run_row_tasks(entries, kPanelMultiple, [&](int64_t first, int64_t count) {
       chosen.select_pack(p, panels, first, count);
     });
