@@ -17,8 +17,12 @@
                      const AttentionTask*);                                                        \
   void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
                      const AttentionTask*);                                                        \
-  void select_columns(const CpuTapeSelectParams&, float*, int64_t, int64_t);                       \
-  void select_fwd(const CpuTapeSelectParams&, int64_t, int64_t);                                   \
+  void select_pack(const CpuTapeSelectParams&, float*, int64_t, int64_t);                          \
+  bool select_start(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);               \
+  void select_scan(const CpuTapeSelectParams&, const CpuTapeSelectState&, const int64_t*, int64_t, \
+                   int64_t);                                                                       \
+  bool select_read(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);                \
+  void select_fwd(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t, int64_t);        \
   void select_bwd(const CpuTapeSelectParams&, int64_t);                                            \
   void gather_fwd(const CpuTapeGatherParams&, int64_t);                                            \
   void gather_bwd(const CpuTapeGatherParams&, int64_t);                                            \
@@ -34,7 +38,10 @@
   constexpr CpuKernels k_##isa = {.name = #isa,                                                    \
                                   .attention_fwd = isa::attention_fwd,                             \
                                   .attention_bwd = isa::attention_bwd,                             \
-                                  .select_columns = isa::select_columns,                           \
+                                  .select_pack = isa::select_pack,                                 \
+                                  .select_start = isa::select_start,                               \
+                                  .select_scan = isa::select_scan,                                 \
+                                  .select_read = isa::select_read,                                 \
                                   .select_fwd = isa::select_fwd,                                   \
                                   .select_bwd = isa::select_bwd,                                   \
                                   .gather_fwd = isa::gather_fwd,                                   \

@@ -49,20 +49,41 @@ struct CpuBank {
   int64_t width;
 };
 
+// An entry of a bank and its score; the entry is -1 where there is none.
+struct ScoredEntry {
+  float score;
+  int32_t entry;
+};
+
+// How far each example of a batch has read, forward only. It is all made by `select_start`.
+struct CpuTapeSelectState {
+  // (batch, stride_query), the queries now, with zeros behind the features
+  float* queries = nullptr;
+  int64_t stride_query;
+  // (batch, stride_unread), a bit for each entry, set where it may be read
+  uint32_t* unread = nullptr;
+  int64_t stride_unread;
+  int64_t* left = nullptr;      // (batch,), how many bits are set
+  float* halting = nullptr;     // (batch,), the halting scores
+  ScoredEntry* best = nullptr;  // (batch, parts, topk), the best entries of each part of the bank
+  int64_t parts;                // so many tasks share the bank
+  int64_t part_size;            // entries of a part, a multiple of kPanelMultiple
+};
+
 struct CpuTapeSelectParams {
-  const void* query;                      // (batch, key_dim)
-  int64_t stride_query;                   // from an example's query to the next
-  CpuBank keys;                           // its width is key_dim
-  const float* keys_by_column = nullptr;  // (key_dim, padded bank_size), of a shared bank only
-  const bool* read_mask = nullptr;        // (batch, bank_size) or null; true where not to be read
-  const int64_t* bank_lens = nullptr;     // (batch,) or null; entries from there on are not read
-  float* weights = nullptr;               // (batch, num_tape_tokens, topk), forward only
-  float* ponder = nullptr;                // (batch,), forward only
-  int32_t* indices;                       // (batch, num_tape_tokens, topk)
-  int32_t* counts;                        // (batch,)
-  const float* dweights = nullptr;        // (batch, num_tape_tokens, topk), backward only
-  const float* dponder = nullptr;         // (batch,), backward only
-  float* dquery = nullptr;                // (batch, key_dim), backward only
+  const void* query;                   // (batch, key_dim)
+  int64_t stride_query;                // from an example's query to the next
+  CpuBank keys;                        // its width is key_dim
+  const float* key_panels = nullptr;   // what select_pack makes of a shared bank, forward only
+  const bool* read_mask = nullptr;     // (batch, bank_size) or null; true where not to be read
+  const int64_t* bank_lens = nullptr;  // (batch,) or null; entries from there on are not read
+  float* weights = nullptr;            // (batch, num_tape_tokens, topk), forward only
+  float* ponder = nullptr;             // (batch,), forward only
+  int32_t* indices;                    // (batch, num_tape_tokens, topk)
+  int32_t* counts;                     // (batch,)
+  const float* dweights = nullptr;     // (batch, num_tape_tokens, topk), backward only
+  const float* dponder = nullptr;      // (batch,), backward only
+  float* dquery = nullptr;             // (batch, key_dim), backward only
   // The gradients of the keys that were read, (batch, num_tape_tokens, topk, key_dim), backward
   // only.
   float* dread_keys = nullptr;
@@ -192,10 +213,13 @@ constexpr int64_t kQueryBlock = 512;
 constexpr int64_t kKeyBlock = 1024;
 // The attention's backward takes so many queries and keys at a time.
 constexpr int64_t kBackwardBlock = 256;
-// So many examples read a shared bank together, so that one pass over its keys serves them all.
-constexpr int64_t kExamplesPerBankPass = 6;
-// The columns of keys_by_column are padded to a multiple of the widest vector.
-constexpr int64_t kColumnMultiple = 16;
+// At most so many examples read a shared bank together, so that a pass over its keys serves all.
+constexpr int64_t kExamplesPerBankPass = 48;
+// A multiple of the entries in a panel of keys, whatever the instruction set.
+constexpr int64_t kPanelMultiple = 192;
+// The features of queries are padded to a multiple of those that the widest vectors hold.
+constexpr int64_t kQueryMultiple = 32;
+constexpr int64_t kUnreadBits = 32;  // of a word of CpuTapeSelectState::unread
 constexpr int64_t kMaxTopk = 32;
 // A task of add_layer_norm takes so many rows. The sums over such blocks of rows add up to the
 // gradients of weight and bias, whatever the number of threads.
@@ -214,12 +238,21 @@ struct CpuKernels {
   void (*attention_bwd)(const CpuElasticAttentionParams&, const AttentionTask&,
                         const AttentionTask* next);
 
-  // Copies entries `first` to `first + count` of a shared bank to the columns of `to`, which is
-  // shaped as keys_by_column.
-  void (*select_columns)(const CpuTapeSelectParams&, float* to, int64_t first, int64_t count);
-  // Reads for `count` examples from `example` on: kExamplesPerBankPass at most of a shared bank,
-  // and one of a bank of its own.
-  void (*select_fwd)(const CpuTapeSelectParams&, int64_t example, int64_t count);
+  // Copies entries `first` to `first + count` of a shared bank to key_panels. Both are multiples of
+  // kPanelMultiple; entries behind the bank's last are zeros.
+  void (*select_pack)(const CpuTapeSelectParams&, float* key_panels, int64_t first, int64_t count);
+  // Begins to read for one example. Returns whether it reads anything.
+  bool (*select_start)(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t example);
+  // Finds the best unread entries of one part of the bank for each of so many examples:
+  // kExamplesPerBankPass at most of a shared bank, and one of a bank of its own.
+  void (*select_scan)(const CpuTapeSelectParams&, const CpuTapeSelectState&,
+                      const int64_t* examples, int64_t count, int64_t part);
+  // Reads one tape token for an example, given the best of each part. Returns whether the example
+  // reads on.
+  bool (*select_read)(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t example);
+  // Does all of this for examples `first` to `first + count`, where the bank is one part.
+  void (*select_fwd)(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t first,
+                     int64_t count);
   // Writes dquery and dread_keys of one example.
   void (*select_bwd)(const CpuTapeSelectParams&, int64_t example);
 

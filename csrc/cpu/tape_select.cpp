@@ -1,4 +1,8 @@
 // Adaptive tape reading on the CPU: checks, allocation, tasks, registration.
+//
+// A task reads the whole tape of some examples. Where there are too few examples to keep all
+// threads busy, or to share a pass over a bank, the tasks of each tape token share out the bank
+// instead, and what they find is merged before the next token.
 
 #include <algorithm>
 #include <optional>
@@ -11,7 +15,16 @@
 namespace adatape {
 namespace {
 
-constexpr int64_t kBankRowsPerTask = 256;
+// The largest task of examples that have a bank of their own. Within a task, an example's bank is
+// fetched while the one before it reads.
+constexpr int64_t kOwnBanksPerTask = 8;
+// With fewer examples than this, a task of a shared bank waits for the keys, if there are so many
+// numbers in them that they do not stay in a thread's own caches.
+constexpr int64_t kLeastExamplesPerTask = 12;
+constexpr int64_t kLargeBank = int64_t{1} << 18;
+// A task that scans for one tape token makes at least so many products, which take longer than it
+// takes to share tasks out.
+constexpr int64_t kLeastProductsPerScan = int64_t{1} << 18;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -42,6 +55,87 @@ CpuTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_to
       .counts = new_output("counts", query, {batch}, ScalarType::Int)};
 }
 
+// How the work of a call is shared out: the examples of a task, and the parts of the bank.
+struct Shares {
+  int64_t examples;
+  int64_t parts;
+};
+
+Shares shares_of(const CpuTapeSelectParams& p, int64_t batch, bool shared_bank) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = round_up(p.keys.bank_size, kPanelMultiple) / kPanelMultiple;
+  const int64_t each = (batch + threads - 1) / threads;
+  const bool waits =
+      shared_bank && each < kLeastExamplesPerTask && p.keys.bank_size * p.keys.width >= kLargeBank;
+  const bool few = batch < threads || waits;
+  if (few && threads > 1) {
+    // A bank of an example's own makes tasks of its own.
+    const int64_t together = shared_bank ? batch : 1;
+    const int64_t products = together * p.keys.bank_size * p.keys.width;
+    const int64_t wanted = shared_bank ? threads : (threads + batch - 1) / batch;
+    const int64_t parts = std::min({wanted, units, products / kLeastProductsPerScan});
+    if (parts > 1) return {std::min(together, kExamplesPerBankPass), parts};
+  }
+  if (!shared_bank) return {std::clamp<int64_t>(batch / (4 * threads), 1, kOwnBanksPerTask), 1};
+  // Tasks of one size, and a whole number of them for each thread.
+  const int64_t rounds = (each + kExamplesPerBankPass - 1) / kExamplesPerBankPass;
+  return {(each + rounds - 1) / rounds, 1};
+}
+
+// Takes the working memory of the whole batch, in one piece.
+CpuTapeSelectState state_of(const CpuTapeSelectParams& p, int64_t batch, int64_t parts,
+                            Scratch& scratch) {
+  constexpr int64_t kFloatsOfLine = 16;
+  const int64_t entries = round_up(p.keys.bank_size, kPanelMultiple);
+  const int64_t part = (entries / kPanelMultiple + parts - 1) / parts * kPanelMultiple;
+  CpuTapeSelectState s{.stride_query = round_up(p.keys.width, kQueryMultiple),
+                       .stride_unread = entries / kUnreadBits,
+                       .parts = parts,
+                       .part_size = part};
+  const auto floats_of = []<class Number>(Number*, int64_t count) {
+    static_assert(sizeof(Number) % sizeof(float) == 0);
+    return round_up(count * static_cast<int64_t>(sizeof(Number) / sizeof(float)), kFloatsOfLine);
+  };
+  // Calls `take(member, count)` for each array of the state.
+  const auto for_each = [&](const auto& take) {
+    take(s.queries, batch * s.stride_query);
+    take(s.unread, batch * s.stride_unread);
+    take(s.left, batch);
+    take(s.halting, batch);
+    take(s.best, batch * parts * p.topk);
+  };
+  int64_t all = 0;
+  for_each([&](auto* member, int64_t count) { all += floats_of(member, count); });
+  float* next = scratch.take(all);
+  for_each([&]<class Number>(Number*& member, int64_t count) {
+    member = reinterpret_cast<Number*>(next);
+    next += floats_of(member, count);
+  });
+  return s;
+}
+
+// Reads the tape of all examples, token by token; the tasks of a token share out the bank.
+void read_in_parts(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t batch,
+                   int64_t examples_per_task) {
+  const CpuKernels& chosen = cpu_kernels();
+  std::vector<int64_t> reading = allocate_vector<int64_t>("the examples that read on", batch);
+  int64_t readers = 0;
+  for (int64_t i = 0; i < batch; ++i) {
+    if (chosen.select_start(p, s, i)) reading[readers++] = i;
+  }
+  while (readers > 0) {
+    const int64_t groups = (readers + examples_per_task - 1) / examples_per_task;
+    run_tasks(groups * s.parts, [&](int64_t task) {
+      const int64_t first = task / s.parts * examples_per_task;
+      chosen.select_scan(p, s, reading.data() + first, std::min(examples_per_task, readers - first),
+                         task % s.parts);
+    });
+    const auto end = std::remove_if(reading.begin(), reading.begin() + readers,
+                                    [&](int64_t i) { return !chosen.select_read(p, s, i); });
+    readers = end - reading.begin();
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
@@ -55,18 +149,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   if (read_mask_any) read_mask = dense(*read_mask_any);
   std::vector<int64_t> lens;
   if (bank_lens) lens = checked_bank_lens(*bank_lens, bank.bank_size);
-  const bool shared_bank = keys.dim() == 2 && batch > 0;
-  const int64_t columns = round_up(bank.bank_size, kColumnMultiple);
-  std::optional<Tensor> by_column;
-  if (shared_bank)
-    by_column = new_output("keys by column", query, {bank.width, columns}, ScalarType::Float);
+  const bool shared_bank = keys.dim() == 2;
   const CpuTapeSelectOutputs outputs = allocate_selection(query, num_tape_tokens, topk);
 
-  const CpuTapeSelectParams p{
+  if (batch == 0) return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
+
+  CpuTapeSelectParams p{
       .query = query.data_ptr(),
       .stride_query = query.stride(0),
       .keys = bank,
-      .keys_by_column = by_column ? by_column->const_data_ptr<float>() : nullptr,
       .read_mask = read_mask ? read_mask->const_data_ptr<bool>() : nullptr,
       .bank_lens = bank_lens ? lens.data() : nullptr,
       .weights = outputs.weights.mutable_data_ptr<float>(),
@@ -81,14 +172,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
       .dtype = dtype_of(query),
   };
   const CpuKernels& chosen = cpu_kernels();
+  const Shares shares = shares_of(p, batch, shared_bank);
+  Scratch scratch;
+  const CpuTapeSelectState state = state_of(p, batch, shares.parts, scratch);
+  std::optional<Tensor> packed;
   if (shared_bank) {
-    float* const to = by_column->mutable_data_ptr<float>();
-    run_row_tasks(columns, kBankRowsPerTask, [&](int64_t first, int64_t count) {
-      chosen.select_columns(p, to, first, count);
+    const int64_t entries = round_up(bank.bank_size, kPanelMultiple);
+    packed = new_output("packed keys", query, {entries, bank.width}, ScalarType::Float);
+    float* const panels = packed->mutable_data_ptr<float>();
+    run_row_tasks(entries, kPanelMultiple, [&](int64_t first, int64_t count) {
+      chosen.select_pack(p, panels, first, count);
     });
+    p.key_panels = panels;
   }
-  run_row_tasks(batch, shared_bank ? kExamplesPerBankPass : 1,
-                [&](int64_t first, int64_t count) { chosen.select_fwd(p, first, count); });
+  if (shares.parts > 1) {
+    read_in_parts(p, state, batch, shares.examples);
+  } else {
+    run_row_tasks(batch, shares.examples,
+                  [&](int64_t first, int64_t count) { chosen.select_fwd(p, state, first, count); });
+  }
   return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
 }
 

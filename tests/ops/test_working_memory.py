@@ -13,8 +13,9 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc"),
 ]
 
-# Every bank is larger than all before it, and each example's copy of it is working memory.
-GROWING_BANKS = """
+# Every query is longer than all before it, and the copy that a thread multiplies is its working
+# memory.
+GROWING_QUERIES = """
     import threading
     import torch
     from adatape_kernels import ops
@@ -22,18 +23,19 @@ GROWING_BANKS = """
     def resident():
         return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
-    pool = torch.randn(2, 45000, 64)
-    query = torch.randn(2, 64)
+    most = 2_750_000
+    query, keys = torch.randn(2, most), torch.randn(2, 2, most)
 
     def read(size):
-        ops.tape_select(query, pool[:, :size], num_tape_tokens=1, topk=2, halt_threshold=9.0)
+        some = query[:, :size], keys[:, :, :size]
+        ops.tape_select(*some, num_tape_tokens=1, topk=2, halt_threshold=9.0)
 
     def read_all():
-        for size in range(16000, 45000, 500):  # 4 to 11 MB
+        for size in range(1_000_000, most, 30_000):  # 4 to 11 MB
             read(size)
 
     torch.set_num_threads({threads})
-    read(45000)
+    read(most)
     before = resident()
     {call}
     print(resident() - before)
@@ -41,7 +43,7 @@ GROWING_BANKS = """
 
 
 def growth(threads, call):
-    text = textwrap.dedent(GROWING_BANKS).format(threads=threads, call=call)
+    text = textwrap.dedent(GROWING_QUERIES).format(threads=threads, call=call)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)

@@ -214,17 +214,18 @@ inline void store_some(T* to, Vec x, int count) {
   for (int i = 0; i < count; ++i) to[i] = from_float<T>(lanes[i]);
 }
 
-// Calls run(number), whose type tells of what a matrix of this dtype consists.
+// Returns run(number), whose type tells of what a matrix of this dtype consists.
 template <class Run>
-inline void with_number(DType dtype, const Run& run) {
+inline auto with_number(DType dtype, const Run& run) {
   switch (dtype) {
-    case DType::kFloat:
-      return run(float{});
     case DType::kBFloat16:
       return run(bfloat16{});
     case DType::kFloat16:
       return run(float16{});
+    case DType::kFloat:
+      break;
   }
+  return run(float{});
 }
 
 // Calls run(wide, narrow) for two matrices of one dtype, or of which the first one is in float.

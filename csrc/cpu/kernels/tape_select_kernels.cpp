@@ -1,267 +1,269 @@
 // Adaptive tape reading: the formulas stand in adatape_kernels/reference.py.
 //
-// The keys are laid out by column once. After that the scores of a tape token's reads are a small
-// dense product, in which every score is one chain of fused multiply-adds over the key's features.
-// So equal rows of a bank give equal bits wherever they stand, and whoever else reads the bank.
+// The query of a tape token depends on what the token before it read, so that every token takes a
+// product of the query with all keys of the bank. What can be saved is where the keys come from.
+//
+// - A bank of an example's own is taken as it lies in memory. It comes from there once; it stays in
+//   the second cache for the tokens that follow, while the next example's bank is fetched. A row is
+//   multiplied lane by lane, and the lanes of sixteen rows are added up together (row_products.h).
+// - A bank that examples share is packed once, into panels of as many entries as a register tile of
+//   a product has columns. A panel stays in the first cache while the queries of all examples of
+//   the task are multiplied with it: a dense product, in which every score is one chain of fused
+//   multiply-adds over the features.
+//
+// Neither order of addition depends on where a row stands or on who else reads. So equal rows of a
+// bank give equal bits, and so does an example in any batch. Scores are looked at while they are in
+// the first cache and then forgotten (best_entries.h); what has been read is a bit of an entry.
+//
+// bfloat16 keys are multiplied as float. SPEC 3 wants sums in float32 of a query that has 24 bits
+// from the second token on, and AVX512-BF16 multiplies 8: the query would have to be split into
+// three parts, whose products take 3 instructions where two of float do, and numbers below the
+// normal ones would count as zero.
 
-#include "../cpu_kernels.h"
+#include "best_entries.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "tape_select_step.h"
 
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-// The rank of an entry that cannot be read lies below that of every score, NaN included.
-constexpr uint32_t kUnreadableRank = 0;
+// Entries of a panel, and examples whose scores of a panel stand in the first cache together.
+constexpr int64_t kPanel = kTileVecs * kLanes, kExamplesOfTile = 2 * kTileRows;
+static_assert(kPanelMultiple % kPanel == 0 && kPanelMultiple % kUnreadBits == 0);
+static_assert(kQueryMultiple % kFeaturesOfVector<bfloat16> == 0);
+// So many scores of a bank of an example's own stand in the first cache.
+constexpr int64_t kScores = 1024;
+// Of the next example's bank so many rows are fetched for each vector of scores, so that all have
+// come after a few tokens.
+constexpr int64_t kRowsAhead = kLanes / 4;
+constexpr int64_t kCacheLine = 64;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// The standard library's functions are not for kernels: their code, which may be compiled for this
+// instruction set, is shared by all.
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Copies entries to panels: of each feature kPanel entries in a row, feature after feature.
 template <class T>
-const T* key_row(const CpuTapeSelectParams& p, int64_t example, int64_t entry) {
-  return static_cast<const T*>(p.keys.data) + example * p.keys.stride_example +
-         entry * p.keys.stride_row;
-}
-
-// Returns unsigned integers that are ordered as the scores are: -0 ranks with 0, and NaN is 1,
-// below every number.
-IntVec rank(Vec score) {
-  const IntVec bits = reinterpret_cast<IntVec>(score + 0.0f);
-  const IntVec negative = (bits >> 31) != 0;
-  const IntVec order = negative ? ~bits : bits | 0x80000000u;
-  return score != score ? IntVec{} + 1 : order;
-}
-
-bool any(IntVec mask) {
-  uint32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= mask[i];
-  return found != 0;
-}
-
-// An entry of the bank with the rank of its score.
-struct RankedEntry {
-  uint32_t rank;
-  int32_t entry;
-};
-
-// Finds the topk best of a row of scores, best first, and the lower entry first among equals. The
-// bits of `unread` are all set for an entry that can be read, and all zero, which makes its rank
-// zero, for another.
-void find_best(const float* scores, const uint32_t* unread, int64_t columns, int64_t topk,
-               RankedEntry* best) {
-  for (int64_t j = 0; j < topk; ++j) best[j] = {kUnreadableRank, -1};
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    IntVec mask;
-    std::memcpy(&mask, unread + c, sizeof mask);
-    const IntVec ranks = rank(load(scores + c)) & mask;
-    if (!any(ranks > best[topk - 1].rank)) continue;
-    for (int l = 0; l < kLanes; ++l) {
-      if (ranks[l] <= best[topk - 1].rank) continue;
-      int64_t j = topk - 1;
-      for (; j > 0 && best[j - 1].rank < ranks[l]; --j) best[j] = best[j - 1];
-      best[j] = {ranks[l], static_cast<int32_t>(c + l)};
-    }
-  }
-}
-
-// Writes the weights (topk,) of the entries that one tape token reads, given their scores; returns
-// what the token adds to the ponder loss.
-float merge_weights(const CpuTapeSelectParams& p, const float* scores, float* weights) {
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(p.keys.width));
-  float highest = scores[0], total = 0.0f, squares = 0.0f, largest = 0.0f;
-  for (int64_t j = 1; j < p.topk; ++j) highest = scores[j] > highest ? scores[j] : highest;
-  for (int64_t j = 0; j < p.topk; ++j) {
-    weights[j] = __builtin_expf((scores[j] - highest) * scale);
-    total += weights[j];
-  }
-  for (int64_t j = 0; j < p.topk; ++j) {
-    weights[j] /= total;
-    squares += weights[j] * weights[j];
-    largest = weights[j] > largest ? weights[j] : largest;
-  }
-  return 1.0f - (p.entropy ? squares : total == total ? largest : total);
-}
-
-// Writes the next query, which is the mean of the query and of the weighted sum of keys, or the
-// latter alone.
-template <class T>
-void next_query(const CpuTapeSelectParams& p, int64_t example, const int32_t* entries,
-                const float* weights, const float* query, float* next) {
-  for (int64_t d = 0; d < p.keys.width; ++d) {
-    float merged = 0.0f;
-    for (int64_t j = 0; j < p.topk; ++j) {
-      merged += weights[j] * to_float(key_row<T>(p, example, entries[j])[d]);
-    }
-    next[d] = p.average_query ? (query[d] + merged) / 2 : merged;
-  }
-}
-
-// Copies entries `first` to `first + count` of a bank to the columns of `to`, which is
-// (key_dim, columns); columns behind the bank become zero.
-template <class T>
-void by_column(const CpuTapeSelectParams& p, int64_t example, float* to, int64_t first,
-               int64_t count, int64_t columns) {
+void pack(const CpuTapeSelectParams& p, float* panels, int64_t first, int64_t count) {
+  const int64_t width = p.keys.width;
   for (int64_t c = first; c < first + count; c += kLanes) {
-    for (int64_t d = 0; d < p.keys.width; ++d) {
-      Vec column = {};
-      for (int l = 0; l < kLanes && c + l < p.keys.bank_size; ++l) {
-        column[l] = to_float(key_row<T>(p, example, c + l)[d]);
+    float* const to = panels + c / kPanel * kPanel * width + c % kPanel;
+    const int64_t entries = smaller(larger(p.keys.bank_size - c, 0), kLanes);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const int64_t features = smaller(kLanes, width - d);
+      IntVec square[kLanes] = {};
+      for (int64_t l = 0; l < entries; ++l) {
+        const T* const row = key_row<T>(p, 0, c + l) + d;
+        square[l] =
+            reinterpret_cast<IntVec>(features < kLanes ? load_first(row, features) : load(row));
       }
-      store(to + d * columns + c, column);
+      transpose(square);
+      for (int64_t f = 0; f < features; ++f) {
+        store(to + (d + f) * kPanel, reinterpret_cast<Vec>(square[f]));
+      }
     }
   }
 }
 
-// Reads all tape tokens of `count` examples from `first` on. While one of them reads on, the scores
-// of all are computed together.
-template <class T>
-void forward(const CpuTapeSelectParams& p, int64_t first, int64_t count) {
-  const int64_t width = p.keys.width, columns = round_up(p.keys.bank_size, kColumnMultiple);
-  Scratch scratch;
-  const float* keys = p.keys_by_column;
-  if (keys == nullptr) {
-    float* const own = scratch.take(width * columns);
-    by_column<T>(p, first, own, 0, columns, columns);
-    keys = own;
-  }
-  float* const queries = scratch.take(count * width);
-  float* const scores = scratch.take(count * columns);
-  auto* const unread = reinterpret_cast<uint32_t*>(scratch.take(count * columns));
-  int64_t left[kExamplesPerBankPass] = {};
-  float halting[kExamplesPerBankPass] = {};
-  bool reading[kExamplesPerBankPass];
-
-  for (int64_t e = 0; e < count; ++e) {
-    const int64_t i = first + e;
-    const T* const query = static_cast<const T*>(p.query) + i * p.stride_query;
-    for (int64_t d = 0; d < width; ++d) queries[e * width + d] = to_float(query[d]);
-    const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
-    for (int64_t c = 0; c < columns; ++c) {
-      const bool can_read = c < valid && !(p.read_mask && p.read_mask[i * p.keys.bank_size + c]);
-      unread[e * columns + c] = can_read ? ~0u : 0u;
-      left[e] += can_read;
-    }
-    p.counts[i] = 0;
-    p.ponder[i] = 0.0f;
-    for (int64_t j = 0; j < p.num_tape_tokens * p.topk; ++j) {
-      p.indices[i * p.num_tape_tokens * p.topk + j] = -1;
-      p.weights[i * p.num_tape_tokens * p.topk + j] = 0.0f;
-    }
-  }
-
-  for (int64_t token = 0; token < p.num_tape_tokens; ++token) {
-    bool nobody = true;
-    for (int64_t e = 0; e < count; ++e) {
-      reading[e] = halting[e] < p.halt_threshold && left[e] >= p.topk;
-      nobody &= !reading[e];
-    }
-    if (nobody) break;
-    gemm<float>({.rows = count,
-                 .cols = columns,
-                 .depth = width,
-                 .a = queries,
-                 .stride_a_row = width,
-                 .stride_a_col = 1,
-                 .b = keys,
-                 .stride_b = columns,
-                 .c = scores,
-                 .stride_c = columns,
-                 .accumulate = false});
-    for (int64_t e = 0; e < count; ++e) {
-      if (!reading[e]) continue;
-      const int64_t i = first + e, out = (i * p.num_tape_tokens + token) * p.topk;
-      RankedEntry best[kMaxTopk];
-      float chosen[kMaxTopk];
-      find_best(scores + e * columns, unread + e * columns, columns, p.topk, best);
-      for (int64_t j = 0; j < p.topk; ++j) {
-        p.indices[out + j] = best[j].entry;
-        chosen[j] = scores[e * columns + best[j].entry];
-        unread[e * columns + best[j].entry] = 0;
-      }
-      left[e] -= p.topk;
-      p.ponder[i] += merge_weights(p, chosen, p.weights + out);
-      halting[e] += p.weights[out];
-      p.counts[i] += 1;
-      float* const query = queries + e * width;
-      next_query<T>(p, i, p.indices + out, p.weights + out, query, query);
-    }
-  }
+bool reads_on(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) {
+  return p.counts[i] < p.num_tape_tokens && s.halting[i] < p.halt_threshold && s.left[i] >= p.topk;
 }
 
-// Computes the queries of example i once more, and then the gradients from its last tape token to
-// its first. dq is the gradient of the query that follows the token.
 template <class T>
-void backward(const CpuTapeSelectParams& p, int64_t i) {
-  const int64_t width = p.keys.width, tokens = p.counts[i], topk = p.topk;
-  // The next query is keep · query + take · merged keys.
-  const float keep = p.average_query ? 0.5f : 0.0f, take = p.average_query ? 0.5f : 1.0f;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width));
-  Scratch scratch;
-  float* const queries = scratch.take((tokens + 1) * width);
-  float* const weights = scratch.take(tokens * topk);
-  float* const keys = scratch.take(topk * width);
-  float* const dq = p.dquery + i * width;
+bool start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) {
   const T* const query = static_cast<const T*>(p.query) + i * p.stride_query;
-  for (int64_t d = 0; d < width; ++d) queries[d] = to_float(query[d]), dq[d] = 0.0f;
-
-  const int32_t* const entries = p.indices + i * p.num_tape_tokens * topk;
-  for (int64_t token = 0; token < tokens; ++token) {
-    float scores[kMaxTopk];
-    const float* const q = queries + token * width;
-    for (int64_t j = 0; j < topk; ++j) {
-      const T* const key = key_row<T>(p, i, entries[token * topk + j]);
-      scores[j] = 0.0f;
-      for (int64_t d = 0; d < width; ++d) scores[j] += q[d] * to_float(key[d]);
-    }
-    merge_weights(p, scores, weights + token * topk);
-    next_query<T>(p, i, entries + token * topk, weights + token * topk, q,
-                  queries + (token + 1) * width);
+  for (int64_t d = 0; d < s.stride_query; ++d) {
+    s.queries[i * s.stride_query + d] = d < p.keys.width ? to_float(query[d]) : 0.0f;
   }
+  const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
+  const bool* const mask = p.read_mask ? p.read_mask + i * p.keys.bank_size : nullptr;
+  s.left[i] = 0;
+  for (int64_t w = 0; w < s.stride_unread; ++w) {
+    const int64_t first = w * kUnreadBits, bits = smaller(larger(valid - first, 0), kUnreadBits);
+    uint32_t unread = bits < kUnreadBits ? (uint32_t{1} << bits) - 1 : ~uint32_t{0};
+    for (int64_t b = 0; mask && b < bits; ++b) unread &= ~(uint32_t{mask[first + b]} << b);
+    s.unread[i * s.stride_unread + w] = unread;
+    s.left[i] += __builtin_popcount(unread);
+  }
+  s.halting[i] = 0.0f;
+  p.counts[i] = 0;
+  p.ponder[i] = 0.0f;
+  const int64_t reads = p.num_tape_tokens * p.topk;
+  for (int64_t j = i * reads; j < (i + 1) * reads; ++j) p.indices[j] = -1, p.weights[j] = 0.0f;
+  return reads_on(p, s, i);
+}
 
-  for (int64_t token = tokens - 1; token >= 0; --token) {
-    const float* const q = queries + token * width;
-    const float* const w = weights + token * topk;
-    float largest = 0.0f, ties = 0.0f, mean = 0.0f, dw[kMaxTopk];
-    for (int64_t j = 0; j < topk; ++j) largest = w[j] > largest ? w[j] : largest;
-    for (int64_t j = 0; j < topk; ++j) ties += w[j] == largest;
-    for (int64_t j = 0; j < topk; ++j) {
-      const T* const key = key_row<T>(p, i, entries[token * topk + j]);
-      float dot = 0.0f;
-      for (int64_t d = 0; d < width; ++d) {
-        keys[j * width + d] = to_float(key[d]);
-        dot += dq[d] * keys[j * width + d];
-      }
-      const float dcost = p.entropy ? -2.0f * w[j] : w[j] == largest ? -1.0f / ties : 0.0f;
-      dw[j] = p.dweights[(i * p.num_tape_tokens + token) * topk + j] + take * dot +
-              p.dponder[i] * dcost;
-      mean += w[j] * dw[j];
+BestEntries best_of_part(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i,
+                         int64_t part) {
+  return {s.best + (i * s.parts + part) * p.topk, p.topk};
+}
+
+// Fetches some rows of a bank into the second cache. Were it not inlined, a compiler might take a
+// function that only fetches for one that does nothing.
+template <class T>
+__attribute__((always_inline)) inline void fetch(const CpuTapeSelectParams& p, int64_t example,
+                                                 int64_t first, int64_t count) {
+  for (int64_t r = first; r < smaller(first + count, p.keys.bank_size); ++r) {
+    const auto* const row = reinterpret_cast<const char*>(key_row<T>(p, example, r));
+    const int64_t bytes = p.keys.width * static_cast<int64_t>(sizeof(T));
+    for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
+// Scans a part of an example's own bank. Meanwhile it fetches rows of the bank of example `next`
+// from row `fetched` on, if that is not negative.
+template <class T>
+void scan_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i, int64_t part,
+               int64_t next, int64_t fetched) {
+  const int64_t width = p.keys.width, begin = part * s.part_size;
+  const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
+  const int64_t end = smaller(begin + s.part_size, valid);
+  BestEntries best = best_of_part(p, s, i, part);
+  best.clear();
+  Scratch scratch;
+  float* const query = scratch.take(arranged_size<T>(width));
+  arrange_query<T>(s.queries + i * s.stride_query, width, query);
+  for (int64_t first = begin; first < end; first += kScores) {
+    alignas(kVecBytes) float scores[kScores];
+    int64_t count = 0;
+    for (; count < kScores && first + count < end; count += kLanes) {
+      const int64_t c = first + count, rows = smaller(kLanes, end - c);
+      store(scores + count,
+            row_products(query, key_row<T>(p, i, c), rows, p.keys.stride_row, width));
+      if (fetched >= 0) fetch<T>(p, next, fetched, kRowsAhead), fetched += kRowsAhead;
     }
-    float* const dread_keys = p.dread_keys + (i * p.num_tape_tokens + token) * topk * width;
-    for (int64_t j = 0; j < topk; ++j) dw[j] = w[j] * (dw[j] - mean) * scale;
-    for (int64_t d = 0; d < width; ++d) {
-      float dquery = keep * dq[d];
-      for (int64_t j = 0; j < topk; ++j) {
-        dread_keys[j * width + d] = take * w[j] * dq[d] + dw[j] * q[d];
-        dquery += dw[j] * keys[j * width + d];
+    best.offer(scores, s.unread + i * s.stride_unread, first, count);
+  }
+}
+
+// Scans a part of a shared bank.
+void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
+                 int64_t count, int64_t part) {
+  const int64_t width = p.keys.width, begin = part * s.part_size;
+  const int64_t end = smaller(begin + s.part_size, p.keys.bank_size);
+  Scratch scratch;
+  float* const queries = scratch.take(count * width);
+  for (int64_t e = 0; e < count; ++e) {
+    const float* const query = s.queries + examples[e] * s.stride_query;
+    for (int64_t d = 0; d < width; ++d) queries[e * width + d] = query[d];
+    best_of_part(p, s, examples[e], part).clear();
+  }
+  for (int64_t first = begin; first < end; first += kPanel) {
+    for (int64_t tile = 0; tile < count; tile += kExamplesOfTile) {
+      const int64_t rows = smaller(kExamplesOfTile, count - tile);
+      alignas(kVecBytes) float scores[kExamplesOfTile * kPanel];
+      gemm<float>({.rows = rows,
+                   .cols = kPanel,
+                   .depth = width,
+                   .a = queries + tile * width,
+                   .stride_a_row = width,
+                   .stride_a_col = 1,
+                   .b = p.key_panels + first * width,
+                   .stride_b = kPanel,
+                   .c = scores,
+                   .stride_c = kPanel,
+                   .accumulate = false});
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = examples[tile + r];
+        best_of_part(p, s, i, part)
+            .offer(scores + r * kPanel, s.unread + i * s.stride_unread, first, kPanel);
       }
-      dq[d] = dquery;
+    }
+  }
+}
+
+template <class T>
+bool read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) {
+  ScoredEntry merged[kMaxTopk];
+  const ScoredEntry* const found = s.best + i * s.parts * p.topk;
+  BestEntries best(merged, p.topk);
+  best.clear();
+  for (int64_t j = 0; j < s.parts * p.topk; ++j) {
+    if (found[j].entry >= 0) best.offer(found[j]);
+  }
+  const int64_t out = (i * p.num_tape_tokens + p.counts[i]) * p.topk;
+  float scores[kMaxTopk];
+  for (int64_t j = 0; j < p.topk; ++j) {
+    const int32_t entry = merged[j].entry;
+    scores[j] = merged[j].score;
+    p.indices[out + j] = entry;
+    s.unread[i * s.stride_unread + entry / kUnreadBits] &= ~(uint32_t{1} << entry % kUnreadBits);
+  }
+  s.left[i] -= p.topk;
+  p.ponder[i] += merge_weights(p, scores, p.weights + out);
+  s.halting[i] += p.weights[out];
+  p.counts[i] += 1;
+  float* const query = s.queries + i * s.stride_query;
+  next_query<T>(p, i, p.indices + out, p.weights + out, query, query);
+  return reads_on(p, s, i);
+}
+
+// Reads for examples that have a bank of their own, one after another.
+template <class T>
+void forward_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
+                  int64_t count) {
+  const int64_t vectors = (p.keys.bank_size + kLanes - 1) / kLanes;
+  for (int64_t i = first; i < first + count; ++i) {
+    bool on = start<T>(p, s, i);
+    for (int64_t token = 0; on; ++token) {
+      // While the first token is read, memory is busy with this example's own bank.
+      const bool ahead = token > 0 && i + 1 < first + count;
+      scan_rows<T>(p, s, i, 0, i + 1, ahead ? (token - 1) * vectors * kRowsAhead : -1);
+      on = read<T>(p, s, i);
+    }
+  }
+}
+
+// Reads for examples that share a bank. Those that read on are scanned for together.
+template <class T>
+void forward_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
+                    int64_t count) {
+  int64_t reading[kExamplesPerBankPass], readers = 0;
+  for (int64_t i = first; i < first + count; ++i) {
+    if (start<T>(p, s, i)) reading[readers++] = i;
+  }
+  while (readers > 0) {
+    scan_panels(p, s, reading, readers, 0);
+    const int64_t before = readers;
+    readers = 0;
+    for (int64_t r = 0; r < before; ++r) {
+      if (read<T>(p, s, reading[r])) reading[readers++] = reading[r];
     }
   }
 }
 
 }  // namespace
 
-void select_columns(const CpuTapeSelectParams& p, float* to, int64_t first, int64_t count) {
-  const int64_t columns = round_up(p.keys.bank_size, kColumnMultiple);
-  with_number(p.dtype,
-              [&](auto number) { by_column<decltype(number)>(p, 0, to, first, count, columns); });
+void select_pack(const CpuTapeSelectParams& p, float* key_panels, int64_t first, int64_t count) {
+  with_number(p.dtype, [&](auto number) { pack<decltype(number)>(p, key_panels, first, count); });
 }
 
-void select_fwd(const CpuTapeSelectParams& p, int64_t example, int64_t count) {
-  with_number(p.dtype, [&](auto number) { forward<decltype(number)>(p, example, count); });
+bool select_start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t example) {
+  return with_number(p.dtype, [&](auto number) { return start<decltype(number)>(p, s, example); });
 }
 
-void select_bwd(const CpuTapeSelectParams& p, int64_t example) {
-  with_number(p.dtype, [&](auto number) { backward<decltype(number)>(p, example); });
+void select_scan(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
+                 int64_t count, int64_t part) {
+  if (p.key_panels) return scan_panels(p, s, examples, count, part);
+  with_number(p.dtype, [&](auto number) {
+    for (int64_t e = 0; e < count; ++e) {
+      scan_rows<decltype(number)>(p, s, examples[e], part, 0, -1);
+    }
+  });
+}
+
+bool select_read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t example) {
+  return with_number(p.dtype, [&](auto number) { return read<decltype(number)>(p, s, example); });
+}
+
+void select_fwd(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
+                int64_t count) {
+  with_number(p.dtype, [&](auto number) {
+    p.key_panels ? forward_panels<decltype(number)>(p, s, first, count)
+                 : forward_rows<decltype(number)>(p, s, first, count);
+  });
 }
 
 }  // namespace adatape::ADATAPE_ISA
