@@ -244,9 +244,21 @@ class TapeReader(ElasticModule):
             query, options["read_mask"] = query[:, : self.key_dim], read_mask
             if later is None:
                 return ops.tape_read(query, values, **options, capacity=capacity)
-            selection = ops.tape_select(query, values[..., : self.key_dim], **options)
-            selection = stopped_at(selection, later, self.loss_type)
-            return (*ops.tape_gather(values, *selection[:3], capacity=capacity), selection)
+            # The gradients of the keys and of the values are those of one bank.
+            rows, values = values, values.detach()
+            with torch.no_grad():
+                selection = ops.tape_select(query, values[..., : self.key_dim], **options)
+                selection = stopped_at(selection, later, self.loss_type)
+            return tape_read_again(
+                query,
+                rows,
+                values,
+                selection,
+                average_query=self.average_query,
+                loss_type=self.loss_type,
+                capacity=capacity,
+                places=selection.indices,
+            )
         entries = self._checked(bank.entries, query)
         query, read_mask = self._regularised(query, entries)
         with torch.no_grad():

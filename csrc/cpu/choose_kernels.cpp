@@ -24,9 +24,9 @@
   bool select_read(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);                \
   void select_fwd(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t, int64_t);        \
   void select_bwd(const CpuTapeSelectParams&, int64_t);                                            \
-  void gather_fwd(const CpuTapeGatherParams&, int64_t);                                            \
+  void gather_fwd(const CpuTapeGatherParams&, int64_t, int64_t, int64_t);                          \
   void gather_bwd(const CpuTapeGatherParams&, int64_t);                                            \
-  void segment_sum(const CpuSegmentSumParams&, int64_t, const Contribution*, const Contribution*); \
+  void segment_sum(const CpuSegmentSumParams&, const Contribution*, const Contribution*);          \
   void bias(const CpuBiasActParams&, int64_t, int64_t);                                            \
   void bias_act(const CpuBiasActParams&, int64_t, int64_t);                                        \
   void act_bwd(const CpuBiasActParams&, int64_t, int64_t);                                         \

@@ -103,14 +103,16 @@ struct CpuTapeGatherParams {
   void* tape;                 // (tape rows, width); in the backward it is the tape's gradient
   int64_t stride_tape;        // from a row of the tape to the next
   float* dweights = nullptr;  // (batch, num_tape_tokens, topk), backward only
+  int64_t batch;
   int64_t num_tape_tokens;
   int64_t topk;
   DType dtype;  // of bank and tape
 };
 
-// One addend of a segment: `weight` times row `row` of CpuSegmentSumParams::rows, and row `read` of
-// its leading features if there are any.
+// One addend of the sum for row `bank_row` of all banks: `weight` times row `row` of
+// CpuSegmentSumParams::rows, and row `read` of its leading features if there are any.
 struct Contribution {
+  int64_t bank_row = 0;
   int64_t row;
   int64_t read;
   float weight;
@@ -256,13 +258,13 @@ struct CpuKernels {
   // Writes dquery and dread_keys of one example.
   void (*select_bwd)(const CpuTapeSelectParams&, int64_t example);
 
-  // Writes one example's rows of the tape.
-  void (*gather_fwd)(const CpuTapeGatherParams&, int64_t example);
+  // Writes rows `first` to `first + count` of the tape, of which the first belongs to the example.
+  void (*gather_fwd)(const CpuTapeGatherParams&, int64_t example, int64_t first, int64_t count);
   // Writes one example's rows of dweights.
   void (*gather_bwd)(const CpuTapeGatherParams&, int64_t example);
-  // Writes row `bank_row` of a bank's gradient: the sum of the contributions in its segment, which
-  // is zero where the segment is empty.
-  void (*segment_sum)(const CpuSegmentSumParams&, int64_t bank_row, const Contribution* first,
+  // Writes a row of a bank's gradient: the sum of the contributions from `first` to before `last`,
+  // one at least, which all belong to that row.
+  void (*segment_sum)(const CpuSegmentSumParams&, const Contribution* first,
                       const Contribution* last);
 
   // The next three take rows `first` to `first + count`.

@@ -42,19 +42,26 @@ inline CpuBank bank_of(const Tensor& x) {
           .width = x.size(x.dim() - 1)};
 }
 
-// Returns an uninitialised tensor on the device of `like`. Where it is large it asks the kernel for
-// huge pages, because the first touch of 4 kB pages costs several times what writing them does.
+// Asks the operating system for huge pages where a block is large, because the first touch of 4 kB
+// pages costs several times what writing them does. It is advice only: where it is not taken,
+// nothing but time is lost.
+inline void advise_huge_pages(const Tensor& block) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto start = reinterpret_cast<uintptr_t>(block.data_ptr());
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = start + static_cast<uintptr_t>(block.numel()) * block.element_size();
+  if (end > first + kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(block);
+#endif
+}
+
+// Returns an uninitialised tensor on the device of `like`, in huge pages if it is large.
 inline Tensor new_output(const char* name, const Tensor& like,
                          torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   const Tensor out = allocate(name, like, sizes, dtype);
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const auto start = reinterpret_cast<uintptr_t>(out.data_ptr());
-  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = start + static_cast<uintptr_t>(out.numel()) * out.element_size();
-  // This is advice only: where it is not taken, nothing but time is lost.
-  if (end > first + kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(out);
   return out;
 }
 

@@ -1,11 +1,17 @@
 // The gradient of a bank, without atomics: every contribution to the bank is sorted into the
-// segment of the entry that it belongs to, and every segment is summed by one thread.
+// segment of the entry that it belongs to, and every segment is summed by one thread. So each row
+// of the gradient is written once, and those of entries that nobody read not at all where the
+// memory holds zeros already.
 
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "cpu_tensors.h"
+#include "zero_pages.h"
 
 namespace adatape {
 
@@ -30,69 +36,105 @@ struct TapeReads {
       total += count;
       if (total > kMostRows) refuse("counts: expected a sum of at most ", kMostRows, ", got more");
       offsets[i + 1] = static_cast<int32_t>(total);
-      const int32_t* const entries = indices + i * num_tape_tokens * topk;
-      for (int64_t read = 0; read < count * topk; ++read) {
-        if (entries[read] < 0 || entries[read] >= bank_size) {
-          refuse("indices: expected 0 to ", bank_size - 1, " (inside the bank) where read, got ",
-                 entries[read]);
-        }
-      }
+      check_entries(indices + i * num_tape_tokens * topk, count * topk);
     }
     return offsets;
   }
 
-  // Calls visit(bank_row, example, token, rank) for every read, example after example, where
-  // bank_row counts the rows of all banks.
-  template <class Visit>
-  void for_each(const Visit& visit) const {
-    for (int64_t i = 0; i < batch; ++i) {
-      for (int64_t token = 0; token < counts[i]; ++token) {
-        for (int64_t rank = 0; rank < topk; ++rank) {
-          const int64_t entry = indices[(i * num_tape_tokens + token) * topk + rank];
-          visit(own_banks ? i * bank_size + entry : entry, i, token, rank);
-        }
+  // Refuses entries that are not inside the bank.
+  void check_entries(const int32_t* entries, int64_t count) const {
+    const auto inside = [this](int32_t entry) { return entry >= 0 && entry < bank_size; };
+    bool all_inside = true;  // found without a branch, so that several are looked at at once
+    for (int64_t read = 0; read < count; ++read) all_inside &= inside(entries[read]);
+    if (all_inside) return;
+    refuse("indices: expected 0 to ", bank_size - 1, " (inside the bank) where read, got ",
+           *std::find_if_not(entries, entries + count, inside));
+  }
+
+  // The rows of all banks together.
+  int64_t bank_rows() const { return own_banks ? batch * bank_size : bank_size; }
+};
+
+// What the reads of a batch add to the gradient of a bank, and the sums of it.
+//
+// The contributions of an example stand in the order of tape tokens and ranks, and those to one row
+// of a bank in the order of examples before that, which fixes the order of their sum.
+class Segments {
+ public:
+  // `offsets` are those that `reads` has checked.
+  Segments(const TapeReads& reads, const std::vector<int32_t>& offsets)
+      : reads_(reads),
+        offsets_(offsets),
+        contributions_(allocate_vector<Contribution>(
+            "contributions", static_cast<int64_t>(offsets[reads.batch]) * reads.topk)) {}
+
+  // Lists what the reads of example i add, where `make(token, rank)` is what one of them does; its
+  // bank_row is set here. Several threads may list examples at the same time.
+  template <class Make>
+  void list(int64_t i, const Make& make) {
+    Contribution* const first = contributions_.data() + offsets_[i] * reads_.topk;
+    Contribution* last = first;
+    const int32_t* entry = reads_.indices + i * reads_.num_tape_tokens * reads_.topk;
+    const int64_t bank = reads_.own_banks ? i * reads_.bank_size : 0;
+    for (int64_t token = 0; token < reads_.counts[i]; ++token) {
+      for (int64_t rank = 0; rank < reads_.topk; ++rank) {
+        *last = make(token, rank);
+        last++->bank_row = bank + *entry++;
       }
     }
-  }
-};
-
-// All contributions, sorted by the row of the bank that they belong to. Those of row r are
-// contributions[starts[r]] up to contributions[starts[r + 1]]. They stand in the order of examples,
-// tape tokens and ranks, which fixes the order of their sum.
-struct Segments {
-  std::vector<int64_t> starts;              // (rows of all banks + 1,)
-  std::vector<Contribution> contributions;  // (reads,)
-};
-
-// Sorts the reads into segments; `contribution(example, token, rank)` is what one read adds.
-template <class MakeContribution>
-Segments sort_into_segments(const TapeReads& reads, const MakeContribution& contribution) {
-  const int64_t bank_rows = reads.own_banks ? reads.batch * reads.bank_size : reads.bank_size;
-  Segments segments;
-  segments.starts = allocate_vector<int64_t>("the starts of segments", bank_rows + 1);
-  reads.for_each([&](int64_t row, int64_t, int64_t, int64_t) { ++segments.starts[row + 1]; });
-  for (int64_t r = 0; r < bank_rows; ++r) segments.starts[r + 1] += segments.starts[r];
-  segments.contributions =
-      allocate_vector<Contribution>("contributions", segments.starts[bank_rows]);
-  auto next = allocate_vector<int64_t>("the starts of segments", bank_rows);
-  std::copy(segments.starts.begin(), segments.starts.end() - 1, next.begin());
-  reads.for_each([&](int64_t row, int64_t i, int64_t token, int64_t rank) {
-    segments.contributions[next[row]++] = contribution(i, token, rank);
-  });
-  return segments;
-}
-
-// Sums every segment into its row of a bank's gradient.
-inline void sum_segments(const Segments& segments, const CpuSegmentSumParams& p) {
-  constexpr int64_t kBankRowsPerTask = 256;
-  const int64_t bank_rows = static_cast<int64_t>(segments.starts.size()) - 1;
-  const Contribution* const all = segments.contributions.data();
-  const CpuKernels& chosen = cpu_kernels();
-  run_row_tasks(bank_rows, kBankRowsPerTask, [&](int64_t first, int64_t count) {
-    for (int64_t row = first; row < first + count; ++row) {
-      chosen.segment_sum(p, row, all + segments.starts[row], all + segments.starts[row + 1]);
+    // All that is added to the example's own bank is here.
+    if (reads_.own_banks) {
+      std::sort(first, last, [](const Contribution& a, const Contribution& b) {
+        return a.bank_row != b.bank_row ? a.bank_row < b.bank_row : a.read < b.read;
+      });
     }
-  });
-}
+  }
+
+  // Writes the sums of all that was listed to p.out, and zeros to the rows of a bank that nothing
+  // is added to, unless `holds_zeros` says that they are there.
+  void sum(const CpuSegmentSumParams& p, bool holds_zeros) {
+    constexpr int64_t kBankRowsPerTask = 256;
+    if (!reads_.own_banks) sort_all();
+    const Contribution* const all = contributions_.data();
+    const Contribution* const end = all + contributions_.size();
+    const int64_t row_bytes = p.width * (p.out_dtype == DType::kFloat ? 4 : 2);
+    const CpuKernels& chosen = cpu_kernels();
+    run_row_tasks(reads_.bank_rows(), kBankRowsPerTask, [&](int64_t first_row, int64_t count) {
+      const Contribution* next = std::lower_bound(
+          all, end, first_row,
+          [](const Contribution& c, int64_t bank_row) { return c.bank_row < bank_row; });
+      const int64_t last_row = first_row + count;
+      for (int64_t row = first_row; row < last_row; ++row) {
+        // The next row that something is added to.
+        const int64_t used = next != end && next->bank_row < last_row ? next->bank_row : last_row;
+        if (!holds_zeros && row_bytes > 0) {
+          std::memset(static_cast<std::byte*>(p.out) + row * row_bytes, 0,
+                      static_cast<size_t>((used - row) * row_bytes));
+        }
+        if (used == last_row) return;
+        const Contribution* const first = next;
+        while (next != end && next->bank_row == used) ++next;
+        chosen.segment_sum(p, first, next);
+        row = used;
+      }
+    });
+  }
+
+ private:
+  // Sorts all contributions by the row of a shared bank that they belong to.
+  void sort_all() {
+    auto next = allocate_vector<int64_t>("the starts of segments", reads_.bank_rows() + 1);
+    for (const Contribution& c : contributions_) ++next[c.bank_row + 1];
+    for (int64_t r = 0; r < reads_.bank_rows(); ++r) next[r + 1] += next[r];
+    auto sorted =
+        allocate_vector<Contribution>("contributions", static_cast<int64_t>(contributions_.size()));
+    for (const Contribution& c : contributions_) sorted[next[c.bank_row]++] = c;
+    contributions_.swap(sorted);
+  }
+
+  const TapeReads& reads_;
+  const std::vector<int32_t>& offsets_;
+  std::vector<Contribution> contributions_;
+};
 
 }  // namespace adatape

@@ -20,6 +20,15 @@ TapeReads tape_reads(const Tensor& bank, const Tensor& indices, const Tensor& co
           .own_banks = bank.dim() == 3};
 }
 
+// How many rows of the tape a task takes: several tasks for each thread, but so many rows that a
+// thread has more to do than to wake up.
+int64_t rows_per_task(const CpuTapeGatherParams& p, int64_t total) {
+  constexpr int64_t kTasksPerThread = 4, kLeastBytes = int64_t{64} << 10;
+  const int64_t row_bytes = p.bank.width * (p.dtype == DType::kFloat ? 4 : 2);
+  const int64_t least = kLeastBytes / std::max<int64_t>((p.topk + 1) * row_bytes, 1) + 1;
+  return std::max(least, total / (kTasksPerThread * torch::stable::get_num_threads()));
+}
+
 struct CpuTapeGatherOutputs {
   Tensor tape;     // (rows, width)
   Tensor offsets;  // (batch + 1,) int32
@@ -52,23 +61,28 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
       .offsets = offsets.data(),
       .tape = outputs.tape.data_ptr(),
       .stride_tape = outputs.tape.size(1),
+      .batch = reads.batch,
       .num_tape_tokens = reads.num_tape_tokens,
       .topk = reads.topk,
       .dtype = dtype_of(bank),
   };
   const CpuKernels& chosen = cpu_kernels();
-  run_tasks(reads.batch, [&](int64_t i) { chosen.gather_fwd(p, i); });
+  run_row_tasks(total, rows_per_task(p, total), [&](int64_t first, int64_t count) {
+    // The last example that begins at the row or before it, as one without rows ends there.
+    const auto behind = std::upper_bound(offsets.begin(), offsets.end() - 1, first);
+    chosen.gather_fwd(p, behind - offsets.begin() - 1, first, count);
+  });
   zero_rows_from(outputs.tape, total);
   return {outputs.tape, outputs.offsets};
 }
 
 struct CpuTapeGatherGradients {
-  Tensor dbank;     // as bank
-  Tensor dweights;  // (batch, num_tape_tokens, topk), float32
+  SparseOutput dbank;  // as bank
+  Tensor dweights;     // (batch, num_tape_tokens, topk), float32
 };
 
 CpuTapeGatherGradients allocate_gradients(const Tensor& bank, const Tensor& weights) {
-  return {.dbank = new_output("dbank", bank, bank.sizes(), bank.scalar_type()),
+  return {.dbank = new_sparse_output("dbank", bank, bank.sizes(), bank.scalar_type()),
           .dweights = new_output("dweights", weights, weights.sizes(), ScalarType::Float)};
 }
 
@@ -85,6 +99,7 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
     refuse("dtape: expected at least the ", offsets[reads.batch], " tape rows read, got ",
            dtape.size(0));
   }
+  Segments segments(reads, offsets);
   const CpuTapeGatherGradients gradients = allocate_gradients(bank, weights);
 
   const CpuTapeGatherParams p{
@@ -95,25 +110,27 @@ std::tuple<Tensor, Tensor> tape_gather_bwd(const Tensor& dtape_any, const Tensor
       .tape = dtape.data_ptr(),
       .stride_tape = dtape.stride(0),
       .dweights = gradients.dweights.mutable_data_ptr<float>(),
+      .batch = reads.batch,
       .num_tape_tokens = reads.num_tape_tokens,
       .topk = reads.topk,
       .dtype = dtype_of(bank),
   };
   const CpuKernels& chosen = cpu_kernels();
-  run_tasks(reads.batch, [&](int64_t i) { chosen.gather_bwd(p, i); });
-
-  const Segments segments =
-      sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
-        const int64_t read = (i * p.num_tape_tokens + token) * p.topk + rank;
-        return {.row = offsets[i] + token, .read = read, .weight = p.weights[read]};
-      });
-  sum_segments(segments, {.rows = p.tape,
-                          .stride_row = p.stride_tape,
-                          .out = gradients.dbank.data_ptr(),
-                          .width = p.bank.width,
-                          .rows_dtype = p.dtype,
-                          .out_dtype = p.dtype});
-  return {gradients.dbank, gradients.dweights};
+  run_tasks(reads.batch, [&](int64_t i) {
+    chosen.gather_bwd(p, i);
+    segments.list(i, [&](int64_t token, int64_t rank) -> Contribution {
+      const int64_t read = (i * p.num_tape_tokens + token) * p.topk + rank;
+      return {.row = offsets[i] + token, .read = read, .weight = p.weights[read]};
+    });
+  });
+  segments.sum({.rows = p.tape,
+                .stride_row = p.stride_tape,
+                .out = gradients.dbank.tensor.data_ptr(),
+                .width = p.bank.width,
+                .rows_dtype = p.dtype,
+                .out_dtype = p.dtype},
+               gradients.dbank.holds_zeros);
+  return {gradients.dbank.tensor, gradients.dweights};
 }
 
 }  // namespace

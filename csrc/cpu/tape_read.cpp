@@ -1,6 +1,6 @@
 // The gradient of reading a tape on the CPU: checks, allocation, tasks, registration.
 //
-// One pass over the bank's gradient writes every row: the sum of what the merging and the selection
+// Each row of the bank's gradient is written once: the sum of what the merging and the selection
 // add to an entry, or zeros.
 
 #include <tuple>
@@ -12,10 +12,10 @@ namespace adatape {
 namespace {
 
 struct CpuTapeReadGradients {
-  Tensor dquery;      // (batch, key_dim), float32 whatever the dtype of the query
-  Tensor dweights;    // (batch, num_tape_tokens, topk), float32
-  Tensor dread_keys;  // (batch, num_tape_tokens, topk, key_dim), float32
-  Tensor dbank;       // as bank
+  Tensor dquery;       // (batch, key_dim), float32 whatever the dtype of the query
+  Tensor dweights;     // (batch, num_tape_tokens, topk), float32
+  Tensor dread_keys;   // (batch, num_tape_tokens, topk, key_dim), float32
+  SparseOutput dbank;  // as bank
 };
 
 CpuTapeReadGradients allocate_gradients(const Tensor& query, const Tensor& bank,
@@ -27,7 +27,7 @@ CpuTapeReadGradients allocate_gradients(const Tensor& query, const Tensor& bank,
       .dweights = new_output("dweights", query, {batch, num_tape_tokens, topk}, ScalarType::Float),
       .dread_keys = new_output("dread_keys", query, {batch, num_tape_tokens, topk, key_dim},
                                ScalarType::Float),
-      .dbank = new_output("dbank", bank, bank.sizes(), bank.scalar_type())};
+      .dbank = new_sparse_output("dbank", bank, bank.sizes(), bank.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& bank_any,
@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& 
     refuse("dtape: expected at least the ", offsets[reads.batch], " tape rows read, got ",
            dtape.size(0));
   }
+  Segments segments(reads, offsets);
   const CpuTapeReadGradients gradients = allocate_gradients(query, bank, indices);
   const DType dtype = dtype_of(query);
 
@@ -64,6 +65,7 @@ std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& 
       .tape = dtape.data_ptr(),
       .stride_tape = dtape.stride(0),
       .dweights = gradients.dweights.mutable_data_ptr<float>(),
+      .batch = reads.batch,
       .num_tape_tokens = reads.num_tape_tokens,
       .topk = reads.topk,
       .dtype = dtype,
@@ -94,22 +96,21 @@ std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& 
     const int64_t count = reads.counts[i] * reads.topk;
     for (int64_t read = first; read < first + count; ++read) merging.dweights[read] += given[read];
     chosen.select_bwd(selection, i);
+    segments.list(i, [&](int64_t token, int64_t rank) -> Contribution {
+      const int64_t read = (i * reads.num_tape_tokens + token) * reads.topk + rank;
+      return {.row = offsets[i] + token, .read = read, .weight = merging.weights[read]};
+    });
   });
-
-  const Segments segments =
-      sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
-        const int64_t read = (i * reads.num_tape_tokens + token) * reads.topk + rank;
-        return {.row = offsets[i] + token, .read = read, .weight = merging.weights[read]};
-      });
-  sum_segments(segments, {.rows = merging.tape,
-                          .stride_row = merging.stride_tape,
-                          .leading = selection.dread_keys,
-                          .lead_width = keys.width,
-                          .out = gradients.dbank.data_ptr(),
-                          .width = merging.bank.width,
-                          .rows_dtype = dtype,
-                          .out_dtype = dtype});
-  return {torch::stable::to(gradients.dquery, query.scalar_type()), gradients.dbank};
+  segments.sum({.rows = merging.tape,
+                .stride_row = merging.stride_tape,
+                .leading = selection.dread_keys,
+                .lead_width = keys.width,
+                .out = gradients.dbank.tensor.data_ptr(),
+                .width = merging.bank.width,
+                .rows_dtype = dtype,
+                .out_dtype = dtype},
+               gradients.dbank.holds_zeros);
+  return {torch::stable::to(gradients.dquery, query.scalar_type()), gradients.dbank.tensor};
 }
 
 }  // namespace

@@ -195,9 +195,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
 }
 
 struct CpuTapeSelectGradients {
-  Tensor dquery;      // (batch, key_dim), float32 whatever the dtype of the query
-  Tensor dread_keys;  // (batch, num_tape_tokens, topk, key_dim), float32
-  Tensor dkeys;       // as keys
+  Tensor dquery;       // (batch, key_dim), float32 whatever the dtype of the query
+  Tensor dread_keys;   // (batch, num_tape_tokens, topk, key_dim), float32
+  SparseOutput dkeys;  // as keys
 };
 
 CpuTapeSelectGradients allocate_gradients(const Tensor& query, const Tensor& keys,
@@ -207,7 +207,7 @@ CpuTapeSelectGradients allocate_gradients(const Tensor& query, const Tensor& key
           .dread_keys =
               new_output("dread_keys", query, {batch, indices.size(1), indices.size(2), key_dim},
                          ScalarType::Float),
-          .dkeys = new_output("dkeys", keys, keys.sizes(), keys.scalar_type())};
+          .dkeys = new_sparse_output("dkeys", keys, keys.sizes(), keys.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor& keys_any,
@@ -227,7 +227,8 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
                         .topk = topk,
                         .bank_size = keys.size(keys.dim() - 2),
                         .own_banks = keys.dim() == 3};
-  reads.checked_offsets();
+  const std::vector<int32_t> offsets = reads.checked_offsets();
+  Segments segments(reads, offsets);
   const CpuTapeSelectGradients gradients = allocate_gradients(query, keys, indices);
 
   const CpuTapeSelectParams p{
@@ -247,20 +248,21 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
       .dtype = dtype_of(query),
   };
   const CpuKernels& chosen = cpu_kernels();
-  run_tasks(batch, [&](int64_t i) { chosen.select_bwd(p, i); });
-
-  const Segments segments =
-      sort_into_segments(reads, [&](int64_t i, int64_t token, int64_t rank) -> Contribution {
-        const int64_t read = (i * num_tape_tokens + token) * topk + rank;
-        return {.row = read, .read = read, .weight = 1.0f};
-      });
-  sum_segments(segments, {.rows = p.dread_keys,
-                          .stride_row = p.keys.width,
-                          .out = gradients.dkeys.data_ptr(),
-                          .width = p.keys.width,
-                          .rows_dtype = DType::kFloat,
-                          .out_dtype = dtype_of(gradients.dkeys)});
-  return {torch::stable::to(gradients.dquery, query.scalar_type()), gradients.dkeys};
+  run_tasks(batch, [&](int64_t i) {
+    chosen.select_bwd(p, i);
+    segments.list(i, [&](int64_t token, int64_t rank) -> Contribution {
+      const int64_t read = (i * num_tape_tokens + token) * topk + rank;
+      return {.row = read, .read = read, .weight = 1.0f};
+    });
+  });
+  segments.sum({.rows = p.dread_keys,
+                .stride_row = p.keys.width,
+                .out = gradients.dkeys.tensor.data_ptr(),
+                .width = p.keys.width,
+                .rows_dtype = DType::kFloat,
+                .out_dtype = dtype_of(keys)},
+               gradients.dkeys.holds_zeros);
+  return {torch::stable::to(gradients.dquery, query.scalar_type()), gradients.dkeys.tensor};
 }
 
 }  // namespace

@@ -152,7 +152,7 @@ def test_copies_and_lists_on_the_host(device):
 x = torch.randn(64, 2**18).t()
 ffn = ops.FFN(torch.randn(8, 64), torch.randn(8), torch.randn(64, 8), torch.randn(64))
 message_below(10, lambda: ops.dual_ffn(x, 2**18, ffn))
-query, keys = torch.randn(3, 1, requires_grad=True), torch.randn(3, 2**21, 1, requires_grad=True)
+query, keys = torch.randn(3, 1, requires_grad=True), torch.randn(3 * 2**21, 1, requires_grad=True)
 loss = select(query, keys).weights.sum()
 message_below(40, loss.backward)
 """

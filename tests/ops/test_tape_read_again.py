@@ -54,6 +54,31 @@ def test_results_and_gradients_are_those_of_tape_read(device, dtype, options):
         assert_same_bits(a, e)
 
 
+def along(query, bank, *, average_query=True, loss_type="entropy", capacity=None, **options):
+    """What `tape_read` returns, of a selection by a bank that has its gradient as a whole."""
+    ways = dict(average_query=average_query, loss_type=loss_type)
+    entries = bank.detach()
+    with torch.no_grad():
+        selection = tape_select(query, entries[..., : query.shape[1]], **options, **ways)
+    places = selection.indices
+    return tape_read_again(
+        query, bank, entries, selection, **ways, capacity=capacity, places=places
+    )
+
+
+@pytest.mark.parametrize("options", [{}, OTHERWISE], ids=["", "otherwise"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_bank_itself_in_the_place_of_copies(device, dtype, options, shared):
+    query, bank, reading = given(device, dtype)
+    bank = bank.detach()[0].requires_grad_() if shared else bank
+    options = {**reading, **options}
+    actual, grads = results(along, query, bank, **options)
+    expected, expected_grads = results(tape_read, query, bank, **options)
+    for a, e in zip([*actual, *grads], [*expected, *expected_grads], strict=True):
+        assert_same_bits(a, e)
+
+
 @pytest.mark.parametrize("ends", [("tape",), ("ponder",), ("weights", "ponder")])
 def test_some_of_the_results_alone(device, ends):
     query, bank, options = given(device, torch.float32)
@@ -111,8 +136,9 @@ def test_opcheck(device, batch, capacity):
     with torch.no_grad():
         read = tape_select(query, bank[..., :KEY], **options)
     rows = recomputed(bank).rows(*rows_of_selection(read.indices, BANK)).detach()
-    args = (query, rows.requires_grad_(), bank.detach(), read.indices, read.weights, read.ponder)
-    args = (*args, read.counts, True, "entropy", capacity)
+    places = torch.arange(6, dtype=torch.int32, device=device).view(1, 3, 2).repeat(batch, 1, 1)
+    args = (query, rows.requires_grad_(), bank.detach(), places, read.indices, read.weights)
+    args = (*args, read.ponder, read.counts, True, "entropy", capacity)
     torch.library.opcheck(torch.ops.adatape.tape_read_again.default, args)
 
 

@@ -267,6 +267,7 @@ def tape_read_again(
     average_query: bool,
     loss_type: LossType,
     capacity: int | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, TapeSelection]:
     """Return what `tape_read` does of a selection that was made, differentiable in copied rows.
 
@@ -278,6 +279,8 @@ def tape_read_again(
         bank: (batch, bank_size, dim), without a gradient.
         selection: that of `tape_select` by the bank's keys, without a gradient.
         average_query, loss_type, capacity: as in `tape_read`.
+        places: where `rows` has each entry that was selected, if not in their order: those of
+            the selection for rows that are the bank once more, shared or not, with a gradient.
 
     Returns:
         As `tape_read`. The values are those of the bank; the rows are for the gradient alone.
@@ -288,8 +291,10 @@ def tape_read_again(
     """
     check_capacity(capacity)
     indices, weights, counts, ponder = selection
+    places = _places_in_order(indices) if places is None else places
+    options = average_query, loss_type, capacity
     tape, weights, ponder, offsets = _READ_AGAIN.overload(
-        query, rows, bank, indices, weights, ponder, counts, average_query, loss_type, capacity
+        query, rows, bank, places, indices, weights, ponder, counts, *options
     )
     return tape, offsets, TapeSelection(indices, weights, counts, ponder)
 
@@ -298,6 +303,7 @@ def _compose_again(
     query: Tensor,
     rows: Tensor,
     bank: Tensor,
+    places: Tensor,
     indices: Tensor,
     weights: Tensor,
     ponder: Tensor,
@@ -311,36 +317,40 @@ def _compose_again(
 
 
 _READ_AGAIN = Composition(
-    "tape_read_again(Tensor query, Tensor rows, Tensor bank, Tensor indices, Tensor weights, "
-    "Tensor ponder, Tensor counts, bool average_query, str loss_type, SymInt? capacity) "
-    "-> (Tensor tape, Tensor read_weights, Tensor read_ponder, Tensor offsets)",
+    "tape_read_again(Tensor query, Tensor rows, Tensor bank, Tensor places, Tensor indices, "
+    "Tensor weights, Tensor ponder, Tensor counts, bool average_query, str loss_type, "
+    "SymInt? capacity) -> (Tensor tape, Tensor read_weights, Tensor read_ponder, Tensor offsets)",
     _compose_again,
 )
 
 
-def _places(indices: Tensor) -> Tensor:
-    """Return where `rows` has each entry that was read, int32 of the shape of indices."""
+def _places_in_order(indices: Tensor) -> Tensor:
+    """Return where copies in the order of indices are, int32 of the shape of indices."""
     batch, num_tape_tokens, topk = indices.shape
     places = torch.arange(num_tape_tokens * topk, dtype=torch.int32, device=indices.device)
     return places.view(1, num_tape_tokens, topk).repeat(batch, 1, 1)
 
 
 def _setup_context_again(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, rows, _, indices, _, _, counts, ctx.average_query, ctx.loss_type, _ = inputs
+    query, rows, _, places, _, _, _, counts, ctx.average_query, ctx.loss_type, _ = inputs
     _, weights, _, _ = output  # not those of the inputs, which have no derivative
-    ctx.save_for_backward(query, rows, weights, _places(indices), counts)
+    ctx.save_for_backward(query, rows, weights, places, counts)
     ctx.set_materialize_grads(False)
 
 
 def _plain_torch_again(inputs: tuple, output: tuple) -> tuple:
-    query, rows, _, indices, _, _, counts, average_query, loss_type, _ = inputs
-    keys, places = rows[..., : query.shape[1]], _places(indices)
+    query, rows, _, places, _, _, _, counts, average_query, loss_type, _ = inputs
+    keys = rows[..., : query.shape[1]]
     weights, ponder = reference.read_along(query, keys, places, counts, average_query, loss_type)
     tape, _ = reference.tape_gather(rows, places, weights, counts, capacity=len(output[0]))
     return tape, weights, ponder, None
 
 
-_READ_AGAIN.differentiable(_backward, _setup_context_again, _plain_torch_again)
+def _backward_again(ctx: Any, *grads: Tensor | None) -> tuple:
+    return *_backward(ctx, *grads), None
+
+
+_READ_AGAIN.differentiable(_backward_again, _setup_context_again, _plain_torch_again)
 
 
 @flop_formula(torch.ops.adatape.tape_read_again, get_raw=True)
@@ -348,6 +358,7 @@ def _flops_again(
     query: Tensor,
     rows: Tensor,
     bank: Tensor,
+    places: Tensor,
     indices: Tensor,
     weights: Tensor,
     ponder: Tensor,

@@ -12,7 +12,7 @@
 
 #include "../cpu_kernels.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -43,6 +43,10 @@ inline IntVec widened(HalfVec x) {
   __m256i half;
   std::memcpy(&half, &x, sizeof half);
   return reinterpret_cast<IntVec>(_mm512_maskz_cvtepu16_epi32(0xffff, half));
+#elif defined(__AVX2__)
+  __m128i half;
+  std::memcpy(&half, &x, sizeof half);
+  return reinterpret_cast<IntVec>(_mm256_cvtepu16_epi32(half));
 #else
   return __builtin_convertvector(x, IntVec);
 #endif

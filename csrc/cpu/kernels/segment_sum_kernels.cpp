@@ -6,42 +6,66 @@
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-template <class From, class To>
-void add_up(const CpuSegmentSumParams& p, int64_t bank_row, const Contribution* first,
-            const Contribution* last) {
-  const auto row_of = [&p](const Contribution* contribution) {
-    return static_cast<const From*>(p.rows) + contribution->row * p.stride_row;
-  };
-  const auto leading_of = [&p](const Contribution* contribution) {
-    return p.leading + contribution->read * p.lead_width;
-  };
-  To* const out = static_cast<To*>(p.out) + bank_row * p.width;
-  int64_t d = 0;
-  for (; d + kLanes <= p.width; d += kLanes) {
-    Vec sum = {};
-    for (const Contribution* c = first; c != last; ++c) sum += c->weight * load(row_of(c) + d);
-    if (d + kLanes <= p.lead_width) {
-      for (const Contribution* c = first; c != last; ++c) sum += load(leading_of(c) + d);
-    } else if (d < p.lead_width) {
-      const int some = static_cast<int>(p.lead_width - d);
-      for (const Contribution* c = first; c != last; ++c) sum += load_some(leading_of(c) + d, some);
-    }
-    store(out + d, sum);
+// The contributions of one segment.
+struct Segment {
+  const CpuSegmentSumParams& p;
+  const Contribution* first;
+  const Contribution* last;
+
+  template <class From>
+  const From* row(const Contribution* c) const {
+    return static_cast<const From*>(p.rows) + c->row * p.stride_row;
   }
+  const float* leading(const Contribution* c) const { return p.leading + c->read * p.lead_width; }
+};
+
+// Writes `vecs` vectors of the sum, from feature d on.
+template <int vecs, class From, class To>
+void add_up(const Segment& segment, int64_t d, To* to) {
+  Vec sums[vecs] = {};
+  for (const Contribution* c = segment.first; c != segment.last; ++c) {
+    const From* const row = segment.row<From>(c) + d;
+    for (int v = 0; v < vecs; ++v) sums[v] += c->weight * load(row + v * kLanes);
+  }
+  for (int v = 0; v < vecs && d + v * kLanes < segment.p.lead_width; ++v) {
+    const int64_t lanes = segment.p.lead_width - d - v * kLanes;
+    for (const Contribution* c = segment.first; c != segment.last; ++c) {
+      const float* const from = segment.leading(c) + d + v * kLanes;
+      sums[v] += lanes >= kLanes ? load(from) : load_some(from, static_cast<int>(lanes));
+    }
+  }
+  for (int v = 0; v < vecs; ++v) store(to + v * kLanes, sums[v]);
+}
+
+template <class From, class To>
+void add_up_row(const Segment& segment) {
+  constexpr int kVecs = 4;  // so many vectors of a row are served by one lookup of its place
+  const CpuSegmentSumParams& p = segment.p;
+  To* const out = static_cast<To*>(p.out) + segment.first->bank_row * p.width;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= p.width; d += kVecs * kLanes) {
+    add_up<kVecs, From>(segment, d, out + d);
+  }
+  for (; d + kLanes <= p.width; d += kLanes) add_up<1, From>(segment, d, out + d);
   for (; d < p.width; ++d) {
     float sum = 0.0f;
-    for (const Contribution* c = first; c != last; ++c) sum += c->weight * to_float(row_of(c)[d]);
-    for (const Contribution* c = first; d < p.lead_width && c != last; ++c) sum += leading_of(c)[d];
+    for (const Contribution* c = segment.first; c != segment.last; ++c) {
+      sum += c->weight * to_float(segment.row<From>(c)[d]);
+    }
+    for (const Contribution* c = segment.first; d < p.lead_width && c != segment.last; ++c) {
+      sum += segment.leading(c)[d];
+    }
     out[d] = from_float<To>(sum);
   }
 }
 
 }  // namespace
 
-void segment_sum(const CpuSegmentSumParams& p, int64_t bank_row, const Contribution* first,
+void segment_sum(const CpuSegmentSumParams& p, const Contribution* first,
                  const Contribution* last) {
+  const Segment segment{p, first, last};
   with_wide_and_narrow(p.rows_dtype, p.out_dtype, [&](auto row, auto out) {
-    add_up<decltype(row), decltype(out)>(p, bank_row, first, last);
+    add_up_row<decltype(row), decltype(out)>(segment);
   });
 }
 

@@ -1,0 +1,90 @@
+"""Large gradients on the CPU, of which the operating system has written the zeros already."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from checks import assert_close, assert_same_bits
+
+from adatape_kernels import ops, use_backend
+from adatape_kernels.ops.op import record
+
+OP = ("tape_select", "tape_gather", "tape_read")
+pytestmark = pytest.mark.backends("cpp")
+
+READ = dict(num_tape_tokens=3, topk=2, halt_threshold=9.0)
+# Of more than 32 MiB, so that malloc maps pages for the gradient alone.
+BANKS = {"own": (2, 4200, 1024), "shared": (8400, 1024), "bfloat16": (2, 8400, 1024)}
+
+
+def gradients(shape, dtype):
+    torch.manual_seed(0)
+    query, bank = torch.randn(2, 64).to(dtype), torch.randn(shape).to(dtype)
+    query, bank = query.requires_grad_(), bank.requires_grad_()
+    tape, _, read = ops.tape_read(query, bank, **READ)
+    objective = (tape.float() * torch.arange(1.0, 1025.0)).sum() + read.ponder.sum()
+    return read.indices, torch.autograd.grad(objective, (query, bank))
+
+
+@pytest.mark.checks_what_ran
+@pytest.mark.parametrize("kind", BANKS)
+@pytest.mark.parametrize("filled", [False, True])
+def test_rows_that_were_not_read_are_zero(device, kind, filled):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    try:
+        with record() as ran:
+            indices, (dquery, dbank) = gradients(BANKS[kind], dtype)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert {each.backend for each in ran} == {"cpp"}
+    with use_backend("eager"):
+        expected_indices, expected = gradients(BANKS[kind], dtype)
+    assert torch.equal(indices, expected_indices)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for actual, wanted in zip((dquery, dbank), expected, strict=True):
+        assert_close(actual, wanted, tolerance)
+    assert_same_bits(dbank != 0, expected[1] != 0)
+    assert int((dbank != 0).any(-1).sum()) <= indices.numel()
+
+
+# malloc serves large blocks out of memory that it keeps, in which an earlier tensor has left NaN:
+# in every page, or in a few, as the others were given back.
+KEPT_MEMORY = """
+    import ctypes
+    import torch
+    from adatape_kernels import ops
+
+    query = torch.randn(2, 64, requires_grad=True)
+    bank = torch.randn(2, 8400, 1024, requires_grad=True)
+    tape, _, read = ops.tape_read(query, bank, num_tape_tokens=3, topk=2, halt_threshold=9.0)
+    size = bank.numel() * bank.element_size()
+    dtape = torch.ones_like(tape)
+    poison = torch.full_like(bank, float("nan"))
+    place = poison.data_ptr()
+    if {dropped}:
+        start = (place + size // 20) // 4096 * 4096
+        libc = ctypes.CDLL(None, use_errno=True)
+        length = ctypes.c_size_t(size // 10 * 9 // 4096 * 4096)
+        assert libc.madvise(ctypes.c_void_p(start), length, 4) == 0
+    del poison
+    dquery, dbank = torch.autograd.grad(tape, (query, bank), dtape)
+    assert 0 <= dbank.data_ptr() - place < size // 100, "malloc did not keep the block"
+    print(int((dbank != 0).any(-1).sum()), int(dbank.isnan().sum()))
+"""
+
+
+@pytest.mark.runs_no_op  # another process calls it
+@pytest.mark.skipif(sys.platform != "linux", reason="it sets what glibc's malloc looks at")
+@pytest.mark.parametrize("dropped", [False, True])
+def test_memory_that_malloc_has_kept_is_cleared(device, dropped):
+    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31)}
+    text = textwrap.dedent(KEPT_MEMORY).format(dropped=dropped)
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, env={**os.environ, **keep}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["12", "0"]
