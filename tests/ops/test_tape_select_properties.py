@@ -70,9 +70,13 @@ def test_an_example_s_bits_do_not_depend_on_its_batch(device, threads, size, str
 
 @pytest.mark.several_threads
 @pytest.mark.absent_if(reason=has_one_thread)
-def test_bits_do_not_depend_on_the_number_of_threads(device):
-    query, keys = torch.randn(6, 64, device=device), torch.randn(6, 20_000, 64, device=device)
-    given = [query, keys, *cotangents(6, 4, 3, device=device)]
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_bits_do_not_depend_on_the_number_of_threads(device, batch, shared):
+    """Few examples of a large bank: threads may share out the examples or the bank."""
+    query = torch.randn(batch, 64, device=device)
+    keys = torch.randn(*([] if shared else [batch]), 20_000, 64, device=device)
+    given = [query, keys, *cotangents(batch, 4, 3, device=device)]
     results = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -80,6 +84,22 @@ def test_bits_do_not_depend_on_the_number_of_threads(device):
     for other in results[1:]:
         for a, e in zip(other, results[0], strict=True):
             assert_same_bits(a, e)
+
+
+@pytest.mark.several_threads
+@pytest.mark.absent_if(reason=has_one_thread)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-example"])
+def test_equal_rows_tie_where_threads_share_out_the_bank(device, shared):
+    """Of two kinds of rows the better one is rare, and stands in every part of the bank."""
+    rows = torch.randn(2, 64, device=device)
+    query = rows[:1].clone()
+    kinds = torch.ones(20_000, dtype=torch.long, device=device)
+    kinds[torch.arange(500, 20_000, 499)] = 0
+    keys = rows[kinds] if shared else rows[kinds][None]
+    better = kinds.eq(0).nonzero().flatten().tolist()
+    torch.set_num_threads(3)
+    sel = tape_select(query, keys, num_tape_tokens=4, topk=8, halt_threshold=math.inf)
+    assert sel.indices.flatten().tolist() == better[:32]
 
 
 @pytest.mark.many_emulated_threads
