@@ -21,27 +21,29 @@ struct CpuGates {
 // The gates of a GLU, which multiply numbers that may be as large as a gate is small.
 CpuGates glu_gates(Vec x) { return CpuGates(x, exp_to_smallest(negative_size(x))); }
 
-// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
+// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³). Its gate,
+// the sigmoid, is 1 / (1 + e) with e = exp(-2u), which is 0 where e is infinite.
 constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
 
 struct GeluTanh {
   static Vec value(Vec x) {
-    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
-    return above * gates(above).open;
+    const Vec above = max(broadcast(-kGateEnd), x);
+    return above / (1.0f + inverse_odds(min(broadcast(kGateEnd), above)));
   }
 
   static Vec gradient(Vec x, Vec dact) {
-    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
-    const Vec inner = above > kGateEnd ? broadcast(kGateEnd) : above;
-    const CpuGates g = gates(inner);
-    const Vec steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
-    return dact * (g.open + inner * g.open * g.closed * steepness);
+    const Vec inner = min(broadcast(kGateEnd), max(broadcast(-kGateEnd), x));
+    const Vec e = inverse_odds(inner), open = 1.0f / (1.0f + e);
+    // The gate of -x, which is 1 where e is infinite.
+    const Vec closed = min(e * open, broadcast(1.0f));
+    const Vec steepness = kTwiceRoot + (3.0f * kTwiceRoot * kCubic) * (inner * inner);
+    return dact * (open + open * closed * (inner * steepness));
   }
 
  private:
-  static CpuGates gates(Vec x) {
-    const Vec twice_u = kTwiceRoot * (x + kCubic * x * x * x);
-    return CpuGates(twice_u, exp(negative_size(twice_u)));
+  // Returns exp(-2u).
+  static Vec inverse_odds(Vec x) {
+    return exp_to_infinity(x * (-kTwiceRoot - (kTwiceRoot * kCubic) * (x * x)));
   }
 };
 
