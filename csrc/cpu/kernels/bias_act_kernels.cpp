@@ -129,13 +129,32 @@ void plain_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   }
 }
 
+// The gradient of a bias, summed over the rows of one block.
+class BiasGradient {
+ public:
+  BiasGradient(const CpuBiasActParams& p, int64_t first, int64_t columns)
+      : sums_(p.dbias_parts + first / kActRows * columns) {
+    for_columns(columns, [&](int64_t c, int lanes) { write(sums_ + c, Vec{}, lanes); });
+  }
+
+  void add(int64_t column, Vec dhidden, int lanes) const {
+    write(sums_ + column, read(sums_ + column, lanes) + dhidden, lanes);
+  }
+
+ private:
+  float* sums_;
+};
+
 template <class T, class Act>
 void plain_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  const BiasGradient dbias(p, first, p.width);
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec dact = read(row.dact + c, lanes);
-      write(row.dhidden + c, Act::gradient(read(row.hidden + c, lanes), dact), lanes);
+      const Vec dhidden = Act::gradient(read(row.hidden + c, lanes), dact);
+      write(row.dhidden + c, dhidden, lanes);
+      dbias.add(c, dhidden, lanes);
     });
   }
 }
@@ -156,13 +175,17 @@ void glu_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
 
 template <class T>
 void glu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  const BiasGradient dbias(p, first, 2 * p.width);
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, 2 * p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), dact = read(row.dact + c, lanes);
       const CpuGates gates = glu_gates(read(row.hidden + p.width + c, lanes));
-      write(row.dhidden + c, dact * gates.open, lanes);
-      write(row.dhidden + p.width + c, dact * (a * gates.open * gates.closed), lanes);
+      const Vec da = dact * gates.open, dg = dact * (a * gates.open * gates.closed);
+      write(row.dhidden + c, da, lanes);
+      write(row.dhidden + p.width + c, dg, lanes);
+      dbias.add(c, da, lanes);
+      dbias.add(p.width + c, dg, lanes);
     });
   }
 }

@@ -302,8 +302,7 @@ inline Vec exp_to_infinity(Vec x) {
   const auto scaled = reinterpret_cast<__m512>(x * kLog2e);
   const __m512 n = _mm512_maskz_roundscale_ps(kAll, scaled, _MM_FROUND_TO_NEAREST_INT);
   const Vec mantissa = exp_polynomial(x, reinterpret_cast<Vec>(n));
-  return reinterpret_cast<Vec>(
-      _mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(mantissa), n));
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(mantissa), n));
 #else
   return x > 88.0f ? broadcast(__builtin_inff()) : exp(x);
 #endif
