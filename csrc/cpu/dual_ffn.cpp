@@ -105,6 +105,15 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
        .dtype = dtype_of(x)});
 }
 
+// Returns how many rows have their activations in memory at a time: those of a part, of which all
+// have as many. The activations of a part are still in a cache when the product reads them, and the
+// memory that they lie in is not given back to the system after every call.
+int64_t rows_of_a_part(int64_t rows) {
+  const int64_t most = 256 * std::max<int64_t>(2, torch::stable::get_num_threads());
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
 // Does what `forward` does for all rows of x in bfloat16, and returns the pre-activations, or
 // nothing where oneDNN is not there.
 std::optional<Tensor> forward_by_onednn(const Tensor& x, const CpuFFN& ffn, const Tensor& y) {
@@ -112,12 +121,18 @@ std::optional<Tensor> forward_by_onednn(const Tensor& x, const CpuFFN& ffn, cons
   if (dtype_of(x) != DType::kBFloat16 || rows == 0 || !has_onednn(x)) return std::nullopt;
   const std::optional<Tensor> hidden = linear_by_onednn(dense(x), dense(ffn.w1), dense(ffn.b1));
   if (!hidden) return std::nullopt;
-  const Tensor act = new_output("act", x, {rows, ffn.w2.size(1)}, x.scalar_type());
-  activate(*hidden, nullptr, ffn, act);
-  const std::optional<Tensor> result = linear_by_onednn(act, dense(ffn.w2), dense(ffn.b2));
-  if (!result) return std::nullopt;
-  Tensor to = y;
-  torch::stable::copy_(to, *result);
+  const Tensor w2 = dense(ffn.w2), b2 = dense(ffn.b2);
+  const int64_t part = rows_of_a_part(rows);
+  const Tensor act = new_output("act", x, {part, w2.size(1)}, x.scalar_type());
+  for (int64_t begin = 0; begin < rows; begin += part) {
+    // The last part may reach back into the one before, whose rows it computes once more.
+    const int64_t first = std::min(begin, rows - part);
+    activate(rows_of(*hidden, first, part), nullptr, ffn, act);
+    const std::optional<Tensor> result = linear_by_onednn(act, w2, b2);
+    if (!result) return std::nullopt;
+    Tensor to = rows_of(y, first, part);
+    torch::stable::copy_(to, *result);
+  }
   return hidden;
 }
 
