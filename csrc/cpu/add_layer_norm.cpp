@@ -85,18 +85,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x_any,
   return {outputs.total, outputs.normed, outputs.mean, outputs.rstd};
 }
 
-// Returns the sum of the parts (blocks, dim), in their order.
-Tensor sum_of_parts(const Tensor& parts, ScalarType dtype) {
-  const int64_t blocks = parts.size(0), dim = parts.size(1);
-  Tensor sum = allocate_zeros("sum", parts, {dim}, ScalarType::Float);
-  const float* const from = parts.const_data_ptr<float>();
-  float* const to = sum.mutable_data_ptr<float>();
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t d = 0; d < dim; ++d) to[d] += from[block * dim + d];
-  }
-  return torch::stable::to(sum, dtype);
-}
-
 struct CpuAddLayerNormGradients {
   Tensor dx;             // (rows, dim), as total
   Tensor dweight_parts;  // (blocks of kLayerNormRows rows, dim), float32

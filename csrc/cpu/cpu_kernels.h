@@ -137,6 +137,8 @@ struct CpuBiasActParams {
   const void* dact = nullptr;  // (rows, width), backward only
   // Shaped as hidden, backward only; where the activation is no GLU it may lie where dact lies.
   void* dhidden = nullptr;
+  // (blocks of kActRows rows, columns of hidden), backward only: dhidden, summed over each block.
+  float* dbias_parts = nullptr;
   int64_t width;
   Activation activation;
   DType dtype;
@@ -226,6 +228,8 @@ constexpr int64_t kMaxTopk = 32;
 // A task of add_layer_norm takes so many rows. The sums over such blocks of rows add up to the
 // gradients of weight and bias, whatever the number of threads.
 constexpr int64_t kLayerNormRows = 64;
+// A task of act_bwd takes so many rows, whose sums add up to the gradient of the bias, likewise.
+constexpr int64_t kActRows = 32;
 // A task of accumulate_rows takes so many rows of the total.
 constexpr int64_t kAccumulateRows = 32;
 
@@ -273,7 +277,7 @@ struct CpuKernels {
   // Adds the bias to hidden, then writes act: the activation of hidden or, for a GLU and
   // hidden = [a, g], a · sigmoid(g).
   void (*bias_act)(const CpuBiasActParams&, int64_t first, int64_t count);
-  // Writes dhidden, given dact and hidden.
+  // Writes dhidden, given dact and hidden, and the part of dbias_parts that is these rows' block.
   void (*act_bwd)(const CpuBiasActParams&, int64_t first, int64_t count);
 
   // Writes total, normed, mean and rstd of rows `first` to `first + count`.

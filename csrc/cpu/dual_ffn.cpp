@@ -2,18 +2,19 @@
 // activation between them.
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../products.h"
 #include "cpu_tensors.h"
 
 namespace adatape {
 namespace {
-
-constexpr int64_t kRowsPerTask = 16;
 
 using ActKernel = void (*)(const CpuBiasActParams&, int64_t first, int64_t count);
 
@@ -34,7 +35,46 @@ Tensor product(const char* name, const Tensor& a, const Tensor& b) {
 }
 
 void run(ActKernel kernel, int64_t rows, const CpuBiasActParams& p) {
-  run_row_tasks(rows, kRowsPerTask, [&](int64_t first, int64_t count) { kernel(p, first, count); });
+  run_row_tasks(rows, kActRows, [&](int64_t first, int64_t count) { kernel(p, first, count); });
+}
+
+// Returns x · weightᵀ + bias by oneDNN, which adds the bias in the product. torch's own product in
+// bfloat16 first copies the bias to every row of its result. Returns nothing if the call fails.
+std::optional<Tensor> linear_by_onednn(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(x),
+                                    from(weight),
+                                    from(std::optional<Tensor>(bias)),
+                                    from(std::string("none")),
+                                    from(std::vector<std::optional<double>>{}),
+                                    from(std::optional<std::string>())};
+  if (torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION)) {
+    return std::nullopt;
+  }
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Returns whether this build of torch has oneDNN's product. The first call tries it.
+bool has_onednn(const Tensor& like) {
+  static const bool found = [&] {
+    const auto zeros = [&](std::initializer_list<int64_t> sizes) {
+      Tensor x = torch::stable::new_empty(like, sizes);
+      return torch::stable::zero_(x);
+    };
+    return linear_by_onednn(zeros({1, 32}), zeros({32, 32}), zeros({32})).has_value();
+  }();
+  return found;
+}
+
+// Writes the bias and activation of `hidden`, which has the bias already where `bias` is null.
+void activate(const Tensor& hidden, const Tensor* bias, const CpuFFN& ffn, const Tensor& act) {
+  run(cpu_kernels().bias_act, hidden.size(0),
+      {.hidden = hidden.data_ptr(),
+       .bias = bias ? bias->data_ptr() : nullptr,
+       .act = act.data_ptr(),
+       .width = act.size(1),
+       .activation = ffn.activation,
+       .dtype = dtype_of(hidden)});
 }
 
 // Sends the rows x (rows, dim) through a feed-forward; writes the pre-activations and the result.
@@ -51,13 +91,7 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
     multiply(x, transposed(ffn.w1), hidden);
   }
   const Tensor act = new_output("act", x, {rows, width}, x.scalar_type());
-  run(cpu_kernels().bias_act, rows,
-      {.hidden = hidden.data_ptr(),
-       .bias = with_product ? nullptr : b1.data_ptr(),
-       .act = act.data_ptr(),
-       .width = width,
-       .activation = ffn.activation,
-       .dtype = dtype_of(x)});
+  activate(hidden, with_product ? nullptr : &b1, ffn, act);
   if (with_product) {
     linear(act, ffn.w2, b2, y);
     return;
@@ -69,6 +103,37 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
        .width = y.size(1),
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
+}
+
+// Returns how many rows have their activations in memory at a time: those of a part, of which all
+// have as many. The activations of a part are still in a cache when the product reads them, and the
+// memory that they lie in is not given back to the system after every call.
+int64_t rows_of_a_part(int64_t rows) {
+  const int64_t most = 256 * std::max<int64_t>(2, torch::stable::get_num_threads());
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
+// Does what `forward` does for all rows of x in bfloat16, and returns the pre-activations, or
+// nothing where oneDNN is not there.
+std::optional<Tensor> forward_by_onednn(const Tensor& x, const CpuFFN& ffn, const Tensor& y) {
+  const int64_t rows = x.size(0);
+  if (dtype_of(x) != DType::kBFloat16 || rows == 0 || !has_onednn(x)) return std::nullopt;
+  const std::optional<Tensor> hidden = linear_by_onednn(dense(x), dense(ffn.w1), dense(ffn.b1));
+  if (!hidden) return std::nullopt;
+  const Tensor w2 = dense(ffn.w2), b2 = dense(ffn.b2);
+  const int64_t part = rows_of_a_part(rows);
+  const Tensor act = new_output("act", x, {part, w2.size(1)}, x.scalar_type());
+  for (int64_t begin = 0; begin < rows; begin += part) {
+    // The last part may reach back into the one before, whose rows it computes once more.
+    const int64_t first = std::min(begin, rows - part);
+    activate(rows_of(*hidden, first, part), nullptr, ffn, act);
+    const std::optional<Tensor> result = linear_by_onednn(act, w2, b2);
+    if (!result) return std::nullopt;
+    Tensor to = rows_of(y, first, part);
+    torch::stable::copy_(to, *result);
+  }
+  return hidden;
 }
 
 struct CpuFFNGradients {
@@ -83,12 +148,7 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
   const Tensor hidden = dense(hidden_any);
   const int64_t rows = x.size(0), width = ffn.w2.size(1);
   const Tensor act = new_output("act", x, {rows, width}, x.scalar_type());
-  run(cpu_kernels().bias_act, rows,
-      {.hidden = hidden.data_ptr(),
-       .act = act.data_ptr(),
-       .width = width,
-       .activation = ffn.activation,
-       .dtype = dtype_of(x)});
+  activate(hidden, nullptr, ffn, act);
   const Tensor dw2 = product("dw2", transposed(dy), act);
   const Tensor& dact = act;
   multiply(dy, ffn.w2, dact);
@@ -97,16 +157,19 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
   const Tensor dhidden = ffn.activation == Activation::kGlu
                              ? new_output("dhidden", x, {rows, hidden.size(1)}, x.scalar_type())
                              : dact;
+  const int64_t columns = hidden.size(1), blocks = (rows + kActRows - 1) / kActRows;
+  const Tensor dbias_parts = new_output("dbias_parts", x, {blocks, columns}, ScalarType::Float);
   run(cpu_kernels().act_bwd, rows,
       {.hidden = hidden.data_ptr(),
        .dact = dact.data_ptr(),
        .dhidden = dhidden.data_ptr(),
+       .dbias_parts = dbias_parts.mutable_data_ptr<float>(),
        .width = width,
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
   multiply(dhidden, ffn.w1, dx);
   return {.dw1 = product("dw1", transposed(dhidden), x),
-          .db1 = column_sums(dhidden),
+          .db1 = sum_of_parts(dbias_parts, ffn.b1.scalar_type()),
           .dw2 = dw2,
           .db2 = column_sums(dy)};
 }
@@ -200,22 +263,18 @@ RowCounts checked_row_counts(std::optional<int64_t> num_input_rows, int64_t max_
   return {.inputs = inputs, .tapes = end - inputs};
 }
 
-struct CpuDualFFNOutputs {
-  Tensor y;            // (rows, dim)
-  Tensor hidden;       // (num_input_rows, columns of w1's product), or as many rows as x
-  Tensor tape_hidden;  // (max_tape_rows, columns of tape_w1's product)
-};
-
-CpuDualFFNOutputs allocate_outputs(const Tensor& x, std::optional<int64_t> num_input_rows,
-                                   int64_t max_tape_rows, const Tensor& w1,
-                                   const std::optional<Tensor>& tape_w1) {
-  const int64_t rows = x.size(0), tape_columns = tape_w1 ? tape_w1->size(0) : 0;
-  return {
-      .y = new_output("y", x, {rows, x.size(1)}, x.scalar_type()),
-      .hidden =
-          new_output("hidden", x, {num_input_rows.value_or(rows), w1.size(0)}, x.scalar_type()),
-      .tape_hidden = new_output("tape_hidden", x, {max_tape_rows, tape_columns}, x.scalar_type()),
-  };
+// Sends the first rows of a buffer, `used` of x, through a feed-forward. Writes the result and
+// returns the pre-activations (hidden_rows, columns of w1's product), zeros from row `used` on.
+Tensor forward_of(const Tensor& x, const CpuFFN& ffn, int64_t hidden_rows, bool rounds,
+                  const char* name, const Tensor& y) {
+  const int64_t used = x.size(0);
+  if (used == hidden_rows && !rounds) {
+    if (const std::optional<Tensor> hidden = forward_by_onednn(x, ffn, y)) return *hidden;
+  }
+  const Tensor hidden = new_output(name, x, {hidden_rows, ffn.w1.size(0)}, x.scalar_type());
+  (rounds ? forward_rounded : forward)(x, ffn, rows_of(hidden, 0, used), y);
+  zero_rows_from(hidden, used);
+  return hidden;
 }
 
 std::tuple<Tensor, Tensor, Tensor> dual_ffn(
@@ -227,26 +286,28 @@ std::tuple<Tensor, Tensor, Tensor> dual_ffn(
   check_dual_ffn(x_any, num_input_rows, max_tape_rows, bounds, tape_w1.has_value(), kCpuDtypes);
   check_ffns(w1, b1, w2, b2, tape_w1, tape_b1, tape_w2, tape_b2, x_any);
   const Tensor x = with_dense_rows(x_any);
+  const int64_t rows = x.size(0);
   const RowCounts count =
-      checked_row_counts(num_input_rows, max_tape_rows, bounds, x.size(0), tape_w1.has_value());
-  const auto [y, hidden, tape_hidden] =
-      allocate_outputs(x, num_input_rows, max_tape_rows, w1, tape_w1);
-  const auto run_forward = rounds_rows(x, bounds) ? forward_rounded : forward;
-  run_forward(rows_of(x, 0, count.inputs),
-              {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
-              rows_of(hidden, 0, count.inputs), rows_of(y, 0, count.inputs));
-  if (tape_w1) {
-    run_forward(rows_of(x, count.inputs, count.tapes),
-                {.w1 = *tape_w1,
-                 .b1 = *tape_b1,
-                 .w2 = *tape_w2,
-                 .b2 = *tape_b2,
-                 .activation = Activation::kGlu},
-                rows_of(tape_hidden, 0, count.tapes), rows_of(y, count.inputs, count.tapes));
-  }
+      checked_row_counts(num_input_rows, max_tape_rows, bounds, rows, tape_w1.has_value());
+  const bool rounds = rounds_rows(x, bounds);
+  const Tensor y = new_output("y", x, {rows, x.size(1)}, x.scalar_type());
+  const Tensor hidden =
+      forward_of(rows_of(x, 0, count.inputs),
+                 {.w1 = w1, .b1 = b1, .w2 = w2, .b2 = b2, .activation = activation_of(activation)},
+                 num_input_rows.value_or(rows), rounds, "hidden", rows_of(y, 0, count.inputs));
   zero_rows_from(y, count.used());
-  zero_rows_from(hidden, count.inputs);
-  zero_rows_from(tape_hidden, count.tapes);
+  if (!tape_w1) {
+    const Tensor none = new_output("tape_hidden", x, {max_tape_rows, 0}, x.scalar_type());
+    return {y, hidden, none};
+  }
+  const Tensor tape_hidden =
+      forward_of(rows_of(x, count.inputs, count.tapes),
+                 {.w1 = *tape_w1,
+                  .b1 = *tape_b1,
+                  .w2 = *tape_w2,
+                  .b2 = *tape_b2,
+                  .activation = Activation::kGlu},
+                 max_tape_rows, rounds, "tape_hidden", rows_of(y, count.inputs, count.tapes));
   return {y, hidden, tape_hidden};
 }
 

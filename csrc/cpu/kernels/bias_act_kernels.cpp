@@ -21,27 +21,29 @@ struct CpuGates {
 // The gates of a GLU, which multiply numbers that may be as large as a gate is small.
 CpuGates glu_gates(Vec x) { return CpuGates(x, exp_to_smallest(negative_size(x))); }
 
-// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³).
+// The tanh form of GELU equals x · sigmoid(2u) with u = sqrt(2 / π) · (x + 0.044715 x³). Its gate,
+// the sigmoid, is 1 / (1 + e) with e = exp(-2u), which is 0 where e is infinite.
 constexpr float kTwiceRoot = 1.5957691216f, kCubic = 0.044715f;
 
 struct GeluTanh {
   static Vec value(Vec x) {
-    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
-    return above * gates(above).open;
+    const Vec above = max(broadcast(-kGateEnd), x);
+    return above / (1.0f + inverse_odds(min(broadcast(kGateEnd), above)));
   }
 
   static Vec gradient(Vec x, Vec dact) {
-    const Vec above = x < -kGateEnd ? broadcast(-kGateEnd) : x;
-    const Vec inner = above > kGateEnd ? broadcast(kGateEnd) : above;
-    const CpuGates g = gates(inner);
-    const Vec steepness = kTwiceRoot * (1.0f + 3.0f * kCubic * inner * inner);
-    return dact * (g.open + inner * g.open * g.closed * steepness);
+    const Vec inner = min(broadcast(kGateEnd), max(broadcast(-kGateEnd), x));
+    const Vec e = inverse_odds(inner), open = 1.0f / (1.0f + e);
+    // The gate of -x, which is 1 where e is infinite.
+    const Vec closed = min(e * open, broadcast(1.0f));
+    const Vec steepness = kTwiceRoot + (3.0f * kTwiceRoot * kCubic) * (inner * inner);
+    return dact * (open + open * closed * (inner * steepness));
   }
 
  private:
-  static CpuGates gates(Vec x) {
-    const Vec twice_u = kTwiceRoot * (x + kCubic * x * x * x);
-    return CpuGates(twice_u, exp(negative_size(twice_u)));
+  // Returns exp(-2u).
+  static Vec inverse_odds(Vec x) {
+    return exp_to_infinity(x * (-kTwiceRoot - (kTwiceRoot * kCubic) * (x * x)));
   }
 };
 
@@ -127,13 +129,32 @@ void plain_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
   }
 }
 
+// The gradient of a bias, summed over the rows of one block.
+class BiasGradient {
+ public:
+  BiasGradient(const CpuBiasActParams& p, int64_t first, int64_t columns)
+      : sums_(p.dbias_parts + first / kActRows * columns) {
+    for_columns(columns, [&](int64_t c, int lanes) { write(sums_ + c, Vec{}, lanes); });
+  }
+
+  void add(int64_t column, Vec dhidden, int lanes) const {
+    write(sums_ + column, read(sums_ + column, lanes) + dhidden, lanes);
+  }
+
+ private:
+  float* sums_;
+};
+
 template <class T, class Act>
 void plain_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  const BiasGradient dbias(p, first, p.width);
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec dact = read(row.dact + c, lanes);
-      write(row.dhidden + c, Act::gradient(read(row.hidden + c, lanes), dact), lanes);
+      const Vec dhidden = Act::gradient(read(row.hidden + c, lanes), dact);
+      write(row.dhidden + c, dhidden, lanes);
+      dbias.add(c, dhidden, lanes);
     });
   }
 }
@@ -154,13 +175,17 @@ void glu_forward(const CpuBiasActParams& p, int64_t first, int64_t count) {
 
 template <class T>
 void glu_backward(const CpuBiasActParams& p, int64_t first, int64_t count) {
+  const BiasGradient dbias(p, first, 2 * p.width);
   for (int64_t r = first; r < first + count; ++r) {
     const ActRow<T> row(p, r, 2 * p.width);
     for_columns(p.width, [&](int64_t c, int lanes) {
       const Vec a = read(row.hidden + c, lanes), dact = read(row.dact + c, lanes);
       const CpuGates gates = glu_gates(read(row.hidden + p.width + c, lanes));
-      write(row.dhidden + c, dact * gates.open, lanes);
-      write(row.dhidden + p.width + c, dact * (a * gates.open * gates.closed), lanes);
+      const Vec da = dact * gates.open, dg = dact * (a * gates.open * gates.closed);
+      write(row.dhidden + c, da, lanes);
+      write(row.dhidden + p.width + c, dg, lanes);
+      dbias.add(c, da, lanes);
+      dbias.add(p.width + c, dg, lanes);
     });
   }
 }

@@ -209,4 +209,27 @@ inline void transpose(IntVec (&rows)[kLanes]) {
 }
 #endif
 
+// Returns the smaller of two numbers, and b where one of them is NaN.
+#if defined(__AVX512F__)
+inline Vec min(Vec a, Vec b) {
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#else
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
+
+// Returns e^x as exp does, for x from -1000 to 1000 only, but also infinity above 89.
+inline Vec exp_to_infinity(Vec x) {
+#if defined(__AVX512F__)
+  constexpr __mmask16 kAll = 0xffff;
+  const auto scaled = reinterpret_cast<__m512>(x * kLog2e);
+  const __m512 n = _mm512_maskz_roundscale_ps(kAll, scaled, _MM_FROUND_TO_NEAREST_INT);
+  const Vec mantissa = exp_polynomial(x, reinterpret_cast<Vec>(n));
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(mantissa), n));
+#else
+  return x > 88.0f ? broadcast(__builtin_inff()) : exp(x);
+#endif
+}
+
 }  // namespace adatape::ADATAPE_ISA
