@@ -45,15 +45,18 @@ class Derivative:
         composed: bool = False,
         carrying: bool = True,
         in_place: bool = False,
-    ) -> None:
+    ) -> fast_autograd.Directly | None:
         """Register it with torch, for an op whose function below autograd is `run`.
 
         Args:
             run: serves a call.
             composed, in_place: as in `fast_autograd.attach`.
             carrying: whether there is an op that runs under the choices it is given.
+
+        Returns:
+            What `fast_autograd.attach` does.
         """
-        fast_autograd.attach(
+        return fast_autograd.attach(
             self.library,
             self.name,
             run,

@@ -47,6 +47,9 @@ class Implementation:
     """True where it refuses shapes, dtypes and devices itself that the op does not take."""
     device_limits: Callable[[DeviceFacts], str | None] | None = None
     """What it asks of the device, whatever the call; it is asked when the first call comes."""
+    kernel: Callable[..., Any] | None = None
+    """What does the same on a CPU, if anything does, for tensors and numbers of the plainest types;
+    it checks them itself, and may raise whatever error it likes."""
 
     def refusal(
         self,
@@ -146,4 +149,5 @@ class CompiledKernel:
             self.checks_values,
             checks_arguments=True,
             device_limits=self.device_limits,
+            kernel=call if self.devices == ("cpu",) and not values else None,
         )

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "reading.h"
 #include "segment_sum.h"
 
 namespace adatape {
@@ -41,6 +42,8 @@ CpuTapeSelectOutputs allocate_selection(const Tensor& query, int64_t num_tape_to
       .indices = new_output("indices", query, {batch, num_tape_tokens, topk}, ScalarType::Int),
       .counts = new_output("counts", query, {batch}, ScalarType::Int)};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
@@ -91,6 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
                 [&](int64_t first, int64_t count) { chosen.select_fwd(p, first, count); });
   return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
 }
+
+namespace {
 
 struct CpuTapeSelectGradients {
   Tensor dquery;      // (batch, key_dim), float32 whatever the dtype of the query
