@@ -23,7 +23,8 @@ class Composition:
     Args:
         schema: as in `Operation`.
         function: calls the other ops.
-        parts: the names of these ops, in their order, if `kernel` is given.
+        parts: the names of these ops, in their order, if `kernel` is given. They take the same
+            first argument, and state no limits in C++.
         kernel: does what they do one after another in C++, for calls that C++ serves anyway.
     """
 
@@ -39,10 +40,10 @@ class Composition:
         self.schema = schema
         self.function = function
         self.parts = tuple(parts)
-        self.kernel = None if kernel is None else kernel.bind(self.name, schema, _cpu)
+        there = kernel is not None and kernel.absent is None
+        self._kernel = kernel.bind(self.name, schema, _cpu).kernel if kernel and there else None
         self._library = ADATAPE.kernels_of(self.name)
         self.overload = declare(schema, self._library, function, function)
-        self._direct = DirectCall(self.overload, None)
         _compositions[self.name] = self
 
     def differentiable(
@@ -59,23 +60,18 @@ class Composition:
         derivative.set(backward, setup_context, plain_torch)
         composed = plain_torch is None
         directly = derivative.attach(self.function, composed=composed, carrying=False)
-        if self.kernel is not None and self.kernel.absent is None:
-            self._direct = DirectCall(self.overload, directly)
+        direct = DirectCall(self.overload, directly, self._kernel_for, self._note_ran)
+        self.at_once = direct.at_once
 
-    def at_once(self, *args: Any) -> Any:
-        """Serve a call by the kernel alone, as `Operation.at_once` does, or return None."""
-        tensors = self._direct.tensors_of(args)
-        if tensors is None or self.kernel is None:
-            return None
+    def _kernel_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
         for part in self.parts:
-            candidate = operation(part).direct_candidate(args[0])
-            if candidate is None or candidate.limits is not None:
+            if operation(part).kernel_for(args) is None:
                 return None
-        results = self._direct.call(self.kernel.kernel, args, tensors)
-        if results is not None:
-            for part in self.parts:
-                note_ran(part, "cpp")
-        return results
+        return self._kernel
+
+    def _note_ran(self) -> None:
+        for part in self.parts:
+            note_ran(part, "cpp")
 
 
 def compositions() -> tuple[Composition, ...]:

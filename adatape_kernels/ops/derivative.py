@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops import carried_choice, fast_autograd
+from adatape_kernels.ops.attach_derivative import attach
 from adatape_kernels.ops.choice import Choice
 
 
@@ -50,13 +51,13 @@ class Derivative:
 
         Args:
             run: serves a call.
-            composed, in_place: as in `fast_autograd.attach`.
+            composed, in_place: as in `attach`.
             carrying: whether there is an op that runs under the choices it is given.
 
         Returns:
-            What `fast_autograd.attach` does.
+            What `attach` does.
         """
-        return fast_autograd.attach(
+        return attach(
             self.library,
             self.name,
             run,

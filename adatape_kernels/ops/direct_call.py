@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops.fast_autograd import Directly, unobserved
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -28,31 +28,44 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 class DirectCall:
-    """The calls of an op, or those of them that its kernel can serve without the dispatcher.
+    """What makes those calls of an op that need no dispatcher.
 
     Args:
         overload: the op.
-        directly: as `fast_autograd.attach` returns it.
+        directly: as `attach_derivative.attach` returns it.
+        kernel_for: takes the arguments and returns the kernel that serves the call, which checks
+            them itself and may raise whatever error it likes; None where there is none.
+        ran: is called after a call, to note which backend served it.
         int32: the names of those tensors that have to be int32, and which the op's public function
             takes as int64 as well.
     """
 
     def __init__(
-        self, overload: Any, directly: fast_autograd.Directly | None, int32: Sequence[str] = ()
+        self,
+        overload: Any,
+        directly: Directly | None,
+        kernel_for: Callable[[tuple[Any, ...]], Callable[..., Any] | None],
+        ran: Callable[[], None],
+        int32: Sequence[str] = (),
     ):
         self._directly = directly
+        self._kernel_for = kernel_for
+        self._ran = ran
         arguments = overload._schema.arguments
         self._plain = tuple(_plain_types(str(each.type)) for each in arguments)
         self._int32 = tuple(i for i, each in enumerate(arguments) if each.name in int32)
         self._places: dict[tuple[type, ...], tuple[int, ...]] = {}
 
-    def tensors_of(self, args: tuple[Any, ...]) -> list[Tensor] | None:
-        """Return the tensors of a call that is unobserved, plain and on a CPU; else None."""
-        if not fast_autograd.unobserved() or self._directly is None:
+    def at_once(self, *args: Any) -> Any:
+        """Return the op's results, or None where the call has to go through the dispatcher."""
+        if not unobserved() or self._directly is None:
             return None
         types = tuple(map(type, args))
-        places = self._places.get(types)
-        if places is None and (places := self._places_of(types)) is None:
+        places = self._places.get(types) or self._places_of(types)
+        if places is None:
+            return None
+        kernel = self._kernel_for(args)
+        if kernel is None:
             return None
         tensors = [args[place] for place in places]
         for tensor in tensors:
@@ -61,15 +74,10 @@ class DirectCall:
         for place in self._int32:
             if args[place].dtype is not torch.int32:
                 return None
-        return tensors
-
-    def call(self, kernel: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> Any:
-        """Make a call with these tensors; return None where the dispatcher has to make it."""
-        assert self._directly is not None
-        try:
-            return self._directly(kernel, args, tensors)
-        except fast_autograd.Declined:
-            return None
+        results = self._directly(kernel, args, tensors)
+        if results is not None:
+            self._ran()
+        return results
 
     def _places_of(self, types: tuple[type, ...]) -> tuple[int, ...] | None:
         """Return where tensors stand among arguments of these types, None if one is not plain."""

@@ -41,7 +41,8 @@ From torch 2.14 on `apply` is no Python any more, and starts with the outermost 
 """
 
 Directly = Callable[[Callable[..., Any], tuple, Sequence[torch.Tensor]], Any]
-"""Takes a kernel of the CPU, its arguments and the tensors among them; returns its results."""
+"""Takes a kernel of the CPU, its arguments and the tensors among them. Returns the kernel's results
+with their derivative, or None where the dispatcher has to make the call."""
 
 PlainTorch = Callable[[tuple, Any], Any]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
@@ -83,7 +84,7 @@ def reverse_mode_alone() -> bool:
     return getattr(forward_ad, "_current_level", -1) < 0 and not transforms_active()
 
 
-class Declined(Exception):
+class _Declined(Exception):
     """A kernel that was called without the dispatcher did not take its arguments."""
 
 
@@ -93,14 +94,33 @@ def unobserved() -> bool:
     Nothing traces or profiles them, no mode and no transform sees them, and there are no tangents.
     Then nobody can tell a call of an op from one of its kernel.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and len(ordinary := _ordinary_keys()) > 0
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in ordinary
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._autograd._profiler_enabled()
+    return not torch.compiler.is_compiling() and _unobserved()
+
+
+def _look_for_observers() -> Callable[[], bool]:
+    if missing_names():
+        return lambda: False
+    keys, of = torch._C.DispatchKey, torch._C.DispatchKeySet
+    # The keys that torch adds to a call where nothing is at work; inference mode leaves one out.
+    always = of(keys.BackendSelect).raw_repr()
+    ordinary = frozenset((always, always | of(keys.ADInplaceOrView).raw_repr()))
+    included = torch._C._dispatch_tls_local_include_set
+    function_mode = torch._C._is_torch_function_mode_enabled
+    profiled = torch._C._autograd._profiler_enabled
+    return lambda: (
+        included().raw_repr() in ordinary
+        and not function_mode()
+        and not profiled()
         and forward_ad._current_level < 0
     )
+
+
+_unobserved = _look_for_observers()
+
+
+def bare(overload: Any) -> Callable[..., Any]:
+    """Return what an op's overload calls with the arguments that it gets."""
+    return getattr(overload, "_op", overload)
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,78 +152,7 @@ def dynamic_size() -> int:
     return allocate(shapes)
 
 
-def attach(
-    library: torch.library.Library,
-    name: str,
-    run: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    *,
-    plain_torch: PlainTorch | None = None,
-    composed: bool = False,
-    instead: Callable[[], Callable[..., Any] | None] | None = None,
-    in_place: bool = False,
-    public: bool | None = None,
-) -> Directly | None:
-    """Attach the derivative of an op, in the fast way if this torch has what it takes.
-
-    Args:
-        library: that of the op.
-        name: the op's, without the namespace.
-        run: the op's function below autograd.
-        backward: takes the context and a gradient for each result, None where there is none, and
-            returns a gradient for each argument.
-        setup_context: takes the context, the arguments and the results.
-        plain_torch: the op by torch's own ops, of which forward mode takes the tangents; None for
-            an op that has no forward mode.
-        composed: whether `run` calls differentiable ops only, so that forward mode and torch.func
-            look through it.
-        instead: returns the op, or None, that takes this one's place in a graph being traced; the
-            public way does without.
-        in_place: whether the op writes into its first argument, which has no derivative, so that
-            what asks for one is refused; the public way leaves that to the op's public function.
-        public: True for `torch.library.register_autograd`; None decides by the names that are here.
-
-    Returns:
-        What makes a call that is unobserved without the dispatcher, or raises `Declined`; None
-        for the public way, and for an op in place.
-    """
-    if bool(missing_names()) if public is None else public:
-        if not in_place:
-            _attach_publicly(library, name, backward, setup_context)
-        return None
-    if in_place:
-        _attach_in_place(library, name, run, instead)
-        return None
-    return _attach_fast(library, name, run, backward, setup_context, plain_torch, composed, instead)
-
-
-def _attach_publicly(
-    library: torch.library.Library,
-    name: str,
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-) -> None:
-    def without_tangents(ctx: Any, inputs: tuple, output: Any) -> None:
-        refuse_tangents(name)
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(
-        f"{library.ns}::{name}", backward, setup_context=without_tangents, lib=library
-    )
-
-
-def refuse_tangents(name: str) -> None:
-    """Raise NotImplementedError in forward mode. It is slow, and meant for the public way."""
-    nothing = torch.zeros(())
-    try:
-        forward_ad.make_dual(nothing, nothing)
-    except RuntimeError:  # torch has no public way to ask whether a level was entered
-        return
-    raise NotImplementedError(f"{name}: expected no forward-mode differentiation, got a dual level")
-
-
-def _attach_fast(
+def attach_fast(
     library: torch.library.Library,
     name: str,
     run: Callable[..., Any],
@@ -213,13 +162,23 @@ def _attach_fast(
     composed: bool,
     instead: Callable[[], Callable[..., Any] | None] | None,
 ) -> Directly:
+    """Attach the derivative of an op to the dispatcher's key for autograd.
+
+    The arguments are those of `attach_derivative.attach`.
+
+    Returns:
+        What makes an unobserved call without the dispatcher.
+    """
     below, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
     transforms = torch._C._are_functorch_transforms_active
     below_autograd = _below_autograd(library, name, run, instead)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
         if callable(keys):  # a kernel that is called without the dispatcher
-            output = _accepted(keys, args)
+            try:
+                output = keys(*args)
+            except Exception as error:
+                raise _Declined from error
         elif transforms():
             # Autograd is off in here for this transform only; those around it see the call as well.
             with below(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -276,27 +235,29 @@ def _attach_fast(
 
     library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
     # The class's own `apply` is slower: it would look for tensors of transforms that have ended.
-    single = super(torch.autograd.Function, differentiable)
+    single: Any = super(torch.autograd.Function, differentiable)
     apply = single.apply if SINGLE_LEVEL else differentiable.apply
-    ended = torch._C._functorch.is_functorch_wrapped_tensor
+    of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
     excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
     by_autograd = torch._C.DispatchKey.AutogradCPU
+    records = torch.is_grad_enabled
 
     def directly(kernel: Callable[..., Any], args: tuple, tensors: Sequence[torch.Tensor]) -> Any:
-        if not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
-            return _accepted(kernel, args)
-        if excluded(by_autograd) or any(map(ended, tensors)):
-            raise Declined
-        return apply(kernel, *args)
+        if any(map(of_a_transform, tensors)):
+            return None
+        if records() and any_requires_grad(*tensors):
+            if excluded(by_autograd):
+                return None
+            try:
+                return apply(kernel, *args)
+            except _Declined:  # nothing else, such as what a hook for saved tensors raises
+                return None
+        try:
+            return kernel(*args)
+        except Exception:
+            return None
 
     return directly
-
-
-def _accepted(kernel: Callable[..., Any], args: tuple) -> Any:
-    try:
-        return kernel(*args)
-    except Exception as error:
-        raise Declined from error
 
 
 def _below_autograd(
@@ -321,12 +282,16 @@ def _below_autograd(
     return below_autograd
 
 
-def _attach_in_place(
+def attach_in_place(
     library: torch.library.Library,
     name: str,
     run: Callable[..., Any],
     instead: Callable[[], Callable[..., Any] | None] | None,
 ) -> None:
+    """Have the dispatcher's key for autograd refuse an op where a derivative is asked for.
+
+    The op works in place; the arguments are those of `attach_derivative.attach`.
+    """
     below_autograd = _below_autograd(library, name, run, instead)
     any_requires_grad = torch._C._any_requires_grad
 
@@ -374,16 +339,6 @@ def _at_one_level(function: Any, keys: Any, args: tuple) -> Any:
         return super(torch.autograd.Function, function).apply(keys, *args)
     finally:
         single.set_single_level_autograd_function_allowed(allowed)
-
-
-@functools.cache
-def _ordinary_keys() -> frozenset[int]:
-    """Return the sets of keys that torch adds to a call where nothing is at work on its thread."""
-    if missing_names():
-        return frozenset()
-    keys, sets = torch._C.DispatchKey, torch._C.DispatchKeySet
-    always = sets(keys.BackendSelect).raw_repr()  # all that there are in inference mode
-    return frozenset((always, always | sets(keys.ADInplaceOrView).raw_repr()))
 
 
 @functools.cache

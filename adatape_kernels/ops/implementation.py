@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.fast_autograd import bare
 from adatape_kernels.ops.registration import Namespace
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -149,5 +150,5 @@ class CompiledKernel:
             self.checks_values,
             checks_arguments=True,
             device_limits=self.device_limits,
-            kernel=call if self.devices == ("cpu",) and not values else None,
+            kernel=bare(call) if self.devices == ("cpu",) and not values else None,
         )

@@ -9,6 +9,7 @@ graph honours the `use_backend` around its call.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,7 +112,8 @@ class Operation:
         declare_carrying(schema, self._run, fake)
         self._derivative = Derivative(self.name, library, backend_choice)
         directly = self._derivative.attach(self._run, in_place="!)" in schema)
-        self._direct = DirectCall(self.overload, directly, int32)
+        ran = functools.partial(note_ran, self.name, "cpp")
+        self.at_once = DirectCall(self.overload, directly, self.kernel_for, ran, int32).at_once
         _operations[self.name] = self
 
     def differentiable(
@@ -125,34 +127,23 @@ class Operation:
         Args:
             backward: as `torch.library.register_autograd` has it.
             setup_context: likewise.
-            plain_torch: the op by torch's own ops, for forward mode: see `fast_autograd.attach`.
+            plain_torch: the op by torch's own ops, for forward mode: as in `attach`.
         """
         self._derivative.set(backward, setup_context, plain_torch)
 
-    def at_once(self, *args: Any) -> Any:
-        """Serve a call by its kernel alone, where nobody would notice; else return None.
+    def kernel_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
+        """Return the kernel that serves a call, if it needs no checks before it.
 
-        The call has to go through the dispatcher then, which is what `overload` does.
+        It is unknown, None, until such a call has gone through the dispatcher.
         """
-        tensors = self._direct.tensors_of(args)
-        candidate = None if tensors is None else self.direct_candidate(args[0])
-        if candidate is None:
+        tensor = args[0]
+        found = self._candidates.get((backend_choice.value or (), tensor.device, tensor.dtype))
+        if not found:
             return None
-        limits = candidate.limits
-        if limits is not None and limits(facts_of(args[0].device), *args) is not None:
+        limits = found[0].limits
+        if limits is not None and limits(facts_of(tensor.device), *args) is not None:
             return None
-        results = self._direct.call(candidate.kernel, args, tensors)
-        if _recorders and results is not None:
-            note_ran(self.name, candidate.backend)
-        return results
-
-    def direct_candidate(self, tensor: Tensor) -> "_Candidate | None":
-        """Return the first backend for calls of this first argument, if it has a kernel for them.
-
-        There is none before such a call has gone through the dispatcher.
-        """
-        candidates = self._candidates.get((backend_choice.value or (), tensor.device, tensor.dtype))
-        return candidates[0] if candidates and candidates[0].kernel is not None else None
+        return found[0].kernel if found[0].backend == "cpp" else None
 
     def replace(self, backend: str, given: Implementation | None) -> None:
         """Put another implementation in a backend's place, or take it away: for tests and trials.

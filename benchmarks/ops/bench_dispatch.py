@@ -30,7 +30,8 @@ from adatape_kernels.benchmarks.harness.cases import (
     Skipped,
 )
 from adatape_kernels.benchmarks.harness.suites import Selection, Suite, for_reading, shape_text
-from adatape_kernels.ops import FFN, fast_autograd, triton_runtime
+from adatape_kernels.ops import FFN, triton_runtime
+from adatape_kernels.ops.attach_derivative import attach
 from adatape_kernels.ops.op import operation
 
 OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
@@ -121,7 +122,7 @@ def public_twin(op: str) -> Any:
     def no_derivative(*args: Any) -> Any:
         raise NotImplementedError(f"{op}: expected a call that records no gradient")
 
-    fast_autograd.attach(_public_library, op, ours._run, no_derivative, no_derivative, public=True)
+    attach(_public_library, op, ours._run, no_derivative, no_derivative, public=True)
     return getattr(torch.ops.adatape_public, op).default
 
 

@@ -59,6 +59,17 @@ inline Tensor allocate_on_cpu(const char* name, const Tensor& like,
   return Tensor(out);
 }
 
+// Returns offsets (batch + 1,), int32, without gaps between them. Those of tapes that have no rows
+// may all be one number in memory.
+inline Tensor dense_offsets(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  const Tensor out = allocate_on_cpu("offsets", x, {x.size(0)}, ScalarType::Int);
+  const auto* const from = static_cast<const int32_t*>(x.data_ptr());
+  auto* const to = static_cast<int32_t*>(out.data_ptr());
+  for (int64_t i = 0, stride = x.stride(0); i < x.size(0); ++i) to[i] = from[i * stride];
+  return out;
+}
+
 // Returns an uninitialised tensor on the device of `like`. Where it is large it asks the kernel for
 // huge pages, because the first touch of 4 kB pages costs several times what writing them does.
 inline Tensor new_output(const char* name, const Tensor& like,
