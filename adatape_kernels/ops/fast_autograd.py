@@ -239,7 +239,7 @@ def attach_fast(
     apply = single.apply if SINGLE_LEVEL else differentiable.apply
     of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
     excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-    by_autograd = torch._C.DispatchKey.AutogradCPU
+    by_autograd = torch._C.DispatchKey.AutogradOther  # never alone: with those of every device
     records = torch.is_grad_enabled
 
     def directly(kernel: Callable[..., Any], args: tuple, tensors: Sequence[torch.Tensor]) -> Any:

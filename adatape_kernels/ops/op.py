@@ -327,8 +327,9 @@ def current_backend() -> str | None:
 
 def note_ran(op: str, backend: str) -> None:
     """Tell those that collect it which backend has served a call of an op."""
-    for recorder in tuple(_recorders):
-        recorder.append(Ran(op, backend))
+    if _recorders:
+        for recorder in tuple(_recorders):
+            recorder.append(Ran(op, backend))
 
 
 @contextlib.contextmanager
