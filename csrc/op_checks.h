@@ -95,10 +95,9 @@ inline void check_tape_select_bwd(const Tensor& query, const Tensor& keys, const
                       loss_type);
 }
 
-inline void check_tape_read_bwd(const Tensor& query, const Tensor& bank, const Tensor& dtape,
-                                const Tensor& dweights, const Tensor& dponder,
-                                const Tensor& weights, const Tensor& indices, const Tensor& counts,
-                                const std::string& loss_type, Dtypes dtypes) {
+// Refuses a bank that is too narrow to hold keys of the query's width; the rest is the caller's to
+// check. Returns the bank's width.
+inline int64_t check_tape_read(const Tensor& query, const Tensor& bank, Dtypes dtypes) {
   check_first("query", query, dtypes, {kAnySize, kAnySize});
   check_defined("bank", bank);
   const int64_t dim = bank.dim() == 2 || bank.dim() == 3 ? bank.size(bank.dim() - 1) : 0;
@@ -106,6 +105,14 @@ inline void check_tape_read_bwd(const Tensor& query, const Tensor& bank, const T
     refuse("bank: expected ([batch,] bank_size, dim), dim at least key_dim = ", query.size(1),
            ", got ", text_of(bank.sizes()));
   }
+  return dim;
+}
+
+inline void check_tape_read_bwd(const Tensor& query, const Tensor& bank, const Tensor& dtape,
+                                const Tensor& dweights, const Tensor& dponder,
+                                const Tensor& weights, const Tensor& indices, const Tensor& counts,
+                                const std::string& loss_type, Dtypes dtypes) {
+  const int64_t dim = check_tape_read(query, bank, dtypes);
   check_reading_along(query, "bank", bank, dim, dweights, dponder, indices, counts, loss_type);
   check_tensor("weights", weights, query, ScalarType::Float,
                {indices.size(0), indices.size(1), indices.size(2)});

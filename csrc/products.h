@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <array>
 #include <string>
 
@@ -21,6 +23,10 @@ inline Activation activation_of(const std::string& name) {
 
 // Writes the product a · b to `out`.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (out.is_cpu()) {  // without a trip through the dispatcher
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+    return;
+  }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(

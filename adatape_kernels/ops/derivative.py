@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adatape_kernels.ops import carried_choice, fast_autograd
+from adatape_kernels.ops.attach_derivative import attach
 from adatape_kernels.ops.choice import Choice
 
 
@@ -45,15 +46,18 @@ class Derivative:
         composed: bool = False,
         carrying: bool = True,
         in_place: bool = False,
-    ) -> None:
+    ) -> fast_autograd.Directly | None:
         """Register it with torch, for an op whose function below autograd is `run`.
 
         Args:
             run: serves a call.
-            composed, in_place: as in `fast_autograd.attach`.
+            composed, in_place: as in `attach`.
             carrying: whether there is an op that runs under the choices it is given.
+
+        Returns:
+            What `attach` does.
         """
-        fast_autograd.attach(
+        return attach(
             self.library,
             self.name,
             run,

@@ -3,8 +3,9 @@
 `torch.library.register_autograd` attaches a derivative through the dispatcher, which then sees a
 call twice, and it knows neither forward mode nor `torch.func`. With private names a call on plain
 tensors ends at once in what serves it, which `adatape-kernels bench dispatch` measures against the
-public way, and dual tensors and transforms are noticed. Where torch lacks one of these names, the
-public way serves, which refuses forward mode.
+public way, and dual tensors and transforms are noticed; and where nobody else would see a call, the
+dispatcher is left out of it. Where torch lacks one of these names, the public way serves, which
+refuses forward mode.
 
 A private function also makes a size that is known only when an op has run, in a graph that the
 public one would end.
@@ -12,7 +13,7 @@ public one would end.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ PRIVATE_NAMES = (
     "_are_functorch_transforms_active",
     "_functorch",
     "_dynamo",
+    "_dispatch_tls_local_include_set",
+    "_dispatch_tls_is_dispatch_key_excluded",
+    "_is_torch_function_mode_enabled",
+    "_autograd",
 )
 """Members of torch._C that the fast path needs."""
 
@@ -34,6 +39,10 @@ SINGLE_LEVEL = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 
 From torch 2.14 on `apply` is no Python any more, and starts with the outermost transform always.
 """
+
+Directly = Callable[[Callable[..., Any], tuple, Sequence[torch.Tensor]], Any]
+"""Takes a kernel of the CPU, its arguments and the tensors among them. Returns the kernel's results
+with their derivative, or None where the dispatcher has to make the call."""
 
 PlainTorch = Callable[[tuple, Any], Any]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
@@ -75,6 +84,45 @@ def reverse_mode_alone() -> bool:
     return getattr(forward_ad, "_current_level", -1) < 0 and not transforms_active()
 
 
+class _Declined(Exception):
+    """A kernel that was called without the dispatcher did not take its arguments."""
+
+
+def unobserved() -> bool:
+    """Return whether nothing but autograd and a kernel has a part in the calls of this thread.
+
+    Nothing traces or profiles them, no mode and no transform sees them, and there are no tangents.
+    Then nobody can tell a call of an op from one of its kernel.
+    """
+    return not torch.compiler.is_compiling() and _unobserved()
+
+
+def _look_for_observers() -> Callable[[], bool]:
+    if missing_names():
+        return lambda: False
+    keys, of = torch._C.DispatchKey, torch._C.DispatchKeySet
+    # The keys that torch adds to a call where nothing is at work; inference mode leaves one out.
+    always = of(keys.BackendSelect).raw_repr()
+    ordinary = frozenset((always, always | of(keys.ADInplaceOrView).raw_repr()))
+    included = torch._C._dispatch_tls_local_include_set
+    function_mode = torch._C._is_torch_function_mode_enabled
+    profiled = torch._C._autograd._profiler_enabled
+    return lambda: (
+        included().raw_repr() in ordinary
+        and not function_mode()
+        and not profiled()
+        and forward_ad._current_level < 0
+    )
+
+
+_unobserved = _look_for_observers()
+
+
+def bare(overload: Any) -> Callable[..., Any]:
+    """Return what an op's overload calls with the arguments that it gets."""
+    return getattr(overload, "_op", overload)
+
+
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function in a form that `torch.compile` leaves alone, with all that it calls.
 
@@ -104,73 +152,7 @@ def dynamic_size() -> int:
     return allocate(shapes)
 
 
-def attach(
-    library: torch.library.Library,
-    name: str,
-    run: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    *,
-    plain_torch: PlainTorch | None = None,
-    composed: bool = False,
-    instead: Callable[[], Callable[..., Any] | None] | None = None,
-    in_place: bool = False,
-    public: bool | None = None,
-) -> None:
-    """Attach the derivative of an op, in the fast way if this torch has what it takes.
-
-    Args:
-        library: that of the op.
-        name: the op's, without the namespace.
-        run: the op's function below autograd.
-        backward: takes the context and a gradient for each result, None where there is none, and
-            returns a gradient for each argument.
-        setup_context: takes the context, the arguments and the results.
-        plain_torch: the op by torch's own ops, of which forward mode takes the tangents; None for
-            an op that has no forward mode.
-        composed: whether `run` calls differentiable ops only, so that forward mode and torch.func
-            look through it.
-        instead: returns the op, or None, that takes this one's place in a graph being traced; the
-            public way does without.
-        in_place: whether the op writes into its first argument, which has no derivative, so that
-            what asks for one is refused; the public way leaves that to the op's public function.
-        public: True for `torch.library.register_autograd`; None decides by the names that are here.
-    """
-    if bool(missing_names()) if public is None else public:
-        if not in_place:
-            _attach_publicly(library, name, backward, setup_context)
-    elif in_place:
-        _attach_in_place(library, name, run, instead)
-    else:
-        _attach_fast(library, name, run, backward, setup_context, plain_torch, composed, instead)
-
-
-def _attach_publicly(
-    library: torch.library.Library,
-    name: str,
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-) -> None:
-    def without_tangents(ctx: Any, inputs: tuple, output: Any) -> None:
-        refuse_tangents(name)
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(
-        f"{library.ns}::{name}", backward, setup_context=without_tangents, lib=library
-    )
-
-
-def refuse_tangents(name: str) -> None:
-    """Raise NotImplementedError in forward mode. It is slow, and meant for the public way."""
-    nothing = torch.zeros(())
-    try:
-        forward_ad.make_dual(nothing, nothing)
-    except RuntimeError:  # torch has no public way to ask whether a level was entered
-        return
-    raise NotImplementedError(f"{name}: expected no forward-mode differentiation, got a dual level")
-
-
-def _attach_fast(
+def attach_fast(
     library: torch.library.Library,
     name: str,
     run: Callable[..., Any],
@@ -179,13 +161,25 @@ def _attach_fast(
     plain_torch: PlainTorch | None,
     composed: bool,
     instead: Callable[[], Callable[..., Any] | None] | None,
-) -> None:
+) -> Directly:
+    """Attach the derivative of an op to the dispatcher's key for autograd.
+
+    The arguments are those of `attach_derivative.attach`.
+
+    Returns:
+        What makes an unobserved call without the dispatcher.
+    """
     below, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
     transforms = torch._C._are_functorch_transforms_active
     below_autograd = _below_autograd(library, name, run, instead)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        if transforms():
+        if callable(keys):  # a kernel that is called without the dispatcher
+            try:
+                output = keys(*args)
+            except Exception as error:
+                raise _Declined from error
+        elif transforms():
             # Autograd is off in here for this transform only; those around it see the call as well.
             with below(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 output = below_autograd(keys, args)
@@ -203,7 +197,9 @@ def _attach_fast(
     def tangents(ctx: Any, *of_arguments: Any) -> Any:
         (args, output), ctx.call = ctx.call, None
         if plain_torch is None:
-            raise NotImplementedError(no_tangents(name))
+            raise NotImplementedError(
+                f"{name}: expected no dual tensors, as it has no tangents, got one"
+            )
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             computed = plain_torch(args, output)
             if isinstance(output, torch.Tensor):
@@ -214,10 +210,7 @@ def _attach_fast(
     def derivative(ctx: Any, *grads: Any) -> Any:
         return None, *backward(ctx, *grads)  # None is the gradient of `keys`
 
-    functions = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(untraced(derivative)),
-    }
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(untraced(derivative))}
     differentiable: Any = type(f"adatape_{name}", (torch.autograd.Function,), functions)
     functions |= {"forward": staticmethod(forward_with_tangents), "jvp": staticmethod(tangents)}
     dual: Any = type(f"adatape_{name}_dual", (torch.autograd.Function,), functions)
@@ -234,10 +227,37 @@ def _attach_fast(
         if not transforms():
             return function.apply(keys, *args)
         if not SINGLE_LEVEL:
-            raise NotImplementedError(no_transforms(name))
+            raise NotImplementedError(
+                f"{name}: expected torch.autograd, or torch.func on a torch before 2.14, got a "
+                f"transform of torch.func on torch {torch.__version__}"
+            )
         return _at_one_level(function, keys, args)
 
     library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
+    # The class's own `apply` is slower: it would look for tensors of transforms that have ended.
+    single: Any = super(torch.autograd.Function, differentiable)
+    apply = single.apply if SINGLE_LEVEL else differentiable.apply
+    of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+    by_autograd = torch._C.DispatchKey.AutogradOther  # never alone: with those of every device
+    records = torch.is_grad_enabled
+
+    def directly(kernel: Callable[..., Any], args: tuple, tensors: Sequence[torch.Tensor]) -> Any:
+        if any(map(of_a_transform, tensors)):
+            return None
+        if records() and any_requires_grad(*tensors):
+            if excluded(by_autograd):
+                return None
+            try:
+                return apply(kernel, *args)
+            except _Declined:  # nothing else, such as what a hook for saved tensors raises
+                return None
+        try:
+            return kernel(*args)
+        except Exception:
+            return None
+
+    return directly
 
 
 def _below_autograd(
@@ -262,43 +282,31 @@ def _below_autograd(
     return below_autograd
 
 
-def _attach_in_place(
+def attach_in_place(
     library: torch.library.Library,
     name: str,
     run: Callable[..., Any],
     instead: Callable[[], Callable[..., Any] | None] | None,
 ) -> None:
+    """Have the dispatcher's key for autograd refuse an op where a derivative is asked for.
+
+    The op works in place; the arguments are those of `attach_derivative.attach`.
+    """
     below_autograd = _below_autograd(library, name, run, instead)
     any_requires_grad = torch._C._any_requires_grad
 
     def autograd(keys: Any, *args: Any) -> Any:
         dual = forward_ad._current_level >= 0 and _has_tangent(args)
         if dual or (torch.is_grad_enabled() and any_requires_grad(*args)):
-            raise NotImplementedError(no_gradients(name))
+            raise NotImplementedError(
+                f"{name}: expected tensors that ask for no gradient, as it works in place, got one"
+            )
         results = below_autograd(keys, args)
         if not args[0].is_inference():  # as what another op has saved may be this tensor
             torch.autograd.graph.increment_version(args[0])
         return results
 
     library.impl(name, untraced(autograd), "Autograd", with_keyset=True)
-
-
-def no_gradients(name: str) -> str:
-    """Return why an op that works in place is refused where a derivative is asked for."""
-    return f"{name}: expected tensors that ask for no gradient, as it works in place, got one"
-
-
-def no_tangents(name: str) -> str:
-    """Return why an op is refused in forward mode."""
-    return f"{name}: expected no dual tensors, as it has no tangents, got one"
-
-
-def no_transforms(name: str) -> str:
-    """Return why an op is refused in a transform that differentiates it."""
-    return (
-        f"{name}: expected torch.autograd, or torch.func on a torch before 2.14, got a transform "
-        f"of torch.func on torch {torch.__version__}"
-    )
 
 
 def _has_tangent(args: tuple) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
+from adatape_kernels.ops.fast_autograd import bare
 from adatape_kernels.ops.registration import Namespace
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,9 @@ class Implementation:
     """True where it refuses shapes, dtypes and devices itself that the op does not take."""
     device_limits: Callable[[DeviceFacts], str | None] | None = None
     """What it asks of the device, whatever the call; it is asked when the first call comes."""
+    kernel: Callable[..., Any] | None = None
+    """What does the same on a CPU, if anything does, for tensors and numbers of the plainest types;
+    it checks them itself, and may raise whatever error it likes."""
 
     def refusal(
         self,
@@ -146,4 +150,5 @@ class CompiledKernel:
             self.checks_values,
             checks_arguments=True,
             device_limits=self.device_limits,
+            kernel=bare(call) if self.devices == ("cpu",) and not values else None,
         )

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from adatape_kernels.ops.op import compositions, operation, registered_ops
+from adatape_kernels.ops.composition import compositions
+from adatape_kernels.ops.op import operation, registered_ops
 from adatape_kernels.ops.registration import Namespace
 
 _CPU = "adatape_cpu"

@@ -9,6 +9,7 @@ graph honours the `use_backend` around its call.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.declaration import ADATAPE, declare
 from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_for, facts_of
+from adatape_kernels.ops.direct_call import DirectCall
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
 from adatape_kernels.ops.op_checks import refuse_unfit
 from adatape_kernels.ops.registration import Namespace, kept
@@ -53,16 +55,15 @@ TypicalCalls = Mapping[str, Callable[[torch.dtype], tuple[Any, ...]]]
 
 _compiled = {name: Namespace(name) for name in ("adatape_cpu", "adatape_cuda")}
 _operations: dict[str, "Operation"] = {}
-_compositions: dict[str, "Composition"] = {}
 
-_choice: Choice[tuple[str, ...] | None] = kept(
+backend_choice: Choice[tuple[str, ...] | None] = kept(
     "backends", lambda: Choice[tuple[str, ...] | None](None)
 )
 """The backends that calls may go to, in this order; none of them: the device's order.
 
 None says that nothing was asked for, () that `use_backend(None)` asked for the default.
 """
-carry("backends", _choice, gives_way=True)
+carry("backends", backend_choice, gives_way=True)
 _recorders: list[list[Ran]] = kept("recorders", list)
 
 
@@ -80,6 +81,7 @@ class Operation:
         check_values: raises ValueError for values that the arguments may not have, and copies them
             to the host; it is called where they lie there anyway, on a CPU, before an
             implementation that does not look at them itself.
+        int32: as in `DirectCall`.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Operation:
         typical: TypicalCalls,
         check_arguments: Callable[..., None] | None = None,
         check_values: Callable[..., None] | None = None,
+        int32: Sequence[str] = (),
     ):
         self.name = schema[: schema.index("(")]
         self.schema = schema
@@ -107,8 +110,10 @@ class Operation:
         library = ADATAPE.kernels_of(self.name)
         self.overload = declare(schema, library, self._run, fake)
         declare_carrying(schema, self._run, fake)
-        self._derivative = Derivative(self.name, library, _choice)
-        self._derivative.attach(self._run, in_place="!)" in schema)
+        self._derivative = Derivative(self.name, library, backend_choice)
+        directly = self._derivative.attach(self._run, in_place="!)" in schema)
+        ran = functools.partial(note_ran, self.name, "cpp")
+        self.at_once = DirectCall(self.overload, directly, self.kernel_for, ran, int32).at_once
         _operations[self.name] = self
 
     def differentiable(
@@ -122,9 +127,23 @@ class Operation:
         Args:
             backward: as `torch.library.register_autograd` has it.
             setup_context: likewise.
-            plain_torch: the op by torch's own ops, for forward mode: see `fast_autograd.attach`.
+            plain_torch: the op by torch's own ops, for forward mode: as in `attach`.
         """
         self._derivative.set(backward, setup_context, plain_torch)
+
+    def kernel_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
+        """Return the kernel that serves a call, if it needs no checks before it.
+
+        It is unknown, None, until such a call has gone through the dispatcher.
+        """
+        tensor = args[0]
+        found = self._candidates.get((backend_choice.value or (), tensor.device, tensor.dtype))
+        if not found:
+            return None
+        limits = found[0].limits
+        if limits is not None and limits(facts_of(tensor.device), *args) is not None:
+            return None
+        return found[0].kernel if found[0].backend == "cpp" else None
 
     def replace(self, backend: str, given: Implementation | None) -> None:
         """Put another implementation in a backend's place, or take it away: for tests and trials.
@@ -177,7 +196,7 @@ class Operation:
 
     def _serve(self, *args: Any) -> Any:
         tensor = args[0]
-        device, backends = tensor.device, _choice.value or ()
+        device, backends = tensor.device, backend_choice.value or ()
         key = backends, device, tensor.dtype
         candidates = self._candidates.get(key)
         if candidates is None:
@@ -193,9 +212,7 @@ class Operation:
         if candidate.check_values is not None:
             candidate.check_values(*args)
         results = candidate.function(*args)
-        if _recorders:
-            for recorder in tuple(_recorders):
-                recorder.append(Ran(self.name, candidate.backend))
+        note_ran(self.name, candidate.backend)
         return results
 
     def _candidates_for(
@@ -214,13 +231,14 @@ class Operation:
                 looks = given.limits is not None or check_values is not None
                 checked = given.checks_arguments and not looks
                 check_arguments = None if checked else self.check_arguments
+                checks = check_arguments, check_values
                 found.append(
-                    _Candidate(backend, given.function, given.limits, check_arguments, check_values)
+                    _Candidate(backend, given.function, given.limits, *checks, given.kernel)
                 )
         return tuple(found)
 
     def _not_served(self, args: Sequence[Any]) -> NotServed:
-        tensor, backends = args[0], _choice.value or ()
+        tensor, backends = args[0], backend_choice.value or ()
         why = "; ".join(f"{b}: {self.refusal(b, args)}" for b in backends or BACKENDS)
         who = " and ".join(backends) if backends else "every backend"
         return NotServed(
@@ -236,35 +254,7 @@ class _Candidate(NamedTuple):
     limits: Statement | None
     check_arguments: Callable[..., None] | None
     check_values: Callable[..., None] | None
-
-
-class Composition:
-    """An op `adatape::name` that calls other ops of ours, with a derivative of its own.
-
-    It has no implementations: which backends serve it is said, and recorded, of the ops it calls.
-    """
-
-    def __init__(self, schema: str, function: Callable[..., Any]):
-        self.name = schema[: schema.index("(")]
-        self.schema = schema
-        self.function = function
-        self._library = ADATAPE.kernels_of(self.name)
-        self.overload = declare(schema, self._library, function, function)
-        _compositions[self.name] = self
-
-    def differentiable(
-        self,
-        backward: Callable[..., Any],
-        setup_context: Callable[..., None],
-        plain_torch: fast_autograd.PlainTorch | None = None,
-    ) -> None:
-        """Give the op its derivative, as `Operation.differentiable` does.
-
-        Without `plain_torch`, forward mode and torch.func see the ops that this one calls.
-        """
-        derivative = Derivative(self.name, self._library, _choice)
-        derivative.set(backward, setup_context, plain_torch)
-        derivative.attach(self.function, composed=plain_torch is None, carrying=False)
+    kernel: Callable[..., Any] | None
 
 
 def use_backend(
@@ -310,7 +300,7 @@ def use_backend(
     if len({name, *further}) <= len(further):
         others = f"backends that differ from {name!r} and from each other"
         raise ValueError(f"fallback: expected {others}, got {shown(fallback)}")
-    return Chosen(_choice, () if name is None else (name, *further), "use_backend")
+    return Chosen(backend_choice, () if name is None else (name, *further), "use_backend")
 
 
 def why_absent(backend: str) -> str | None:
@@ -332,7 +322,14 @@ def current_backend() -> str | None:
         ...     current_backend()
         'eager'
     """
-    return (_choice.value or (None,))[0]
+    return (backend_choice.value or (None,))[0]
+
+
+def note_ran(op: str, backend: str) -> None:
+    """Tell those that collect it which backend has served a call of an op."""
+    if _recorders:
+        for recorder in tuple(_recorders):
+            recorder.append(Ran(op, backend))
 
 
 @contextlib.contextmanager
@@ -355,11 +352,6 @@ def registered_ops() -> tuple[str, ...]:
 def operation(name: str) -> Operation:
     """Return an op by its name. Raises KeyError where there is none."""
     return _operations[name]
-
-
-def compositions() -> tuple[Composition, ...]:
-    """Return the ops that call other ops of ours."""
-    return tuple(_compositions.values())
 
 
 def backend_order(device_type: str) -> tuple[str, ...]:

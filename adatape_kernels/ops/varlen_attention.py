@@ -210,7 +210,7 @@ def varlen_attn(
 def _no_tapes(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
     """Return the bounds of tapes of no rows, which follow the last sequence."""
     check_offsets_tensor(name, cu_seqlens, q)
-    return cu_seqlens[-1:].repeat(cu_seqlens.shape[0])
+    return cu_seqlens[-1:].expand(cu_seqlens.shape)
 
 
 def _calling_arguments(names: Mapping[str, str], call: Callable[[], _T]) -> _T:

@@ -2,8 +2,9 @@
 
     adatape-kernels bench dispatch
 
-"ours" calls the public function with all its checks. "ours, op alone" calls the torch op below it,
-whose derivative is attached through private names of torch (ops/fast_autograd.py). "ours, public
+"ours" calls the public function, which on a CPU needs no dispatcher for such a call; "ours, with a
+gradient" does so with tensors that require one. "ours, op alone" calls the torch op below it, whose
+derivative is attached through private names of torch (ops/fast_autograd.py). "ours, public
 autograd" calls a twin of that op, whose derivative `torch.library.register_autograd` attaches. On a
 GPU calls follow each other without waiting, so that the host's time a call is what shows. "ours,
 Triton's launcher" is what the implementation in Triton does beside Triton's own part of a launch:
@@ -30,11 +31,28 @@ from adatape_kernels.benchmarks.harness.cases import (
     Skipped,
 )
 from adatape_kernels.benchmarks.harness.suites import Selection, Suite, for_reading, shape_text
-from adatape_kernels.ops import FFN, fast_autograd, triton_runtime
+from adatape_kernels.ops import FFN, triton_runtime
+from adatape_kernels.ops.attach_derivative import attach
 from adatape_kernels.ops.op import operation
 
-OPS = ("tape_select", "tape_gather", "elastic_attention", "dual_ffn")
+OPS = (
+    "tape_select",
+    "tape_gather",
+    "tape_read",
+    "elastic_attention",
+    "varlen_attention",
+    "dual_ffn",
+    "add_layer_norm",
+    "compact_rows",
+    "accumulate_rows",
+)
+CALLED_BY = {
+    "tape_read": ("tape_select", "tape_gather"),
+    "varlen_attention": ("elastic_attention",),
+}
+"""What runs where a function is no op with implementations of its own."""
 OP_ALONE, PUBLIC = f"{OURS}, op alone", f"{OURS}, public autograd"
+WITH_GRADIENT = f"{OURS}, with a gradient"
 LAUNCHER, BACKWARD_LAUNCHER = f"{OURS}, Triton's launcher", f"{OURS}, Triton's backward launcher"
 
 
@@ -67,15 +85,23 @@ def tiny(
         query, keys = made(1, 8), made(1, 4, 8)
         q, padded = made(2, 1, 8), made(1, 2, 8)
         ffn = FFN(made(8, 8), made(8), made(8, 8), made(8))
+        keep, weights = torch.ones(2, dtype=torch.bool), torch.ones(2)
+        source = torch.arange(2, dtype=torch.int32)
     options = {"num_tape_tokens": 1, "topk": 1, "halt_threshold": 1.0}
     selection = ops.tape_select(query, keys, **options)
     x = ElasticBatch.from_padded(padded)
     read = (selection.indices, selection.weights.detach(), selection.counts)
+    offsets = x.cu_inputs, x.cu_tapes
     return {
         "tape_select": lambda: ops.tape_select(query, keys, **options).weights,
         "tape_gather": lambda: ops.tape_gather(keys, *read, capacity=1)[0],
-        "elastic_attention": lambda: ops.elastic_attention(q, q, q, x.cu_inputs, x.cu_tapes),
+        "tape_read": lambda: ops.tape_read(query, keys, capacity=1, **options)[0],
+        "elastic_attention": lambda: ops.elastic_attention(q, q, q, *offsets),
+        "varlen_attention": lambda: ops.varlen_attention(q, q, q, x.cu_inputs),
         "dual_ffn": lambda: ops.dual_ffn(x.data, 2, ffn),
+        "add_layer_norm": lambda: ops.add_layer_norm(x.data, x.data, ffn.b1, ffn.b2)[0],
+        "compact_rows": lambda: ops.compact_rows(x.data, keep, *offsets, capacity=2)[0],
+        "accumulate_rows": lambda: ops.accumulate_rows(x.data, x.data, source, weights),
     }[op]
 
 
@@ -121,7 +147,7 @@ def public_twin(op: str) -> Any:
     def no_derivative(*args: Any) -> Any:
         raise NotImplementedError(f"{op}: expected a call that records no gradient")
 
-    fast_autograd.attach(_public_library, op, ours._run, no_derivative, no_derivative, public=True)
+    attach(_public_library, op, ours._run, no_derivative, no_derivative, public=True)
     return getattr(torch.ops.adatape_public, op).default
 
 
@@ -130,12 +156,27 @@ def public_function(call: Callable[[], Tensor]) -> Prepared:
     return Prepared(call, lambda found: [found])
 
 
+def with_gradient(
+    op: str, device_type: str, dtype: torch.dtype
+) -> Callable[[Callable[[], Tensor]], Prepared]:
+    """Return a provider that makes the same call on tensors that require gradients."""
+
+    def prepare(_: Callable[[], Tensor]) -> Prepared:
+        call = tiny(op, device_type, dtype, gradients=True)
+        return Prepared(call, lambda found: [found.detach()])
+
+    return prepare
+
+
 def below_function(op: str, overload: Any) -> Callable[[Callable[[], Tensor]], Prepared]:
     """Return a provider that calls an op of torch as the public function calls ours."""
 
     def prepare(call: Callable[[], Tensor]) -> Prepared:
         arguments = _arguments_of(op, call)
-        return Prepared(lambda: overload(*arguments), lambda found: [found[0]])
+        return Prepared(
+            lambda: overload(*arguments),
+            lambda found: [found if isinstance(found, Tensor) else found[0]],
+        )
 
     return prepare
 
@@ -167,6 +208,23 @@ def launcher_of(
     return prepare
 
 
+def below(op: str, device_type: str, dtype: torch.dtype) -> list[Provider]:
+    """Return the providers that call what lies below the public function."""
+
+    def of_backward(_: Any = None) -> tuple[Any, ...]:
+        return backward_arguments(op, device_type, dtype)
+
+    alone, twin = below_function(op, operation(op).overload), below_function(op, public_twin(op))
+    forward = launcher_of(op, functools.partial(_arguments_of, op))
+    backward = launcher_of(f"{op}_bwd", of_backward)
+    return [
+        Provider(OP_ALONE, alone, ANY_BACKEND, graph=False),
+        Provider(PUBLIC, twin, ANY_BACKEND, graph=False),
+        Provider(LAUNCHER, forward, checked=False, graph=False),
+        Provider(BACKWARD_LAUNCHER, backward, checked=False, graph=False),
+    ]
+
+
 def case(
     shape: DispatchShape, direction: str, dtype: torch.dtype, device_type: str
 ) -> BenchmarkCase:
@@ -176,17 +234,18 @@ def case(
         with use_backend("eager"):
             return [call()]
 
-    alone, twin = below_function(op, operation(op).overload), below_function(op, public_twin(op))
-
-    def of_backward(_: Any = None) -> tuple[Any, ...]:
-        return backward_arguments(op, device_type, dtype)
-
     def inputs() -> Callable[[], Tensor]:
-        of_backward()  # a provider that called ops of ours for it would not be what its name says
+        if op not in CALLED_BY:
+            # A provider that called ops of ours for it would not be what its name says.
+            backward_arguments(op, device_type, dtype)
         return tiny(op, device_type, dtype)
 
-    forward = launcher_of(op, functools.partial(_arguments_of, op))
-    backward = launcher_of(f"{op}_bwd", of_backward)
+    providers = [
+        Provider(OURS, public_function, ANY_BACKEND, graph=False),
+        Provider(WITH_GRADIENT, with_gradient(op, device_type, dtype), ANY_BACKEND, graph=False),
+    ]
+    if op not in CALLED_BY:
+        providers += below(op, device_type, dtype)
     return BenchmarkCase(
         op=SUITE.op,
         direction=direction,
@@ -195,16 +254,10 @@ def case(
         device_type=device_type,
         inputs=inputs,
         reference=reference,
-        providers=[
-            Provider(OURS, public_function, ANY_BACKEND, graph=False),
-            Provider(OP_ALONE, alone, ANY_BACKEND, graph=False),
-            Provider(PUBLIC, twin, ANY_BACKEND, graph=False),
-            Provider(LAUNCHER, forward, checked=False, graph=False),
-            Provider(BACKWARD_LAUNCHER, backward, checked=False, graph=False),
-        ],
+        providers=providers,
         flops=0,
         bytes=0,
-        measured_ops=[op],
+        measured_ops=list(CALLED_BY.get(op, (op,))),
         sets=1,
     )
 
@@ -218,7 +271,7 @@ SUITE = Suite(
     op="dispatch",
     shape=DispatchShape,
     directions=("forward",),
-    providers=[OURS, OP_ALONE, PUBLIC, LAUNCHER, BACKWARD_LAUNCHER],
+    providers=[OURS, WITH_GRADIENT, OP_ALONE, PUBLIC, LAUNCHER, BACKWARD_LAUNCHER],
     shapes=shapes,
     dtypes=for_reading,
     case=case,

@@ -121,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_rows(const Tensor& data_any,
   const int64_t rows = capacity ? *capacity : kept.total();
   const Tensor packed = new_output("packed", data, {rows, data.size(1)}, data.scalar_type());
   const Tensor source = new_output("source", cu_inputs, {rows}, ScalarType::Int);
-  const Tensor kept_inputs = allocate("kept_inputs", cu_inputs, {batch + 1});
-  const Tensor kept_tapes = allocate("kept_tapes", cu_tapes, {batch + 1});
+  const Tensor kept_inputs = new_output("kept_inputs", cu_inputs, {batch + 1}, ScalarType::Int);
+  const Tensor kept_tapes = new_output("kept_tapes", cu_tapes, {batch + 1}, ScalarType::Int);
   translate(cu_inputs, kept, kept_inputs);
   translate(cu_tapes, kept, kept_tapes);
 

@@ -57,10 +57,45 @@ inline void advise_huge_pages(const Tensor& block) {
 #endif
 }
 
+// Does what `allocate` does, for a CPU, but without a search for an op by its name, which takes
+// longer than all the rest.
+inline Tensor allocate_on_cpu(const char* name, const Tensor& like,
+                              torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kMostDims = 4;
+  if (sizes.size() > kMostDims) return allocate(name, like, sizes, dtype);
+  int64_t strides[kMostDims], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    // A product that is too large is one of a request that torch refuses.
+    if (__builtin_mul_overflow(stride, std::max<int64_t>(sizes[d], 1), &stride)) stride = 1;
+  }
+  const auto torch_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle out;
+  try {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides, torch_dtype,
+        aoti_torch_device_type_cpu(), /*device_index=*/0, &out));
+  } catch (const std::runtime_error&) {
+    refuse_allocation(name, size_of(dtype), sizes);
+  }
+  return Tensor(out);
+}
+
+// Returns offsets (batch + 1,), int32, without gaps between them. Those of tapes that have no rows
+// may all be one number in memory.
+inline Tensor dense_offsets(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  const Tensor out = allocate_on_cpu("offsets", x, {x.size(0)}, ScalarType::Int);
+  const auto* const from = static_cast<const int32_t*>(x.data_ptr());
+  auto* const to = static_cast<int32_t*>(out.data_ptr());
+  for (int64_t i = 0, stride = x.stride(0); i < x.size(0); ++i) to[i] = from[i * stride];
+  return out;
+}
+
 // Returns an uninitialised tensor on the device of `like`, in huge pages if it is large.
 inline Tensor new_output(const char* name, const Tensor& like,
                          torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  const Tensor out = allocate(name, like, sizes, dtype);
+  const Tensor out = allocate_on_cpu(name, like, sizes, dtype);
   advise_huge_pages(out);
   return out;
 }

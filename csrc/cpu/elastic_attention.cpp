@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> attend(const HeadTensors& any, const Tensor& cu_input
                                   const Tensor& cu_tapes_any, std::optional<int64_t> max_rows,
                                   std::optional<double> softmax_scale) {
   const Tensor q = with_dense_rows(any.q), k = with_dense_rows(any.k), v = with_dense_rows(any.v);
-  const Tensor cu_inputs = dense(cu_inputs_any), cu_tapes = dense(cu_tapes_any);
+  const Tensor cu_inputs = dense_offsets(cu_inputs_any), cu_tapes = dense_offsets(cu_tapes_any);
   const ExampleOffsets examples = checked_examples(q, cu_inputs, cu_tapes, max_rows);
   const CpuAttentionOutputs outputs = allocate_attention(q, examples);
 

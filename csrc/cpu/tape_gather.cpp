@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "reading.h"
 #include "segment_sum.h"
 
 namespace adatape {
@@ -38,6 +39,8 @@ CpuTapeGatherOutputs allocate_tape(const Tensor& bank, const Tensor& counts, int
   return {.tape = new_output("tape", bank, {rows, bank.size(bank.dim() - 1)}, bank.scalar_type()),
           .offsets = new_output("offsets", counts, {counts.size(0) + 1}, counts.scalar_type())};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& indices_any,
                                        const Tensor& weights_any, const Tensor& counts_any,
@@ -75,6 +78,8 @@ std::tuple<Tensor, Tensor> tape_gather(const Tensor& bank_any, const Tensor& ind
   zero_rows_from(outputs.tape, total);
   return {outputs.tape, outputs.offsets};
 }
+
+namespace {
 
 struct CpuTapeGatherGradients {
   SparseOutput dbank;  // as bank

@@ -1,15 +1,39 @@
-// The gradient of reading a tape on the CPU: checks, allocation, tasks, registration.
+// Reading a tape on the CPU, and its gradient: checks, allocation, tasks, registration.
 //
-// Each row of the bank's gradient is written once: the sum of what the merging and the selection
-// add to an entry, or zeros.
+// In the gradient each row of the bank's is written once: the sum of what the merging and the
+// selection add to an entry, or zeros.
 
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
+#include "reading.h"
 #include "segment_sum.h"
 
 namespace adatape {
 namespace {
+
+// Returns the first `width` features of a bank's entries, as a view.
+Tensor leading_features(const Tensor& bank, int64_t width) {
+  const int64_t last = bank.dim() - 1;
+  if (bank.size(last) == width) return bank;
+  Tensor all = bank;
+  return torch::stable::narrow(all, last, 0, width);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tape_read(
+    const Tensor& query, const Tensor& bank, int64_t num_tape_tokens, int64_t topk,
+    double halt_threshold, bool average_query, const std::string& loss_type,
+    const std::optional<Tensor>& read_mask, const std::optional<Tensor>& bank_lens,
+    std::optional<int64_t> capacity) {
+  check_tape_read(query, bank, kCpuDtypes);
+  const auto [weights, ponder, indices, counts] =
+      tape_select(query, leading_features(bank, query.size(1)), num_tape_tokens, topk,
+                  halt_threshold, average_query, loss_type, read_mask, bank_lens);
+  const auto [tape, offsets] = tape_gather(bank, indices, weights, counts, capacity);
+  return {tape, weights, ponder, offsets, indices, counts};
+}
 
 struct CpuTapeReadGradients {
   Tensor dquery;       // (batch, key_dim), float32 whatever the dtype of the query
@@ -117,5 +141,6 @@ std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& 
 }  // namespace adatape
 
 STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
+  m.impl("tape_read", ADATAPE_KERNEL("tape_read", &adatape::tape_read));
   m.impl("tape_read_bwd", ADATAPE_KERNEL("tape_read_bwd", &adatape::tape_read_bwd));
 }

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "reading.h"
 #include "segment_sum.h"
 
 namespace adatape {
@@ -136,6 +137,8 @@ void read_in_parts(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, in
   }
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
     const Tensor& query_any, const Tensor& keys_any, int64_t num_tape_tokens, int64_t topk,
     double halt_threshold, bool average_query, const std::string& loss_type,
@@ -193,6 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   }
   return {outputs.weights, outputs.ponder, outputs.indices, outputs.counts};
 }
+
+namespace {
 
 struct CpuTapeSelectGradients {
   Tensor dquery;       // (batch, key_dim), float32 whatever the dtype of the query

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adatape_kernels.models import adatape_vit
 from adatape_kernels.ops import triton_runtime
-from adatape_kernels.ops.op import compositions, operation, registered_ops
+from adatape_kernels.ops.composition import compositions
+from adatape_kernels.ops.op import operation, registered_ops
 
 pytestmark = pytest.mark.skipif(not triton_runtime.INSTALLED, reason="triton is not installed")
 

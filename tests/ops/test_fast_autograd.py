@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adatape_kernels.ops import fast_autograd
+from adatape_kernels.ops.attach_derivative import attach
 
 # One module of ours sees a torch without some names. Torch itself, which uses them too, has them.
 # Torch and its compiler are imported once; each form of our package has a process of its own.
@@ -124,7 +125,7 @@ def cube(request):
     library.impl("cube", run, "CompositeExplicitAutograd")
     fake = lambda x, scale: (torch.empty_like(x), torch.empty_like(x))  # noqa: E731
     torch.library.register_fake("adatape_cube::cube", fake, lib=library)
-    fast_autograd.attach(library, "cube", run, backward, setup_context, public=request.param)
+    attach(library, "cube", run, backward, setup_context, public=request.param)
     yield torch.ops.adatape_cube.cube.default, backwards
     library._destroy()
 

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import adatape_kernels as ak
 from adatape_kernels.ops import fast_autograd, tape_gather
+from adatape_kernels.ops.attach_derivative import attach
 from adatape_kernels.ops.op import BACKENDS, explain, record
 
 SMALL = ("select", "gather, capacity", "read, capacity", "attention", "norm")
@@ -209,7 +210,7 @@ def test_where_torch_lacks_the_private_names_forward_mode_is_refused():
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
-    fast_autograd.attach(library, "square", None, backward, setup_context, public=True)
+    attach(library, "square", None, backward, setup_context, public=True)
     square, x = torch.ops.adatape_square.square, torch.randn(3, requires_grad=True)
     square(x).sum().backward()
     with forward_ad.dual_level():

@@ -64,9 +64,12 @@ def accumulate_rows(
 
     Source: SPEC 13; scenic adatape/layers.py, where ACT accumulates its output.
     """
-    _check(total, rows, source, weights, total_weights)
-    source = as_int32("source", source)
-    return _FORWARD.overload(total, rows, source, weights, total_weights)
+    found = _FORWARD.at_once(total, rows, source, weights, total_weights)
+    if found is None:
+        _check(total, rows, source, weights, total_weights)
+        source = as_int32("source", source)
+        found = _FORWARD.overload(total, rows, source, weights, total_weights)
+    return found
 
 
 def accumulate_rows_(
@@ -204,6 +207,7 @@ _FORWARD = Operation(
     typical={"any shape": _typical},
     check_arguments=op_checks.accumulate_rows,
     check_values=_check_values,
+    int32=("source",),
 )
 _IN_PLACE = Operation(
     "accumulate_rows_(Tensor(a!) total, Tensor rows, Tensor source, Tensor weights, "

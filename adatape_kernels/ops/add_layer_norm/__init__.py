@@ -47,6 +47,15 @@ def add_layer_norm(
 
     Source: SPEC 6.
     """
+    found = _FORWARD.at_once(x, branch, weight, bias, eps)
+    if found is None:
+        _check(x, branch, weight, bias, eps)
+        found = _FORWARD.overload(x, branch, weight, bias, float(eps))
+    total, normed, _, _ = found
+    return total, normed
+
+
+def _check(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check_tensor("x", x)
     check_tensor("branch", branch)
     check_tensor("weight", weight)
@@ -71,8 +80,6 @@ def add_layer_norm(
     for name, tensor in (("branch", branch), ("weight", weight), ("bias", bias)):
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected a tensor on {x.device}, got {tensor.device}")
-    total, normed, _, _ = _FORWARD.overload(x, branch, weight, bias, float(eps))
-    return total, normed
 
 
 def _fake(

@@ -76,6 +76,17 @@ def compact_rows(
 
     Source: SPEC 13.
     """
+    found = _FORWARD.at_once(data, keep, cu_inputs, cu_tapes, capacity)
+    if found is None:
+        _check(data, keep, cu_inputs, cu_tapes, capacity)
+        cu_inputs, cu_tapes = as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
+        found = _FORWARD.overload(data, keep, cu_inputs, cu_tapes, capacity)
+    return found
+
+
+def _check(
+    data: Tensor, keep: Tensor, cu_inputs: Tensor, cu_tapes: Tensor, capacity: int | None
+) -> None:
     check_tensor("data", data)
     check_tensor("keep", keep)
     shape, device = data.shape, data.device
@@ -98,8 +109,6 @@ def compact_rows(
             f"got {tuple(cu_tapes.shape)}"
         )
     check_capacity(capacity)
-    cu_inputs, cu_tapes = as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
-    return _FORWARD.overload(data, keep, cu_inputs, cu_tapes, capacity)
 
 
 def _fake(
@@ -151,6 +160,7 @@ _FORWARD = Operation(
     typical={"any shape": _typical},
     check_arguments=op_checks.compact_rows,
     check_values=_check_values,
+    int32=("cu_inputs", "cu_tapes"),
 )
 _BACKWARD = Operation(
     "compact_rows_bwd(Tensor dpacked, Tensor source, SymInt rows) -> Tensor ddata",

@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adatape_kernels.arguments import check_int, check_tensor, shown
-from adatape_kernels.op_types import ACTIVATIONS, FFN, Activation
+from adatape_kernels.arguments import check_tensor
+from adatape_kernels.op_types import FFN, Activation
 from adatape_kernels.ops import op_checks
 from adatape_kernels.ops.dual_ffn import compiled, eager, triton_forms
+from adatape_kernels.ops.dual_ffn.ffn_checks import (
+    check_activation,
+    check_ffn,
+    check_four,
+    checked_rows,
+)
 from adatape_kernels.ops.dual_ffn.products import chosen, chosen_products
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
 from adatape_kernels.ops.op import Operation, meta
@@ -63,10 +69,53 @@ def dual_ffn(
 
     Source: SPEC 6; scenic adatape/layers.py, MlpBlock.
     """
+    found = _at_once(x, num_input_rows, input_ffn, tape_ffn, num_rows, activation)
+    if found is None:
+        found = _by_dispatcher(x, num_input_rows, input_ffn, tape_ffn, num_rows, activation)
+    y, _, _ = found
+    return y
+
+
+def _at_once(
+    x: Tensor,
+    num_input_rows: int | Tensor,
+    input_ffn: FFN,
+    tape_ffn: FFN | None,
+    num_rows: int | Tensor | None,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what `Operation.at_once` does, or None where the arguments' types forbid it."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        return None
+    if type(num_input_rows) is not int or (num_rows is not None and type(num_rows) is not int):
+        return None
+    if not isinstance(input_ffn, (tuple, list)) or len(input_ffn) != 4:
+        return None
+    rows = x.shape[0] if x.dim() > 0 else 0
+    end = rows if num_rows is None else num_rows
+    if tape_ffn is None:
+        if not 0 <= num_input_rows <= rows:
+            return None
+        return _FORWARD.at_once(x, end, 0, None, activation, *input_ffn, *_NO_FFN)
+    if not isinstance(tape_ffn, (tuple, list)) or len(tape_ffn) != 4:
+        return None
+    numbers = num_input_rows, end - num_input_rows
+    return _FORWARD.at_once(x, *numbers, None, activation, *input_ffn, *tape_ffn)
+
+
+def _by_dispatcher(
+    x: Tensor,
+    num_input_rows: int | Tensor,
+    input_ffn: FFN,
+    tape_ffn: FFN | None,
+    num_rows: int | Tensor | None,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments, and call the op."""
     check_tensor("x", x)
-    _check_four("input_ffn", input_ffn)
+    check_four("input_ffn", input_ffn)
     if tape_ffn is not None:
-        _check_four("tape_ffn", tape_ffn)
+        check_four("tape_ffn", tape_ffn)
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
         raise ValueError(
             "x: expected floating-point of 16 to 64 bits (rows, dim), "
@@ -79,12 +128,12 @@ def dual_ffn(
         dtype = torch.get_autocast_dtype(device_type)
         x, input_ffn = x.to(dtype), FFN(*(p.to(dtype) for p in input_ffn))
         tape_ffn = tape_ffn and FFN(*(p.to(dtype) for p in tape_ffn))
-    _check_ffn("input_ffn", input_ffn, x, gates=1)
+    check_ffn("input_ffn", input_ffn, x, gates=1)
     if tape_ffn is not None:
-        _check_ffn("tape_ffn", tape_ffn, x, gates=2)
+        check_ffn("tape_ffn", tape_ffn, x, gates=2)
     rows = x.shape[0]
-    num_input_rows = _checked_rows("num_input_rows", num_input_rows, x)
-    end = rows if num_rows is None else _checked_rows("num_rows", num_rows, x)
+    num_input_rows = checked_rows("num_input_rows", num_input_rows, x)
+    end = rows if num_rows is None else checked_rows("num_rows", num_rows, x)
     middle = end if tape_ffn is None else num_input_rows
     if isinstance(middle, int) and isinstance(end, int) and middle > end:
         raise ValueError(f"num_input_rows: expected at most num_rows = {end}, got {middle}")
@@ -95,63 +144,10 @@ def dual_ffn(
     if on_device or isinstance(end, Tensor):
         bounds = torch.stack([_scalar(middle, x), _scalar(end, x)])
     parameters = *input_ffn, *(tape_ffn or _NO_FFN)
-    y, _, _ = _FORWARD.overload(x, split, max_tape_rows, bounds, activation, *parameters)
-    return y
+    return _FORWARD.overload(x, split, max_tape_rows, bounds, activation, *parameters)
 
 
 _NO_FFN = (None, None, None, None)
-
-
-def check_activation(activation: str) -> None:
-    """Raise ValueError if an activation's name is none of those that there are."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {shown(activation)}"
-        )
-
-
-def _check_four(name: str, ffn: FFN) -> None:
-    if not isinstance(ffn, tuple | list):
-        raise TypeError(f"{name}: expected (w1, b1, w2, b2), got {type(ffn).__name__}")
-    if len(ffn) != 4:
-        raise ValueError(f"{name}: expected (w1, b1, w2, b2), got {len(ffn)} of them")
-    w1, b1, w2, b2 = ffn
-    if (
-        isinstance(w1, Tensor)
-        and isinstance(b1, Tensor)
-        and isinstance(w2, Tensor)
-        and isinstance(b2, Tensor)
-    ):
-        return
-    for field, given in zip(FFN._fields, ffn, strict=True):
-        check_tensor(f"{name}.{field}", given)
-
-
-def _check_ffn(name: str, ffn: FFN, x: Tensor, gates: int) -> None:
-    dim, dtype, device = x.shape[1], x.dtype, x.device
-    hidden = ffn[0].shape[0] // gates if ffn[0].dim() else 0
-    shapes = ((gates * hidden, dim), (gates * hidden,), (dim, hidden), (dim,))
-    for field, shape, given in zip(FFN._fields, shapes, ffn, strict=True):
-        if given.shape != shape or given.dtype != dtype or given.device != device:
-            raise ValueError(
-                f"{name}.{field}: expected {dtype} {shape} on {device} to "
-                f"fit x, got {given.dtype} {tuple(given.shape)} on {given.device}"
-            )
-
-
-def _checked_rows(name: str, count: int | Tensor, x: Tensor) -> int | Tensor:
-    if isinstance(count, Tensor):
-        whole = not (count.is_floating_point() or count.is_complex() or count.dtype == torch.bool)
-        if count.dim() != 0 or not whole or count.device != x.device:
-            raise ValueError(
-                f"{name}: expected an int or an integer scalar on {x.device}, "
-                f"got {count.dtype} {tuple(count.shape)} on {count.device}"
-            )
-        return count
-    number = check_int(name, count, lowest=None)
-    if not 0 <= number <= x.shape[0]:
-        raise ValueError(f"{name}: expected 0 to {x.shape[0]} (the rows of x), got {number}")
-    return number
 
 
 def _bound(count: int | Tensor, otherwise: int) -> int:

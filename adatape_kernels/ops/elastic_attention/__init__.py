@@ -89,10 +89,19 @@ def attention_with_lse(
         What `elastic_attention` returns, and (num_heads, rows) float32, float64 for float64,
         through which no gradient flows.
     """
+    found = _FORWARD.at_once(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    if found is None:
+        _check(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+        cu_inputs, cu_tapes = offsets_of_rows(q, cu_inputs, cu_tapes)
+        found = _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    return found
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
     check_tensor("q", q)
     check_tensor("k", k)
     check_tensor("v", v)
-    check_options(cu_inputs, cu_tapes, max_rows, softmax_scale)
+    check_options(*options)
     shape, dtype, device = q.shape, q.dtype, q.device
     if len(shape) != 3 or dtype not in FLOAT_DTYPES or shape[2] == 0:
         raise ValueError(
@@ -106,8 +115,6 @@ def attention_with_lse(
                 f"{name}: expected {dtype} {tuple(shape)} on {device} like q, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
-    cu_inputs, cu_tapes = offsets_of_rows(q, cu_inputs, cu_tapes)
-    return _FORWARD.overload(q, k, v, cu_inputs, cu_tapes, max_rows, softmax_scale)
 
 
 def check_options(
@@ -212,6 +219,7 @@ _FORWARD = Operation(
     typical=typical_calls(_typical),
     check_arguments=attention_checks.elastic_attention,
     check_values=_check_values,
+    int32=("cu_inputs", "cu_tapes"),
 )
 _BACKWARD = Operation(
     "elastic_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

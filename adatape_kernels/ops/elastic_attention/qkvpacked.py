@@ -70,8 +70,18 @@ def elastic_attention_qkvpacked(
 
     Source: SPEC 6; the layout is that of flash_attn_varlen_qkvpacked_func.
     """
+    found = _FORWARD.at_once(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    if found is None:
+        _check(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale)
+        cu_inputs, cu_tapes = offsets_of_rows(qkv, cu_inputs, cu_tapes)
+        found = _FORWARD.overload(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale)
+    out, _ = found
+    return out
+
+
+def _check(qkv: Tensor, *options: Any) -> None:
     check_tensor("qkv", qkv)
-    check_options(cu_inputs, cu_tapes, max_rows, softmax_scale)
+    check_options(*options)
     shape, dtype = qkv.shape, qkv.dtype
     if len(shape) != 4 or dtype not in FLOAT_DTYPES or shape[1] != 3 or shape[3] == 0:
         raise ValueError(
@@ -79,9 +89,6 @@ def elastic_attention_qkvpacked(
             "head_dim at least 1, "
             f"got {dtype} {tuple(shape)}"
         )
-    cu_inputs, cu_tapes = offsets_of_rows(qkv, cu_inputs, cu_tapes)
-    out, _ = _FORWARD.overload(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale)
-    return out
 
 
 def _fake(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -139,6 +146,7 @@ _FORWARD = Operation(
     typical=typical_calls(_typical),
     check_arguments=attention_checks.elastic_attention_qkvpacked,
     check_values=_check_values,
+    int32=("cu_inputs", "cu_tapes"),
 )
 _BACKWARD = Operation(
     "elastic_attention_qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "

@@ -68,6 +68,18 @@ def tape_gather(
 
     Source: SPEC 4; scenic adatape/layers.py, ACTFunction.act_step.
     """
+    found = _FORWARD.at_once(bank, indices, weights, counts, capacity)
+    if found is None:
+        _check(bank, indices, weights, counts, capacity)
+        # Indices of rows that were not read are ignored, so that any number may stand there.
+        indices, counts = limited_to_int32(indices), as_int32("counts", counts)
+        found = _FORWARD.overload(bank, indices, weights, counts, capacity)
+    return found
+
+
+def _check(
+    bank: Tensor, indices: Tensor, weights: Tensor, counts: Tensor, capacity: int | None
+) -> None:
     check_tensor("bank", bank)
     check_tensor("indices", indices)
     check_tensor("weights", weights)
@@ -100,9 +112,6 @@ def tape_gather(
     for name, tensor in (("indices", indices), ("weights", weights), ("counts", counts)):
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
-    # Indices of rows that were not read are ignored, so that any number may stand there.
-    indices, counts = limited_to_int32(indices), as_int32("counts", counts)
-    return _FORWARD.overload(bank, indices, weights, counts, capacity)
 
 
 def _fake(
@@ -159,6 +168,7 @@ _FORWARD = Operation(
     typical={"banks of their own": _typical(3, 784), "a shared bank": _typical(10_000)},
     check_arguments=op_checks.tape_gather,
     check_values=_check_values,
+    int32=("indices", "counts"),
 )
 _BACKWARD = Operation(
     "tape_gather_bwd(Tensor dtape, Tensor bank, Tensor indices, Tensor weights, Tensor counts) "

@@ -22,7 +22,8 @@ from adatape_kernels import reference
 from adatape_kernels.arguments import check_tensor
 from adatape_kernels.op_types import LossType, TapeSelection, wide_dtype
 from adatape_kernels.ops import op_checks
-from adatape_kernels.ops.op import Composition, Operation, meta
+from adatape_kernels.ops.composition import Composition
+from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.reading_checks import (
     check_capacity,
     check_reads,
@@ -80,26 +81,28 @@ def tape_read(
 
     Source: SPEC 3 and 4.
     """
-    check_selection_types(query, average_query, read_mask, bank_lens)
-    check_tensor("bank", bank)
-    check_widths(query, bank)
-    key_dim = query.shape[1]
-    check_selection(
-        query,
-        bank[..., :key_dim],
-        num_tape_tokens,
-        topk,
-        halt_threshold,
-        loss_type,
-        read_mask,
-        bank_lens,
-        name="bank",
-    )
-    check_capacity(capacity)
-    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
-    tape, weights, ponder, offsets, indices, counts = _READ.overload(
-        query, bank, *options, read_mask, bank_lens, capacity
-    )
+    options = (num_tape_tokens, topk, halt_threshold, average_query, loss_type)
+    found = _READ.at_once(query, bank, *options, read_mask, bank_lens, capacity)
+    if found is None:
+        check_selection_types(query, average_query, read_mask, bank_lens)
+        check_tensor("bank", bank)
+        check_widths(query, bank)
+        key_dim = query.shape[1]
+        check_selection(
+            query,
+            bank[..., :key_dim],
+            num_tape_tokens,
+            topk,
+            halt_threshold,
+            loss_type,
+            read_mask,
+            bank_lens,
+            name="bank",
+        )
+        check_capacity(capacity)
+        options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
+        found = _READ.overload(query, bank, *options, read_mask, bank_lens, capacity)
+    tape, weights, ponder, offsets, indices, counts = found
     return tape, offsets, TapeSelection(indices, weights, counts, ponder)
 
 
@@ -119,6 +122,8 @@ _READ = Composition(
     "Tensor? bank_lens, SymInt? capacity) -> (Tensor tape, Tensor weights, Tensor ponder, "
     "Tensor offsets, Tensor indices, Tensor counts)",
     _compose,
+    parts=("tape_select", "tape_gather"),
+    kernel=compiled.cpp_forward,
 )
 
 

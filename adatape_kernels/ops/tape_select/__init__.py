@@ -75,15 +75,17 @@ def tape_select(
 
     Source: SPEC 3; scenic adatape/layers.py, ACTFunction.act_step.
     """
-    check_selection_types(query, average_query, read_mask, bank_lens)
-    check_tensor("keys", keys)
-    check_selection(
-        query, keys, num_tape_tokens, topk, halt_threshold, loss_type, read_mask, bank_lens
-    )
-    options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
-    weights, ponder, indices, counts = _FORWARD.overload(
-        query, keys, *options, read_mask, bank_lens
-    )
+    options = (num_tape_tokens, topk, halt_threshold, average_query, loss_type)
+    found = _FORWARD.at_once(query, keys, *options, read_mask, bank_lens)
+    if found is None:
+        check_selection_types(query, average_query, read_mask, bank_lens)
+        check_tensor("keys", keys)
+        check_selection(
+            query, keys, num_tape_tokens, topk, halt_threshold, loss_type, read_mask, bank_lens
+        )
+        options = (num_tape_tokens, topk, float(halt_threshold), average_query, loss_type)
+        found = _FORWARD.overload(query, keys, *options, read_mask, bank_lens)
+    weights, ponder, indices, counts = found
     return TapeSelection(indices, weights, counts, ponder)
 
 
