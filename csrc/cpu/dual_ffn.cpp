@@ -54,9 +54,16 @@ std::optional<Tensor> linear_by_onednn(const Tensor& x, const Tensor& weight, co
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Returns whether this build of torch has oneDNN's product. The first call tries it.
+// Returns whether torch's own bfloat16 products are oneDNN's, and this build has the product above.
+// The first call asks torch and tries it.
 bool has_onednn(const Tensor& like) {
   static const bool found = [&] {
+    StableIValue supported;
+    if (torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", &supported,
+                              TORCH_ABI_VERSION) ||
+        !torch::stable::detail::to<bool>(supported)) {
+      return false;
+    }
     const auto zeros = [&](std::initializer_list<int64_t> sizes) {
       Tensor x = torch::stable::new_empty(like, sizes);
       return torch::stable::zero_(x);

@@ -81,7 +81,7 @@ def test_hooks_on_layers_are_given_batches():
     torch.testing.assert_close(y.data, plain.data)
 
 
-class Doubled(layers.ElasticEncoderLayer):
+class DoublingLayer(layers.ElasticEncoderLayer):
     def forward(self, x):
         assert isinstance(x, ElasticBatch)
         y = super().forward(x)
@@ -90,7 +90,7 @@ class Doubled(layers.ElasticEncoderLayer):
 
 def test_layers_of_other_classes_are_given_batches():
     model = encoder()
-    model.layers[2] = Doubled(DIM, 2, 32, 8)
+    model.layers[2] = DoublingLayer(DIM, 2, 32, 8)
     x = batch()
     torch.testing.assert_close(model(x)[0].data, by_single_layers(model, x)[0].data)
 
