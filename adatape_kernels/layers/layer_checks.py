@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from adatape_kernels.arguments import check_int, check_number
+from torch import Tensor
+
+from adatape_kernels.arguments import check_int, check_number, check_tensor
 from adatape_kernels.elastic import ElasticBatch
 
 # Rows are numbered by int32, and products of several sizes should not leave torch's 64 bits.
@@ -49,3 +51,22 @@ def check_batch(x: Any) -> None:
     """
     if not isinstance(x, ElasticBatch):
         raise TypeError(f"x: expected an ElasticBatch, got {type(x).__name__}")
+
+
+def checked_bank(bank: Tensor | None, query: Tensor) -> Tensor:
+    """Return the bank, which has to fit the query.
+
+    Raises:
+        TypeError: the bank is no tensor.
+        ValueError: there is no bank, or its shape does not fit the query's.
+    """
+    if bank is None:
+        raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
+    check_tensor("bank", bank)
+    fits = bank.dim() in (2, 3) and bank.shape[-1] == query.shape[1]
+    if not fits or (bank.dim() == 3 and bank.shape[0] != query.shape[0]):
+        raise ValueError(
+            f"bank: expected ([{query.shape[0]},] bank_size, {query.shape[1]}), "
+            f"got {tuple(bank.shape)}"
+        )
+    return bank

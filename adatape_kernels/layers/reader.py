@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from adatape_kernels import ops
-from adatape_kernels.arguments import check_flag, check_int, check_number, check_tensor, shown
+from adatape_kernels.arguments import check_flag, check_int, check_number, shown
 from adatape_kernels.layers.elastic_module import ElasticModule
-from adatape_kernels.layers.layer_checks import check_rate, check_size
+from adatape_kernels.layers.layer_checks import check_rate, check_size, checked_bank
 from adatape_kernels.layers.recomputed_bank import (
     RecomputedBank,
     is_large,
@@ -259,7 +259,7 @@ class TapeReader(ElasticModule):
                 capacity=capacity,
                 places=selection.indices,
             )
-        entries = self._checked(bank.entries, query)
+        entries = checked_bank(bank.entries, query)
         query, read_mask = self._regularised(query, entries)
         with torch.no_grad():
             values = self.bank_norm(entries)
@@ -366,23 +366,10 @@ class TapeReader(ElasticModule):
             >>> bank.shape, query.shape, mask
             (torch.Size([30, 8]), torch.Size([2, 8]), None)
         """
-        bank = self._checked(self.tape_tokens if bank is None else bank, query)
+        bank = checked_bank(self.tape_tokens if bank is None else bank, query)
         query, read_mask = self._regularised(query, bank)
         values, query = self.bank_norm(bank), self.bank_norm(query)
         return values, query.to(values.dtype), read_mask
-
-    def _checked(self, bank: Tensor | None, query: Tensor) -> Tensor:
-        """Return the bank, which has to fit the query."""
-        if bank is None:
-            raise ValueError("bank: expected a tensor, as this reader has no bank, got None")
-        check_tensor("bank", bank)
-        fits = bank.dim() in (2, 3) and bank.shape[-1] == query.shape[1]
-        if not fits or (bank.dim() == 3 and bank.shape[0] != query.shape[0]):
-            raise ValueError(
-                f"bank: expected ([{query.shape[0]},] bank_size, {query.shape[1]}), "
-                f"got {tuple(bank.shape)}"
-            )
-        return bank
 
     def _regularised(self, query: Tensor, bank: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the query and the mask of hidden entries; in training both are random."""
