@@ -165,11 +165,18 @@ inline Vec exp2(Vec x) {
 
 // Turns the columns of a square of words, a vector a row, into its rows.
 #if defined(__AVX512F__)
+// Takes two quarters of both vectors, which are 0 and 2, or 1 and 3. They are an argument of the
+// template, because the instruction has them, whether the call is inlined or not.
+constexpr int kEvenQuarters = 0x88, kOddQuarters = 0xdd;
+template <int which>
+inline __m512i quarters(__m512i a, __m512i b) {
+  return _mm512_maskz_shuffle_i32x4(0xffff, a, b, which);
+}
+
 inline void transpose(IntVec (&rows)[kLanes]) {
   // The forms without a mask have an undefined operand in some compilers, which warn of it.
   constexpr __mmask16 kAll = 0xffff;
   constexpr __mmask8 kAllTwos = 0xff;
-  constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters 0 and 2, or 1 and 3, of both vectors
   // First within each square of 4 words, then among the four quarters of the vectors.
   __m512i twos[kLanes], fours[kLanes];
   for (int i = 0; i < kLanes; i += 2) {
@@ -183,19 +190,14 @@ inline void transpose(IntVec (&rows)[kLanes]) {
       fours[i + 2 * j + 1] = _mm512_maskz_unpackhi_epi64(kAllTwos, twos[i + j], twos[i + 2 + j]);
     }
   }
-  const auto quarters = [](__m512i a, __m512i b, auto which) {
-    return _mm512_maskz_shuffle_i32x4(kAll, a, b, which);
-  };
   for (int j = 0; j < 4; ++j) {
-    const std::integral_constant<int, kEven> even{};
-    const std::integral_constant<int, kOdd> odd{};
-    const __m512i low[] = {quarters(fours[j], fours[4 + j], even),
-                           quarters(fours[j], fours[4 + j], odd)};
-    const __m512i high[] = {quarters(fours[8 + j], fours[12 + j], even),
-                            quarters(fours[8 + j], fours[12 + j], odd)};
+    const __m512i low[] = {quarters<kEvenQuarters>(fours[j], fours[4 + j]),
+                           quarters<kOddQuarters>(fours[j], fours[4 + j])};
+    const __m512i high[] = {quarters<kEvenQuarters>(fours[8 + j], fours[12 + j]),
+                            quarters<kOddQuarters>(fours[8 + j], fours[12 + j])};
     for (int i = 0; i < 2; ++i) {
-      rows[4 * i + j] = reinterpret_cast<IntVec>(quarters(low[i], high[i], even));
-      rows[8 + 4 * i + j] = reinterpret_cast<IntVec>(quarters(low[i], high[i], odd));
+      rows[4 * i + j] = reinterpret_cast<IntVec>(quarters<kEvenQuarters>(low[i], high[i]));
+      rows[8 + 4 * i + j] = reinterpret_cast<IntVec>(quarters<kOddQuarters>(low[i], high[i]));
     }
   }
 }

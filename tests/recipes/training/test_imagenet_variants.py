@@ -71,8 +71,8 @@ def test_sizes_that_are_given_decide_what_depends_on_them():
     given = {"data": "imagefolder", "recipe": "imagenet", "heads": 4, "ffn": 80, "dim": 48}
     found = TrainConfig.of(given).vit_config(10, 3)
     assert (found.key_split, found.tape_mlp_dim, found.bank_patch_size) == (4, 80, 8)
-    learn = TrainConfig.of({**given, "bank": "learn", "bank_patch": 4}).vit_config(10, 3)
-    assert (learn.bank, learn.bank_size, learn.bank_patch_size) == ("learn", 1000, 4)
+    learn = TrainConfig.of({**given, "bank": "learn"}).vit_config(10, 3)
+    assert (learn.bank, learn.bank_size) == ("learn", 1000)
 
 
 def test_imagenet_is_scenic_s():
