@@ -91,8 +91,8 @@ class _Declined(Exception):
 def unobserved() -> bool:
     """Return whether nothing but autograd and a kernel has a part in the calls of this thread.
 
-    Nothing traces or profiles them, no mode and no transform sees them, and there are no tangents.
-    Then nobody can tell a call of an op from one of its kernel.
+    Nothing traces or profiles them, no mode and no transform sees them, no autocast may have a rule
+    for them, and there are no tangents. Then nobody can tell a call of an op from one of its kernel.
     """
     return not torch.compiler.is_compiling() and _unobserved()
 
@@ -107,10 +107,13 @@ def _look_for_observers() -> Callable[[], bool]:
     included = torch._C._dispatch_tls_local_include_set
     function_mode = torch._C._is_torch_function_mode_enabled
     profiled = torch._C._autograd._profiler_enabled
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+    autocast = torch._C.DispatchKey.AutocastCPU  # out of every call unless autocast is on
     return lambda: (
         included().raw_repr() in ordinary
         and not function_mode()
         and not profiled()
+        and excluded(autocast)
         and forward_ad._current_level < 0
     )
 

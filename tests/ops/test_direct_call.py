@@ -1,4 +1,4 @@
-"""Calls that need no dispatcher, and those that do: adatape_kernels/ops/direct_call.py."""
+"""Calls that go past the op, and those that do not: adatape_kernels/ops/direct_call.py."""
 
 import contextlib
 
@@ -104,9 +104,10 @@ def inside_vmap():
         torch.profiler.profile,
         forward_ad.dual_level,
         inside_vmap,
+        lambda: torch.autocast("cpu", torch.bfloat16),  # somebody may have a rule for the op
         lambda: use_backend("eager"),
     ],
-    ids=["dispatch mode", "function mode", "profiler", "forward mode", "vmap", "eager"],
+    ids=["dispatch mode", "function mode", "profiler", "forward mode", "vmap", "autocast", "eager"],
 )
 @pytest.mark.parametrize("op", ["tape_read", "add_layer_norm"])
 def test_whoever_may_see_a_call_sees_it(op, around):
@@ -116,6 +117,21 @@ def test_whoever_may_see_a_call_sees_it(op, around):
     with around():
         assert at_once(op)(*args) is None
     assert at_once(op)(*args) is not None
+
+
+def test_a_rule_of_autocast_is_followed():
+    args = made("add_layer_norm")
+    through_dispatcher("add_layer_norm", args)
+    library = torch.library.Library("adatape", "FRAGMENT")
+    try:
+        torch.library.register_autocast(
+            "adatape::add_layer_norm", "cpu", torch.bfloat16, lib=library
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            total, _ = ops.add_layer_norm(*args)
+    finally:
+        library._destroy()
+    assert total.dtype == torch.bfloat16
 
 
 class _Subclass(torch.Tensor):

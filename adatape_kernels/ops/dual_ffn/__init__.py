@@ -85,7 +85,7 @@ def _at_once(
     activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return what `Operation.at_once` does, or None where the arguments' types forbid it."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
     if type(num_input_rows) is not int or (num_rows is not None and type(num_rows) is not int):
         return None
