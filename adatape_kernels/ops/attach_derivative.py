@@ -42,8 +42,8 @@ def attach(
         public: True for `torch.library.register_autograd`; None decides by the names that are here.
 
     Returns:
-        What makes an unobserved call without the dispatcher; None for the public way, and for an
-        op in place.
+        What calls a kernel in the place of the op, where nothing observes it; None for the public
+        way, and for an op in place.
     """
     if bool(fast_autograd.missing_names()) if public is None else public:
         if not in_place:

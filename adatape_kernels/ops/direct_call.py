@@ -1,10 +1,15 @@
-"""Calls that go to a kernel of the CPU without torch's dispatcher, where nobody would notice.
+"""Calls that go past the op, straight to its kernel for the CPU, where nobody would notice.
 
 Beside its kernel a call costs some microseconds: those of the checks of its arguments, and of two
-trips through the dispatcher, to our choice of a backend and to the kernel. Of a call on a few rows
-that is most of the time. But the kernels of csrc/cpu check everything themselves. So a call of the
-plainest kind goes to the kernel, with autograd around it if a gradient is asked for; and where the
-kernel raises an error, the call is made once more, as any other, so that the error is the same.
+trips through torch's dispatcher, to the op with our choice of a backend and to the kernel. Of a
+call on a few rows that is most of the time. But the kernels of csrc/cpu check everything
+themselves. So a call of the plainest kind makes the second trip only, with autograd around it if a
+gradient is asked for; and where the kernel raises an error, the call is made once more, as any
+other, so that the error is the same.
+
+What torch has no way to ask for is not noticed: an execution trace, or a profiler that another
+thread has started for all threads, shows the kernel, `adatape_cpu::...`, without the op around it.
+Nor is it noticed that somebody has registered an autograd kernel of his own for the op.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 class DirectCall:
-    """What makes those calls of an op that need no dispatcher.
+    """What makes those calls of an op that its kernel alone can serve.
 
     Args:
         overload: the op.
@@ -57,7 +62,7 @@ class DirectCall:
         self._places: dict[tuple[type, ...], tuple[int, ...]] = {}
 
     def at_once(self, *args: Any) -> Any:
-        """Return the op's results, or None where the call has to go through the dispatcher."""
+        """Return the op's results, or None where the call has to go through the op."""
         if not unobserved() or self._directly is None:
             return None
         types = tuple(map(type, args))

@@ -3,9 +3,9 @@
 `torch.library.register_autograd` attaches a derivative through the dispatcher, which then sees a
 call twice, and it knows neither forward mode nor `torch.func`. With private names a call on plain
 tensors ends at once in what serves it, which `adatape-kernels bench dispatch` measures against the
-public way, and dual tensors and transforms are noticed; and where nobody else would see a call, the
-dispatcher is left out of it. Where torch lacks one of these names, the public way serves, which
-refuses forward mode.
+public way, and dual tensors and transforms are noticed; and where nobody else would see a call of
+the op, its kernel is called in its place. Where torch lacks one of these names, the public way
+serves, which refuses forward mode.
 
 A private function also makes a size that is known only when an op has run, in a graph that the
 public one would end.
@@ -42,7 +42,7 @@ From torch 2.14 on `apply` is no Python any more, and starts with the outermost 
 
 Directly = Callable[[Callable[..., Any], tuple, Sequence[torch.Tensor]], Any]
 """Takes a kernel of the CPU, its arguments and the tensors among them. Returns the kernel's results
-with their derivative, or None where the dispatcher has to make the call."""
+with their derivative, or None where the op has to be called."""
 
 PlainTorch = Callable[[tuple, Any], Any]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
@@ -85,14 +85,15 @@ def reverse_mode_alone() -> bool:
 
 
 class _Declined(Exception):
-    """A kernel that was called without the dispatcher did not take its arguments."""
+    """A kernel that was called in the place of its op did not take its arguments."""
 
 
 def unobserved() -> bool:
     """Return whether nothing but autograd and a kernel has a part in the calls of this thread.
 
     Nothing traces or profiles them, no mode and no transform sees them, no autocast may have a rule
-    for them, and there are no tangents. Then nobody can tell a call of an op from one of its kernel.
+    for them, and there are no tangents. Then a call of an op differs from one of its kernel by its
+    time alone.
     """
     return not torch.compiler.is_compiling() and _unobserved()
 
@@ -170,14 +171,14 @@ def attach_fast(
     The arguments are those of `attach_derivative.attach`.
 
     Returns:
-        What makes an unobserved call without the dispatcher.
+        What calls a kernel in the place of the op, where nothing observes it.
     """
     below, any_requires_grad = torch._C._AutoDispatchBelowAutograd, torch._C._any_requires_grad
     transforms = torch._C._are_functorch_transforms_active
     below_autograd = _below_autograd(library, name, run, instead)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        if callable(keys):  # a kernel that is called without the dispatcher
+        if callable(keys):  # a kernel that is called in the place of the op
             try:
                 output = keys(*args)
             except Exception as error:

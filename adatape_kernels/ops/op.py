@@ -134,7 +134,7 @@ class Operation:
     def kernel_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
         """Return the kernel that serves a call, if it needs no checks before it.
 
-        It is unknown, None, until such a call has gone through the dispatcher.
+        It is unknown, None, until the op has been called with such a device and dtype.
         """
         tensor = args[0]
         found = self._candidates.get((backend_choice.value or (), tensor.device, tensor.dtype))

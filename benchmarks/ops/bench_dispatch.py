@@ -2,8 +2,8 @@
 
     adatape-kernels bench dispatch
 
-"ours" calls the public function, which on a CPU needs no dispatcher for such a call; "ours, with a
-gradient" does so with tensors that require one. "ours, op alone" calls the torch op below it, whose
+"ours" calls the public function, which on a CPU goes past the op to its kernel with such a call;
+"ours, with a gradient" does so with tensors that require one. "ours, op alone" calls the op, whose
 derivative is attached through private names of torch (ops/fast_autograd.py). "ours, public
 autograd" calls a twin of that op, whose derivative `torch.library.register_autograd` attaches. On a
 GPU calls follow each other without waiting, so that the host's time a call is what shows. "ours,

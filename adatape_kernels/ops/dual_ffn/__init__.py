@@ -71,7 +71,7 @@ def dual_ffn(
     """
     found = _at_once(x, num_input_rows, input_ffn, tape_ffn, num_rows, activation)
     if found is None:
-        found = _by_dispatcher(x, num_input_rows, input_ffn, tape_ffn, num_rows, activation)
+        found = _by_op(x, num_input_rows, input_ffn, tape_ffn, num_rows, activation)
     y, _, _ = found
     return y
 
@@ -103,7 +103,7 @@ def _at_once(
     return _FORWARD.at_once(x, *numbers, None, activation, *input_ffn, *tape_ffn)
 
 
-def _by_dispatcher(
+def _by_op(
     x: Tensor,
     num_input_rows: int | Tensor,
     input_ffn: FFN,
