@@ -280,8 +280,8 @@ def tape_read_again(
         query: as in `tape_read`, which the selection was made with.
         rows: (batch, steps · topk, dim), for the first steps of each example the bank's entries
             that were selected, in their order, as `rows_of_selection` says; finite numbers of any
-            kind where nothing was.
-        bank: (batch, bank_size, dim), without a gradient.
+            kind where nothing was. With `places`, whatever these point into.
+        bank: (bank_size, dim), shared, or (batch, bank_size, dim), without a gradient.
         selection: that of `tape_select` by the bank's keys, without a gradient.
         average_query, loss_type, capacity: as in `tape_read`.
         places: where `rows` has each entry that was selected, if not in their order: those of

@@ -10,17 +10,16 @@ from adatape_kernels.data import load
 from adatape_kernels.recipes.finetune.finetune_report import KINDS
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.loading_options import Loading, with_draws
-from adatape_kernels.recipes.training.model_options import TAPE_OPTIONS
 from adatape_kernels.recipes.training.source_file import SourceFile
 from adatape_kernels.recipes.training.train_config import TrainConfig
 from adatape_kernels.recipes.training.training_options import TRAINING_OPTIONS
-from adatape_kernels.recipes.training.unused_options import check_loading_used
+from adatape_kernels.recipes.training.unused_options import OF_A_READ, check_loading_used
 
 # Options of `train` that make the ViT, which a source brings with it.
 _OF_THE_VIT = ("variant", "image_size", "patch", "dim", "depth", "heads", "ffn", "activation")
 # Options of `train` that change nothing of a kind, as it reads nothing, or from another bank.
 _UNUSED: dict[str, tuple[str, ...]] = {
-    "plain": tuple(name for name in (*TAPE_OPTIONS, "ponder_weight") if name != "num_tape_tokens"),
+    "plain": OF_A_READ,
     "input": ("bank_size",),
     "learn": ("bank_patch",),
 }

@@ -11,7 +11,7 @@ from adatape_kernels.recipes.training.curve_fields import CurveFields
 from adatape_kernels.recipes.training.loading_options import SETS_OF_FILES
 from adatape_kernels.recipes.training.option_checks import option_name
 
-_OF_A_READ = (
+OF_A_READ = (
     "halt_threshold_range",
     "halt_threshold",
     "topk",
@@ -20,6 +20,7 @@ _OF_A_READ = (
     "bank_patch",
     "ponder_weight",
 )
+"""Options that change nothing of a model that reads nothing."""
 
 
 def check_used(options: CurveFields, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -52,7 +53,7 @@ def _unused(options: CurveFields, defaults: Mapping[str, Any]) -> dict[str, str]
     """Return why options change nothing, by their names."""
     found: dict[str, str] = {}
     if options.reads and not options.num_tape_tokens:
-        found |= dict.fromkeys(_OF_A_READ, "with --num-tape-tokens 0, which reads nothing")
+        found |= dict.fromkeys(OF_A_READ, "with --num-tape-tokens 0, which reads nothing")
     elif options.reads and options.bank == "input":
         found["bank_size"] = "with --bank input, whose tokens are the image's patches"
     elif options.reads:
