@@ -55,7 +55,8 @@ struct ScoredEntry {
   int32_t entry;
 };
 
-// How far each example of a batch has read, forward only. It is all made by `select_start`.
+// How far each example of a batch has read, forward only. `select_start` writes
+// all of it but `best`, which `select_scan` does.
 struct CpuTapeSelectState {
   // (batch, stride_query), the queries now, with zeros behind the features
   float* queries = nullptr;

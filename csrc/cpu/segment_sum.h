@@ -55,6 +55,18 @@ struct TapeReads {
   int64_t bank_rows() const { return own_banks ? batch * bank_size : bank_size; }
 };
 
+// Describes what was read from `bank`, given indices (batch, num_tape_tokens, topk) and counts
+// (batch,), both contiguous.
+inline TapeReads tape_reads(const Tensor& bank, const Tensor& indices, const Tensor& counts) {
+  return {.indices = indices.const_data_ptr<int32_t>(),
+          .counts = counts.const_data_ptr<int32_t>(),
+          .batch = indices.size(0),
+          .num_tape_tokens = indices.size(1),
+          .topk = indices.size(2),
+          .bank_size = bank.size(bank.dim() - 2),
+          .own_banks = bank.dim() == 3};
+}
+
 // What the reads of a batch add to the gradient of a bank, and the sums of it.
 //
 // The contributions of an example stand in the order of tape tokens and ranks, and those to one row
@@ -97,7 +109,7 @@ class Segments {
     if (!reads_.own_banks) sort_all();
     const Contribution* const all = contributions_.data();
     const Contribution* const end = all + contributions_.size();
-    const int64_t row_bytes = p.width * (p.out_dtype == DType::kFloat ? 4 : 2);
+    const int64_t row_bytes = p.width * size_of(p.out_dtype);
     const CpuKernels& chosen = cpu_kernels();
     run_row_tasks(reads_.bank_rows(), kBankRowsPerTask, [&](int64_t first_row, int64_t count) {
       const Contribution* next = std::lower_bound(

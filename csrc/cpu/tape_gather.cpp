@@ -11,21 +11,11 @@
 namespace adatape {
 namespace {
 
-TapeReads tape_reads(const Tensor& bank, const Tensor& indices, const Tensor& counts) {
-  return {.indices = indices.const_data_ptr<int32_t>(),
-          .counts = counts.const_data_ptr<int32_t>(),
-          .batch = indices.size(0),
-          .num_tape_tokens = indices.size(1),
-          .topk = indices.size(2),
-          .bank_size = bank.size(bank.dim() - 2),
-          .own_banks = bank.dim() == 3};
-}
-
 // How many rows of the tape a task takes: several tasks for each thread, but so many rows that a
 // thread has more to do than to wake up.
 int64_t rows_per_task(const CpuTapeGatherParams& p, int64_t total) {
   constexpr int64_t kTasksPerThread = 4, kLeastBytes = int64_t{64} << 10;
-  const int64_t row_bytes = p.bank.width * (p.dtype == DType::kFloat ? 4 : 2);
+  const int64_t row_bytes = p.bank.width * size_of(p.dtype);
   const int64_t least = kLeastBytes / std::max<int64_t>((p.topk + 1) * row_bytes, 1) + 1;
   return std::max(least, total / (kTasksPerThread * torch::stable::get_num_threads()));
 }

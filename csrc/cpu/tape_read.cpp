@@ -65,13 +65,7 @@ std::tuple<Tensor, Tensor> tape_read_bwd(const Tensor& query_any, const Tensor& 
   const Tensor dtape = with_dense_rows(dtape_any), weights = dense(weights_any);
   const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
   const Tensor indices = dense(indices_any), counts = dense(counts_any);
-  const TapeReads reads{.indices = indices.const_data_ptr<int32_t>(),
-                        .counts = counts.const_data_ptr<int32_t>(),
-                        .batch = query.size(0),
-                        .num_tape_tokens = indices.size(1),
-                        .topk = indices.size(2),
-                        .bank_size = bank.size(bank.dim() - 2),
-                        .own_banks = bank.dim() == 3};
+  const TapeReads reads = tape_reads(bank, indices, counts);
   const std::vector<int32_t> offsets = reads.checked_offsets();
   if (offsets[reads.batch] > dtape.size(0)) {
     refuse("dtape: expected at least the ", offsets[reads.batch], " tape rows read, got ",

@@ -225,13 +225,7 @@ std::tuple<Tensor, Tensor> tape_select_bwd(const Tensor& query_any, const Tensor
   const Tensor dweights = dense(dweights_any), dponder = dense(dponder_any);
   const Tensor indices = dense(indices_any), counts = dense(counts_any);
   const int64_t batch = query.size(0), num_tape_tokens = indices.size(1), topk = indices.size(2);
-  const TapeReads reads{.indices = indices.const_data_ptr<int32_t>(),
-                        .counts = counts.const_data_ptr<int32_t>(),
-                        .batch = batch,
-                        .num_tape_tokens = num_tape_tokens,
-                        .topk = topk,
-                        .bank_size = keys.size(keys.dim() - 2),
-                        .own_banks = keys.dim() == 3};
+  const TapeReads reads = tape_reads(keys, indices, counts);
   const std::vector<int32_t> offsets = reads.checked_offsets();
   Segments segments(reads, offsets);
   const CpuTapeSelectGradients gradients = allocate_gradients(query, keys, indices);

@@ -22,9 +22,10 @@ namespace adatape {
 // so that every call touches them for the first time.
 constexpr int64_t kOwnPagesBytes = int64_t{32} << 20;
 
-// Returns whether a block holds zeros, because the operating system has yet to give it its pages.
-// It holds anything if not.
-inline bool is_untouched(void* block, int64_t bytes) {
+// Gives a fresh block's pages back, so that the operating system fills them with zeros when they
+// are touched again, where few of them are there yet. Returns whether the block now holds zeros; it
+// holds anything if not.
+inline bool drop_pages(void* block, int64_t bytes) {
 #if defined(__linux__)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto start = reinterpret_cast<uintptr_t>(block), end = start + static_cast<size_t>(bytes);
@@ -67,7 +68,7 @@ inline SparseOutput new_sparse_output(const char* name, const Tensor& like,
                                       ScalarType dtype) {
   const Tensor out = allocate(name, like, sizes, dtype);
   const bool holds_zeros =
-      is_untouched(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+      drop_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   advise_huge_pages(out);
   return {out, holds_zeros};
 }

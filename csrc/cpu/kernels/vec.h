@@ -29,8 +29,8 @@ inline Vec negative_size(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) | 0x80000000u);
 }
 
-// Both fold halves of the vector onto each other until one lane is left, so that a sum is the same
-// whatever the instructions.
+// A sum folds halves of the vector onto each other until one lane is left, in this order with and
+// without AVX-512's instructions.
 #if defined(__AVX512F__)
 template <class Fold>
 inline float folded(Vec x, const Fold& fold) {
