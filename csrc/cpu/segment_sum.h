@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -43,12 +44,14 @@ struct TapeReads {
 
   // Refuses entries that are not inside the bank.
   void check_entries(const int32_t* entries, int64_t count) const {
-    const auto inside = [this](int32_t entry) { return entry >= 0 && entry < bank_size; };
-    bool all_inside = true;  // found without a branch, so that several are looked at at once
-    for (int64_t read = 0; read < count; ++read) all_inside &= inside(entries[read]);
-    if (all_inside) return;
+    // Without a branch, and with negative numbers above all others, several are looked at at once.
+    const auto size = static_cast<uint32_t>(std::min<int64_t>(bank_size, int64_t{1} << 31));
+    const auto outside = [size](int32_t entry) { return static_cast<uint32_t>(entry) >= size; };
+    uint32_t found = 0;
+    for (int64_t read = 0; read < count; ++read) found |= outside(entries[read]);
+    if (found == 0) return;
     refuse("indices: expected 0 to ", bank_size - 1, " (inside the bank) where read, got ",
-           *std::find_if_not(entries, entries + count, inside));
+           *std::find_if(entries, entries + count, outside));
   }
 
   // The rows of all banks together.

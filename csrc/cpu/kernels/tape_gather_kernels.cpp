@@ -58,10 +58,41 @@ int64_t rows_ahead(const CpuTapeGatherParams& p) {
   return bytes >= kBytesAhead ? 1 : kBytesAhead / bytes;
 }
 
+// Does what `merge` does for pairs of numbers in bfloat16, of which a vector holds two vectors of
+// float: the one of each pair becomes a float by a shift, the other by a mask.
+template <int vecs>
+void merge_pairs(const BankRows<bfloat16>& rows, const BankRows<bfloat16>& later,
+                 const float* weights, int64_t topk, int64_t d, bfloat16* to) {
+  constexpr uint32_t kUpper = 0xffff0000;
+  Vec low[vecs / 2] = {}, high[vecs / 2] = {};
+  for (int64_t j = 0; j < topk; ++j) {
+    prefetch(later[j] + d, vecs * kLanes);
+    const bfloat16* const row = rows[j] + d;
+    for (int v = 0; v < vecs / 2; ++v) {
+      IntVec pairs;
+      std::memcpy(&pairs, row + 2 * v * kLanes, sizeof pairs);
+      low[v] += weights[j] * reinterpret_cast<Vec>(pairs << 16);
+      high[v] += weights[j] * reinterpret_cast<Vec>(pairs & kUpper);
+    }
+  }
+  // As store rounds a vector of float, but the result is in the upper half of each word.
+  const auto rounded = [](Vec x) {
+    const IntVec bits = reinterpret_cast<IntVec>(x);
+    return x != x ? IntVec{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+  };
+  for (int v = 0; v < vecs / 2; ++v) {
+    const IntVec pairs = (rounded(low[v]) >> 16) | (rounded(high[v]) & kUpper);
+    std::memcpy(to + 2 * v * kLanes, &pairs, sizeof pairs);
+  }
+}
+
 // Writes `vecs` vectors of a row of the tape from feature d on, and fetches those of a later one.
 template <int vecs, class T>
 void merge(const BankRows<T>& rows, const BankRows<T>& later, const float* weights, int64_t topk,
            int64_t d, T* to) {
+  if constexpr (std::is_same_v<T, bfloat16> && vecs % 2 == 0) {
+    return merge_pairs<vecs>(rows, later, weights, topk, d, to);
+  }
   Vec sums[vecs] = {};
   for (int64_t j = 0; j < topk; ++j) {
     prefetch(later[j] + d, vecs * kLanes);
