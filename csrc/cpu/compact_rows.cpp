@@ -17,7 +17,6 @@ constexpr int64_t kCompactRows = 64;
 
 // Of the next row so many bytes are asked for while one is copied; the rest follows by itself.
 constexpr int64_t kPrefetchedBytes = 3072;
-constexpr int64_t kCacheLine = 64;
 
 // Rows of bytes, whatever their dtype.
 struct RowBytes {

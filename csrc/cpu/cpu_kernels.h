@@ -12,6 +12,8 @@
 
 namespace adatape {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 enum class DType { kFloat, kBFloat16, kFloat16 };
 
 // A matrix of heads, (rows, num_heads, head_dim), in which every head's elements are contiguous.

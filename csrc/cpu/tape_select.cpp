@@ -86,7 +86,7 @@ Shares shares_of(const CpuTapeSelectParams& p, int64_t batch, bool shared_bank) 
 // Takes the working memory of the whole batch, in one piece.
 CpuTapeSelectState state_of(const CpuTapeSelectParams& p, int64_t batch, int64_t parts,
                             Scratch& scratch) {
-  constexpr int64_t kFloatsOfLine = 16;
+  constexpr int64_t kFloatsOfLine = kCacheLine / sizeof(float);
   const int64_t entries = round_up(p.keys.bank_size, kPanelMultiple);
   const int64_t part = (entries / kPanelMultiple + parts - 1) / parts * kPanelMultiple;
   CpuTapeSelectState s{.stride_query = round_up(p.keys.width, kQueryMultiple),

@@ -5,8 +5,6 @@
 
 #pragma once
 
-#include <initializer_list>
-
 #include "../cpu_kernels.h"
 #include "gemm.h"
 #include "scratch.h"
@@ -77,7 +75,7 @@ void copy_rows(const HeadBlock<T>& from, int64_t stride, float* to) {
     const T* const row = from.row(r);
     int64_t d = 0;
     for (; d + kLanes <= from.dim; d += kLanes) store(to + d, load(row + d));
-    if (d < stride) store(to + d, load_some(row + d, static_cast<int>(from.dim - d)));
+    if (d < stride) store(to + d, load_some(row + d, from.dim - d));
   }
 }
 
@@ -92,8 +90,7 @@ void copy_to_columns(const HeadBlock<T>& from, int64_t columns, float* to) {
       IntVec square[kLanes] = {};
       for (int64_t l = 0; l < lanes; ++l) {
         const T* const row = from.row(c + l) + d;
-        const Vec numbers =
-            features == kLanes ? load(row) : load_some(row, static_cast<int>(features));
+        const Vec numbers = features == kLanes ? load(row) : load_some(row, features);
         square[l] = reinterpret_cast<IntVec>(numbers);
       }
       transpose(square);
@@ -203,9 +200,9 @@ class ComingRows {
   }
 
   // Adds the rows of a task's head, from its first query on, of each matrix.
-  template <class T>
+  template <class T, int count>
   void add(const CpuElasticAttentionParams& p, const AttentionTask& task,
-           std::initializer_list<CpuHeadRows> matrices) {
+           const CpuHeadRows (&matrices)[count]) {
     const ExampleRows e(p, task.example);
     for (int64_t r = 0; r < rows_of(p, task); ++r) {
       for (const CpuHeadRows& x : matrices) {
@@ -224,16 +221,13 @@ class ComingRows {
   // Asks for the next line, if there is one.
   __attribute__((always_inline)) void ask() {
     if (next_ == end_) return;
-    __builtin_prefetch(*next_ + byte_, 0, kSecondLevel);
+    __builtin_prefetch(*next_ + byte_, 0, kSecondCache);
     byte_ += kCacheLine;
     next_ += byte_ >= bytes_;
     byte_ = byte_ >= bytes_ ? 0 : byte_;
   }
 
  private:
-  static constexpr int64_t kCacheLine = 64;
-  static constexpr int kSecondLevel = 2;  // which cache the rows come to, by the builtin's numbers
-
   int64_t bytes_;     // of a row
   int64_t byte_ = 0;  // of the next row
   const char** next_;

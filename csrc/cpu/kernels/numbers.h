@@ -187,6 +187,17 @@ inline void store(float16* to, Vec x) {
 }
 #endif
 
+// Which cache memory is fetched into, by the numbers of the compiler.
+constexpr int kFirstCache = 3, kSecondCache = 2;
+
+// Fetches `count` numbers into a cache. Were it not inlined, a compiler might take a function that
+// only fetches for one that does nothing.
+template <int cache, class T>
+__attribute__((always_inline)) inline void prefetch(const T* from, int64_t count) {
+  constexpr auto kNumbers = kCacheLine / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < count; i += kNumbers) __builtin_prefetch(from + i, 0, cache);
+}
+
 // Two numbers in bfloat16, the first in the lower half.
 struct BFloat16Pair {
   uint32_t bits;
@@ -203,12 +214,18 @@ inline HalfVec rounded(Vec x) {
 }
 #endif
 
-// Loads the first `count` elements, with zeros behind them.
+// Loads the first `count` numbers, fewer than a vector, with zeros behind them.
+#if defined(__AVX512F__)
+inline Vec load_some(const float* from, int64_t count) {
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+}
+#endif
 template <class T>
-inline Vec load_some(const T* from, int count) {
-  float lanes[kLanes] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = to_float(from[i]);
-  return load(lanes);
+inline Vec load_some(const T* from, int64_t count) {
+  T some[kLanes] = {};
+  std::memcpy(some, from, static_cast<size_t>(count) * sizeof(T));
+  return load(some);
 }
 // Stores the first `count` elements.
 template <class T>

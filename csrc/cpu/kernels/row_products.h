@@ -71,28 +71,6 @@ inline Vec group_sums(const Vec (&rows)[kRowsAtOnce]) {
 #endif
 }
 
-// Returns the first `count` numbers, fewer than a vector, with zeros behind them.
-inline Vec load_first(const float* from, int64_t count) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
-      _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
-#else
-  Vec result = {};
-  std::memcpy(&result, from, static_cast<size_t>(count) * sizeof(float));
-  return result;
-#endif
-}
-inline Vec load_first(const bfloat16* from, int64_t count) {
-  HalfVec half = {};
-  std::memcpy(&half, from, static_cast<size_t>(count) * sizeof(bfloat16));
-  return reinterpret_cast<Vec>(widened(half) << 16);
-}
-inline Vec load_first(const float16* from, int64_t count) {
-  float16 some[kLanes] = {};
-  std::memcpy(some, from, static_cast<size_t>(count) * sizeof(float16));
-  return load(some);
-}
-
 // Rows of T are multiplied with a query whose features stand in the order of their vectors: one
 // after another for rows of float and of float16. A vector of bfloat16 numbers is split into those
 // of even and of odd place, which takes one instruction each.
@@ -121,7 +99,7 @@ inline void add_products(Vec (&sums)[count], const float* query, const T* const 
                          int64_t d, int64_t features) {
   const Vec q = load(query + d);
   for (int i = 0; i < count; ++i) {
-    sums[i] += q * (features < kLanes ? load_first(rows[i] + d, features) : load(rows[i] + d));
+    sums[i] += q * (features < kLanes ? load_some(rows[i] + d, features) : load(rows[i] + d));
   }
 }
 template <int count>

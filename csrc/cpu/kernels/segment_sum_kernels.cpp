@@ -31,7 +31,7 @@ void add_up(const Segment& segment, int64_t d, To* to) {
     const int64_t lanes = segment.p.lead_width - d - v * kLanes;
     for (const Contribution* c = segment.first; c != segment.last; ++c) {
       const float* const from = segment.leading(c) + d + v * kLanes;
-      sums[v] += lanes >= kLanes ? load(from) : load_some(from, static_cast<int>(lanes));
+      sums[v] += lanes >= kLanes ? load(from) : load_some(from, lanes);
     }
   }
   for (int v = 0; v < vecs; ++v) store(to + v * kLanes, sums[v]);

@@ -12,7 +12,6 @@ constexpr int kMostVecs = 6, kSomeVecs = 2;
 #else
 constexpr int kMostVecs = 8, kSomeVecs = 2;
 #endif
-constexpr int64_t kLineBytes = 64;
 
 // A row of the tape, and the example that it belongs to.
 struct TapeRow {
@@ -43,11 +42,6 @@ struct BankRows {
   const T* operator[](int64_t j) const { return bank + entries[j] * stride; }
 };
 
-template <class T>
-void prefetch(const T* from, int64_t count) {
-  for (int64_t c = 0; c < count; c += kLineBytes / sizeof(T)) __builtin_prefetch(from + c);
-}
-
 // Returns how many rows of the tape ahead its entries are fetched: no processor foresees where
 // they lie, and they shall still be in the first cache when their turn comes.
 template <class T>
@@ -66,7 +60,7 @@ void merge_pairs(const BankRows<bfloat16>& rows, const BankRows<bfloat16>& later
   constexpr uint32_t kUpper = 0xffff0000;
   Vec low[vecs / 2] = {}, high[vecs / 2] = {};
   for (int64_t j = 0; j < topk; ++j) {
-    prefetch(later[j] + d, vecs * kLanes);
+    prefetch<kFirstCache>(later[j] + d, vecs * kLanes);
     const bfloat16* const row = rows[j] + d;
     for (int v = 0; v < vecs / 2; ++v) {
       IntVec pairs;
@@ -95,7 +89,7 @@ void merge(const BankRows<T>& rows, const BankRows<T>& later, const float* weigh
   }
   Vec sums[vecs] = {};
   for (int64_t j = 0; j < topk; ++j) {
-    prefetch(later[j] + d, vecs * kLanes);
+    prefetch<kFirstCache>(later[j] + d, vecs * kLanes);
     const T* const row = rows[j] + d;
     for (int v = 0; v < vecs; ++v) sums[v] += weights[j] * load(row + v * kLanes);
   }
@@ -110,7 +104,7 @@ void forward(const CpuTapeGatherParams& p, int64_t example, int64_t first, int64
   TapeRow at{.row = first, .example = example}, later = at;
   for (int64_t r = 0; r < ahead && later.row < total; ++r) {
     const BankRows<T> rows(p, later);
-    for (int64_t j = 0; j < p.topk; ++j) prefetch(rows[j], width);
+    for (int64_t j = 0; j < p.topk; ++j) prefetch<kFirstCache>(rows[j], width);
     later.advance(p);
   }
   for (; at.row < first + count; at.advance(p)) {
@@ -157,7 +151,7 @@ void backward(const CpuTapeGatherParams& p, int64_t i) {
   const auto fetch_next = [&] {
     if (later.row >= first + count) return;
     const BankRows<T> rows(p, later);
-    for (int64_t j = 0; j < p.topk; ++j) prefetch(rows[j], width);
+    for (int64_t j = 0; j < p.topk; ++j) prefetch<kFirstCache>(rows[j], width);
     ++later.row;
   };
   for (int64_t r = 0; r < ahead; ++r) fetch_next();

@@ -37,7 +37,6 @@ constexpr int64_t kScores = 1024;
 // Of the next example's bank so many rows are fetched for each vector of scores, so that all have
 // come after a few tokens.
 constexpr int64_t kRowsAhead = kLanes / 4;
-constexpr int64_t kCacheLine = 64;
 
 // The standard library's functions are not for kernels: their code, which may be compiled for this
 // instruction set, is shared by all.
@@ -57,7 +56,7 @@ void pack(const CpuTapeSelectParams& p, float* panels, int64_t first, int64_t co
       for (int64_t l = 0; l < entries; ++l) {
         const T* const row = key_row<T>(p, 0, c + l) + d;
         square[l] =
-            reinterpret_cast<IntVec>(features < kLanes ? load_first(row, features) : load(row));
+            reinterpret_cast<IntVec>(features < kLanes ? load_some(row, features) : load(row));
       }
       transpose(square);
       for (int64_t f = 0; f < features; ++f) {
@@ -100,15 +99,12 @@ BestEntries best_of_part(const CpuTapeSelectParams& p, const CpuTapeSelectState&
   return {s.best + (i * s.parts + part) * p.topk, p.topk};
 }
 
-// Fetches some rows of a bank into the second cache. Were it not inlined, a compiler might take a
-// function that only fetches for one that does nothing.
+// Fetches some rows of a bank into the second cache.
 template <class T>
 __attribute__((always_inline)) inline void fetch(const CpuTapeSelectParams& p, int64_t example,
                                                  int64_t first, int64_t count) {
   for (int64_t r = first; r < smaller(first + count, p.keys.bank_size); ++r) {
-    const auto* const row = reinterpret_cast<const char*>(key_row<T>(p, example, r));
-    const int64_t bytes = p.keys.width * static_cast<int64_t>(sizeof(T));
-    for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch(row + b, 0, 2);
+    prefetch<kSecondCache>(key_row<T>(p, example, r), p.keys.width);
   }
 }
 

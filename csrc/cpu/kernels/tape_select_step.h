@@ -52,8 +52,8 @@ void next_query(const CpuTapeSelectParams& p, int64_t example, const int32_t* en
   const int64_t rest = p.keys.width - d;
   if (rest == 0) return;
   Vec merged = {};
-  for (int64_t j = 0; j < p.topk; ++j) merged += weights[j] * load_first(rows[j] + d, rest);
-  store_some(next + d, mean(load_first(query + d, rest), merged), static_cast<int>(rest));
+  for (int64_t j = 0; j < p.topk; ++j) merged += weights[j] * load_some(rows[j] + d, rest);
+  store_some(next + d, mean(load_some(query + d, rest), merged), static_cast<int>(rest));
 }
 
 }  // namespace adatape::ADATAPE_ISA
