@@ -181,11 +181,10 @@ CpuFFNGradients backward(const Tensor& dy, const Tensor& x, const CpuFFN& ffn,
           .db2 = column_sums(dy)};
 }
 
-// torch's products in 16 bits on a CPU keep code for every number of rows that they have met, those
-// in float16 on processors that multiply it. Where a call reserves rows beyond those in use, its
-// products run on one of few numbers of rows.
+// torch's bfloat16 products on a CPU keep code for every number of rows that they have met. Where a
+// call reserves rows beyond those in use, its products run on one of few numbers of rows.
 bool rounds_rows(const Tensor& x, const std::optional<Tensor>& bounds) {
-  return bounds && dtype_of(x) != DType::kFloat;
+  return bounds && dtype_of(x) == DType::kBFloat16;
 }
 
 // Does what `forward` does in parts whose numbers of rows are powers of two. The last part may
