@@ -6,7 +6,6 @@ takes less time than torch's convolution, most of all in bfloat16. It is the pro
 and in every exported program, since the two are summed in different orders.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
