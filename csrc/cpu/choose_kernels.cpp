@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(ADATAPE_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <stdexcept>
@@ -63,10 +67,6 @@ ADATAPE_DECLARE(avx2)
 ADATAPE_DECLARE(avx512)
 
 // Those of AVX-512, but for the products that AVX512-BF16 has instructions for.
-namespace avx512_bf16 {
-void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
-void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
-}  // namespace avx512_bf16
 constexpr CpuKernels k_avx512_bf16 = [] {
   CpuKernels kernels = k_avx512;
   kernels.name = "avx512_bf16";
@@ -74,6 +74,21 @@ constexpr CpuKernels k_avx512_bf16 = [] {
   kernels.attention_bwd = avx512_bf16::attention_bwd;
   return kernels;
 }();
+
+#if defined(ADATAPE_HAS_AMX)
+// The same, but for products in tiles.
+namespace amx {
+void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+}  // namespace amx
+constexpr CpuKernels k_amx = [] {
+  CpuKernels kernels = k_avx512_bf16;
+  kernels.name = "amx";
+  kernels.attention_fwd = amx::attention_fwd;
+  kernels.attention_bwd = amx::attention_bwd;
+  return kernels;
+}();
+#endif
 #endif
 
 namespace {
@@ -83,6 +98,23 @@ namespace {
 bool converts_float16() {
   unsigned eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
+#if defined(ADATAPE_HAS_AMX)
+// Asks the processor itself, because not every compiler's __builtin_cpu_supports knows AMX.
+bool has_tiles() {
+  constexpr unsigned kExtendedFeatures = 7, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(kExtendedFeatures, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) &&
+         (edx & kAmxTile);
+}
+
+// Asks Linux to keep this process's tiles when it switches threads, which it does not do unasked.
+// What it grants holds for all threads, and for good.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and its state
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -96,11 +128,18 @@ const CpuKernels& choose() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(ADATAPE_HAS_AMX)
+  if (bf16 && has_tiles()) {
+    const bool asked_for = !wanted || wanted == std::string(k_amx.name);
+    if (asked_for && may_use_tiles()) return k_amx;
+    available = asked_for ? "" : "amx, ";
+  }
+#endif
   if (bf16 && (!wanted || wanted == std::string(k_avx512_bf16.name))) return k_avx512_bf16;
   if (avx512 && (!wanted || wanted == std::string(k_avx512.name))) return k_avx512;
   if (avx2 && (!wanted || wanted == std::string(k_avx2.name))) return k_avx2;
-  available = std::string(bf16 ? "avx512_bf16, " : "") + (avx512 ? "avx512, " : "") +
-              (avx2 ? "avx2 or " : "");
+  available += std::string(bf16 ? "avx512_bf16, " : "") + (avx512 ? "avx512, " : "") +
+               (avx2 ? "avx2 or " : "");
 #endif
   if (!wanted || wanted == std::string(k_portable.name)) return k_portable;
   throw std::runtime_error("ADATAPE_CPU: expected " + available + "portable, got '" + wanted + "'");

@@ -295,8 +295,16 @@ struct CpuKernels {
   void (*accumulate_rows_bwd)(const CpuAccumulateRowsBwdParams&, int64_t first, int64_t count);
 };
 
+#if defined(__x86_64__)
+// What the kernels for AMX leave to those for AVX512-BF16.
+namespace avx512_bf16 {
+void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+}  // namespace avx512_bf16
+#endif
+
 // Returns the kernels for the best instruction set of this processor, or for the one that the
-// environment variable ADATAPE_CPU names: portable, avx2, avx512 or avx512_bf16.
+// environment variable ADATAPE_CPU names: portable, avx2, avx512, avx512_bf16 or amx.
 const CpuKernels& cpu_kernels();
 
 }  // namespace adatape

@@ -13,7 +13,8 @@ namespace adatape::ADATAPE_ISA {
 namespace {
 
 // The scores of so many queries fit the first-level cache.
-constexpr int64_t kTileQueries = 4 * kTileRows;
+template <class Element>
+constexpr int64_t kTileQueries = kWholeTile<Element> > 1 ? 2 * kWholeTile<Element> : 4 * kTileRows;
 
 // Takes a matrix of elements, which are as large as a float.
 template <class Element>
@@ -23,7 +24,7 @@ Element* take(Scratch& scratch, int64_t count) {
 }
 
 // Writes a vector of weights as elements, from column c of a row on.
-void store_weights(float* row, int64_t c, Vec x) { store(row + c, x); }
+inline void store_weights(float* row, int64_t c, Vec x) { store(row + c, x); }
 #if defined(__AVX512BF16__)
 void store_weights(BFloat16Pair* row, int64_t c, Vec x) {
   const HalfVec half = rounded(x);
@@ -82,13 +83,13 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
   const int64_t block = round_up(rows < kKeyBlock ? rows : kKeyBlock, kLanes);
   Scratch scratch;
-  Element* const q = take<Element>(scratch, queries * wide_depth);
-  Element* const kt = take<Element>(scratch, depth * block);
-  Element* const v = take<Element>(scratch, elements<Form>(block) * width);
-  float* const out = scratch.take(queries * width);
+  Element* const q = take<Element>(scratch, whole_tiles<Element>(queries) * wide_depth);
+  Element* const kt = take<Element>(scratch, whole_elements<Form>(dim) * block);
+  Element* const v = take<Element>(scratch, whole_elements<Form>(block) * width);
+  float* const out = scratch.take(whole_tiles<Element>(queries) * width);
   float* const largest = scratch.take(queries);
   float* const total = scratch.take(queries);
-  float* const scores = scratch.take(kTileQueries * block);
+  float* const scores = scratch.take(kTileQueries<Element> * block);
   Element* const weights = reinterpret_cast<Element*>(scores);
   const float scale = p.softmax_scale * kLog2e;
   const int64_t own = ComingRows::rows_of(p, task);
@@ -105,8 +106,8 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
     const int64_t columns = round_up(keys, kLanes);
     copy_to_columns(HeadBlock<T>{p.k, e, head, key, keys, dim}, columns, kt);
     copy_along_depth(HeadBlock<T>{p.v, e, head, key, keys, dim}, width, v);
-    for (int64_t r = 0; r < queries; r += kTileQueries) {
-      const int64_t count = queries - r < kTileQueries ? queries - r : kTileQueries;
+    for (int64_t r = 0; r < queries; r += kTileQueries<Element>) {
+      const int64_t most = kTileQueries<Element>, count = queries - r < most ? queries - r : most;
       gemm<Element>({.rows = count,
                      .cols = columns,
                      .depth = depth,
@@ -127,6 +128,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
           for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * kept);
         }
       }
+      close_rows(weights, count, columns, keys);
       gemm<Element>({.rows = count,
                      .cols = width,
                      .depth = elements<Form>(keys),
@@ -186,8 +188,8 @@ struct CommonPart {
 // those of the scores before they were scaled. What is written are elements of numbers that follow
 // each other by query, where the scores were and in `ds_by_query`, and by key, where the gradients
 // of the weights were. As float they are the same, so that `ds_by_query` lies there too.
-void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys, int64_t columns,
-                   float scale, const float* lse, CommonPart common) {
+inline void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys,
+                          int64_t columns, float scale, const float* lse, CommonPart common) {
   for (int64_t r = 0; r < queries; ++r) {
     const BlockRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
     const float shift = common.of(r, weigh(row));
@@ -257,28 +259,31 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
-  const int64_t wide_block = round_up(block, kLanes), half_block = elements<Form>(block);
+  const int64_t wide_block = round_up(block, kLanes), half_block = whole_elements<Form>(block);
+  const int64_t whole_depth = whole_elements<Form>(dim), whole_block = whole_tiles<Element>(block);
   Scratch scratch;
   // Queries and their gradients as the left operands of products over features, keys and values as
   // the right ones; then the same as right operands of products over rows. In float a matrix of
   // rows is both.
-  Element* const q = take<Element>(scratch, block * wide_depth);
-  Element* const dout = take<Element>(scratch, block * wide_depth);
-  Element* const kt = take<Element>(scratch, depth * wide_block);
-  Element* const vt = take<Element>(scratch, depth * wide_block);
+  Element* const q = take<Element>(scratch, whole_block * wide_depth);
+  Element* const dout = take<Element>(scratch, whole_block * wide_depth);
+  Element* const kt = take<Element>(scratch, whole_depth * wide_block);
+  Element* const vt = take<Element>(scratch, whole_depth * wide_block);
   Element* const k = take<Element>(scratch, half_block * width);
   Element* const q_rows = kPairs ? take<Element>(scratch, half_block * width) : q;
   Element* const dout_rows = kPairs ? take<Element>(scratch, half_block * width) : dout;
-  float* const dq = scratch.take(rows * width);
-  float* const dk = scratch.take(block * width);
-  float* const dv = scratch.take(block * width);
+  float* const dq = scratch.take(whole_tiles<Element>(rows) * width);
+  float* const dk = scratch.take(whole_block * width);
+  float* const dv = scratch.take(whole_block * width);
   float* const lse = scratch.take(rows);
   float* const common = scratch.take(rows);
-  float* const scores = scratch.take(block * wide_block);
-  float* const ds = scratch.take(block * wide_block);
+  float* const scores = scratch.take(whole_block * wide_block);
+  float* const ds = scratch.take(whole_block * wide_block);
   Element* const weights = reinterpret_cast<Element*>(scores);
   Element* const ds_by_key = reinterpret_cast<Element*>(ds);
   Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * wide_block) : ds_by_key;
+  constexpr bool kTiles = kWholeTile<Element> > 1;
+  Element* const room = kTiles ? take<Element>(scratch, half_block * wide_block) : nullptr;
 
   const float scale = p.softmax_scale * kLog2e;
   const int64_t own = ComingRows::rows_of(p, task);
@@ -331,13 +336,15 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
       over_features(dout, vt, ds);
       differentiate(scores, ds, ds_by_query, queries, keys, columns, scale, lse + query,
                     {by_outputs ? common + query : nullptr});
-      const auto over_queries = [&](const Element* left, const Element* right, float* to) {
+      close_rows(ds_by_key, queries, columns, keys);
+      const auto over_queries = [&](const Element* by_query, const Element* right, float* to) {
+        const auto left = turned(by_query, elements<Form>(queries), columns, room);
         gemm<Element>({.rows = keys,
                        .cols = width,
                        .depth = elements<Form>(queries),
-                       .a = left,
-                       .stride_a_row = 1,
-                       .stride_a_col = columns,
+                       .a = left.at,
+                       .stride_a_row = left.stride_row,
+                       .stride_a_col = left.stride_col,
                        .b = right,
                        .stride_b = width,
                        .c = to,
@@ -366,28 +373,28 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   copy_out(dq, width, HeadBlock<T>{p.dq, e, head, 0, rows, dim}, scaled);
 }
 
-// Calls `run` with the form in which an example of so many rows is computed.
-template <class Run>
-void in_form_of(DType dtype, int64_t rows, const Run& run) {
-#if defined(__AVX512BF16__)
-  if (dtype == DType::kBFloat16 && rows >= kLeastRowsAsPairs) return run(AsPairs{});
-#endif
-  static_cast<void>(rows);
-  with_number(dtype, [&](auto number) { run(AsFloat<decltype(number)>{}); });
-}
-
 }  // namespace
 
 void attention_fwd(const CpuElasticAttentionParams& p, const AttentionTask& task,
                    const AttentionTask* next) {
-  in_form_of(p.dtype, ExampleRows(p, task.example).rows(),
-             [&](auto form) { forward<decltype(form)>(p, task, next); });
+#if defined(__AMX_BF16__)
+  if (!as_pairs(p, task)) return avx512_bf16::attention_fwd(p, task, next);
+  const TilesInUse tiles;
+  forward<AsPairs>(p, task, next);
+#else
+  in_form_of(p, task, [&](auto form) { forward<decltype(form)>(p, task, next); });
+#endif
 }
 
 void attention_bwd(const CpuElasticAttentionParams& p, const AttentionTask& task,
                    const AttentionTask* next) {
-  in_form_of(p.dtype, ExampleRows(p, task.example).rows(),
-             [&](auto form) { backward<decltype(form)>(p, task, next); });
+#if defined(__AMX_BF16__)
+  if (!as_pairs(p, task)) return avx512_bf16::attention_bwd(p, task, next);
+  const TilesInUse tiles;
+  backward<AsPairs>(p, task, next);
+#else
+  in_form_of(p, task, [&](auto form) { backward<decltype(form)>(p, task, next); });
+#endif
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "tile_products.h"
 #include "vec.h"
 
 namespace adatape::ADATAPE_ISA {
@@ -85,6 +86,9 @@ inline void gemm_columns(const SmallProduct<Element>& p, int64_t j, const Aside&
 // once in each step of a tile.
 template <class Element, class Aside>
 inline void gemm(const SmallProduct<Element>& p, const Aside& aside) {
+#if defined(__AMX_BF16__)
+  if constexpr (kWholeTile<Element> > 1) return multiply_in_tiles(p, aside);
+#endif
   int64_t j = 0;
   for (; j + kTileVecs * kLanes <= p.cols; j += kTileVecs * kLanes) {
     gemm_columns<kTileVecs>(p, j, aside);
