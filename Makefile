@@ -157,7 +157,8 @@ gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minu
 
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
 	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
-	  --results benchmarks/results --readme README.md --readme docs/guides/halting.md $(ARGS)
+	  --results benchmarks/results --readme README.md --readme docs/guides/halting.md \
+	  --readme docs/guides/read-the-benchmarks.md $(ARGS)
 	$(bin)/python -m adatape_kernels.benchmarks.reports.gpu_performance docs/gpu-performance.md
 
 lint: $(lint_ready)  ## check style

@@ -31,6 +31,7 @@
   void gather_fwd(const CpuTapeGatherParams&, int64_t, int64_t, int64_t);                          \
   void gather_bwd(const CpuTapeGatherParams&, int64_t);                                            \
   void segment_sum(const CpuSegmentSumParams&, const Contribution*, const Contribution*);          \
+  void linear(const CpuLinearParams&, int64_t, int64_t);                                           \
   void bias(const CpuBiasActParams&, int64_t, int64_t);                                            \
   void bias_act(const CpuBiasActParams&, int64_t, int64_t);                                        \
   void act_bwd(const CpuBiasActParams&, int64_t, int64_t);                                         \
@@ -51,6 +52,7 @@
                                   .gather_fwd = isa::gather_fwd,                                   \
                                   .gather_bwd = isa::gather_bwd,                                   \
                                   .segment_sum = isa::segment_sum,                                 \
+                                  .linear = isa::linear,                                           \
                                   .bias = isa::bias,                                               \
                                   .bias_act = isa::bias_act,                                       \
                                   .act_bwd = isa::act_bwd,                                         \

@@ -147,6 +147,20 @@ struct CpuBiasActParams {
   DType dtype;
 };
 
+// A linear layer: out = x · weightᵀ + bias.
+struct CpuLinearParams {
+  const void* x;          // (rows, depth)
+  int64_t stride_x;       // from a row of x to the next
+  const void* weight;     // (columns, depth)
+  int64_t stride_weight;  // from a row of the weight to the next
+  const void* bias;       // (columns,)
+  void* out;              // (rows, columns)
+  int64_t stride_out;     // from a row of out to the next
+  int64_t depth;
+  int64_t columns;
+  DType dtype;
+};
+
 struct CpuAddLayerNormParams {
   const void* x;          // (rows, dim)
   int64_t stride_x;       // from a row of x to the next
@@ -274,7 +288,10 @@ struct CpuKernels {
   void (*segment_sum)(const CpuSegmentSumParams&, const Contribution* first,
                       const Contribution* last);
 
-  // The next three take rows `first` to `first + count`.
+  // The next four take rows `first` to `first + count`.
+  // Writes them, rounded once, out of one product of vectors for each number. It is meant for few
+  // rows, as each of them reads the whole weight.
+  void (*linear)(const CpuLinearParams&, int64_t first, int64_t count);
   // Adds the bias to hidden, whatever the activation.
   void (*bias)(const CpuBiasActParams&, int64_t first, int64_t count);
   // Adds the bias to hidden, then writes act: the activation of hidden or, for a GLU and
