@@ -161,10 +161,10 @@ def _composed(path: str, text: str) -> yaml.MappingNode:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = path if mark is None else f"{path}, line {mark.line + 1}"
-        raise ValueError(f"{place}: expected YAML, got {printable(error.problem)}") from None
+        raise ValueError(f"{place}: expected YAML, got none: {printable(error.problem)}") from None
     except yaml.YAMLError as error:
         reason = getattr(error, "reason", "what it does not allow")
-        raise ValueError(f"{path}: expected YAML, got {printable(reason)}") from None
+        raise ValueError(f"{path}: expected YAML, got none: {printable(reason)}") from None
     except RecursionError:
         raise ValueError(f"{path}: expected options, got lists within lists") from None
     if root is None:
