@@ -11,13 +11,14 @@
 #include "cpu_kernels.h"
 
 // Declares the kernels that one instruction set's namespace defines, and makes their table.
-#define ADATAPE_DECLARE(isa)                                                                       \
+#define ADATAPE_DECLARE(isa, bytes)                                                                 \
   namespace isa {                                                                                  \
   void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
                      const AttentionTask*);                                                        \
   void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
                      const AttentionTask*);                                                        \
   void select_pack(const CpuTapeSelectParams&, float*, int64_t, int64_t);                          \
+  void select_pack_coarse(const CpuTapeSelectParams&, int64_t, const CpuCoarseKeys&, int64_t, int64_t); \
   bool select_start(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);               \
   void select_scan(const CpuTapeSelectParams&, const CpuTapeSelectState&, const int64_t*, int64_t, \
                    int64_t);                                                                       \
@@ -39,6 +40,8 @@
                                   .attention_fwd = isa::attention_fwd,                             \
                                   .attention_bwd = isa::attention_bwd,                             \
                                   .select_pack = isa::select_pack,                                 \
+                                  .multiplies_bytes = bytes, \
+                                  .select_pack_coarse = isa::select_pack_coarse, \
                                   .select_start = isa::select_start,                               \
                                   .select_scan = isa::select_scan,                                 \
                                   .select_read = isa::select_read,                                 \
@@ -57,10 +60,10 @@
 
 namespace adatape {
 
-ADATAPE_DECLARE(portable)
+ADATAPE_DECLARE(portable, false)
 #if defined(__x86_64__)
-ADATAPE_DECLARE(avx2)
-ADATAPE_DECLARE(avx512)
+ADATAPE_DECLARE(avx2, true)
+ADATAPE_DECLARE(avx512, true)
 
 // Those of AVX-512, but for the products that AVX512-BF16 has instructions for.
 namespace avx512_bf16 {

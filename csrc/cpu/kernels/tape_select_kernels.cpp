@@ -21,6 +21,8 @@
 // normal ones would count as zero.
 
 #include "best_entries.h"
+#include "candidates.h"
+#include "coarse_keys.h"
 #include "gemm.h"
 #include "scratch.h"
 #include "tape_select_step.h"
@@ -43,12 +45,14 @@ constexpr int64_t kRowsAhead = kLanes / 4;
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Copies entries to panels: of each feature kPanel entries in a row, feature after feature.
+// Copies entries to panels, of which the first one begins with entry `base`: of each feature kPanel
+// entries in a row, feature after feature.
 template <class T>
-void pack(const CpuTapeSelectParams& p, float* panels, int64_t first, int64_t count) {
+void pack(const CpuTapeSelectParams& p, float* panels, int64_t first, int64_t count,
+          int64_t base) {
   const int64_t width = p.keys.width;
   for (int64_t c = first; c < first + count; c += kLanes) {
-    float* const to = panels + c / kPanel * kPanel * width + c % kPanel;
+    float* const to = panels + (c / kPanel * kPanel - base) * width + c % kPanel;
     const int64_t entries = smaller(larger(p.keys.bank_size - c, 0), kLanes);
     for (int64_t d = 0; d < width; d += kLanes) {
       const int64_t features = smaller(kLanes, width - d);
@@ -66,6 +70,10 @@ void pack(const CpuTapeSelectParams& p, float* panels, int64_t first, int64_t co
   }
 }
 
+int64_t valid_entries(const CpuTapeSelectParams& p, int64_t example) {
+  return p.bank_lens ? p.bank_lens[example] : p.keys.bank_size;
+}
+
 bool reads_on(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) {
   return p.counts[i] < p.num_tape_tokens && s.halting[i] < p.halt_threshold && s.left[i] >= p.topk;
 }
@@ -76,7 +84,7 @@ bool start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i)
   for (int64_t d = 0; d < s.stride_query; ++d) {
     s.queries[i * s.stride_query + d] = d < p.keys.width ? to_float(query[d]) : 0.0f;
   }
-  const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
+  const int64_t valid = valid_entries(p, i);
   const bool* const mask = p.read_mask ? p.read_mask + i * p.keys.bank_size : nullptr;
   s.left[i] = 0;
   for (int64_t w = 0; w < s.stride_unread; ++w) {
@@ -86,6 +94,7 @@ bool start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i)
     s.unread[i * s.stride_unread + w] = unread;
     s.left[i] += __builtin_popcount(unread);
   }
+  for (int64_t part = 0; part < s.parts; ++part) s.exact[i * s.parts + part] = 0;
   s.halting[i] = 0.0f;
   p.counts[i] = 0;
   p.ponder[i] = 0.0f;
@@ -99,23 +108,58 @@ BestEntries best_of_part(const CpuTapeSelectParams& p, const CpuTapeSelectState&
   return {s.best + (i * s.parts + part) * p.topk, p.topk};
 }
 
-// Fetches some rows of a bank into the second cache.
+// Fetches a bank into the second cache, line by line, while something else is done.
 template <class T>
-__attribute__((always_inline)) inline void fetch(const CpuTapeSelectParams& p, int64_t example,
-                                                 int64_t first, int64_t count) {
-  for (int64_t r = first; r < smaller(first + count, p.keys.bank_size); ++r) {
-    prefetch<kSecondCache>(key_row<T>(p, example, r), p.keys.width);
+class Ahead {
+ public:
+  // Fetches nothing if `some` is false.
+  Ahead(const CpuTapeSelectParams& p, int64_t example, bool some)
+      : from_(some ? key_row<T>(p, example, 0) : nullptr),
+        rows_(some ? p.keys.bank_size : 0),
+        width_(p.keys.width),
+        stride_(p.keys.stride_row) {}
+
+  __attribute__((always_inline)) void line() {
+    if (rows_ == 0) return;
+    prefetch<kSecondCache>(from_ + column_, 1);
+    column_ += kCacheLine / static_cast<int64_t>(sizeof(T));
+    if (column_ >= width_) next_row();
   }
+
+  __attribute__((always_inline)) void rows(int64_t count) {
+    for (; count > 0 && rows_ > 0; --count) {
+      prefetch<kSecondCache>(from_ + column_, width_ - column_);
+      next_row();
+    }
+  }
+
+ private:
+  void next_row() {
+    column_ = 0;
+    from_ += stride_;
+    --rows_;
+  }
+
+  const T* from_;
+  int64_t rows_, width_, stride_, column_ = 0;
+};
+
+// The entries of one part of the bank that an example may read.
+struct Range {
+  int64_t begin, end;
+};
+
+Range range_of(const CpuTapeSelectState& s, int64_t part, int64_t valid) {
+  const int64_t begin = part * s.part_size;
+  return {begin, smaller(begin + s.part_size, valid)};
 }
 
-// Scans a part of an example's own bank. Meanwhile it fetches rows of the bank of example `next`
-// from row `fetched` on, if that is not negative.
+// Scans a part of an example's own bank.
 template <class T>
 void scan_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i, int64_t part,
-               int64_t next, int64_t fetched) {
-  const int64_t width = p.keys.width, begin = part * s.part_size;
-  const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
-  const int64_t end = smaller(begin + s.part_size, valid);
+               Ahead<T>& ahead) {
+  const int64_t width = p.keys.width;
+  const auto [begin, end] = range_of(s, part, valid_entries(p, i));
   BestEntries best = best_of_part(p, s, i, part);
   best.clear();
   Scratch scratch;
@@ -126,27 +170,32 @@ void scan_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_
     int64_t count = 0;
     for (; count < kScores && first + count < end; count += kLanes) {
       const int64_t c = first + count, rows = smaller(kLanes, end - c);
-      store(scores + count,
-            row_products(query, key_row<T>(p, i, c), rows, p.keys.stride_row, width));
-      if (fetched >= 0) fetch<T>(p, next, fetched, kRowsAhead), fetched += kRowsAhead;
+      const T* const from = key_row<T>(p, i, c);
+      const auto row = [&](int64_t r) { return from + r * p.keys.stride_row; };
+      store(scores + count, row_products<T>(query, row, rows, width));
+      ahead.rows(kRowsAhead);
     }
     best.offer(scores, s.unread + i * s.stride_unread, first, count);
   }
 }
 
 // Scans a part of a shared bank.
+template <class T>
 void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
                  int64_t count, int64_t part) {
-  const int64_t width = p.keys.width, begin = part * s.part_size;
-  const int64_t end = smaller(begin + s.part_size, p.keys.bank_size);
+  const int64_t width = p.keys.width;
+  const auto [begin, end] = range_of(s, part, p.keys.bank_size);
   Scratch scratch;
   float* const queries = scratch.take(count * width);
+  // Where the bank was packed in bytes only, a panel of floats is made when it is needed.
+  float* const made = p.key_panels ? nullptr : scratch.take(kPanel * width);
   for (int64_t e = 0; e < count; ++e) {
     const float* const query = s.queries + examples[e] * s.stride_query;
     for (int64_t d = 0; d < width; ++d) queries[e * width + d] = query[d];
     best_of_part(p, s, examples[e], part).clear();
   }
   for (int64_t first = begin; first < end; first += kPanel) {
+    if (made) pack<T>(p, made, first, kPanel, first);
     for (int64_t tile = 0; tile < count; tile += kExamplesOfTile) {
       const int64_t rows = smaller(kExamplesOfTile, count - tile);
       alignas(kVecBytes) float scores[kExamplesOfTile * kPanel];
@@ -156,7 +205,7 @@ void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, cons
                    .a = queries + tile * width,
                    .stride_a_row = width,
                    .stride_a_col = 1,
-                   .b = p.key_panels + first * width,
+                   .b = made ? made : p.key_panels + first * width,
                    .stride_b = kPanel,
                    .c = scores,
                    .stride_c = kPanel,
@@ -168,6 +217,124 @@ void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, cons
       }
     }
   }
+}
+
+// Returns the scores of a vector of entries of a shared bank, whose bits are those of scan_panels:
+// a chain of multiply-adds over the features for each.
+template <class T>
+Vec chained_products(const float* query, const T* const (&rows)[kLanes], int64_t width) {
+  Vec sums = {};
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const int64_t features = smaller(kLanes, width - d);
+    IntVec square[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) {
+      square[l] = reinterpret_cast<IntVec>(features < kLanes ? load_some(rows[l] + d, features)
+                                                             : load(rows[l] + d));
+    }
+    transpose(square);
+    for (int64_t f = 0; f < features; ++f) {
+      sums = multiply_add(sums, query + d + f, reinterpret_cast<Vec>(square[f]));
+    }
+  }
+  return sums;
+}
+
+// Finds the best of an example's candidates by their exact scores.
+template <class T>
+void choose(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i, int64_t part,
+            const Candidates& candidates) {
+  const int64_t width = p.keys.width;
+  BestEntries best = best_of_part(p, s, i, part);
+  best.clear();
+  Scratch scratch;
+  const float* const query = s.queries + i * s.stride_query;
+  float* const arranged = scratch.take(arranged_size<T>(width));
+  if (p.own_banks) arrange_query<T>(query, width, arranged);
+  const ScoredEntry* const list = candidates.list();
+  for (int64_t first = 0; first < candidates.count(); first += kLanes) {
+    const int64_t count = smaller(kLanes, candidates.count() - first);
+    const T* rows[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) {
+      rows[l] = key_row<T>(p, i, list[first + smaller(l, count - 1)].entry);
+    }
+    float scores[kLanes];
+    store(scores, p.own_banks ? row_products<T>(
+                                    arranged, [&](int64_t r) { return rows[r]; }, count, width)
+                              : chained_products<T>(query, rows, width));
+    for (int64_t l = 0; l < count; ++l) best.offer({scores[l], list[first + l].entry});
+  }
+}
+
+// Scans a part of a bank for some examples by coarse scores. Writes to `exact` those of the
+// examples for which that is of no use, and returns how many they are.
+template <class T, class Aside>
+int64_t scan_coarse(const CpuTapeSelectParams& p, const CpuTapeSelectState& s,
+                    const CpuCoarseKeys& keys, const int64_t* examples, int64_t count, int64_t part,
+                    int64_t* exact, const Aside& aside) {
+  const int64_t quads = quads_of(p.keys.width);
+  const auto [begin, end] =
+      range_of(s, part, p.own_banks ? valid_entries(p, examples[0]) : p.keys.bank_size);
+  float norm = 0.0f;
+  for (int64_t b = 0; b * kPanelMultiple < p.keys.bank_size; ++b) {
+    norm = keys.norms[b] > norm ? keys.norms[b] : norm;
+  }
+  Scratch scratch;
+  auto* const queries = reinterpret_cast<Quad*>(scratch.take(count * quads));
+  const int64_t memory = Candidates::memory_size(p.topk);
+  auto* const memories = reinterpret_cast<ScoredEntry*>(scratch.take(2 * count * memory));
+  Candidates candidates[kExamplesPerBankPass];
+  int64_t coarse[kExamplesPerBankPass], scanned = 0, exacts = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    const int64_t i = examples[e];
+    CoarseQuery query = {};
+    if (!s.exact[i * s.parts + part]) {
+      query = coarse_query(s.queries + i * s.stride_query, p.keys.width, norm,
+                           queries + scanned * quads);
+    }
+    if (query.usable) {
+      candidates[scanned] = Candidates(memories + scanned * memory, p.topk, query);
+      coarse[scanned++] = i;
+    } else {
+      exact[exacts++] = i;
+    }
+  }
+  // With few examples, a tile is several panels.
+  const int64_t panels = larger(kExamplesOfTile / larger(scanned, 1), 1);
+  for (int64_t first = begin; first < end && scanned > 0; first += panels * kPanel) {
+    const int64_t cols = smaller(panels * kPanel, (end - first + kPanel - 1) / kPanel * kPanel);
+    for (int64_t tile = 0; tile < scanned; tile += kExamplesOfTile) {
+      const int64_t rows = smaller(kExamplesOfTile, scanned - tile);
+      alignas(kVecBytes) float sums[kExamplesOfTile * kPanel];
+      for (int64_t c = 0; c < cols; c += kPanel) {
+        gemm<Quad>({.rows = rows,
+                    .cols = kPanel,
+                    .depth = quads,
+                    .a = queries + tile * quads,
+                    .stride_a_row = quads,
+                    .stride_a_col = 1,
+                    .b = reinterpret_cast<const Quad*>(keys.quads + (first + c) * quads),
+                    .stride_b = kPanel,
+                    .c = sums + c,
+                    .stride_c = cols,
+                    .accumulate = false},
+                   aside);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        candidates[tile + r].offer(sums + r * cols, keys.steps + first,
+                                   s.unread + coarse[tile + r] * s.stride_unread, first, cols);
+      }
+    }
+  }
+  for (int64_t e = 0; e < scanned; ++e) {
+    const int64_t i = coarse[e];
+    if (candidates[e].finish()) {
+      choose<T>(p, s, i, part, candidates[e]);
+    } else {
+      s.exact[i * s.parts + part] = 1;
+      exact[exacts++] = i;
+    }
+  }
+  return exacts;
 }
 
 template <class T>
@@ -200,16 +367,39 @@ bool read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) 
 template <class T>
 void forward_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
                   int64_t count) {
-  const int64_t vectors = (p.keys.bank_size + kLanes - 1) / kLanes;
+  Scratch scratch;
+  CpuCoarseKeys keys;
+  const int64_t entries = (p.keys.bank_size + kPanelMultiple - 1) / kPanelMultiple * kPanelMultiple;
+  if (p.coarse) {
+    keys.quads = reinterpret_cast<uint32_t*>(scratch.take(entries * quads_of(p.keys.width)));
+    keys.steps = scratch.take(entries);
+    keys.norms = scratch.take(entries / kPanelMultiple);
+  }
   for (int64_t i = first; i < first + count; ++i) {
     bool on = start<T>(p, s, i);
+    if (!on) continue;
+    if (p.coarse) pack_coarse<T>(p, i, keys, 0, entries);
+    Ahead<T> none(p, 0, false), ahead(p, i + 1, i + 1 < first + count);
     for (int64_t token = 0; on; ++token) {
-      // While the first token is read, memory is busy with this example's own bank.
-      const bool ahead = token > 0 && i + 1 < first + count;
-      scan_rows<T>(p, s, i, 0, i + 1, ahead ? (token - 1) * vectors * kRowsAhead : -1);
+      int64_t exact[1];
+      if (!p.coarse || scan_coarse<T>(p, s, keys, &i, 1, 0, exact, [&] { ahead.line(); }) > 0) {
+        // While the first token is read, memory is busy with this example's own bank.
+        scan_rows<T>(p, s, i, 0, token > 0 ? ahead : none);
+      }
       on = read<T>(p, s, i);
     }
   }
+}
+
+// Scans a part of a shared bank, for some examples.
+template <class T>
+void scan_shared(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
+                 int64_t count, int64_t part) {
+  if (!p.coarse) return scan_panels<T>(p, s, examples, count, part);
+  int64_t exact[kExamplesPerBankPass];
+  const int64_t exacts =
+      scan_coarse<T>(p, s, *p.coarse_keys, examples, count, part, exact, [] {});
+  if (exacts > 0) scan_panels<T>(p, s, exact, exacts, part);
 }
 
 // Reads for examples that share a bank. Those that read on are scanned for together.
@@ -221,7 +411,7 @@ void forward_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, i
     if (start<T>(p, s, i)) reading[readers++] = i;
   }
   while (readers > 0) {
-    scan_panels(p, s, reading, readers, 0);
+    scan_shared<T>(p, s, reading, readers, 0);
     const int64_t before = readers;
     readers = 0;
     for (int64_t r = 0; r < before; ++r) {
@@ -233,7 +423,15 @@ void forward_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, i
 }  // namespace
 
 void select_pack(const CpuTapeSelectParams& p, float* key_panels, int64_t first, int64_t count) {
-  with_number(p.dtype, [&](auto number) { pack<decltype(number)>(p, key_panels, first, count); });
+  with_number(p.dtype,
+              [&](auto number) { pack<decltype(number)>(p, key_panels, first, count, 0); });
+}
+
+void select_pack_coarse(const CpuTapeSelectParams& p, int64_t example, const CpuCoarseKeys& keys,
+                        int64_t first, int64_t count) {
+  with_number(p.dtype, [&](auto number) {
+    pack_coarse<decltype(number)>(p, example, keys, first, count);
+  });
 }
 
 bool select_start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t example) {
@@ -242,10 +440,16 @@ bool select_start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int
 
 void select_scan(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
                  int64_t count, int64_t part) {
-  if (p.key_panels) return scan_panels(p, s, examples, count, part);
   with_number(p.dtype, [&](auto number) {
+    using T = decltype(number);
+    if (!p.own_banks) return scan_shared<T>(p, s, examples, count, part);
     for (int64_t e = 0; e < count; ++e) {
-      scan_rows<decltype(number)>(p, s, examples[e], part, 0, -1);
+      int64_t exact[1];
+      Ahead<T> none(p, 0, false);
+      if (!p.coarse || scan_coarse<T>(p, s, p.coarse_keys[examples[e]], examples + e, 1, part,
+                                      exact, [] {}) > 0) {
+        scan_rows<T>(p, s, examples[e], part, none);
+      }
     }
   });
 }
@@ -257,8 +461,8 @@ bool select_read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int6
 void select_fwd(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
                 int64_t count) {
   with_number(p.dtype, [&](auto number) {
-    p.key_panels ? forward_panels<decltype(number)>(p, s, first, count)
-                 : forward_rows<decltype(number)>(p, s, first, count);
+    p.own_banks ? forward_rows<decltype(number)>(p, s, first, count)
+                : forward_panels<decltype(number)>(p, s, first, count);
   });
 }
 
