@@ -83,12 +83,12 @@ struct CpuTapeSelectState {
 };
 
 struct CpuTapeSelectParams {
-  const void* query;                   // (batch, key_dim)
-  int64_t stride_query;                // from an example's query to the next
-  CpuBank keys;                        // its width is key_dim
-  const float* key_panels = nullptr;   // what select_pack makes of a shared bank, forward only
-  bool own_banks = false;              // whether each example has a bank of its own, forward only
-  bool coarse = false;                 // whether scores are first computed in bytes, forward only
+  const void* query;                  // (batch, key_dim)
+  int64_t stride_query;               // from an example's query to the next
+  CpuBank keys;                       // its width is key_dim
+  const float* key_panels = nullptr;  // what select_pack makes of a shared bank, forward only
+  bool own_banks = false;             // whether each example has a bank of its own, forward only
+  bool coarse = false;                // whether scores are first computed in bytes, forward only
   // What select_pack_coarse makes of a bank that examples or tasks share, if `coarse`; of each
   // example's bank, if they have their own, and null where one task reads an example.
   const CpuCoarseKeys* coarse_keys = nullptr;

@@ -27,10 +27,11 @@ constexpr int64_t kLargeBank = int64_t{1} << 18;
 // takes to share tasks out.
 constexpr int64_t kLeastProductsPerScan = int64_t{1} << 18;
 
-// Scores are computed in bytes first where a bank has at least so many entries and features, and is
-// read for at least so many tokens. Sums of more features would not fit.
-constexpr int64_t kLeastBankOfBytes = 64, kLeastWidthOfBytes = 32, kLeastTokensOfBytes = 3;
-constexpr int64_t kMostWidthOfBytes = 8192;
+// Scores are computed in bytes first where a bank has at least so many numbers: one that examples
+// share, and one of an example's own, which would not stay in the second cache as it is. And it has
+// to be read for so many tokens. Sums of more features would not fit.
+constexpr int64_t kLeastSharedBank = int64_t{1} << 14, kLeastOwnBankBytes = int64_t{1} << 20;
+constexpr int64_t kLeastTokensOfBytes = 3, kLeastWidthOfBytes = 32, kMostWidthOfBytes = 8192;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -124,8 +125,11 @@ CpuTapeSelectState state_of(const CpuTapeSelectParams& p, int64_t batch, int64_t
 // Returns whether scores are first computed in bytes: where a bank is read so often that this takes
 // less time than to make the bytes.
 bool coarse_pays(const CpuTapeSelectParams& p) {
-  return p.num_tape_tokens >= kLeastTokensOfBytes && p.keys.width >= kLeastWidthOfBytes &&
-         p.keys.width <= kMostWidthOfBytes && p.keys.bank_size >= kLeastBankOfBytes;
+  const int64_t numbers = p.keys.bank_size * p.keys.width;
+  const bool large =
+      p.own_banks ? numbers * size_of(p.dtype) >= kLeastOwnBankBytes : numbers >= kLeastSharedBank;
+  return large && p.num_tape_tokens >= kLeastTokensOfBytes && p.keys.width >= kLeastWidthOfBytes &&
+         p.keys.width <= kMostWidthOfBytes;
 }
 
 // Packs some examples' banks, or one that they share, in bytes. Returns what holds them.

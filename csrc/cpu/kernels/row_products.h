@@ -45,9 +45,8 @@ inline Vec folded_group(const Vec* rows, const Fold& fold) {
                 reinterpret_cast<Vec>(_mm512_maskz_unpackhi_ps(kAll, as(a), as(b))));
   };
   const auto fours = [&](Vec a, Vec b) -> Vec {
-    return fold(
-        reinterpret_cast<Vec>(_mm512_maskz_unpacklo_pd(kAllTwos, as_twos(a), as_twos(b))),
-        reinterpret_cast<Vec>(_mm512_maskz_unpackhi_pd(kAllTwos, as_twos(a), as_twos(b))));
+    return fold(reinterpret_cast<Vec>(_mm512_maskz_unpacklo_pd(kAllTwos, as_twos(a), as_twos(b))),
+                reinterpret_cast<Vec>(_mm512_maskz_unpackhi_pd(kAllTwos, as_twos(a), as_twos(b))));
   };
   const Vec low = fours(twos(rows[0], rows[1]), twos(rows[2], rows[3]));
   const Vec high = fours(twos(rows[4], rows[5]), twos(rows[6], rows[7]));
