@@ -22,6 +22,8 @@
   void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
                      const AttentionTask*);                                                        \
   void select_pack(const CpuTapeSelectParams&, float*, int64_t, int64_t);                          \
+  void select_pack_coarse(const CpuTapeSelectParams&, int64_t, const CpuCoarseKeys&, int64_t,      \
+                          int64_t);                                                                \
   bool select_start(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);               \
   void select_scan(const CpuTapeSelectParams&, const CpuTapeSelectState&, const int64_t*, int64_t, \
                    int64_t);                                                                       \
@@ -44,6 +46,8 @@
                                   .attention_fwd = isa::attention_fwd,                             \
                                   .attention_bwd = isa::attention_bwd,                             \
                                   .select_pack = isa::select_pack,                                 \
+                                  .multiplies_bytes = false,                                       \
+                                  .select_pack_coarse = isa::select_pack_coarse,                   \
                                   .select_start = isa::select_start,                               \
                                   .select_scan = isa::select_scan,                                 \
                                   .select_read = isa::select_read,                                 \
@@ -68,12 +72,30 @@ ADATAPE_DECLARE(portable)
 ADATAPE_DECLARE(avx2)
 ADATAPE_DECLARE(avx512)
 
-// Those of AVX-512, but for the products that AVX512-BF16 has instructions for.
+// Those of AVX-512, but for the products of bfloat16 and of bytes, which AVX512-BF16 and
+// AVX512-VNNI have instructions for. Every processor that has the first has the second.
+namespace avx512_bf16 {
+void select_pack(const CpuTapeSelectParams&, float*, int64_t, int64_t);
+void select_pack_coarse(const CpuTapeSelectParams&, int64_t, const CpuCoarseKeys&, int64_t,
+                        int64_t);
+bool select_start(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);
+void select_scan(const CpuTapeSelectParams&, const CpuTapeSelectState&, const int64_t*, int64_t,
+                 int64_t);
+bool select_read(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);
+void select_fwd(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t, int64_t);
+}  // namespace avx512_bf16
 constexpr CpuKernels k_avx512_bf16 = [] {
   CpuKernels kernels = k_avx512;
   kernels.name = "avx512_bf16";
   kernels.attention_fwd = avx512_bf16::attention_fwd;
   kernels.attention_bwd = avx512_bf16::attention_bwd;
+  kernels.multiplies_bytes = true;
+  kernels.select_pack = avx512_bf16::select_pack;
+  kernels.select_pack_coarse = avx512_bf16::select_pack_coarse;
+  kernels.select_start = avx512_bf16::select_start;
+  kernels.select_scan = avx512_bf16::select_scan;
+  kernels.select_read = avx512_bf16::select_read;
+  kernels.select_fwd = avx512_bf16::select_fwd;
   return kernels;
 }();
 
@@ -129,7 +151,8 @@ const CpuKernels& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #if defined(ADATAPE_HAS_AMX)
   if (bf16 && has_tiles()) {
     const bool asked_for = !wanted || wanted == std::string(k_amx.name);

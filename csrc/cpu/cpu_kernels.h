@@ -57,6 +57,14 @@ struct ScoredEntry {
   int32_t entry;
 };
 
+// The keys of a bank in bytes, which select_pack_coarse makes (kernels/coarse_keys.h). `entries` is
+// the bank's size, rounded up to kPanelMultiple.
+struct CpuCoarseKeys {
+  uint32_t* quads = nullptr;  // (entries / panel, (width + 3) / 4, panel), four features each
+  float* steps = nullptr;     // (entries,), what a whole number of a key stands for
+  float* norms = nullptr;     // (entries / kPanelMultiple,), the greatest norm of their keys
+};
+
 // How far each example of a batch has read, forward only. `select_start` writes
 // all of it but `best`, which `select_scan` does.
 struct CpuTapeSelectState {
@@ -69,15 +77,21 @@ struct CpuTapeSelectState {
   int64_t* left = nullptr;      // (batch,), how many bits are set
   float* halting = nullptr;     // (batch,), the halting scores
   ScoredEntry* best = nullptr;  // (batch, parts, topk), the best entries of each part of the bank
+  int32_t* exact = nullptr;     // (batch, parts), whether coarse scores are of no use for a part
   int64_t parts;                // so many tasks share the bank
   int64_t part_size;            // entries of a part, a multiple of kPanelMultiple
 };
 
 struct CpuTapeSelectParams {
-  const void* query;                   // (batch, key_dim)
-  int64_t stride_query;                // from an example's query to the next
-  CpuBank keys;                        // its width is key_dim
-  const float* key_panels = nullptr;   // what select_pack makes of a shared bank, forward only
+  const void* query;                  // (batch, key_dim)
+  int64_t stride_query;               // from an example's query to the next
+  CpuBank keys;                       // its width is key_dim
+  const float* key_panels = nullptr;  // what select_pack makes of a shared bank, forward only
+  bool own_banks = false;             // whether each example has a bank of its own, forward only
+  bool coarse = false;                // whether scores are first computed in bytes, forward only
+  // What select_pack_coarse makes of a bank that examples or tasks share, if `coarse`; of each
+  // example's bank, if they have their own, and null where one task reads an example.
+  const CpuCoarseKeys* coarse_keys = nullptr;
   const bool* read_mask = nullptr;     // (batch, bank_size) or null; true where not to be read
   const int64_t* bank_lens = nullptr;  // (batch,) or null; entries from there on are not read
   float* weights = nullptr;            // (batch, num_tape_tokens, topk), forward only
@@ -264,6 +278,11 @@ struct CpuKernels {
   // Copies entries `first` to `first + count` of a shared bank to key_panels. Both are multiples of
   // kPanelMultiple; entries behind the bank's last are zeros.
   void (*select_pack)(const CpuTapeSelectParams&, float* key_panels, int64_t first, int64_t count);
+  // Whether the next one is worth its time: it takes instructions that multiply bytes.
+  bool multiplies_bytes;
+  // Copies entries `first` to `first + count` of an example's bank in bytes, likewise.
+  void (*select_pack_coarse)(const CpuTapeSelectParams&, int64_t example, const CpuCoarseKeys&,
+                             int64_t first, int64_t count);
   // Begins to read for one example. Returns whether it reads anything.
   bool (*select_start)(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t example);
   // Finds the best unread entries of one part of the bank for each of so many examples:
