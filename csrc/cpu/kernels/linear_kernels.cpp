@@ -20,8 +20,8 @@ void linear_of(const CpuLinearParams& p, int64_t first, int64_t count) {
     for_columns(p.depth, [&](int64_t d, int lanes) { write(row + d, read(x + d, lanes), lanes); });
     arrange_query<T>(row, p.depth, arranged);
     for_columns(p.columns, [&](int64_t c, int lanes) {
-      const Vec products =
-          row_products(arranged, weight + c * p.stride_weight, lanes, p.stride_weight, p.depth);
+      const auto weight_row = [&](int64_t i) { return weight + (c + i) * p.stride_weight; };
+      const Vec products = row_products<T>(arranged, weight_row, lanes, p.depth);
       write(out + c, products + read(bias + c, lanes), lanes);
     });
   }
