@@ -138,3 +138,42 @@ def test_later_tokens_match_a_read_that_goes_on(shape):
         read_mask.scatter_(1, chosen, True)
         rows = keys if len(shape) == 3 else keys.expand(batch, *shape)
         query = rows.gather(1, chosen.unsqueeze(2).expand(-1, -1, shape[-1])).squeeze(1)
+
+
+def roundings_of_keys(width):
+    """Return a query that bytes hold as it is, the best key, which they make less, and a worse one.
+
+    Of the worse key bytes make more. A key's first feature is as large as a byte can say.
+    """
+    query = torch.ones(width)
+    best = torch.full((width,), 10.49)
+    worse = torch.where(torch.arange(width) % 2 == 0, 10.51, 10.4)
+    best[0] = worse[0] = 127
+    return query, best, worse
+
+
+def roundings_of_the_query(width):
+    """Return a query of which bytes hold one feature, and two keys that they hold as they are."""
+    query = torch.full((width,), 0.49)
+    query[0] = 127
+    best = torch.full((width,), 127.0)
+    best[0] = 0
+    worse = torch.zeros(width)
+    worse[0] = 0.4 * (width - 1)
+    return query, best, worse
+
+
+@pytest.mark.parametrize("keys_of", [roundings_of_keys, roundings_of_the_query])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_rounding_can_change_is_allowed_for(shape, keys_of):
+    """Bytes put a key behind a worse one by nearly as much as they can: exact scores have it."""
+    query, best, worse = keys_of(shape[-1])
+    torch.manual_seed(0)
+    keys = torch.randn(shape)
+    first, second, third = 7, shape[-2] - 2, 11
+    keys[..., first, :] = 5 * best.max() * query  # which is the next query
+    keys[..., second, :], keys[..., third, :] = best, worse
+    batch = shape[0] if len(shape) == 3 else 14
+    assert best @ query > worse @ query > (keys[..., 20:30, :] @ query).max()
+    found = read(query.expand(batch, -1), keys, LONG, 1, average_query=False).indices[:, :2, 0]
+    assert found.tolist() == [[first, second]] * batch
