@@ -204,14 +204,17 @@ void choose(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i
   const ScoredEntry* const list = candidates.list();
   for (int64_t first = 0; first < candidates.count(); first += kLanes) {
     const int64_t count = smaller(kLanes, candidates.count() - first);
-    const T* rows[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) {
-      rows[l] = key_row<T>(p, i, list[first + smaller(l, count - 1)].entry);
-    }
+    const auto row = [&](int64_t l) {
+      return key_row<T>(p, i, list[first + smaller(l, count - 1)].entry);
+    };
     float scores[kLanes];
-    store(scores, p.own_banks ? row_products<T>(
-                                    arranged, [&](int64_t r) { return rows[r]; }, count, width)
-                              : chained_products<T>(query, rows, width));
+    if (p.own_banks) {
+      store(scores, row_products<T>(arranged, row, count, width));
+    } else {
+      const T* rows[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) rows[l] = row(l);
+      store(scores, chained_products<T>(query, rows, width));
+    }
     for (int64_t l = 0; l < count; ++l) best.offer({scores[l], list[first + l].entry});
   }
 }
