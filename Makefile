@@ -93,7 +93,7 @@ fuzz: $(ready) $(cuda_host)  ## run random calls, models and files for SECONDS=6
 asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
 	$(call sanitized,address$(comma)undefined,asan,sanitize)
 	PATH="$(abspath $(bin)):$$PATH" cmake --build build/asan --target adatape_emulated_tiles
-	$(call under_sanitizer,asan) ADATAPE_EMULATED_TILES=$(abspath build/asan)/adatape_emulated_tiles.so \
+	ADATAPE_EMULATED_TILES=$(abspath build/asan)/adatape_emulated_tiles.so $(call under_sanitizer,asan) \
 	  $(bin)/pytest -q --capture=sys -p no:cacheprovider -p no:faulthandler -m sanitize \
 	  tests/ops/test_attention_bfloat16_lengths.py tests/ops/test_elastic_attention_tiles.py
 	cd tests && $(call under_sanitizer,asan) $(call run_fuzzer,$(SANITIZED_SECONDS),cpp$(comma)cuda)
