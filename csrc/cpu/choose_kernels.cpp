@@ -14,7 +14,7 @@
 
 #include "cpu_kernels.h"
 
-// Declares the kernels that one instruction set's namespace defines, and makes their table.
+// Declares the kernels that an instruction set's namespace may define.
 #define ADATAPE_DECLARE(isa)                                                                       \
   namespace isa {                                                                                  \
   void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&,                       \
@@ -41,49 +41,44 @@
   void add_layer_norm_bwd(const CpuAddLayerNormBwdParams&, int64_t, int64_t);                      \
   void accumulate_rows_fwd(const CpuAccumulateRowsParams&, int64_t, int64_t);                      \
   void accumulate_rows_bwd(const CpuAccumulateRowsBwdParams&, int64_t, int64_t);                   \
-  }                                                                                                \
-  constexpr CpuKernels k_##isa = {.name = #isa,                                                    \
-                                  .attention_fwd = isa::attention_fwd,                             \
-                                  .attention_bwd = isa::attention_bwd,                             \
-                                  .select_pack = isa::select_pack,                                 \
-                                  .multiplies_bytes = false,                                       \
-                                  .select_pack_coarse = isa::select_pack_coarse,                   \
-                                  .select_start = isa::select_start,                               \
-                                  .select_scan = isa::select_scan,                                 \
-                                  .select_read = isa::select_read,                                 \
-                                  .select_fwd = isa::select_fwd,                                   \
-                                  .select_bwd = isa::select_bwd,                                   \
-                                  .gather_fwd = isa::gather_fwd,                                   \
-                                  .gather_bwd = isa::gather_bwd,                                   \
-                                  .segment_sum = isa::segment_sum,                                 \
-                                  .linear = isa::linear,                                           \
-                                  .bias = isa::bias,                                               \
-                                  .bias_act = isa::bias_act,                                       \
-                                  .act_bwd = isa::act_bwd,                                         \
-                                  .add_layer_norm_fwd = isa::add_layer_norm_fwd,                   \
-                                  .add_layer_norm_bwd = isa::add_layer_norm_bwd,                   \
-                                  .accumulate_rows_fwd = isa::accumulate_rows_fwd,                 \
+  }
+
+// Makes the table of an instruction set that has kernels of its own for everything.
+#define ADATAPE_TABLE(isa)                                                         \
+  ADATAPE_DECLARE(isa)                                                             \
+  constexpr CpuKernels k_##isa = {.name = #isa,                                    \
+                                  .attention_fwd = isa::attention_fwd,             \
+                                  .attention_bwd = isa::attention_bwd,             \
+                                  .select_pack = isa::select_pack,                 \
+                                  .multiplies_bytes = false,                       \
+                                  .select_pack_coarse = isa::select_pack_coarse,   \
+                                  .select_start = isa::select_start,               \
+                                  .select_scan = isa::select_scan,                 \
+                                  .select_read = isa::select_read,                 \
+                                  .select_fwd = isa::select_fwd,                   \
+                                  .select_bwd = isa::select_bwd,                   \
+                                  .gather_fwd = isa::gather_fwd,                   \
+                                  .gather_bwd = isa::gather_bwd,                   \
+                                  .segment_sum = isa::segment_sum,                 \
+                                  .linear = isa::linear,                           \
+                                  .bias = isa::bias,                               \
+                                  .bias_act = isa::bias_act,                       \
+                                  .act_bwd = isa::act_bwd,                         \
+                                  .add_layer_norm_fwd = isa::add_layer_norm_fwd,   \
+                                  .add_layer_norm_bwd = isa::add_layer_norm_bwd,   \
+                                  .accumulate_rows_fwd = isa::accumulate_rows_fwd, \
                                   .accumulate_rows_bwd = isa::accumulate_rows_bwd};
 
 namespace adatape {
 
-ADATAPE_DECLARE(portable)
+ADATAPE_TABLE(portable)
 #if defined(__x86_64__)
-ADATAPE_DECLARE(avx2)
-ADATAPE_DECLARE(avx512)
+ADATAPE_TABLE(avx2)
+ADATAPE_TABLE(avx512)
 
 // Those of AVX-512, but for the products of bfloat16 and of bytes, which AVX512-BF16 and
 // AVX512-VNNI have instructions for. Every processor that has the first has the second.
-namespace avx512_bf16 {
-void select_pack(const CpuTapeSelectParams&, float*, int64_t, int64_t);
-void select_pack_coarse(const CpuTapeSelectParams&, int64_t, const CpuCoarseKeys&, int64_t,
-                        int64_t);
-bool select_start(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);
-void select_scan(const CpuTapeSelectParams&, const CpuTapeSelectState&, const int64_t*, int64_t,
-                 int64_t);
-bool select_read(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t);
-void select_fwd(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t, int64_t);
-}  // namespace avx512_bf16
+ADATAPE_DECLARE(avx512_bf16)
 constexpr CpuKernels k_avx512_bf16 = [] {
   CpuKernels kernels = k_avx512;
   kernels.name = "avx512_bf16";
@@ -101,10 +96,7 @@ constexpr CpuKernels k_avx512_bf16 = [] {
 
 #if defined(ADATAPE_HAS_AMX)
 // The same, but for products in tiles.
-namespace amx {
-void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
-void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
-}  // namespace amx
+ADATAPE_DECLARE(amx)
 constexpr CpuKernels k_amx = [] {
   CpuKernels kernels = k_avx512_bf16;
   kernels.name = "amx";
