@@ -21,12 +21,12 @@ inline void store_weights(BFloat16Pair* row, int64_t c, Vec x) {
 
 // What softmax knows of the rows of queries after some blocks of keys. There is room for whole
 // vectors of rows.
-struct RunningSoftmax {
+struct SoftmaxOfRows {
   float* largest;  // of a row's scores, times scale and log2 e
   float* total;    // of a row's weights, which are 2^(score - largest)
   float* kept;     // the factor by which a row's sums before the last block must be multiplied
 
-  RunningSoftmax from(int64_t row) const { return {largest + row, total + row, kept + row}; }
+  SoftmaxOfRows from(int64_t row) const { return {largest + row, total + row, kept + row}; }
   void start(int64_t rows) const {
     for (int64_t r = 0; r < rows; r += kLanes) {
       store(largest + r, broadcast(-__builtin_inff()));
@@ -56,7 +56,7 @@ struct BlockScores {
 // key. The weights of a row begin where its scores do, and never lie behind the score that they
 // are made of.
 template <class Element>
-void weigh(const BlockScores& scores, Element* weights, const RunningSoftmax& softmax) {
+void weigh(const BlockScores& scores, Element* weights, const SoftmaxOfRows& softmax) {
   for (int64_t first = 0; first < scores.queries; first += kLanes) {
     const int64_t rest = scores.queries - first, count = rest < kLanes ? rest : kLanes;
     Vec rows[kLanes];

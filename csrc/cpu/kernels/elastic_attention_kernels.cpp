@@ -13,12 +13,14 @@
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-// So many queries are taken together: whole tiles of products and whole vectors of rows.
+// So many queries are taken together: whole tiles of products and whole vectors of rows. Their
+// scores fit the nearer caches.
 constexpr int64_t kTileQueries = kLanes == 16 ? 48 : 16;
 static_assert(kTileQueries % kLanes == 0 && kTileQueries % kTileRows == 0);
 
-// The values of more keys are copied together, because they lie in too many pages.
-constexpr int64_t kKeysInPlace = 256;
+// The values of more keys are copied together, because they lie far apart and are read once for
+// each tile of columns.
+constexpr int64_t kKeysInPlace = 16 * kLanes;
 
 // Takes a matrix of elements, which are as large as a float.
 template <class Element>
@@ -45,7 +47,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   Element* const v = take<Element>(scratch, elements<Form>(block) * width);
   float* const out = scratch.take(queries * width);
   const int64_t whole = round_up(queries, kLanes);
-  const RunningSoftmax softmax{
+  const SoftmaxOfRows softmax{
       .largest = scratch.take(whole), .total = scratch.take(whole), .kept = scratch.take(whole)};
   float* const scores = scratch.take(kTileQueries * block);
   Element* const weights = reinterpret_cast<Element*>(scores);

@@ -110,7 +110,9 @@ inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, cons
   const Element* b = p.b + j;
   for (int64_t k = 0; k < p.depth; ++k, b += p.stride_b) {
     aside();
-    if (k == p.first_b) b = p.other_b + j;
+    if constexpr (!std::is_same_v<Write, StoreRows<Element>>) {
+      if (k == p.first_b) b = p.other_b + j;
+    }
     decltype(load_elements(b)) right[vecs > 0 ? vecs : 1];
     NarrowVec right_half;
     for (int v = 0; v < vecs; ++v) right[v] = load_elements(b + v * kLanes);
