@@ -15,11 +15,13 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
 constraints := $(VENV)/adatape-constraints.txt
 ready := $(VENV)/.adatape-ready
+module_tree = build/cmake-$$($(bin)/python -c 'import sys; print(sys.implementation.cache_tag)')
 lint_ready := $(VENV)/.adatape-lint-ready
 docs_ready := $(VENV)/.adatape-docs-ready
 cpp_files := $(shell find csrc docs/examples -type f)
 cuda_host := build/cuda_host/adatape_cuda_host.so
 cuda_host_files := $(wildcard tests/cuda_host/*)
+tiles_files := $(wildcard tests/tiles/*)
 
 # $(call sanitized,FLAG,NAME,MARKER) builds a copy of the package, with a compiled part for which
 # -fsanitize=FLAG was given, into build/NAME, and runs the ops' tests with MARKER, which
@@ -75,12 +77,12 @@ imagenet: $(ready)  ## train the true S/16 for two steps, on a drawn miniature o
 	$(bin)/adatape-kernels train --config imagenet-s16.yaml --data-dir build/imagenet/images \
 	  --epochs 1 --batch 12 --workers 1 --out build/imagenet/run $(ARGS)
 
-test: $(ready) $(cuda_host)  ## run the tests
+test: $(ready) $(cuda_host) tiles  ## run the tests
 	$(bin)/pytest -q -n auto --dist worksteal $(ARGS)
 
 # The tree in which pip built the module has the kernels' objects already.
 serve: $(ready)  ## compile a small model by AOTInductor, and run it from C++
-	tree=build/cmake-$$($(bin)/python -c 'import sys; print(sys.implementation.cache_tag)') && \
+	tree=$(module_tree) && \
 	  PATH="$(abspath $(bin)):$$PATH" cmake --build $$tree --target adatape_serve && \
 	  ADATAPE_SERVE="$(CURDIR)/$$tree/adatape_serve" \
 	  $(bin)/pytest -q -n 0 tests/recipes/test_export_compiled.py $(ARGS)
@@ -90,6 +92,10 @@ fuzz: $(ready) $(cuda_host)  ## run random calls, models and files for SECONDS=6
 
 asan: $(ready)  ## run the C++ and CUDA kernels under AddressSanitizer and UBSan
 	$(call sanitized,address$(comma)undefined,asan,sanitize)
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/asan --target adatape_emulated_tiles
+	$(call under_sanitizer,asan) ADATAPE_EMULATED_TILES=$(abspath build/asan)/adatape_emulated_tiles.so \
+	  $(bin)/pytest -q --capture=sys -p no:cacheprovider -p no:faulthandler -m sanitize \
+	  tests/ops/test_attention_bfloat16_lengths.py tests/ops/test_elastic_attention_tiles.py
 	cd tests && $(call under_sanitizer,asan) $(call run_fuzzer,$(SANITIZED_SECONDS),cpp$(comma)cuda)
 
 tsan: $(ready)  ## run the C++ and CUDA kernels under ThreadSanitizer
@@ -151,13 +157,14 @@ gpu:  ## on a machine with a GPU: build in place, test and measure within 8 minu
 
 report: $(ready)  ## make plots and tables from the recorded rows, README's too
 	$(bin)/python -m adatape_kernels.benchmarks.reports.result_tables \
-	  --results benchmarks/results --readme README.md --readme docs/guides/halting.md $(ARGS)
+	  --results benchmarks/results --readme README.md --readme docs/guides/halting.md \
+	  --readme docs/guides/read-the-benchmarks.md $(ARGS)
 	$(bin)/python -m adatape_kernels.benchmarks.reports.gpu_performance docs/gpu-performance.md
 
 lint: $(lint_ready)  ## check style
 	$(bin)/ruff check
 	$(bin)/ruff format --check
-	$(bin)/clang-format --dry-run -Werror $(filter-out %.cmake,$(cpp_files)) $(filter %.h %.cpp %.cu,$(cuda_host_files))
+	$(bin)/clang-format --dry-run -Werror $(filter-out %.cmake,$(cpp_files)) $(filter %.h %.cpp %.cu,$(cuda_host_files) $(tiles_files))
 
 types: $(lint_ready)  ## check types
 	$(bin)/mypy
@@ -165,7 +172,7 @@ types: $(lint_ready)  ## check types
 format: $(lint_ready)  ## apply the style
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	$(bin)/clang-format -i $(filter-out %.cmake,$(cpp_files)) $(filter %.h %.cpp %.cu,$(cuda_host_files))
+	$(bin)/clang-format -i $(filter-out %.cmake,$(cpp_files)) $(filter %.h %.cpp %.cu,$(cuda_host_files) $(tiles_files))
 
 docs: $(docs_ready)  ## build the pages and the reference as a site, into build/site
 	$(bin)/python -m sphinx -W --keep-going -q docs build/site
@@ -193,6 +200,11 @@ $(cuda_host): $(ready) $(cuda_host_files)
 	PATH="$(abspath $(bin)):$$PATH" cmake --build $(@D) --target $(basename $(@F))
 	touch $@
 
+# Attention's kernels for AMX with what runs them on a processor without it, out of the objects of the
+# tree in which pip built the module.
+tiles: $(ready)
+	PATH="$(abspath $(bin)):$$PATH" cmake --build $(module_tree) --target adatape_emulated_tiles
+
 $(lint_ready): $(ready)
 	$(pip) install -c $(constraints) clang-format mypy ruff
 	touch $@
@@ -201,4 +213,4 @@ $(docs_ready): $(ready)
 	$(pip) install -c $(constraints) furo myst-parser sphinx
 	touch $@
 
-.PHONY: help venv demo imagenet test serve fuzz asan tsan nvcc newest oldest memcheck audit bench gpu report lint types format docs clean
+.PHONY: help venv demo imagenet test tiles serve fuzz asan tsan nvcc newest oldest memcheck audit bench gpu report lint types format docs clean

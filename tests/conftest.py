@@ -37,6 +37,8 @@ if triton_runtime.INTERPRETED:
     emulation.keep_the_interpreter_ready()
 if not torch.cuda.is_available() and (library := emulation.cuda_host_library()):
     emulation.load_cuda_host(library)
+if library := os.environ.get("ADATAPE_EMULATED_TILES"):
+    emulation.load_emulated_tiles(library)
 
 # What a GPU machine may lack, and the files that are of no use without it.
 _RUNS = ("checkpoint", "demo", "finetune", "flushing", "lenient_output")

@@ -1,7 +1,8 @@
 """What lets kernels for a GPU run on the CPU in tests; the tests own it.
 
 Triton's kernels run in triton's interpreter, which `conftest.py` chooses before triton is imported.
-The CUDA kernels run as C++ on the host, in a library that tests/cuda_host builds.
+The CUDA kernels run as C++ on the host, in a library that tests/cuda_host builds. Attention's
+kernels for AMX run on a processor without it, in a library that tests/tiles builds.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,40 @@ def load_cuda_host(path):
         if found is not None:
             there = dataclasses.replace(found, devices=("cuda", "cpu"), absent=None)
             operation(name).replace("cuda", there)
+
+
+def emulated_tiles_library():
+    """Return the library to load, or None where it was not built: `make test` builds it."""
+    tree = Path(__file__).parents[1] / f"build/cmake-{sys.implementation.cache_tag}"
+    path = Path(os.environ.get("ADATAPE_EMULATED_TILES", tree / "adatape_emulated_tiles.so"))
+    return path if path.exists() else None
+
+
+def load_emulated_tiles(path):
+    """Let the kernels for AMX serve attention in this process from here on, one tile at a time."""
+    import adatape_kernels._C  # noqa: F401  # What it registers is replaced, so it comes first.
+
+    torch.ops.load_library(path)
+
+
+class TileCounts(NamedTuple):
+    """What the process has done so far with the tiles that it emulates."""
+
+    products: int
+    releases: int
+    """How often a thread was done with its tiles."""
+    in_use: int
+    """How many threads are not."""
+
+
+def tile_counts(path):
+    """Return what the library that `load_emulated_tiles` has loaded counts."""
+    library = ctypes.CDLL(str(path))
+    names = ("adatape_tile_products", "adatape_tile_releases", "adatape_tiles_in_use")
+    functions = [getattr(library, name) for name in names]
+    for function in functions:
+        function.restype = ctypes.c_int64
+    return TileCounts(*(function() for function in functions))
 
 
 class NotedLaunch(NamedTuple):

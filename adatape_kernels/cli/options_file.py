@@ -20,9 +20,6 @@ SHIPPED = Path(__file__).with_name("configs")
 """Where the files lie that the package brings, which are found by their names alone."""
 
 MOST_BYTES = 1 << 16
-# Options by the names that a model has for them, which stand in its errors.
-_OPTIONS = {"num_heads": "heads", "ffn_dim": "ffn", "patch_size": "patch"}
-_OPTIONS |= {"bank_patch_size": "bank_patch", "model_name": "model"}
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = r"[-+]?(?:0|[1-9][0-9]*)"
 
@@ -121,8 +118,7 @@ class OptionsFile:
             message: an error that begins with the name of an option, or does not.
             options: the values that were taken, some of which may be of the command line.
         """
-        name = message.partition(":")[0].replace("-", "_")
-        option = _OPTIONS.get(name, name)
+        option = message.partition(":")[0].replace("-", "_")
         if option not in self.lines or options.get(option) != self.values[option]:
             return message
         return f"{self.path}, line {self.lines[option]}: {message}"
@@ -161,10 +157,10 @@ def _composed(path: str, text: str) -> yaml.MappingNode:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = path if mark is None else f"{path}, line {mark.line + 1}"
-        raise ValueError(f"{place}: expected YAML, got {printable(error.problem)}") from None
+        raise ValueError(f"{place}: expected YAML, got none: {printable(error.problem)}") from None
     except yaml.YAMLError as error:
         reason = getattr(error, "reason", "what it does not allow")
-        raise ValueError(f"{path}: expected YAML, got {printable(reason)}") from None
+        raise ValueError(f"{path}: expected YAML, got none: {printable(reason)}") from None
     except RecursionError:
         raise ValueError(f"{path}: expected options, got lists within lists") from None
     if root is None:

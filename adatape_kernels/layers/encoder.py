@@ -10,8 +10,9 @@ from adatape_kernels.arguments import check_int, check_kind, check_number, shown
 from adatape_kernels.elastic import ElasticBatch
 from adatape_kernels.layers.conversion import differences_of_encoder, refuse_unknown
 from adatape_kernels.layers.elastic_module import ElasticModule
-from adatape_kernels.layers.encoder_layer import ElasticEncoderLayer
+from adatape_kernels.layers.encoder_layer import ElasticEncoderLayer, continues_sums
 from adatape_kernels.layers.layer_checks import check_size
+from adatape_kernels.layers.open_sum import OpenSum
 from adatape_kernels.layers.reader import TapeReader, given_limits
 from adatape_kernels.layers.recomputed_bank import RecomputedBank
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
@@ -21,7 +22,7 @@ from adatape_kernels.layers.spare_rows import (
     with_spare_rows,
     without_spare_rows,
 )
-from adatape_kernels.layers.torch_modules import NORM_EPS
+from adatape_kernels.layers.torch_modules import NORM_EPS, is_plain
 from adatape_kernels.op_types import TapeSelection
 
 
@@ -209,17 +210,26 @@ class ElasticEncoder(ElasticModule):
         batch = given.round_rows(self.row_multiple) if self.row_multiple > 1 else given
         options = {**given_limits(halt_threshold, num_tape_tokens), "capacity": capacity}
         reads, rows, spare = [], batch.data.shape[0], self._computes_spare_rows(batch)
+        x_sum = OpenSum(batch, None)
         for layer, reader in self.stages():
             if reader is not None:
-                batch = without_spare_rows(batch, rows)
+                batch = without_spare_rows(x_sum.closed(), rows)
                 batch, selection = reader(batch, bank, bank_lens=bank_lens, **options)
                 reads.append(selection)
-                rows = batch.data.shape[0]
-            if spare and not has_one_length(batch):
-                batch = with_spare_rows(batch)
-            batch = layer(batch) if apply is None else apply(layer, batch)
-        batch = without_spare_rows(batch, rows)
-        y = batch.with_data(self.norm(batch.data))
+                rows, x_sum = batch.data.shape[0], OpenSum(batch, None)
+            if spare and x_sum.branch is None and not has_one_length(x_sum.batch):
+                x_sum = OpenSum(with_spare_rows(x_sum.batch), None)
+            if apply is None and continues_sums(layer):
+                x_sum = cast(OpenSum, layer(cast(Rows, x_sum)))
+            else:
+                batch = x_sum.closed()
+                x_sum = OpenSum(layer(batch) if apply is None else apply(layer, batch), None)
+        if is_plain(self.norm, nn.LayerNorm):
+            batch, normed = x_sum.normed(cast(nn.LayerNorm, self.norm))
+            y = without_spare_rows(batch.with_data(normed), rows)
+        else:
+            batch = without_spare_rows(x_sum.closed(), rows)
+            y = batch.with_data(self.norm(batch.data))
         appended, static = len(reads) > 0, capacity is not None
         return in_kind(y, x, given, appended=appended, static=static), tuple(reads)
 

@@ -1,6 +1,6 @@
 """A layer of the Transformer encoder over elastic batches (SPEC 6)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from adatape_kernels.layers.conversion import (
 )
 from adatape_kernels.layers.feed_forward import DualFFN
 from adatape_kernels.layers.layer_checks import check_rate
+from adatape_kernels.layers.open_sum import OpenSum
 from adatape_kernels.layers.row_kinds import Rows, as_batch, in_kind
 from adatape_kernels.layers.self_attention import ElasticAttention
 from adatape_kernels.layers.torch_modules import NORM_EPS, add_norm, is_bare, is_plain
@@ -169,6 +170,8 @@ class ElasticEncoderLayer(DualFFN):
             >>> layer(torch.randn(2, 3, 8)).shape
             torch.Size([2, 3, 8])
         """
+        if isinstance(x, OpenSum):  # from an encoder that asked `continues_sums`
+            return cast(Rows, self._continued(x))
         batch = as_batch(x, self.dim)
         return in_kind(self._applied(batch), x, batch)
 
@@ -205,10 +208,16 @@ class ElasticEncoderLayer(DualFFN):
         if not self.norm_first:
             x = self._add_and_norm(x, self.self_attn(x), self.dropout1, self.norm1)
             return self._add_and_norm(x, self.feed_forward(x), self.dropout2, self.norm2)
-        attended = self.self_attn(x.with_data(self.norm1(x.data)))
-        data, normed = add_norm(x.data, self._dropped(x, attended, self.dropout1), self.norm2)
-        fed_forward = self.feed_forward(x.with_data(normed))
-        return x.with_data(data + self._dropped(x, fed_forward, self.dropout2))
+        return self._continued(OpenSum(x, None)).closed()
+
+    def _continued(self, x: OpenSum) -> OpenSum:
+        """Return the stream with the first branch added, and the second one."""
+        batch, normed = x.normed(self.norm1)
+        attended = self.self_attn(batch.with_data(normed))
+        branch = self._dropped(batch, attended, self.dropout1)
+        data, normed = add_norm(batch.data, branch, self.norm2)
+        fed_forward = self.feed_forward(batch.with_data(normed))
+        return OpenSum(batch.with_data(data), self._dropped(batch, fed_forward, self.dropout2))
 
     def _add_and_norm(
         self, x: ElasticBatch, branch: ElasticBatch, rate: float, norm: nn.LayerNorm
@@ -226,3 +235,14 @@ class ElasticEncoderLayer(DualFFN):
             scale = keep / (1 - self.stochastic_depth) if self.rescale_kept else keep
             out = out * scale[x.example_of_rows()].unsqueeze(1)
         return out
+
+
+def continues_sums(layer: nn.Module) -> bool:
+    """Return whether a layer may be called with an `OpenSum`, and returns one.
+
+    It may where nobody else sees what it is called with and returns, and it norms first.
+
+    Args:
+        layer: any module.
+    """
+    return type(layer) is ElasticEncoderLayer and is_bare(layer) and layer.norm_first

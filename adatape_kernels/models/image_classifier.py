@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from adatape_kernels.arguments import check_kind
-from adatape_kernels.layers.spare_rows import keeps_code_by_rows, rounded_rows
-from adatape_kernels.layers.torch_modules import is_plain
 from adatape_kernels.models.classifier import Classifier
 from adatape_kernels.models.embedding import Embedded, ModelInputs, elastic_rows
 from adatape_kernels.models.image_config import ViTConfig
@@ -17,6 +15,7 @@ from adatape_kernels.models.image_sizes import (
     list_of_images,
     strip_of_patches,
 )
+from adatape_kernels.models.patch_tokens import patches, tokens_of_patches, tokens_of_strip
 from adatape_kernels.models.positions import grid_positions
 
 
@@ -109,7 +108,8 @@ class ImageClassifier(Classifier, ABC):
                 f"got {tuple(inputs.shape)}"
             )
         check_like_parameters("inputs", inputs, self.position)
-        tokens = self.with_class_token(self.patch_embed(inputs).flatten(2).mT)
+        tokens = tokens_of_patches(inputs, self.patch_embed, c.patch_size)
+        tokens = self.with_class_token(tokens)
         return self.pre_norm(self.dropout(tokens + self.position)), None
 
     def embed_elastic(self, inputs: ModelInputs) -> Embedded:
@@ -191,37 +191,10 @@ def embedded(
     side = config.image_size // size
     grids = [(image.shape[1] // size, image.shape[2] // size) for image in images]
     lens = [rows * columns for rows, columns in grids]
-    rows = _rows_of_patches(strip_of_patches(images, size), embed, size)
+    rows = tokens_of_strip(strip_of_patches(images, size), embed, size)
     if learned:
         rows = torch.cat([part for own in rows.split(lens) for part in (*learned, own)])
     of_grid = {grid: grid_positions(position, (side, side), grid) for grid in set(grids)}
     positions = torch.cat([of_grid[grid] for grid in grids])
     front = sum(map(len, learned))
     return rows + positions, [front + patches for patches in lens]
-
-
-def _rows_of_patches(strip: Tensor, embed: nn.Conv2d, size: int) -> Tensor:
-    """Embed the patches of a strip (channels, size, patches · size), to (patches, dim).
-
-    In bfloat16 on a CPU there are spare ones among them, as `spare_rows` says.
-    """
-    if not (keeps_code_by_rows(strip) and is_plain(embed, nn.Conv2d) and cuts_patches(embed, size)):
-        return embed(strip.unsqueeze(0)).flatten(2)[0].mT
-    count = strip.shape[2] // size
-    spare = strip.new_zeros(*strip.shape[:2], (rounded_rows(count) - count) * size)
-    return embed(torch.cat([strip, spare], 2).unsqueeze(0)).flatten(2)[0].mT[:count]
-
-
-def patches(config: ViTConfig, size: int) -> nn.Conv2d:
-    """Return the convolution that makes a token of every patch of `size` pixels square."""
-    return nn.Conv2d(config.in_channels, config.dim, size, stride=size)
-
-
-def cuts_patches(convolution: nn.Conv2d, size: int) -> bool:
-    """Return whether a convolution is as `patches` makes it, and so a product of each patch."""
-    c, side = convolution, (size, size)
-    return (
-        (c.kernel_size, c.stride, c.padding, c.dilation) == (side, side, (0, 0), (1, 1))
-        and c.groups == 1
-        and not c.transposed
-    )

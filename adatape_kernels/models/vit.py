@@ -24,14 +24,10 @@ from adatape_kernels.layers.torch_modules import is_bare, is_plain
 from adatape_kernels.models.adatape import AdaTape
 from adatape_kernels.models.config import AdaTapeConfig, AdaTapeOptions
 from adatape_kernels.models.embedding import ModelInputs, padded_banks
-from adatape_kernels.models.image_classifier import (
-    ImageClassifier,
-    cuts_patches,
-    embedded,
-    patches,
-)
+from adatape_kernels.models.image_classifier import ImageClassifier, embedded
 from adatape_kernels.models.image_config import ViTConfig, ViTOptions
 from adatape_kernels.models.model_file import saved_with
+from adatape_kernels.models.patch_tokens import cuts_patches, patches, tokens_of_patches
 from adatape_kernels.op_types import wide_dtype
 
 if TYPE_CHECKING:  # Python has Unpack and Self from 3.11 on, this package runs from 3.10 on
@@ -195,7 +191,8 @@ class AdaTapeViT(AdaTape, ImageClassifier):
         return tokens, self._bank_of(inputs)
 
     def _bank_of(self, inputs: Tensor) -> Tensor:
-        return self.pre_bank(self.bank_embed(inputs).flatten(2).mT + self.bank_position)
+        rows = tokens_of_patches(inputs, self.bank_embed, self.config.bank_patch_size)
+        return self.pre_bank(rows + self.bank_position)
 
     def _embed_to_read(
         self, inputs: ModelInputs

@@ -6,7 +6,7 @@ from typing import Any
 from adatape_kernels.ops import fast_autograd
 from adatape_kernels.ops.declaration import ADATAPE, declare
 from adatape_kernels.ops.derivative import Derivative
-from adatape_kernels.ops.direct_call import DirectCall
+from adatape_kernels.ops.direct_call import direct_call
 from adatape_kernels.ops.implementation import CompiledKernel
 from adatape_kernels.ops.op import backend_choice, note_ran, operation
 from adatape_kernels.ops.registration import Namespace
@@ -60,8 +60,7 @@ class Composition:
         derivative.set(backward, setup_context, plain_torch)
         composed = plain_torch is None
         directly = derivative.attach(self.function, composed=composed, carrying=False)
-        direct = DirectCall(self.overload, directly, self._kernel_for, self._note_ran)
-        self.at_once = direct.at_once
+        self.at_once = direct_call(self.overload, directly, self._kernel_for, self._note_ran)
 
     def _kernel_for(self, args: Sequence[Any]) -> Callable[..., Any] | None:
         for part in self.parts:

@@ -32,67 +32,62 @@ _TYPES: dict[str, tuple[type, ...]] = {
 """By a type of a schema, the types that a plain argument has; subclasses are not plain."""
 
 
-class DirectCall:
-    """What makes those calls of an op that its kernel alone can serve.
+AtOnce = Callable[..., Any]
+"""Returns an op's results, or None where the call has to go through the op."""
+
+
+def direct_call(
+    overload: Any,
+    directly: Directly | None,
+    kernel_for: Callable[[tuple[Any, ...]], Callable[..., Any] | None],
+    ran: Callable[[], None],
+    int32: Sequence[str] = (),
+) -> AtOnce:
+    """Return what makes those calls of an op that its kernel alone can serve.
 
     Args:
-        overload: the op.
+        overload: an op with the arguments that are given.
         directly: as `attach_derivative.attach` returns it.
         kernel_for: takes the arguments and returns the kernel that serves the call, which checks
-            them itself and may raise whatever error it likes; None where there is none.
+            them itself and may raise whatever error it likes; None where there is none, as for
+            every call whose first argument lies elsewhere than on a CPU.
         ran: is called after a call, to note which backend served it.
         int32: the names of those tensors that have to be int32, and which the op's public function
             takes as int64 as well.
     """
+    arguments = overload._schema.arguments
+    plain = tuple(_plain_types(str(each.type)) for each in arguments)
+    int32_places = tuple(i for i, each in enumerate(arguments) if each.name in int32)
+    # There are few plain types, so that this does not grow without end.
+    known: set[tuple[type, ...]] = set()
 
-    def __init__(
-        self,
-        overload: Any,
-        directly: Directly | None,
-        kernel_for: Callable[[tuple[Any, ...]], Callable[..., Any] | None],
-        ran: Callable[[], None],
-        int32: Sequence[str] = (),
-    ):
-        self._directly = directly
-        self._kernel_for = kernel_for
-        self._ran = ran
-        arguments = overload._schema.arguments
-        self._plain = tuple(_plain_types(str(each.type)) for each in arguments)
-        self._int32 = tuple(i for i, each in enumerate(arguments) if each.name in int32)
-        self._places: dict[tuple[type, ...], tuple[int, ...]] = {}
+    def are_plain(types: tuple[type, ...]) -> bool:
+        if len(types) != len(plain):
+            return False
+        if not all(given in expected for given, expected in zip(types, plain, strict=True)):
+            return False
+        known.add(types)
+        return True
 
-    def at_once(self, *args: Any) -> Any:
-        """Return the op's results, or None where the call has to go through the op."""
-        if not unobserved() or self._directly is None:
+    # A function of local names: to look up attributes of an object takes time as well.
+    def at_once(*args: Any) -> Any:
+        if directly is None or torch.compiler.is_compiling() or not unobserved():
             return None
         types = tuple(map(type, args))
-        places = self._places.get(types) or self._places_of(types)
-        if places is None:
+        if types not in known and not are_plain(types):
             return None
-        kernel = self._kernel_for(args)
+        kernel = kernel_for(args)
         if kernel is None:
             return None
-        tensors = [args[place] for place in places]
-        for tensor in tensors:
-            if not tensor.is_cpu:
-                return None
-        for place in self._int32:
+        for place in int32_places:
             if args[place].dtype is not torch.int32:
                 return None
-        results = self._directly(kernel, args, tensors)
+        results = directly(kernel, args)
         if results is not None:
-            self._ran()
+            ran()
         return results
 
-    def _places_of(self, types: tuple[type, ...]) -> tuple[int, ...] | None:
-        """Return where tensors stand among arguments of these types, None if one is not plain."""
-        if len(types) != len(self._plain):
-            return None
-        if not all(given in plain for given, plain in zip(types, self._plain, strict=True)):
-            return None
-        # There are few plain types, so that this does not grow without end.
-        places = tuple(i for i, given in enumerate(types) if given in _TENSORS)
-        return self._places.setdefault(types, places)
+    return at_once
 
 
 def _plain_types(kind: str) -> tuple[type, ...]:

@@ -13,7 +13,7 @@ public one would end.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,9 +40,10 @@ SINGLE_LEVEL = isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 From torch 2.14 on `apply` is no Python any more, and starts with the outermost transform always.
 """
 
-Directly = Callable[[Callable[..., Any], tuple, Sequence[torch.Tensor]], Any]
-"""Takes a kernel of the CPU, its arguments and the tensors among them. Returns the kernel's results
-with their derivative, or None where the op has to be called."""
+Directly = Callable[[Callable[..., Any], tuple], Any]
+"""Takes a kernel of the CPU, one of those that `refuse_ended_transforms` is about, and its
+arguments. Returns the kernel's results with their derivative, or None where the op has to be
+called."""
 
 PlainTorch = Callable[[tuple, Any], Any]
 """Takes an op's arguments and its results, and returns the results computed by torch's own ops; the
@@ -88,17 +89,8 @@ class _Declined(Exception):
     """A kernel that was called in the place of its op did not take its arguments."""
 
 
-def unobserved() -> bool:
-    """Return whether nothing but autograd and a kernel has a part in the calls of this thread.
-
-    Nothing traces or profiles them, no mode and no transform sees them, no autocast may have a rule
-    for them, and there are no tangents. Then a call of an op differs from one of its kernel by its
-    time alone.
-    """
-    return not torch.compiler.is_compiling() and _unobserved()
-
-
 def _look_for_observers() -> Callable[[], bool]:
+    """Return what `unobserved` is."""
     if missing_names():
         return lambda: False
     keys, of = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -119,7 +111,31 @@ def _look_for_observers() -> Callable[[], bool]:
     )
 
 
-_unobserved = _look_for_observers()
+unobserved = _look_for_observers()
+"""Returns whether nothing but autograd and a kernel has a part in the calls of this thread.
+
+Nothing records a graph of them or profiles them, no mode and no transform sees them, no autocast
+may have a rule for them, and there are no tangents. Then a call of an op differs from one of its
+kernel by its time alone. Whether `torch.compile` traces is to be asked in its own words, which it
+takes for a constant: `torch.compiler.is_compiling()`.
+"""
+
+
+def refuse_ended_transforms(library: Any, name: str) -> None:
+    """Have a kernel's op refuse tensors of a transform of torch.func that has ended.
+
+    Torch would give the kernel what such a tensor wraps, whose gradient autograd would not see.
+
+    Args:
+        library: takes kernels for the op's namespace.
+        name: the op's, without the namespace.
+    """
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(f"{name}: expected tensors of no transform that has ended, got one")
+
+    if not missing_names():  # without them its kernel is never called in the place of an op
+        library.impl(name, untraced(refuse), "FuncTorchGradWrapper")
 
 
 def bare(overload: Any) -> Callable[..., Any]:
@@ -241,15 +257,12 @@ def attach_fast(
     # The class's own `apply` is slower: it would look for tensors of transforms that have ended.
     single: Any = super(torch.autograd.Function, differentiable)
     apply = single.apply if SINGLE_LEVEL else differentiable.apply
-    of_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
     excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
     by_autograd = torch._C.DispatchKey.AutogradOther  # never alone: with those of every device
     records = torch.is_grad_enabled
 
-    def directly(kernel: Callable[..., Any], args: tuple, tensors: Sequence[torch.Tensor]) -> Any:
-        if any(map(of_a_transform, tensors)):
-            return None
-        if records() and any_requires_grad(*tensors):
+    def directly(kernel: Callable[..., Any], args: tuple) -> Any:
+        if records() and any_requires_grad(*args):
             if excluded(by_autograd):
                 return None
             try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_of
-from adatape_kernels.ops.fast_autograd import bare
+from adatape_kernels.ops.fast_autograd import bare, refuse_ended_transforms
 from adatape_kernels.ops.registration import Namespace
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -127,6 +127,8 @@ class CompiledKernel:
         arguments, _, results = schema.partition(") -> ")
         library.define(f"{arguments}{taken}) -> {results}")
         call = getattr(getattr(torch.ops, self.namespace), name).default
+        if isinstance(library, Namespace):
+            refuse_ended_transforms(library.kernels_of(name, "refusals"), name)
         values = tuple(flags.values())
 
         def run(*args: Any) -> Any:

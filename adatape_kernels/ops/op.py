@@ -23,7 +23,7 @@ from adatape_kernels.ops.choice import Choice, Chosen
 from adatape_kernels.ops.declaration import ADATAPE, declare
 from adatape_kernels.ops.derivative import Derivative
 from adatape_kernels.ops.device_facts import DeviceFacts, facts_for, facts_of
-from adatape_kernels.ops.direct_call import DirectCall
+from adatape_kernels.ops.direct_call import direct_call
 from adatape_kernels.ops.implementation import CompiledKernel, Implementation, Statement
 from adatape_kernels.ops.op_checks import refuse_unfit
 from adatape_kernels.ops.registration import Namespace, kept
@@ -81,7 +81,7 @@ class Operation:
         check_values: raises ValueError for values that the arguments may not have, and copies them
             to the host; it is called where they lie there anyway, on a CPU, before an
             implementation that does not look at them itself.
-        int32: as in `DirectCall`.
+        int32: as in `direct_call`.
     """
 
     def __init__(
@@ -107,13 +107,14 @@ class Operation:
                 given = given.bind(self.name, schema, _compiled[given.namespace])
             self.implementations[backend] = given
         self._candidates: dict[Any, tuple[_Candidate, ...]] = {}
+        self._first_on_cpu: dict[Any, _Candidate] = {}
         library = ADATAPE.kernels_of(self.name)
         self.overload = declare(schema, library, self._run, fake)
         declare_carrying(schema, self._run, fake)
         self._derivative = Derivative(self.name, library, backend_choice)
-        directly = self._derivative.attach(self._run, in_place="!)" in schema)
+        self.directly = self._derivative.attach(self._run, in_place="!)" in schema)
         ran = functools.partial(note_ran, self.name, "cpp")
-        self.at_once = DirectCall(self.overload, directly, self.kernel_for, ran, int32).at_once
+        self.at_once = direct_call(self.overload, self.directly, self.kernel_for, ran, int32)
         _operations[self.name] = self
 
     def differentiable(
@@ -137,13 +138,18 @@ class Operation:
         It is unknown, None, until the op has been called with such a device and dtype.
         """
         tensor = args[0]
-        found = self._candidates.get((backend_choice.value or (), tensor.device, tensor.dtype))
-        if not found:
+        if not tensor.is_cpu:
             return None
-        limits = found[0].limits
-        if limits is not None and limits(facts_of(tensor.device), *args) is not None:
+        key = backend_choice.value or (), tensor.dtype
+        first = self._first_on_cpu.get(key)
+        if first is None:
+            found = self._candidates.get((key[0], tensor.device, key[1]))
+            if not found:
+                return None
+            first = self._first_on_cpu[key] = found[0]
+        if first.limits is not None and first.limits(facts_of(tensor.device), *args) is not None:
             return None
-        return found[0].kernel if found[0].backend == "cpp" else None
+        return first.kernel
 
     def replace(self, backend: str, given: Implementation | None) -> None:
         """Put another implementation in a backend's place, or take it away: for tests and trials.
@@ -155,6 +161,7 @@ class Operation:
         else:
             self.implementations[backend] = given
         self._candidates.clear()
+        self._first_on_cpu.clear()
 
     def refusal(
         self,

@@ -29,7 +29,7 @@ class Namespace:
         self.name = name
         self._definitions = kept(f"{name}.definitions", lambda: _library(name, "FRAGMENT"))
 
-    def kernels_of(self, op: str) -> Any:
+    def kernels_of(self, op: str, kind: str = "kernels") -> Any:
         """Return a new library for the kernels, fakes and derivatives of an op.
 
         What an earlier import registered for this op is taken back. The other ops keep theirs, so
@@ -37,8 +37,9 @@ class Namespace:
 
         Args:
             op: the op's name, without the namespace.
+            kind: what is registered with it, where an op has several libraries.
         """
-        name = f"{self.name}.{op}.kernels"
+        name = f"{self.name}.{op}.{kind}"
         earlier = _kept.pop(name, None)
         if earlier is not None:
             fast_autograd.take_back(earlier)
@@ -60,7 +61,11 @@ class Namespace:
         ops = getattr(torch.ops, self.name)
         if not hasattr(ops, name):
             self._definitions.define(schema, tags=tags)
-        return getattr(ops, name).default
+        return self.overload_of(name)
+
+    def overload_of(self, op: str) -> Any:
+        """Return the overload of an op that was defined, given its name without the namespace."""
+        return getattr(getattr(torch.ops, self.name), op).default
 
 
 _kept: dict[str, Any] = vars(torch.ops.adatape).setdefault("kept_by_adatape_kernels", {})

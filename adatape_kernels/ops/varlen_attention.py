@@ -14,8 +14,13 @@ from torch import Tensor
 
 from adatape_kernels.arguments import check_int, check_tensor, shown
 from adatape_kernels.offsets import check_offsets_tensor
-from adatape_kernels.ops.elastic_attention import attention_with_lse, elastic_attention
-from adatape_kernels.ops.elastic_attention.qkvpacked import elastic_attention_qkvpacked
+from adatape_kernels.ops.elastic_attention import (
+    attention_with_lse,
+    elastic_attention,
+    no_tapes,
+    qkvpacked,
+    without_tapes,
+)
 
 _T = TypeVar("_T")
 
@@ -63,6 +68,9 @@ def varlen_attention(
 
     Source: SPEC 6, with empty tapes.
     """
+    found = without_tapes(q, k, v, cu_seqlens, None, max_seqlen, softmax_scale)
+    if found is not None:
+        return found[0]
     check_tensor("q", q)
     cu_tapes = _no_tapes("cu_seqlens", cu_seqlens, q)
     return _calling_arguments(
@@ -103,11 +111,14 @@ def varlen_attention_qkvpacked(
 
     Source: SPEC 6, with empty tapes; the arguments of flash_attn_varlen_qkvpacked_func.
     """
+    found = qkvpacked.without_tapes(qkv, cu_seqlens, None, max_seqlen, softmax_scale)
+    if found is not None:
+        return found[0]
     check_tensor("qkv", qkv)
     cu_tapes = _no_tapes("cu_seqlens", cu_seqlens, qkv)
     return _calling_arguments(
         _OURS,
-        lambda: elastic_attention_qkvpacked(
+        lambda: qkvpacked.elastic_attention_qkvpacked(
             qkv, cu_seqlens, cu_tapes, max_rows=max_seqlen, softmax_scale=softmax_scale
         ),
     )
@@ -197,20 +208,23 @@ def varlen_attn(
         _for_every_head(name, given, query, enable_gqa)
         for name, given in (("key", key), ("value", value))
     )
-    cu_tapes = _no_tapes("cu_seq_q", cu_seq_q, query)
-    out, lse = _calling_arguments(
-        _TORCHS,
-        lambda: attention_with_lse(
-            query, key, value, cu_seq_q, cu_tapes, max_rows=max_q, softmax_scale=scale
-        ),
-    )
+    found = without_tapes(query, key, value, cu_seq_q, None, max_q, scale)
+    if found is None:
+        cu_tapes = _no_tapes("cu_seq_q", cu_seq_q, query)
+        found = _calling_arguments(
+            _TORCHS,
+            lambda: attention_with_lse(
+                query, key, value, cu_seq_q, cu_tapes, max_rows=max_q, softmax_scale=scale
+            ),
+        )
+    out, lse = found
     return (out, lse.detach()) if wants_lse else out
 
 
 def _no_tapes(name: str, cu_seqlens: Tensor, q: Tensor) -> Tensor:
-    """Return the bounds of tapes of no rows, which follow the last sequence."""
+    """Return what `no_tapes` does of offsets that the arguments `name` and q have."""
     check_offsets_tensor(name, cu_seqlens, q)
-    return cu_seqlens[-1:].expand(cu_seqlens.shape)
+    return no_tapes(cu_seqlens)
 
 
 def _calling_arguments(names: Mapping[str, str], call: Callable[[], _T]) -> _T:

@@ -102,6 +102,12 @@ def product(rows: float, inner: int, outer: int) -> tuple[CountedWork, CountedWo
     return plain(1, moved, 2 * rows * inner * outer)
 
 
+def pixels_of_patches(patches: float, size: int) -> tuple[CountedWork, CountedWork]:
+    """Return the work of laying each patch's pixels side by side, which a product alone needs."""
+    _, copied = plain(1, 2 * SIZE * patches * 3 * size**2)
+    return CountedWork(), copied
+
+
 @dataclass(frozen=True)
 class CountedModel:
     """A ViT of 12 layers on 256 images of 224 pixels whose tape is read to its end."""
@@ -150,13 +156,15 @@ class CountedModel:
             return Stage(name, 1, *works)
 
         found = [
+            Stage("pixels of a patch side by side", 1, *pixels_of_patches(tokens, self.patch)),
             Stage("patches to tokens", 1, *product(tokens, 3 * self.patch**2, self.dim)),
             Stage("positions, class token", 1, *plain(2, 4 * SIZE * tokens * self.dim)),
         ]
         if self.bank_patch:
             entries = batch * self.bank
-            pixels = 3 * self.bank_patch**2
+            side, pixels = self.bank_patch, 3 * self.bank_patch**2
             found += [
+                Stage("pixels of a bank's patch", 1, *pixels_of_patches(entries, side)),
                 Stage("patches to bank", 1, *product(entries, pixels, self.dim)),
                 Stage("the bank's positions", 1, *plain(1, 2 * SIZE * entries * self.dim)),
                 Stage("the bank's product", 1, *product(entries, self.dim, self.dim)),

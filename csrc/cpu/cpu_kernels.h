@@ -57,6 +57,14 @@ struct ScoredEntry {
   int32_t entry;
 };
 
+// The keys of a bank in bytes, which select_pack_coarse makes (kernels/coarse_keys.h). `entries` is
+// the bank's size, rounded up to kPanelMultiple.
+struct CpuCoarseKeys {
+  uint32_t* quads = nullptr;  // (entries / panel, (width + 3) / 4, panel), four features each
+  float* steps = nullptr;     // (entries,), what a whole number of a key stands for
+  float* norms = nullptr;     // (entries / kPanelMultiple,), the greatest norm of their keys
+};
+
 // How far each example of a batch has read, forward only. `select_start` writes
 // all of it but `best`, which `select_scan` does.
 struct CpuTapeSelectState {
@@ -69,15 +77,21 @@ struct CpuTapeSelectState {
   int64_t* left = nullptr;      // (batch,), how many bits are set
   float* halting = nullptr;     // (batch,), the halting scores
   ScoredEntry* best = nullptr;  // (batch, parts, topk), the best entries of each part of the bank
+  int32_t* exact = nullptr;     // (batch, parts), whether coarse scores are of no use for a part
   int64_t parts;                // so many tasks share the bank
   int64_t part_size;            // entries of a part, a multiple of kPanelMultiple
 };
 
 struct CpuTapeSelectParams {
-  const void* query;                   // (batch, key_dim)
-  int64_t stride_query;                // from an example's query to the next
-  CpuBank keys;                        // its width is key_dim
-  const float* key_panels = nullptr;   // what select_pack makes of a shared bank, forward only
+  const void* query;                  // (batch, key_dim)
+  int64_t stride_query;               // from an example's query to the next
+  CpuBank keys;                       // its width is key_dim
+  const float* key_panels = nullptr;  // what select_pack makes of a shared bank, forward only
+  bool own_banks = false;             // whether each example has a bank of its own, forward only
+  bool coarse = false;                // whether scores are first computed in bytes, forward only
+  // What select_pack_coarse makes of a bank that examples or tasks share, if `coarse`; of each
+  // example's bank, if they have their own, and null where one task reads an example.
+  const CpuCoarseKeys* coarse_keys = nullptr;
   const bool* read_mask = nullptr;     // (batch, bank_size) or null; true where not to be read
   const int64_t* bank_lens = nullptr;  // (batch,) or null; entries from there on are not read
   float* weights = nullptr;            // (batch, num_tape_tokens, topk), forward only
@@ -144,6 +158,20 @@ struct CpuBiasActParams {
   float* dbias_parts = nullptr;
   int64_t width;
   Activation activation;
+  DType dtype;
+};
+
+// A linear layer: out = x · weightᵀ + bias.
+struct CpuLinearParams {
+  const void* x;          // (rows, depth)
+  int64_t stride_x;       // from a row of x to the next
+  const void* weight;     // (columns, depth)
+  int64_t stride_weight;  // from a row of the weight to the next
+  const void* bias;       // (columns,)
+  void* out;              // (rows, columns)
+  int64_t stride_out;     // from a row of out to the next
+  int64_t depth;
+  int64_t columns;
   DType dtype;
 };
 
@@ -250,6 +278,11 @@ struct CpuKernels {
   // Copies entries `first` to `first + count` of a shared bank to key_panels. Both are multiples of
   // kPanelMultiple; entries behind the bank's last are zeros.
   void (*select_pack)(const CpuTapeSelectParams&, float* key_panels, int64_t first, int64_t count);
+  // Whether the next one is worth its time: it takes instructions that multiply bytes.
+  bool multiplies_bytes;
+  // Copies entries `first` to `first + count` of an example's bank in bytes, likewise.
+  void (*select_pack_coarse)(const CpuTapeSelectParams&, int64_t example, const CpuCoarseKeys&,
+                             int64_t first, int64_t count);
   // Begins to read for one example. Returns whether it reads anything.
   bool (*select_start)(const CpuTapeSelectParams&, const CpuTapeSelectState&, int64_t example);
   // Finds the best unread entries of one part of the bank for each of so many examples:
@@ -274,7 +307,10 @@ struct CpuKernels {
   void (*segment_sum)(const CpuSegmentSumParams&, const Contribution* first,
                       const Contribution* last);
 
-  // The next three take rows `first` to `first + count`.
+  // The next four take rows `first` to `first + count`.
+  // Writes them, rounded once, out of one product of vectors for each number. It is meant for few
+  // rows, as each of them reads the whole weight.
+  void (*linear)(const CpuLinearParams&, int64_t first, int64_t count);
   // Adds the bias to hidden, whatever the activation.
   void (*bias)(const CpuBiasActParams&, int64_t first, int64_t count);
   // Adds the bias to hidden, then writes act: the activation of hidden or, for a GLU and
@@ -295,8 +331,16 @@ struct CpuKernels {
   void (*accumulate_rows_bwd)(const CpuAccumulateRowsBwdParams&, int64_t first, int64_t count);
 };
 
+#if defined(__x86_64__)
+// What the kernels for AMX leave to those for AVX512-BF16.
+namespace avx512_bf16 {
+void attention_fwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+void attention_bwd(const CpuElasticAttentionParams&, const AttentionTask&, const AttentionTask*);
+}  // namespace avx512_bf16
+#endif
+
 // Returns the kernels for the best instruction set of this processor, or for the one that the
-// environment variable ADATAPE_CPU names: portable, avx2, avx512 or avx512_bf16.
+// environment variable ADATAPE_CPU names: portable, avx2, avx512, avx512_bf16 or amx.
 const CpuKernels& cpu_kernels();
 
 }  // namespace adatape

@@ -12,6 +12,7 @@
 
 #include "../products.h"
 #include "cpu_tensors.h"
+#include "small_linear.h"
 
 namespace adatape {
 namespace {
@@ -110,6 +111,21 @@ void forward(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Ten
        .width = y.size(1),
        .activation = ffn.activation,
        .dtype = dtype_of(x)});
+}
+
+// Does what `forward` does without a call of torch.
+void forward_small(const Tensor& x, const CpuFFN& ffn, const Tensor& hidden, const Tensor& y) {
+  const int64_t rows = x.size(0), width = ffn.w2.size(1);
+  Scratch scratch;
+  void* const act = scratch.take(rows * width);
+  small_linear(x.data_ptr(), x.stride(0), rows, ffn.w1, ffn.b1, hidden.data_ptr());
+  cpu_kernels().bias_act({.hidden = hidden.data_ptr(),
+                          .act = act,
+                          .width = width,
+                          .activation = ffn.activation,
+                          .dtype = dtype_of(x)},
+                         0, rows);
+  small_linear(act, width, rows, ffn.w2, ffn.b2, y.data_ptr());
 }
 
 // Returns how many rows have their activations in memory at a time: those of a part, of which all
@@ -274,12 +290,14 @@ RowCounts checked_row_counts(std::optional<int64_t> num_input_rows, int64_t max_
 // returns the pre-activations (hidden_rows, columns of w1's product), zeros from row `used` on.
 Tensor forward_of(const Tensor& x, const CpuFFN& ffn, int64_t hidden_rows, bool rounds,
                   const char* name, const Tensor& y) {
-  const int64_t used = x.size(0);
-  if (used == hidden_rows && !rounds) {
+  const int64_t used = x.size(0), products = used * (ffn.w1.numel() + ffn.w2.numel());
+  const bool small = products <= most_small_products(dtype_of(x));
+  if (used == hidden_rows && !rounds && !small) {
     if (const std::optional<Tensor> hidden = forward_by_onednn(x, ffn, y)) return *hidden;
   }
   const Tensor hidden = new_output(name, x, {hidden_rows, ffn.w1.size(0)}, x.scalar_type());
-  (rounds ? forward_rounded : forward)(x, ffn, rows_of(hidden, 0, used), y);
+  const auto run_forward = small ? forward_small : rounds ? forward_rounded : forward;
+  run_forward(x, ffn, rows_of(hidden, 0, used), y);
   zero_rows_from(hidden, used);
   return hidden;
 }

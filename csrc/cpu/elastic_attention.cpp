@@ -1,6 +1,7 @@
 // Attention over each example's input and tape rows, on the CPU: checks, allocation, tasks,
 // registration.
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -129,12 +130,44 @@ std::tuple<Tensor, Tensor> elastic_attention(const Tensor& q, const Tensor& k, c
   return attend({.q = q, .k = k, .v = v}, cu_inputs, cu_tapes, max_rows, softmax_scale);
 }
 
+// Returns the offsets of tapes that have no rows, which lie behind the last input row.
+Tensor tapes_without_rows(const Tensor& cu_inputs) {
+  if (!cu_inputs.defined() || !cu_inputs.is_cpu() || cu_inputs.dim() != 1 ||
+      cu_inputs.size(0) == 0 || cu_inputs.scalar_type() != ScalarType::Int) {
+    refuse("cu_inputs: expected int32 (batch + 1,) on a CPU, got another tensor");
+  }
+  const int64_t count = cu_inputs.size(0);
+  const Tensor tapes = allocate_on_cpu("cu_tapes", cu_inputs, {count}, ScalarType::Int);
+  const auto* const offsets = static_cast<const int32_t*>(cu_inputs.data_ptr());
+  const int32_t last = offsets[(count - 1) * cu_inputs.stride(0)];
+  std::fill_n(static_cast<int32_t*>(tapes.data_ptr()), count, last);
+  return tapes;
+}
+
+// Does what elastic_attention does, also without offsets of tapes, where no example has one.
+std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& cu_inputs,
+                                            const std::optional<Tensor>& cu_tapes,
+                                            std::optional<int64_t> max_rows,
+                                            std::optional<double> softmax_scale) {
+  const Tensor tapes = cu_tapes ? *cu_tapes : tapes_without_rows(cu_inputs);
+  return elastic_attention(q, k, v, cu_inputs, tapes, max_rows, softmax_scale);
+}
+
 std::tuple<Tensor, Tensor> elastic_attention_qkvpacked(const Tensor& qkv, const Tensor& cu_inputs,
                                                        const Tensor& cu_tapes,
                                                        std::optional<int64_t> max_rows,
                                                        std::optional<double> softmax_scale) {
   check_elastic_attention_qkvpacked(qkv, cu_inputs, cu_tapes, max_rows, softmax_scale, kCpuDtypes);
   return attend(parts_of(qkv), cu_inputs, cu_tapes, max_rows, softmax_scale);
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_qkvpacked(const Tensor& qkv, const Tensor& cu_inputs,
+                                                      const std::optional<Tensor>& cu_tapes,
+                                                      std::optional<int64_t> max_rows,
+                                                      std::optional<double> softmax_scale) {
+  const Tensor tapes = cu_tapes ? *cu_tapes : tapes_without_rows(cu_inputs);
+  return elastic_attention_qkvpacked(qkv, cu_inputs, tapes, max_rows, softmax_scale);
 }
 
 // Writes all rows of the gradients, with arguments that were checked, whatever the strides of the
@@ -216,6 +249,9 @@ STABLE_TORCH_LIBRARY_IMPL(adatape_cpu, CPU, m) {
          ADATAPE_KERNEL("elastic_attention_bwd", &adatape::elastic_attention_bwd));
   m.impl("elastic_attention_qkvpacked",
          ADATAPE_KERNEL("elastic_attention_qkvpacked", &adatape::elastic_attention_qkvpacked));
+  m.impl("varlen_attention", ADATAPE_KERNEL("varlen_attention", &adatape::varlen_attention));
+  m.impl("varlen_attention_qkvpacked",
+         ADATAPE_KERNEL("varlen_attention_qkvpacked", &adatape::varlen_attention_qkvpacked));
   m.impl(
       "elastic_attention_qkvpacked_bwd",
       ADATAPE_KERNEL("elastic_attention_qkvpacked_bwd", &adatape::elastic_attention_qkvpacked_bwd));

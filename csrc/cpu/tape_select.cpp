@@ -27,6 +27,12 @@ constexpr int64_t kLargeBank = int64_t{1} << 18;
 // takes to share tasks out.
 constexpr int64_t kLeastProductsPerScan = int64_t{1} << 18;
 
+// Scores are computed in bytes first where a bank has at least so many numbers: one that examples
+// share, and one of an example's own, which would not stay in the second cache as it is. And it has
+// to be read for so many tokens. Sums of more features would not fit.
+constexpr int64_t kLeastSharedBank = int64_t{1} << 14, kLeastOwnBankBytes = int64_t{1} << 20;
+constexpr int64_t kLeastTokensOfBytes = 3, kLeastWidthOfBytes = 32, kMostWidthOfBytes = 8192;
+
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 std::vector<int64_t> checked_bank_lens(const Tensor& any, int64_t bank_size) {
@@ -102,6 +108,7 @@ CpuTapeSelectState state_of(const CpuTapeSelectParams& p, int64_t batch, int64_t
     take(s.queries, batch * s.stride_query);
     take(s.unread, batch * s.stride_unread);
     take(s.left, batch);
+    take(s.exact, batch * parts);
     take(s.halting, batch);
     take(s.best, batch * parts * p.topk);
   };
@@ -113,6 +120,39 @@ CpuTapeSelectState state_of(const CpuTapeSelectParams& p, int64_t batch, int64_t
     next += floats_of(member, count);
   });
   return s;
+}
+
+// Returns whether scores are first computed in bytes: where a bank is read so often that this takes
+// less time than to make the bytes.
+bool coarse_pays(const CpuTapeSelectParams& p) {
+  const int64_t numbers = p.keys.bank_size * p.keys.width;
+  const bool large =
+      p.own_banks ? numbers * size_of(p.dtype) >= kLeastOwnBankBytes : numbers >= kLeastSharedBank;
+  return large && p.num_tape_tokens >= kLeastTokensOfBytes && p.keys.width >= kLeastWidthOfBytes &&
+         p.keys.width <= kMostWidthOfBytes;
+}
+
+// Packs some examples' banks, or one that they share, in bytes. Returns what holds them.
+Tensor pack_coarse(const CpuTapeSelectParams& p, int64_t banks,
+                   std::vector<CpuCoarseKeys>& coarse_keys, const Tensor& like) {
+  const int64_t entries = round_up(p.keys.bank_size, kPanelMultiple);
+  const int64_t quads = (p.keys.width + 3) / 4, blocks = entries / kPanelMultiple;
+  const int64_t each = entries * quads + entries + round_up(blocks, kCacheLine / sizeof(float));
+  const Tensor packed = new_output("packed keys", like, {banks, each}, ScalarType::Float);
+  float* const memory = packed.mutable_data_ptr<float>();
+  coarse_keys = allocate_vector<CpuCoarseKeys>("packed keys", banks);
+  for (int64_t i = 0; i < banks; ++i) {
+    float* const quads_of_bank = memory + i * each;
+    float* const steps = quads_of_bank + entries * quads;
+    coarse_keys[i] = {.quads = reinterpret_cast<uint32_t*>(quads_of_bank),
+                      .steps = steps,
+                      .norms = steps + entries};
+  }
+  run_tasks(banks * blocks, [&](int64_t task) {
+    const int64_t i = task / blocks, first = task % blocks * kPanelMultiple;
+    cpu_kernels().select_pack_coarse(p, i, coarse_keys[i], first, kPanelMultiple);
+  });
+  return packed;
 }
 
 // Reads the tape of all examples, token by token; the tasks of a token share out the bank.
@@ -176,11 +216,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tape_select(
   };
   const CpuKernels& chosen = cpu_kernels();
   const Shares shares = shares_of(p, batch, shared_bank);
+  p.own_banks = !shared_bank;
+  p.coarse = chosen.multiplies_bytes && coarse_pays(p);
   Scratch scratch;
   const CpuTapeSelectState state = state_of(p, batch, shares.parts, scratch);
   std::optional<Tensor> packed;
-  if (shared_bank) {
-    const int64_t entries = round_up(bank.bank_size, kPanelMultiple);
+  std::vector<CpuCoarseKeys> coarse_keys;
+  const int64_t entries = round_up(bank.bank_size, kPanelMultiple);
+  if (p.coarse && (shared_bank || shares.parts > 1)) {
+    const int64_t banks = shared_bank ? 1 : batch;
+    packed = pack_coarse(p, banks, coarse_keys, query);
+    p.coarse_keys = coarse_keys.data();
+  } else if (shared_bank) {
     packed = new_output("packed keys", query, {entries, bank.width}, ScalarType::Float);
     float* const panels = packed->mutable_data_ptr<float>();
     run_row_tasks(entries, kPanelMultiple, [&](int64_t first, int64_t count) {

@@ -223,7 +223,7 @@ IMPOSSIBLE = [
     ("model: resnet\n", "line 2: model: expected"),
     ("accumulate: 0\n", "line 2: accumulate: expected 1 to "),
     ("workers: -1\n", "line 2: workers: expected 0 to "),
-    ("dim: 30\nheads: 4\n", "line 3: num_heads: expected a divisor of dim = 30, got 4"),
+    ("dim: 30\nheads: 4\n", "line 3: heads: expected a divisor of dim = 30, got 4"),
     ("device: tpu\n", "line 2: device: expected auto, cpu"),
 ]
 

@@ -227,6 +227,98 @@ def test_a_tensor_of_a_transform_that_has_ended_keeps_its_gradient():
     assert ops.add_layer_norm(*args)[0].requires_grad == expected
 
 
+@pytest.mark.parametrize("op", NAMES)
+def test_a_kernel_refuses_a_tensor_of_a_transform_that_has_ended(op):
+    """Where it requires no gradient but what it wraps does, which only the op's derivative sees."""
+    args, leaked = made(op), []
+    through_dispatcher(op, args)
+    x = args[0].clone().requires_grad_()
+
+    def function(y):
+        leaked.append(y * 1)
+        return y.sum()
+
+    torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    assert not leaked[0].requires_grad
+    args[0] = leaked[0]
+    assert at_once(op)(*args) is None
+
+
+OFFSETS = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+HEADS = 2, 8
+
+
+def sequences(function, *, gradients=False):
+    """The arguments of attention over sequences, and what makes a call of them."""
+    shape = (7, *HEADS) if function is not ops.varlen_attention_qkvpacked else (7, 3, *HEADS)
+    count = 1 if function is ops.varlen_attention_qkvpacked else 3
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape).requires_grad_(gradients) for _ in range(count)]
+    if function is ops.varlen_attn:
+        return tensors, lambda cu: function(*tensors, cu, cu, 4, 4)
+    return tensors, lambda cu: function(*tensors, cu, 4)
+
+
+SEQUENCES = [ops.varlen_attention, ops.varlen_attention_qkvpacked, ops.varlen_attn]
+
+
+@pytest.mark.parametrize("function", SEQUENCES)
+def test_sequences_without_tapes_give_what_the_op_gives(function):
+    """Offsets of 64 bits go through the op, others to a kernel that needs no bounds of tapes."""
+    found = {}
+    for cu in (OFFSETS.long(), OFFSETS):
+        tensors, call = sequences(function, gradients=True)
+        call(cu)
+        with record() as ran:
+            out = call(cu)
+        saved = out.grad_fn.saved_tensors
+        out.sum().backward()
+        found[cu.dtype] = out, [x.grad for x in tensors], ran, type(out.grad_fn), saved[-1] is None
+    for one, other in zip(*(each[:2] for each in found.values()), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert found[torch.int32][2:4] == found[torch.int64][2:4]
+    assert [each[4] for each in found.values()] == [False, True]
+
+
+@pytest.mark.parametrize("function", SEQUENCES)
+def test_sequences_without_tapes_are_differentiated_twice(function):
+    tensors, call = sequences(function, gradients=True)
+
+    def second_derivatives():
+        first = torch.autograd.grad(call(OFFSETS).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
+
+    call(OFFSETS)
+    found = second_derivatives()
+    tensors[:] = [x.detach().double().requires_grad_() for x in tensors]
+    for one, other in zip(found, second_derivatives(), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", SEQUENCES)
+def test_sequences_that_do_not_fit_are_refused_by_name(function):
+    _, call = sequences(function)
+    name = "cu_seq_q" if function is ops.varlen_attn else "cu_seqlens"
+    for wrong in (OFFSETS.flip(0), OFFSETS + 1, OFFSETS[:0], OFFSETS.float()):
+        with pytest.raises(ValueError, match=rf"^([a-z_]+: )?{name}: expected "):
+            call(wrong)
+
+
+@pytest.mark.parametrize("op", ["varlen_attention", "varlen_attention_qkvpacked"])
+def test_a_kernel_without_tapes_refuses_what_are_no_offsets(op):
+    kernel = getattr(torch.ops.adatape_cpu, op)
+    tensors = (
+        [torch.randn(7, *HEADS)] * 3 if op == "varlen_attention" else [torch.randn(7, 3, 2, 8)]
+    )
+    assert torch.equal(
+        kernel(*tensors, OFFSETS, None, None, None)[0],
+        kernel(*tensors, OFFSETS, torch.full_like(OFFSETS, 7), None, None)[0],
+    )
+    for wrong in (OFFSETS.long(), OFFSETS[:0], OFFSETS.view(2, 2)):
+        with pytest.raises(RuntimeError, match="cu_inputs: expected int32"):
+            kernel(*tensors, wrong, None, None, None)
+
+
 def test_a_composition_needs_its_parts_to_be_served_by_cpp(eager_only):
     args = made("tape_read")
     with record() as ran:

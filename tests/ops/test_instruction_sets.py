@@ -28,14 +28,18 @@ def run(isa, *command):
     )
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_the_ops_pass_their_tests(isa):
     if isa == "avx2" and "avx2 fma" not in FACTS["instruction_sets"]:
         pytest.skip("this processor has no AVX2")
-    if isa == "avx512" and FACTS["cpu_kernels"] != "avx512_bf16":
+    if isa == "avx512" and FACTS["cpu_kernels"] not in ("avx512_bf16", "amx"):
         pytest.skip("AVX-512 is this processor's best, or it has none")
+    if isa == "avx512_bf16" and FACTS["cpu_kernels"] != "amx":
+        pytest.skip("AVX512-BF16 is this processor's best, or it has none")
     command = "-m pytest -q -p no:cacheprovider -m instruction_sets".split()
-    if isa == "avx512":  # all else is what its bfloat16 products are chosen beside
+    if isa == "avx512":  # all else is what products of bfloat16 and of bytes are chosen beside
+        command += ["-k", "attention or select or read"]
+    if isa == "avx512_bf16":  # all else is that of amx
         command += ["-k", "attention"]
     result = run(isa, *command, *ABOUT_MEMORY, str(TESTS))
     assert result.returncode == 0, result.stdout[-3000:]

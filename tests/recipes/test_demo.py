@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     data = digits()
     data.train_images.fill_(math.nan)
     plan = TrainPlan(epochs=1, batch=48, learning_rate=1e-3)
-    with refused("loss", "epoch 1, step 0", "nan", error=RuntimeError):
+    with refused("loss", "epoch 1, step 1 of ", "nan", error=RuntimeError):
         train(AdaTapeViT(demo.CONFIG), data, plan, Normaliser.of(data.train_images), turn_and_move)
 
 

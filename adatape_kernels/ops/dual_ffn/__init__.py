@@ -89,18 +89,19 @@ def _at_once(
         return None
     if type(num_input_rows) is not int or (num_rows is not None and type(num_rows) is not int):
         return None
-    if not isinstance(input_ffn, (tuple, list)) or len(input_ffn) != 4:
+    if not isinstance(input_ffn, (tuple, list)) or len(input_ffn) != 4 or x.dim() == 0:
         return None
-    rows = x.shape[0] if x.dim() > 0 else 0
+    rows, (w1, b1, w2, b2) = len(x), input_ffn
     end = rows if num_rows is None else num_rows
     if tape_ffn is None:
         if not 0 <= num_input_rows <= rows:
             return None
-        return _FORWARD.at_once(x, end, 0, None, activation, *input_ffn, *_NO_FFN)
+        given = (w1, b1, w2, b2, None, None, None, None)
+        return _FORWARD.at_once(x, end, 0, None, activation, *given)
     if not isinstance(tape_ffn, (tuple, list)) or len(tape_ffn) != 4:
         return None
     numbers = num_input_rows, end - num_input_rows
-    return _FORWARD.at_once(x, *numbers, None, activation, *input_ffn, *tape_ffn)
+    return _FORWARD.at_once(x, *numbers, None, activation, w1, b1, w2, b2, *tape_ffn)
 
 
 def _by_op(

@@ -15,6 +15,7 @@ from adatape_kernels.op_types import wide_dtype
 from adatape_kernels.ops import attention_checks
 from adatape_kernels.ops.elastic_attention import compiled, eager, triton_backward, triton_forward
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
+from adatape_kernels.ops.kernel_form import at_once_in_form
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
@@ -141,6 +142,11 @@ def offsets_of_rows(rows: Tensor, cu_inputs: Tensor, cu_tapes: Tensor) -> tuple[
     return as_int32("cu_inputs", cu_inputs), as_int32("cu_tapes", cu_tapes)
 
 
+def no_tapes(cu_inputs: Tensor) -> Tensor:
+    """Return the bounds of tapes of no rows, which follow the last input row."""
+    return cu_inputs[-1:].expand(cu_inputs.shape)
+
+
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(num_heads, rows, dtype=wide_dtype(q.dtype))
@@ -221,6 +227,14 @@ _FORWARD = Operation(
     check_values=_check_values,
     int32=("cu_inputs", "cu_tapes"),
 )
+without_tapes = at_once_in_form(
+    _FORWARD,
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_inputs, Tensor? cu_tapes, "
+    "SymInt? max_rows, float? softmax_scale) -> (Tensor out, Tensor lse)",
+    int32=("cu_inputs",),
+)
+"""Takes the op's arguments, cu_tapes being None where no example has tape rows; returns what
+`Operation.at_once` does."""
 _BACKWARD = Operation(
     "elastic_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor cu_inputs, Tensor cu_tapes, SymInt? max_rows, float? softmax_scale) "
@@ -246,7 +260,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple:
-    grads = _BACKWARD.overload(dout, *ctx.saved_tensors, ctx.max_rows, ctx.softmax_scale)
+    *saved, cu_inputs, cu_tapes = ctx.saved_tensors
+    offsets = cu_inputs, no_tapes(cu_inputs) if cu_tapes is None else cu_tapes
+    grads = _BACKWARD.overload(dout, *saved, *offsets, ctx.max_rows, ctx.softmax_scale)
     return *grads, None, None, None, None
 
 

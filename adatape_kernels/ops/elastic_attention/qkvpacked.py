@@ -22,12 +22,14 @@ from adatape_kernels.ops.elastic_attention import (
     compiled,
     eager,
     flops_of,
+    no_tapes,
     offsets_of_rows,
     triton_backward,
     triton_forward,
     typical_calls,
 )
 from adatape_kernels.ops.implementation import FLOAT_DTYPES
+from adatape_kernels.ops.kernel_form import at_once_in_form
 from adatape_kernels.ops.op import Operation, meta
 from adatape_kernels.ops.registration import flop_formula
 from adatape_kernels.ops.second_derivative import gradient_of, twice_differentiable
@@ -148,6 +150,13 @@ _FORWARD = Operation(
     check_values=_check_values,
     int32=("cu_inputs", "cu_tapes"),
 )
+without_tapes = at_once_in_form(
+    _FORWARD,
+    "varlen_attention_qkvpacked(Tensor qkv, Tensor cu_inputs, Tensor? cu_tapes, SymInt? max_rows, "
+    "float? softmax_scale) -> (Tensor out, Tensor lse)",
+    int32=("cu_inputs",),
+)
+"""As that of `elastic_attention`."""
 _BACKWARD = Operation(
     "elastic_attention_qkvpacked_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
     "Tensor cu_inputs, Tensor cu_tapes, SymInt? max_rows, float? softmax_scale) -> Tensor",
@@ -172,7 +181,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple:
-    dqkv = _BACKWARD.overload(dout, *ctx.saved_tensors, ctx.max_rows, ctx.softmax_scale)
+    *saved, cu_inputs, cu_tapes = ctx.saved_tensors
+    offsets = cu_inputs, no_tapes(cu_inputs) if cu_tapes is None else cu_tapes
+    dqkv = _BACKWARD.overload(dout, *saved, *offsets, ctx.max_rows, ctx.softmax_scale)
     return dqkv, None, None, None, None
 
 

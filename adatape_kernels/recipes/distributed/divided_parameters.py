@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from adatape_kernels.layers import ElasticEncoder
+from adatape_kernels.models import Classifier
 from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.distributed.shared_gradients import Compute, LossOfModel
 
@@ -48,7 +49,7 @@ class DividedParameters:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Classifier,
         ranks: Ranks,
         optimizer: Optimizer | None = None,
         averaged: AveragedModel | None = None,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adatape_kernels.models import AdaTapeOutput
+from adatape_kernels.models import AdaTapeOutput, Classifier
 from adatape_kernels.recipes.quiet_stderr import quiet_stderr
 
 Compute = Callable[[Callable[..., AdaTapeOutput]], tuple[Tensor, AdaTapeOutput]]
 """What calls a model once, and returns the loss and, without gradients, the output."""
+
+_OF_THE_LAYERS = ("encoder", "layers", "norm", "head")
 
 
 class LossOfModel(nn.Module):
@@ -21,10 +23,17 @@ class LossOfModel(nn.Module):
 
     DistributedDataParallel waits for the gradient of each parameter that what it returns depends
     on. Of a model's output the loss may use a part alone, and so the loss is what is returned.
+
+    It sends gradients in parts, of parameters in the opposite of the order in which modules have
+    them. A model has what makes and reads its rows behind its layers. Their gradients come last,
+    and with one of these no part would be sent before all is computed. So they come first here.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Classifier):
         super().__init__()
+        parts = [*model.named_children(), *model.encoder.named_children()]
+        late = [part for name, part in parts if name not in _OF_THE_LAYERS]
+        self.whose_gradients_come_last = nn.ModuleList(late)
         self.model = model
 
     def forward(self, compute: Compute, **limits: Any) -> tuple[Tensor, AdaTapeOutput]:
@@ -59,7 +68,7 @@ class SharedGradients(DistributedDataParallel):
         model: the model on this rank's device; rank 0's parameters are given to all.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Classifier):
         _warn_unheard(next(model.parameters()).device)
         super().__init__(LossOfModel(model), broadcast_buffers=False, find_unused_parameters=True)
 

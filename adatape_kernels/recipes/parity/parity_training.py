@@ -113,7 +113,7 @@ def train(
     every = max(1, config.steps // _CURVE_POINTS)
     curve: list[tuple[int, float, float]] = []
     seconds, losses = 0.0, 0.0
-    tally = StepTally(device, lambda step: f"in {run.stem} at step {step}")
+    tally = StepTally(device, lambda step: f"in {run.stem} at step {step + 1}")
     with repeatable():
         wait(device)
         start = time.perf_counter()

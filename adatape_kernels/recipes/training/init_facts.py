@@ -34,6 +34,7 @@ OPTIONS = {
 """The fields of models' configurations that an option of `train` decides, and that option."""
 OF_THE_IMAGES = ("num_classes", "in_channels")
 """The fields that the images decide."""
+_FIELDS = re.compile(rf"\b({'|'.join(OPTIONS)})\b")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -70,6 +71,16 @@ class InitFacts:
         if isinstance(found, Mapping) and isinstance(found.get("read_layers"), list):
             found = {**found, "read_layers": tuple(found["read_layers"])}
         return cls(saved["name"], saved["sha256"], found)
+
+
+def in_options(words: str) -> str:
+    """Return an error of a model's configuration with the options in the place of its fields.
+
+    Example:
+        >>> in_options("num_heads: expected a divisor of dim = 32, got 3")
+        'heads: expected a divisor of dim = 32, got 3'
+    """
+    return _FIELDS.sub(lambda found: OPTIONS[found[0]].replace("_", "-"), words)
 
 
 def fields_without_option(config: ViTConfig) -> dict[str, Any]:

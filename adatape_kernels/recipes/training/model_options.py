@@ -10,7 +10,7 @@ from adatape_kernels.models.compared.halting_config import HaltingLevel
 from adatape_kernels.models.config import BankKind
 from adatape_kernels.models.factory import image_model
 from adatape_kernels.op_types import Activation
-from adatape_kernels.recipes.training.init_facts import InitFacts
+from adatape_kernels.recipes.training.init_facts import InitFacts, in_options
 from adatape_kernels.recipes.training.source_file import SourceFacts, SourceFile
 
 SIZES_OF_A_VARIANT = ("dim", "depth", "heads", "ffn", "patch")
@@ -121,7 +121,11 @@ class ModelOptions:
         return made(config)
 
     def vit_config(self, num_classes: int, in_channels: int) -> ViTConfig:
-        """Return the model's configuration. Raises ValueError where values do not fit."""
+        """Return the model's configuration.
+
+        Raises:
+            ValueError: values do not fit; the error names the options.
+        """
         named = image_model(self.model_name)
         options: dict[str, Any] = {
             **named.choices,
@@ -149,7 +153,10 @@ class ModelOptions:
             if value is not None:
                 options[field] = value
         variant = named.variant if self.variant is None else self.variant
-        return named.config.of(f"Ti/{self.patch}" if variant is None else variant, **options)
+        try:
+            return named.config.of(f"Ti/{self.patch}" if variant is None else variant, **options)
+        except ValueError as error:
+            raise ValueError(in_options(str(error))) from None
 
     def _tape_fields(self) -> dict[str, Any]:
         """Return the fields of an AdaTapeViTConfig beside those of any ViT."""

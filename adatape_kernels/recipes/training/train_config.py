@@ -141,9 +141,9 @@ class TrainConfig(CurveFields):
         chosen = max(1, min(usual, images // LEAST_STEPS))
         batch = chosen if self.batch is None else self.batch
         most = _MOST_BATCH_VALUES // (3 * self.image_size**2)
-        if min(batch, images) > most:
+        if (count := min(batch, images)) > most:
             raise ValueError(
-                f"image-size: expected a size at which a batch of {min(batch, images)} images "
+                f"image-size: expected a size at which a batch of {count} image{'s' * (count > 1)} "
                 f"takes up to 16 GiB, got {self.image_size}"
             )
         return replace(self, batch=batch)

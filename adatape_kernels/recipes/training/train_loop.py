@@ -197,7 +197,9 @@ def _train_epoch(
     limits = limits_of_steps(plan.halt_threshold_range, plan.seed, epoch, per_epoch)
     device = steps.device
     dealer.begin_epoch(plan.seed, epoch)
-    tally = StepTally(device, lambda step: f"at epoch {epoch + 1}, step {step}", execution.ranks)
+    # Both count from 1, as epochs do wherever a person reads of them.
+    where = f"at epoch {epoch + 1}, step {{}} of {per_epoch}"
+    tally = StepTally(device, lambda step: where.format(step + 1), execution.ranks)
 
     wait(device)
     start = time.perf_counter()

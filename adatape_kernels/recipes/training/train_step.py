@@ -196,7 +196,7 @@ class StepTally:
 
     Args:
         device: where the steps are computed.
-        place: says which step a number is, for errors.
+        place: says which step a number, from 0 on, is, for errors.
         ranks: the processes, each of which adds its part of every step.
     """
 

@@ -59,12 +59,30 @@ struct AsPairs {
 // An example of fewer rows is computed in float. What rounding the weights of attention costs is
 // less than what plain torch's own roundings do, but only on average over some rows.
 constexpr int64_t kLeastRowsAsPairs = 32;
+inline bool as_pairs(const CpuElasticAttentionParams& p, const AttentionTask& task) {
+  return p.dtype == DType::kBFloat16 && ExampleRows(p, task.example).rows() >= kLeastRowsAsPairs;
+}
 #endif
+
+// Calls `run` with the form in which a task is computed.
+template <class Run>
+void in_form_of(const CpuElasticAttentionParams& p, const AttentionTask& task, const Run& run) {
+#if defined(__AVX512BF16__)
+  if (as_pairs(p, task)) return run(AsPairs{});
+#endif
+  static_cast<void>(task);
+  with_number(p.dtype, [&](auto number) { run(AsFloat<decltype(number)>{}); });
+}
 
 // Elements that so many numbers make.
 template <class Form>
 int64_t elements(int64_t numbers) {
   return (numbers + Form::kNumbers - 1) / Form::kNumbers;
+}
+// The same, with those that fill up the last tile.
+template <class Form>
+int64_t whole_elements(int64_t numbers) {
+  return whole_tiles<typename Form::Element>(elements<Form>(numbers));
 }
 
 // Copies rows to the rows of `to`, whose features follow each other along the depth: (count,
@@ -79,8 +97,8 @@ void copy_rows(const HeadBlock<T>& from, int64_t stride, float* to) {
   }
 }
 
-// Copies rows to the columns of `to`, which is (elements of the features, columns), with zeros
-// behind the rows. The number of columns is a multiple of kLanes.
+// Copies rows to the columns of `to`, which is (whole elements of the features, columns), with
+// zeros behind the rows and the features. The number of columns is a multiple of kLanes.
 template <class T>
 void copy_to_columns(const HeadBlock<T>& from, int64_t columns, float* to) {
   for (int64_t c = 0; c < columns; c += kLanes) {
@@ -114,8 +132,8 @@ void copy_to_columns(const HeadBlock<T>& from, int64_t columns, float* to) {
   }
 }
 
-// Copies rows to the rows of `to`, which follow each other along the depth: (elements of the rows,
-// width), with zeros behind the features.
+// Copies rows to the rows of `to`, which follow each other along the depth: (whole elements of the
+// rows, width), with zeros behind the features and the rows.
 template <class T>
 void copy_along_depth(const HeadBlock<T>& from, int64_t width, float* to) {
   copy_rows(from, width, to);
@@ -146,6 +164,9 @@ inline IntVec load_pairs(const bfloat16* from, int64_t numbers) {
   return result;
 }
 inline void store_pairs(BFloat16Pair* to, IntVec pairs) { std::memcpy(to, &pairs, sizeof pairs); }
+inline void zero_pairs(BFloat16Pair* to, int64_t count) {
+  std::memset(to, 0, static_cast<size_t>(count) * sizeof(BFloat16Pair));
+}
 
 // The pairs of the numbers of two rows.
 inline IntVec paired(HalfVec first, HalfVec second) {
@@ -162,7 +183,7 @@ inline void copy_rows(const HeadBlock<bfloat16>& from, int64_t stride, BFloat16P
 }
 
 inline void copy_to_columns(const HeadBlock<bfloat16>& from, int64_t columns, BFloat16Pair* to) {
-  const int64_t pairs = elements<AsPairs>(from.dim);
+  const int64_t pairs = whole_elements<AsPairs>(from.dim);
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t lanes = from.count - c < kLanes ? from.count - c : kLanes;
     for (int64_t d = 0; d < pairs; d += kLanes) {
@@ -186,8 +207,54 @@ inline void copy_along_depth(const HeadBlock<bfloat16>& from, int64_t width, BFl
       store_pairs(to + d, paired(load_numbers(first + d, from.dim - d), below));
     }
   }
+  const int64_t pairs = elements<AsPairs>(from.count);
+  zero_pairs(to, (whole_elements<AsPairs>(from.count) - pairs) * width);
 }
 #endif
+
+// Sets to zero what lies behind the first `numbers` of each row of a left operand, up to the last
+// tile's end. The rows are `stride` elements apart; as pairs, numbers fill half of them.
+inline void close_rows(const float*, int64_t, int64_t, int64_t) {}
+#if defined(__AVX512BF16__)
+inline void close_rows(BFloat16Pair* rows, int64_t count, int64_t stride, int64_t numbers) {
+  if constexpr (kWholeTile<BFloat16Pair> == 1) return;
+  const int64_t behind = 2 * whole_elements<AsPairs>(numbers) - numbers;
+  for (int64_t r = 0; r < count; ++r) {
+    char* const end = reinterpret_cast<char*>(rows + r * stride) + 2 * numbers;
+    std::memset(end, 0, static_cast<size_t>(behind) * sizeof(bfloat16));
+  }
+}
+#endif
+
+// A matrix as the left operand of a product.
+template <class Element>
+struct LeftOperand {
+  const Element* at;
+  int64_t stride_row, stride_col;
+};
+
+// Makes rows of the columns of a matrix, which is (depth, columns) with as many columns as lie
+// between its rows, a multiple of kLanes. Where there are tiles it is copied to `room`, which is
+// (columns, whole tiles of the depth), with zeros behind the depth.
+template <class Element>
+LeftOperand<Element> turned(const Element* from, int64_t depth, int64_t columns, Element* room) {
+  if constexpr (kWholeTile<Element> == 1) return {from, 1, columns};
+  const int64_t stride = whole_tiles<Element>(depth);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    for (int64_t k = 0; k < stride; k += kLanes) {
+      IntVec square[kLanes] = {};
+      const int64_t rows = depth - k < kLanes ? depth - k : kLanes;
+      for (int64_t i = 0; i < rows; ++i) {
+        std::memcpy(&square[i], from + (k + i) * columns + c, sizeof(IntVec));
+      }
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        std::memcpy(room + (c + i) * stride + k, &square[i], sizeof(IntVec));
+      }
+    }
+  }
+  return {room, stride, 1};
+}
 
 // Copies rows of float, `width` apart, to the rows of a block, each times factor_of(row).
 template <class T, class Factor>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_operands.h"
-#include "row_folds.h"
+#include "row_products.h"
 
 namespace adatape::ADATAPE_ISA {
 

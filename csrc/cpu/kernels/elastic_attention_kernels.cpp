@@ -15,8 +15,11 @@ namespace {
 
 // So many queries are taken together: whole tiles of products and whole vectors of rows. Their
 // scores fit the nearer caches.
-constexpr int64_t kTileQueries = kLanes == 16 ? 48 : 16;
-static_assert(kTileQueries % kLanes == 0 && kTileQueries % kTileRows == 0);
+template <class Element>
+constexpr int64_t kTileQueries = kWholeTile<Element> > 1 ? 2 * kWholeTile<Element>
+                                 : kLanes == 16          ? 48
+                                                         : 16;
+static_assert(kTileQueries<float> % kLanes == 0 && kTileQueries<float> % kTileRows == 0);
 
 // The values of more keys are copied together, because they lie far apart and are read once for
 // each tile of columns.
@@ -42,14 +45,14 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
   const int64_t block = round_up(rows < kKeyBlock ? rows : kKeyBlock, kLanes);
   Scratch scratch;
-  Element* const q = take<Element>(scratch, queries * wide_depth);
-  Element* const kt = take<Element>(scratch, depth * block);
-  Element* const v = take<Element>(scratch, elements<Form>(block) * width);
-  float* const out = scratch.take(queries * width);
+  Element* const q = take<Element>(scratch, whole_tiles<Element>(queries) * wide_depth);
+  Element* const kt = take<Element>(scratch, whole_elements<Form>(dim) * block);
+  Element* const v = take<Element>(scratch, whole_elements<Form>(block) * width);
+  float* const out = scratch.take(whole_tiles<Element>(queries) * width);
   const int64_t whole = round_up(queries, kLanes);
   const SoftmaxOfRows softmax{
       .largest = scratch.take(whole), .total = scratch.take(whole), .kept = scratch.take(whole)};
-  float* const scores = scratch.take(kTileQueries * block);
+  float* const scores = scratch.take(kTileQueries<Element> * block);
   Element* const weights = reinterpret_cast<Element*>(scores);
   const float scale = p.softmax_scale * kLog2e;
   const int64_t own = ComingRows::rows_of(p, task);
@@ -72,8 +75,8 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
     copy_to_columns(HeadBlock<T>{p.k, e, head, key, keys, dim}, columns, kt);
     const bool values_in_place = in_place && keys <= kKeysInPlace;
     if (!values_in_place) copy_along_depth(values_of, width, v);
-    for (int64_t r = 0; r < queries; r += kTileQueries) {
-      const int64_t count = queries - r < kTileQueries ? queries - r : kTileQueries;
+    for (int64_t r = 0; r < queries; r += kTileQueries<Element>) {
+      const int64_t most = kTileQueries<Element>, count = queries - r < most ? queries - r : most;
       const SmallProduct<Element> products{.rows = count,
                                            .cols = keys,
                                            .depth = depth,
@@ -95,6 +98,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
       }
       weigh({.at = scores, .queries = count, .keys = keys, .columns = columns, .scale = scale},
             weights, softmax.from(r));
+      close_rows(weights, count, columns, keys);
       for (int64_t t = r; key > 0 && t < r + count; ++t) {
         float* const o = out + t * width;
         for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * softmax.kept[t]);
@@ -175,8 +179,8 @@ struct CommonPart {
 // those of the scores before they were scaled. What is written are elements of numbers that follow
 // each other by query, where the scores were and in `ds_by_query`, and by key, where the gradients
 // of the weights were. As float they are the same, so that `ds_by_query` lies there too.
-void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys, int64_t columns,
-                   float scale, const float* lse, CommonPart common) {
+inline void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys,
+                          int64_t columns, float scale, const float* lse, CommonPart common) {
   for (int64_t r = 0; r < queries; ++r) {
     const BlockRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
     const float shift = common.of(r, weigh(row));
@@ -246,28 +250,31 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
-  const int64_t wide_block = round_up(block, kLanes), half_block = elements<Form>(block);
+  const int64_t wide_block = round_up(block, kLanes), half_block = whole_elements<Form>(block);
+  const int64_t whole_depth = whole_elements<Form>(dim), whole_block = whole_tiles<Element>(block);
   Scratch scratch;
   // Queries and their gradients as the left operands of products over features, keys and values as
   // the right ones; then the same as right operands of products over rows. In float a matrix of
   // rows is both.
-  Element* const q = take<Element>(scratch, block * wide_depth);
-  Element* const dout = take<Element>(scratch, block * wide_depth);
-  Element* const kt = take<Element>(scratch, depth * wide_block);
-  Element* const vt = take<Element>(scratch, depth * wide_block);
+  Element* const q = take<Element>(scratch, whole_block * wide_depth);
+  Element* const dout = take<Element>(scratch, whole_block * wide_depth);
+  Element* const kt = take<Element>(scratch, whole_depth * wide_block);
+  Element* const vt = take<Element>(scratch, whole_depth * wide_block);
   Element* const k = take<Element>(scratch, half_block * width);
   Element* const q_rows = kPairs ? take<Element>(scratch, half_block * width) : q;
   Element* const dout_rows = kPairs ? take<Element>(scratch, half_block * width) : dout;
-  float* const dq = scratch.take(rows * width);
-  float* const dk = scratch.take(block * width);
-  float* const dv = scratch.take(block * width);
+  float* const dq = scratch.take(whole_tiles<Element>(rows) * width);
+  float* const dk = scratch.take(whole_block * width);
+  float* const dv = scratch.take(whole_block * width);
   float* const lse = scratch.take(rows);
   float* const common = scratch.take(rows);
-  float* const scores = scratch.take(block * wide_block);
-  float* const ds = scratch.take(block * wide_block);
+  float* const scores = scratch.take(whole_block * wide_block);
+  float* const ds = scratch.take(whole_block * wide_block);
   Element* const weights = reinterpret_cast<Element*>(scores);
   Element* const ds_by_key = reinterpret_cast<Element*>(ds);
   Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * wide_block) : ds_by_key;
+  constexpr bool kTiles = kWholeTile<Element> > 1;
+  Element* const room = kTiles ? take<Element>(scratch, half_block * wide_block) : nullptr;
 
   const float scale = p.softmax_scale * kLog2e;
   const int64_t own = ComingRows::rows_of(p, task);
@@ -320,13 +327,15 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
       over_features(dout, vt, ds);
       differentiate(scores, ds, ds_by_query, queries, keys, columns, scale, lse + query,
                     {by_outputs ? common + query : nullptr});
-      const auto over_queries = [&](const Element* left, const Element* right, float* to) {
+      close_rows(ds_by_key, queries, columns, keys);
+      const auto over_queries = [&](const Element* by_query, const Element* right, float* to) {
+        const auto left = turned(by_query, elements<Form>(queries), columns, room);
         gemm<Element>({.rows = keys,
                        .cols = width,
                        .depth = elements<Form>(queries),
-                       .a = left,
-                       .stride_a_row = 1,
-                       .stride_a_col = columns,
+                       .a = left.at,
+                       .stride_a_row = left.stride_row,
+                       .stride_a_col = left.stride_col,
                        .b = right,
                        .stride_b = width,
                        .c = to,
@@ -355,28 +364,28 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   copy_out(dq, width, HeadBlock<T>{p.dq, e, head, 0, rows, dim}, scaled);
 }
 
-// Calls `run` with the form in which an example of so many rows is computed.
-template <class Run>
-void in_form_of(DType dtype, int64_t rows, const Run& run) {
-#if defined(__AVX512BF16__)
-  if (dtype == DType::kBFloat16 && rows >= kLeastRowsAsPairs) return run(AsPairs{});
-#endif
-  static_cast<void>(rows);
-  with_number(dtype, [&](auto number) { run(AsFloat<decltype(number)>{}); });
-}
-
 }  // namespace
 
 void attention_fwd(const CpuElasticAttentionParams& p, const AttentionTask& task,
                    const AttentionTask* next) {
-  in_form_of(p.dtype, ExampleRows(p, task.example).rows(),
-             [&](auto form) { forward<decltype(form)>(p, task, next); });
+#if defined(__AMX_BF16__)
+  if (!as_pairs(p, task)) return avx512_bf16::attention_fwd(p, task, next);
+  const TilesInUse tiles;
+  forward<AsPairs>(p, task, next);
+#else
+  in_form_of(p, task, [&](auto form) { forward<decltype(form)>(p, task, next); });
+#endif
 }
 
 void attention_bwd(const CpuElasticAttentionParams& p, const AttentionTask& task,
                    const AttentionTask* next) {
-  in_form_of(p.dtype, ExampleRows(p, task.example).rows(),
-             [&](auto form) { backward<decltype(form)>(p, task, next); });
+#if defined(__AMX_BF16__)
+  if (!as_pairs(p, task)) return avx512_bf16::attention_bwd(p, task, next);
+  const TilesInUse tiles;
+  backward<AsPairs>(p, task, next);
+#else
+  in_form_of(p, task, [&](auto form) { backward<decltype(form)>(p, task, next); });
+#endif
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "tile_products.h"
 #include "vec.h"
 
 namespace adatape::ADATAPE_ISA {
@@ -171,6 +172,9 @@ inline void gemm(const SmallProduct<Element>& p, const Aside& aside, const Left&
 }
 template <class Element, class Aside>
 inline void gemm(const SmallProduct<Element>& p, const Aside& aside) {
+#if defined(__AMX_BF16__)
+  if constexpr (kWholeTile<Element> > 1) return multiply_in_tiles(p, aside);
+#endif
   gemm(p, aside, LeftRows(p), StoreRows(p));
 }
 template <class Element>

@@ -15,23 +15,25 @@
 namespace adatape::ADATAPE_ISA {
 
 #if defined(__AVX512F__)
-// Adds up quarters 0 and 1 and quarters 2 and 3 of two vectors, which gives one vector.
-inline Vec sums_of_quarters(Vec a, Vec b) {
+// Folds quarters 0 and 1 and quarters 2 and 3 of two vectors, which gives one vector.
+template <class Fold>
+inline Vec folded_quarters(Vec a, Vec b, const Fold& fold) {
   constexpr __mmask16 kAll = 0xffff;
   constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters 0 and 2, or 1 and 3, of both vectors
   const auto as = [](Vec x) { return reinterpret_cast<__m512>(x); };
-  return reinterpret_cast<Vec>(_mm512_maskz_shuffle_f32x4(kAll, as(a), as(b), kEven)) +
-         reinterpret_cast<Vec>(_mm512_maskz_shuffle_f32x4(kAll, as(a), as(b), kOdd));
+  return fold(reinterpret_cast<Vec>(_mm512_maskz_shuffle_f32x4(kAll, as(a), as(b), kEven)),
+              reinterpret_cast<Vec>(_mm512_maskz_shuffle_f32x4(kAll, as(a), as(b), kOdd)));
 }
 #endif
 
 // So many rows are multiplied at a time, which the registers hold.
 constexpr int kRowsAtOnce = kLanes < 8 ? kLanes : 8;
 
-// Turns the sums of kRowsAtOnce rows, a vector each, into one vector, in which as many lanes of
+// Folds the lanes of kRowsAtOnce rows, a vector each, into one vector, in which as many lanes of
 // each row are left as there are such groups of rows in a vector's worth of them: 2 with AVX-512,
 // and otherwise one.
-inline Vec group_sums(const Vec (&rows)[kRowsAtOnce]) {
+template <class Fold>
+inline Vec folded_group(const Vec* rows, const Fold& fold) {
 #if defined(__AVX512F__)
   // The forms without a mask have an undefined operand in some compilers, which warn of it.
   constexpr __mmask16 kAll = 0xffff;
@@ -39,35 +41,54 @@ inline Vec group_sums(const Vec (&rows)[kRowsAtOnce]) {
   const auto as = [](Vec x) { return reinterpret_cast<__m512>(x); };
   const auto as_twos = [](Vec x) { return reinterpret_cast<__m512d>(x); };
   const auto twos = [&](Vec a, Vec b) -> Vec {
-    return reinterpret_cast<Vec>(_mm512_maskz_unpacklo_ps(kAll, as(a), as(b))) +
-           reinterpret_cast<Vec>(_mm512_maskz_unpackhi_ps(kAll, as(a), as(b)));
+    return fold(reinterpret_cast<Vec>(_mm512_maskz_unpacklo_ps(kAll, as(a), as(b))),
+                reinterpret_cast<Vec>(_mm512_maskz_unpackhi_ps(kAll, as(a), as(b))));
   };
   const auto fours = [&](Vec a, Vec b) -> Vec {
-    return reinterpret_cast<Vec>(_mm512_maskz_unpacklo_pd(kAllTwos, as_twos(a), as_twos(b))) +
-           reinterpret_cast<Vec>(_mm512_maskz_unpackhi_pd(kAllTwos, as_twos(a), as_twos(b)));
+    return fold(reinterpret_cast<Vec>(_mm512_maskz_unpacklo_pd(kAllTwos, as_twos(a), as_twos(b))),
+                reinterpret_cast<Vec>(_mm512_maskz_unpackhi_pd(kAllTwos, as_twos(a), as_twos(b))));
   };
   const Vec low = fours(twos(rows[0], rows[1]), twos(rows[2], rows[3]));
   const Vec high = fours(twos(rows[4], rows[5]), twos(rows[6], rows[7]));
-  return sums_of_quarters(low, high);
+  return folded_quarters(low, high, fold);
 #elif defined(__AVX2__)
   const auto as = [](Vec x) { return reinterpret_cast<__m256>(x); };
   const auto as_twos = [](Vec x) { return reinterpret_cast<__m256d>(x); };
   const auto twos = [&](Vec a, Vec b) -> Vec {
-    return reinterpret_cast<Vec>(_mm256_unpacklo_ps(as(a), as(b))) +
-           reinterpret_cast<Vec>(_mm256_unpackhi_ps(as(a), as(b)));
+    return fold(reinterpret_cast<Vec>(_mm256_unpacklo_ps(as(a), as(b))),
+                reinterpret_cast<Vec>(_mm256_unpackhi_ps(as(a), as(b))));
   };
   const auto fours = [&](Vec a, Vec b) -> Vec {
-    return reinterpret_cast<Vec>(_mm256_unpacklo_pd(as_twos(a), as_twos(b))) +
-           reinterpret_cast<Vec>(_mm256_unpackhi_pd(as_twos(a), as_twos(b)));
+    return fold(reinterpret_cast<Vec>(_mm256_unpacklo_pd(as_twos(a), as_twos(b))),
+                reinterpret_cast<Vec>(_mm256_unpackhi_pd(as_twos(a), as_twos(b))));
   };
   const Vec low = fours(twos(rows[0], rows[1]), twos(rows[2], rows[3]));
   const Vec high = fours(twos(rows[4], rows[5]), twos(rows[6], rows[7]));
-  return reinterpret_cast<Vec>(_mm256_permute2f128_ps(as(low), as(high), 0x20)) +
-         reinterpret_cast<Vec>(_mm256_permute2f128_ps(as(low), as(high), 0x31));
+  return fold(reinterpret_cast<Vec>(_mm256_permute2f128_ps(as(low), as(high), 0x20)),
+              reinterpret_cast<Vec>(_mm256_permute2f128_ps(as(low), as(high), 0x31)));
 #else
-  Vec result;
-  for (int i = 0; i < kLanes; ++i) result[i] = sum(rows[i]);
+  // Halves of the rows' lanes are folded onto each other, as `sum` does.
+  Vec result = {};
+  for (int i = 0; i < kLanes; ++i) {
+    Vec row = rows[i];
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      Vec other = {};
+      for (int l = 0; l < width; ++l) other[l] = row[l + width];
+      row = fold(row, other);
+    }
+    result[i] = row[0];
+  }
   return result;
+#endif
+}
+
+// Folds the lanes of kLanes rows, a vector each, into one vector, which has a lane for each row.
+template <class Fold>
+inline Vec folded_rows(const Vec (&rows)[kLanes], const Fold& fold) {
+#if defined(__AVX512F__)
+  return folded_quarters(folded_group(rows, fold), folded_group(rows + kRowsAtOnce, fold), fold);
+#else
+  return folded_group(rows, fold);
 #endif
 }
 
@@ -119,34 +140,31 @@ inline void add_products(Vec (&sums)[count], const float* query,
   }
 }
 
-// Multiplies an arranged query with kRowsAtOnce rows, of which rows behind the first `count` are
-// the last of those. The rows are `stride` elements apart and have `width` features.
+// Multiplies an arranged query with kRowsAtOnce rows of `width` features.
 template <class T>
-inline Vec group_products(const float* query, const T* first, int64_t count, int64_t stride,
-                          int64_t width) {
-  const T* rows[kRowsAtOnce];
-  for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = first + (i < count ? i : count - 1) * stride;
+inline Vec group_products(const float* query, const T* const (&rows)[kRowsAtOnce], int64_t width) {
   Vec sums[kRowsAtOnce] = {};
   int64_t d = 0;
   for (; d + kFeaturesOfVector<T> <= width; d += kFeaturesOfVector<T>) {
     add_products(sums, query, rows, d, kFeaturesOfVector<T>);
   }
   if (d < width) add_products(sums, query, rows, d, width - d);
-  return group_sums(sums);
+  return folded_group(sums, [](Vec a, Vec b) { return a + b; });
 }
 
-// Returns the products of an arranged query with `count` rows from `first` on, at most a vector of
-// them; lanes behind the last row hold its product again.
-template <class T>
-inline Vec row_products(const float* query, const T* first, int64_t count, int64_t stride,
-                        int64_t width) {
-  const Vec group = group_products(query, first, count, stride, width);
+// Returns the products of an arranged query with the rows that row(0) to row(count - 1) point to,
+// at most a vector of them; lanes behind the last hold its product again.
+template <class T, class Row>
+inline Vec row_products(const float* query, const Row& row, int64_t count, int64_t width) {
+  const auto group = [&](int first) {
+    const T* rows[kRowsAtOnce];
+    for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = row(first + i < count ? first + i : count - 1);
+    return group_products(query, rows, width);
+  };
 #if defined(__AVX512F__)
-  const int64_t skipped = count > kRowsAtOnce ? kRowsAtOnce : count - 1;
-  return sums_of_quarters(
-      group, group_products(query, first + skipped * stride, count - skipped, stride, width));
+  return folded_quarters(group(0), group(kRowsAtOnce), [](Vec a, Vec b) { return a + b; });
 #else
-  return group;
+  return group(0);
 #endif
 }
 

@@ -11,6 +11,12 @@
 //   the task are multiplied with it: a dense product, in which every score is one chain of fused
 //   multiply-adds over the features.
 //
+// Where a processor multiplies bytes and a bank is read often enough, keys are packed as bytes,
+// once. The scores of these have errors with a bound (coarse_keys.h). They leave some candidates, a
+// few dozen of thousands of entries, and the exact scores of those alone are computed, in the order
+// of addition above. So results are the same bits. Where too many are left, as in a bank of many
+// equal rows, or numbers are too large, too small or none, the exact scores of all are computed.
+//
 // Neither order of addition depends on where a row stands or on who else reads. So equal rows of a
 // bank give equal bits, and so does an example in any batch. Scores are looked at while they are in
 // the first cache and then forgotten (best_entries.h); what has been read is a bit of an entry.
@@ -20,51 +26,11 @@
 // three parts, whose products take 3 instructions where two of float do, and numbers below the
 // normal ones would count as zero.
 
-#include "best_entries.h"
-#include "gemm.h"
 #include "scratch.h"
-#include "tape_select_step.h"
+#include "tape_select_scan.h"
 
 namespace adatape::ADATAPE_ISA {
 namespace {
-
-// Entries of a panel, and examples whose scores of a panel stand in the first cache together.
-constexpr int64_t kPanel = kTileVecs * kLanes, kExamplesOfTile = 2 * kTileRows;
-static_assert(kPanelMultiple % kPanel == 0 && kPanelMultiple % kUnreadBits == 0);
-static_assert(kQueryMultiple % kFeaturesOfVector<bfloat16> == 0);
-// So many scores of a bank of an example's own stand in the first cache.
-constexpr int64_t kScores = 1024;
-// Of the next example's bank so many rows are fetched for each vector of scores, so that all have
-// come after a few tokens.
-constexpr int64_t kRowsAhead = kLanes / 4;
-
-// The standard library's functions are not for kernels: their code, which may be compiled for this
-// instruction set, is shared by all.
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Copies entries to panels: of each feature kPanel entries in a row, feature after feature.
-template <class T>
-void pack(const CpuTapeSelectParams& p, float* panels, int64_t first, int64_t count) {
-  const int64_t width = p.keys.width;
-  for (int64_t c = first; c < first + count; c += kLanes) {
-    float* const to = panels + c / kPanel * kPanel * width + c % kPanel;
-    const int64_t entries = smaller(larger(p.keys.bank_size - c, 0), kLanes);
-    for (int64_t d = 0; d < width; d += kLanes) {
-      const int64_t features = smaller(kLanes, width - d);
-      IntVec square[kLanes] = {};
-      for (int64_t l = 0; l < entries; ++l) {
-        const T* const row = key_row<T>(p, 0, c + l) + d;
-        square[l] =
-            reinterpret_cast<IntVec>(features < kLanes ? load_some(row, features) : load(row));
-      }
-      transpose(square);
-      for (int64_t f = 0; f < features; ++f) {
-        store(to + (d + f) * kPanel, reinterpret_cast<Vec>(square[f]));
-      }
-    }
-  }
-}
 
 bool reads_on(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) {
   return p.counts[i] < p.num_tape_tokens && s.halting[i] < p.halt_threshold && s.left[i] >= p.topk;
@@ -76,7 +42,7 @@ bool start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i)
   for (int64_t d = 0; d < s.stride_query; ++d) {
     s.queries[i * s.stride_query + d] = d < p.keys.width ? to_float(query[d]) : 0.0f;
   }
-  const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
+  const int64_t valid = valid_entries(p, i);
   const bool* const mask = p.read_mask ? p.read_mask + i * p.keys.bank_size : nullptr;
   s.left[i] = 0;
   for (int64_t w = 0; w < s.stride_unread; ++w) {
@@ -86,88 +52,13 @@ bool start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i)
     s.unread[i * s.stride_unread + w] = unread;
     s.left[i] += __builtin_popcount(unread);
   }
+  for (int64_t part = 0; part < s.parts; ++part) s.exact[i * s.parts + part] = 0;
   s.halting[i] = 0.0f;
   p.counts[i] = 0;
   p.ponder[i] = 0.0f;
   const int64_t reads = p.num_tape_tokens * p.topk;
   for (int64_t j = i * reads; j < (i + 1) * reads; ++j) p.indices[j] = -1, p.weights[j] = 0.0f;
   return reads_on(p, s, i);
-}
-
-BestEntries best_of_part(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i,
-                         int64_t part) {
-  return {s.best + (i * s.parts + part) * p.topk, p.topk};
-}
-
-// Fetches some rows of a bank into the second cache.
-template <class T>
-__attribute__((always_inline)) inline void fetch(const CpuTapeSelectParams& p, int64_t example,
-                                                 int64_t first, int64_t count) {
-  for (int64_t r = first; r < smaller(first + count, p.keys.bank_size); ++r) {
-    prefetch<kSecondCache>(key_row<T>(p, example, r), p.keys.width);
-  }
-}
-
-// Scans a part of an example's own bank. Meanwhile it fetches rows of the bank of example `next`
-// from row `fetched` on, if that is not negative.
-template <class T>
-void scan_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i, int64_t part,
-               int64_t next, int64_t fetched) {
-  const int64_t width = p.keys.width, begin = part * s.part_size;
-  const int64_t valid = p.bank_lens ? p.bank_lens[i] : p.keys.bank_size;
-  const int64_t end = smaller(begin + s.part_size, valid);
-  BestEntries best = best_of_part(p, s, i, part);
-  best.clear();
-  Scratch scratch;
-  float* const query = scratch.take(arranged_size<T>(width));
-  arrange_query<T>(s.queries + i * s.stride_query, width, query);
-  for (int64_t first = begin; first < end; first += kScores) {
-    alignas(kVecBytes) float scores[kScores];
-    int64_t count = 0;
-    for (; count < kScores && first + count < end; count += kLanes) {
-      const int64_t c = first + count, rows = smaller(kLanes, end - c);
-      store(scores + count,
-            row_products(query, key_row<T>(p, i, c), rows, p.keys.stride_row, width));
-      if (fetched >= 0) fetch<T>(p, next, fetched, kRowsAhead), fetched += kRowsAhead;
-    }
-    best.offer(scores, s.unread + i * s.stride_unread, first, count);
-  }
-}
-
-// Scans a part of a shared bank.
-void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
-                 int64_t count, int64_t part) {
-  const int64_t width = p.keys.width, begin = part * s.part_size;
-  const int64_t end = smaller(begin + s.part_size, p.keys.bank_size);
-  Scratch scratch;
-  float* const queries = scratch.take(count * width);
-  for (int64_t e = 0; e < count; ++e) {
-    const float* const query = s.queries + examples[e] * s.stride_query;
-    for (int64_t d = 0; d < width; ++d) queries[e * width + d] = query[d];
-    best_of_part(p, s, examples[e], part).clear();
-  }
-  for (int64_t first = begin; first < end; first += kPanel) {
-    for (int64_t tile = 0; tile < count; tile += kExamplesOfTile) {
-      const int64_t rows = smaller(kExamplesOfTile, count - tile);
-      alignas(kVecBytes) float scores[kExamplesOfTile * kPanel];
-      gemm<float>({.rows = rows,
-                   .cols = kPanel,
-                   .depth = width,
-                   .a = queries + tile * width,
-                   .stride_a_row = width,
-                   .stride_a_col = 1,
-                   .b = p.key_panels + first * width,
-                   .stride_b = kPanel,
-                   .c = scores,
-                   .stride_c = kPanel,
-                   .accumulate = false});
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = examples[tile + r];
-        best_of_part(p, s, i, part)
-            .offer(scores + r * kPanel, s.unread + i * s.stride_unread, first, kPanel);
-      }
-    }
-  }
 }
 
 template <class T>
@@ -200,16 +91,38 @@ bool read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) 
 template <class T>
 void forward_rows(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
                   int64_t count) {
-  const int64_t vectors = (p.keys.bank_size + kLanes - 1) / kLanes;
+  Scratch scratch;
+  CpuCoarseKeys keys;
+  const int64_t entries = (p.keys.bank_size + kPanelMultiple - 1) / kPanelMultiple * kPanelMultiple;
+  if (p.coarse) {
+    keys.quads = reinterpret_cast<uint32_t*>(scratch.take(entries * quads_of(p.keys.width)));
+    keys.steps = scratch.take(entries);
+    keys.norms = scratch.take(entries / kPanelMultiple);
+  }
   for (int64_t i = first; i < first + count; ++i) {
     bool on = start<T>(p, s, i);
+    if (!on) continue;
+    if (p.coarse) pack_coarse<T>(p, i, keys, 0, entries);
+    Ahead<T> none(p, 0, false), ahead(p, i + 1, i + 1 < first + count);
     for (int64_t token = 0; on; ++token) {
-      // While the first token is read, memory is busy with this example's own bank.
-      const bool ahead = token > 0 && i + 1 < first + count;
-      scan_rows<T>(p, s, i, 0, i + 1, ahead ? (token - 1) * vectors * kRowsAhead : -1);
+      int64_t exact[1];
+      if (!p.coarse || scan_coarse<T>(p, s, keys, &i, 1, 0, exact, [&] { ahead.line(); }) > 0) {
+        // While the first token is read, memory is busy with this example's own bank.
+        scan_rows<T>(p, s, i, 0, token > 0 ? ahead : none);
+      }
       on = read<T>(p, s, i);
     }
   }
+}
+
+// Scans a part of a shared bank, for some examples.
+template <class T>
+void scan_shared(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
+                 int64_t count, int64_t part) {
+  if (!p.coarse) return scan_panels<T>(p, s, examples, count, part);
+  int64_t exact[kExamplesPerBankPass];
+  const int64_t exacts = scan_coarse<T>(p, s, *p.coarse_keys, examples, count, part, exact, [] {});
+  if (exacts > 0) scan_panels<T>(p, s, exact, exacts, part);
 }
 
 // Reads for examples that share a bank. Those that read on are scanned for together.
@@ -221,7 +134,7 @@ void forward_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, i
     if (start<T>(p, s, i)) reading[readers++] = i;
   }
   while (readers > 0) {
-    scan_panels(p, s, reading, readers, 0);
+    scan_shared<T>(p, s, reading, readers, 0);
     const int64_t before = readers;
     readers = 0;
     for (int64_t r = 0; r < before; ++r) {
@@ -233,7 +146,14 @@ void forward_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, i
 }  // namespace
 
 void select_pack(const CpuTapeSelectParams& p, float* key_panels, int64_t first, int64_t count) {
-  with_number(p.dtype, [&](auto number) { pack<decltype(number)>(p, key_panels, first, count); });
+  with_number(p.dtype,
+              [&](auto number) { pack<decltype(number)>(p, key_panels, first, count, 0); });
+}
+
+void select_pack_coarse(const CpuTapeSelectParams& p, int64_t example, const CpuCoarseKeys& keys,
+                        int64_t first, int64_t count) {
+  with_number(p.dtype,
+              [&](auto number) { pack_coarse<decltype(number)>(p, example, keys, first, count); });
 }
 
 bool select_start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t example) {
@@ -242,10 +162,16 @@ bool select_start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int
 
 void select_scan(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, const int64_t* examples,
                  int64_t count, int64_t part) {
-  if (p.key_panels) return scan_panels(p, s, examples, count, part);
   with_number(p.dtype, [&](auto number) {
+    using T = decltype(number);
+    if (!p.own_banks) return scan_shared<T>(p, s, examples, count, part);
     for (int64_t e = 0; e < count; ++e) {
-      scan_rows<decltype(number)>(p, s, examples[e], part, 0, -1);
+      int64_t exact[1];
+      Ahead<T> none(p, 0, false);
+      if (!p.coarse || scan_coarse<T>(p, s, p.coarse_keys[examples[e]], examples + e, 1, part,
+                                      exact, [] {}) > 0) {
+        scan_rows<T>(p, s, examples[e], part, none);
+      }
     }
   });
 }
@@ -257,8 +183,8 @@ bool select_read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int6
 void select_fwd(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t first,
                 int64_t count) {
   with_number(p.dtype, [&](auto number) {
-    p.key_panels ? forward_panels<decltype(number)>(p, s, first, count)
-                 : forward_rows<decltype(number)>(p, s, first, count);
+    p.own_banks ? forward_rows<decltype(number)>(p, s, first, count)
+                : forward_panels<decltype(number)>(p, s, first, count);
   });
 }
 

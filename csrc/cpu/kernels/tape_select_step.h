@@ -14,6 +14,19 @@ const T* key_row(const CpuTapeSelectParams& p, int64_t example, int64_t entry) {
          entry * p.keys.stride_row;
 }
 
+// While a vector of keys is packed, one that comes so many entries later is fetched: rows that are
+// a slice of longer ones are not foreseen by the processor.
+constexpr int64_t kRowsFetched = 2 * kLanes;
+
+// Fetches a vector of keys from `first` on.
+template <class T>
+__attribute__((always_inline)) inline void fetch_rows(const CpuTapeSelectParams& p, int64_t example,
+                                                      int64_t first) {
+  for (int64_t c = first; c < first + kLanes && c < p.keys.bank_size; ++c) {
+    prefetch<kSecondCache>(key_row<T>(p, example, c), p.keys.width);
+  }
+}
+
 // Writes the weights (topk,) of the entries that one tape token reads, given their scores; returns
 // what the token adds to the ponder loss.
 inline float merge_weights(const CpuTapeSelectParams& p, const float* scores, float* weights) {

@@ -1,6 +1,8 @@
-"""torchrun itself is asked to end: its ranks say in one line what is kept, and the run goes on."""
+"""torchrun itself is asked to end, or starts its ranks anew: the run goes on from what is kept."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from adatape_kernels.cli import main
@@ -23,34 +26,60 @@ RUN += ["--heads", "2", "--ffn", "16"]
 SECONDS_TO_BEGIN = 300
 
 
-@pytest.mark.skipif(
+needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
 )
-def test_torchrun_that_is_asked_to_end_twice_keeps_what_is_written(tmp_path, monkeypatch):
-    out, words = tmp_path / "run", tmp_path / "words.txt"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", "2", "-m", "adatape_kernels"]
+
+
+@contextlib.contextmanager
+def torchrun(words, *options):
+    """Have torchrun begin two ranks, which write what they say into a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "adatape_kernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     with words.open("wb") as stream:
         process = subprocess.Popen(
-            [*torchrun, *RUN, "--epochs", "10000", "--out", str(out)],
+            [*command, *RUN, *options],
             stdout=stream,
             stderr=stream,
             env=environment,
-            cwd=tmp_path,
+            cwd=words.parent,
         )
     try:
-        until = time.monotonic() + SECONDS_TO_BEGIN
-        while "epoch 2/10000" not in words.read_text():
-            assert process.poll() is None and time.monotonic() < until, words.read_text()
-            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+
+
+def wait_for(text, words, process):
+    """Wait until a rank has said it."""
+    until = time.monotonic() + SECONDS_TO_BEGIN
+    while text not in words.read_text():
+        assert process.poll() is None and time.monotonic() < until, words.read_text()
+        time.sleep(0.01)
+
+
+def process_of_rank(rank, process):
+    """Return the number of the process that torchrun has begun for a rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (found,) = [
+        int(child)
+        for child in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    ]
+    return found
+
+
+@needs_gloo
+def test_torchrun_that_is_asked_to_end_twice_keeps_what_is_written(tmp_path, monkeypatch):
+    out, words = tmp_path / "run", tmp_path / "words.txt"
+    with torchrun(words, "--epochs", "10000", "--out", str(out)) as process:
+        wait_for("epoch 2/10000", words, process)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
-    finally:
-        process.kill()
     (line,) = [each for each in words.read_text().splitlines() if "interrupted" in each]
     held = checkpoint.load(out)
     assert held.epoch >= 2
@@ -65,3 +94,31 @@ def test_torchrun_that_is_asked_to_end_twice_keeps_what_is_written(tmp_path, mon
     assert main([*RUN, "--epochs", more, "--resume", "--out", str(out)]) == 0
     again = checkpoint.load(out)
     assert again.epoch == held.epoch + 1 and again.history[:-1] == held.history
+
+
+@needs_gloo
+def test_torchrun_begins_divided_parameters_anew_from_the_last_checkpoint(tmp_path, monkeypatch):
+    """A rank is killed in the midst of an epoch; the curve is that of one process."""
+    out, words = tmp_path / "run", tmp_path / "words.txt"
+    options = ["--epochs", "20", "--ema", "0.9", "--mixup", "0.2"]
+    with torchrun(words, *options, "--parallel", "fsdp", "--out", str(out)) as process:
+        wait_for("epoch 2/20", words, process)
+        os.kill(process_of_rank(1, process), signal.SIGKILL)
+        assert process.wait(SECONDS_TO_BEGIN) == 0, words.read_text()
+    (line,) = [each for each in words.read_text().splitlines() if "adatape-kernels: " in each]
+    assert line.endswith("and one is gone; --resume goes on from the last checkpoint")
+    epochs = [int(number) for number in re.findall(r"epoch (\d+)/20", words.read_text())]
+    assert epochs == sorted(set(epochs)) and epochs[:2] == [1, 2] and epochs[-1] == 20
+    assert not (out / LOCK).exists() and (out / "report.json").exists()
+
+    monkeypatch.setattr(train, "write_report", lambda *given, **named: None)
+    assert main([*RUN, *options, "--out", str(tmp_path / "one")]) == 0
+    again, whole = (checkpoint.load(folder) for folder in (out, tmp_path / "one"))
+    assert again.environment["parallel"] == "fsdp"
+    assert [row["epoch"] for row in again.history] == [row["epoch"] for row in whole.history]
+    names = "train_loss", "test_accuracy", "mean_tape_length"
+    ours, theirs = (
+        [[row[name] for name in names] for row in run.history] for run in (again, whole)
+    )
+    # An image of 360 may be on the other side of a limit by rounding.
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=4e-3, rtol=0)

@@ -109,11 +109,11 @@ def test_the_loss_of_a_halting_model_trains_its_halting(mnist):
         ({"model_name": "vit", "ponder_weight": 1.0}, ("ponder-weight", "none", "vit")),
         ({"model_name": "adatape", "gate_scale": 1.0}, ("gate-scale", "none", "adatape")),
         ({"model_name": "avit", "act_level": "row"}, ("act-level", "none", "avit")),
-        ({"model_name": "uvit", "act_epsilon": 1.5}, ("act_epsilon", "below 1", "1.5")),
+        ({"model_name": "uvit", "act_epsilon": 1.5}, ("act-epsilon", "below 1", "1.5")),
         ({"model_name": "uvit", "act_level": "token"}, ("act-level", "example", "'token'")),
         ({"model_name": "uvit", "distinct_layers": -1}, ("distinct-layers", "0", "-1")),
         ({"model_name": "avit_tiny_patch16_224", "variant": "S/7"}, ("variant", "none", "S/7")),
-        ({"model_name": "avit_tiny_patch16_224"}, ("patch_size", "28", "16")),
+        ({"model_name": "avit_tiny_patch16_224"}, ("patch", "28", "16")),
     ],
 )
 def test_what_a_model_does_not_take_is_one_line(options, words):

@@ -144,7 +144,7 @@ REFUSED = {
     "not a ViT": ({"conv1.weight": torch.zeros(2)}, [], "expected the tensors of a ViT"),
     "another width": ({}, ["--dim", "32"], "dim: expected 16, as in"),
     "a variant": ({}, ["--variant", "Ti/14"], "variant: expected none, as in"),
-    "other heads": ({}, ["--heads", "3"], "num_heads: expected a divisor of dim = 16, got 3"),
+    "other heads": ({}, ["--heads", "3"], "heads: expected a divisor of dim = 16, got 3"),
     "three channels": ({"channels": 3}, [], "in_channels: expected 3, as in the source, got 1"),
     "an unknown bank": ({}, ["--bank", "river"], "bank: expected 'input' or 'learn'"),
 }
