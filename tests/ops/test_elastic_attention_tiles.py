@@ -73,6 +73,21 @@ def test_one_long_example_beside_short_ones(device):
             assert_same_bits(a, e)
 
 
+@pytest.mark.parametrize(("inputs", "tapes"), [(250, 7), (0, 257), (1020, 0), (1020, 9)])
+def test_many_keys_of_whole_vectors(device, inputs, tapes):
+    """On both sides of what the CPU's kernels take in place and of their blocks of 1024 keys."""
+    cu_inputs, cu_tapes, _ = layout(device, [3, inputs], [1, tapes])
+    used = 4 + inputs + tapes
+    given = qkv(used + 2, 1, 16, device=device)
+    for x in given:
+        x.data[used:] = float("nan")
+    actual = gradients(elastic_attention, *given, cu_inputs, cu_tapes)
+    expected = gradients(by_reference, *(x.double() for x in given), cu_inputs, cu_tapes)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a[:used], e[:used], 1e-5)
+        assert not a[used:].any()
+
+
 @triton.jit
 def _find_tiles_kernel(
     cu_inputs_ptr, cu_tapes_ptr, out_ptr, rows, batch, BLOCK: tl.constexpr, WIDTH: tl.constexpr

@@ -37,7 +37,7 @@ struct HeadBlock {
   const ExampleRows& example;
   int64_t head, first, count, dim;
 
-  T* row(int64_t r) const {
+  __attribute__((always_inline)) T* row(int64_t r) const {
     const int64_t at = example.at(first + r);
     return static_cast<T*>(x.data) + at * x.stride_row + head * x.stride_head;
   }
@@ -103,12 +103,25 @@ template <class T>
 void copy_to_columns(const HeadBlock<T>& from, int64_t columns, float* to) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t lanes = from.count - c < kLanes ? from.count - c : kLanes;
-    for (int64_t d = 0; d < from.dim; d += kLanes) {
+    const T* rows[kLanes];
+    for (int64_t l = 0; l < lanes; ++l) rows[l] = from.row(c + l);
+    int64_t d = 0;
+    for (; lanes == kLanes && d + kLanes <= from.dim; d += kLanes) {
+      IntVec square[kLanes];
+      for (int l = 0; l < kLanes; ++l) square[l] = reinterpret_cast<IntVec>(load(rows[l] + d));
+      transpose(square);
+      float* const first = to + d * columns + c;
+      for (int f = 0; f < kLanes; ++f) {
+        store(first + f * columns, reinterpret_cast<Vec>(square[f]));
+      }
+    }
+    for (; d < from.dim; d += kLanes) {
       const int64_t features = from.dim - d < kLanes ? from.dim - d : kLanes;
-      IntVec square[kLanes] = {};
-      for (int64_t l = 0; l < lanes; ++l) {
-        const T* const row = from.row(c + l) + d;
-        const Vec numbers = features == kLanes ? load(row) : load_some(row, features);
+      IntVec square[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        Vec numbers = {};
+        if (l < lanes)
+          numbers = features == kLanes ? load(rows[l] + d) : load_some(rows[l] + d, features);
         square[l] = reinterpret_cast<IntVec>(numbers);
       }
       transpose(square);

@@ -7,67 +7,29 @@
 // are float.
 
 #include "attention_operands.h"
+#include "attention_softmax.h"
 #include "scratch.h"
 
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-// The scores of so many queries fit the first-level cache.
+// So many queries are taken together: whole tiles of products and whole vectors of rows. Their
+// scores fit the nearer caches.
 template <class Element>
-constexpr int64_t kTileQueries = kWholeTile<Element> > 1 ? 2 * kWholeTile<Element> : 4 * kTileRows;
+constexpr int64_t kTileQueries = kWholeTile<Element> > 1 ? 2 * kWholeTile<Element>
+                                 : kLanes == 16          ? 48
+                                                         : 16;
+static_assert(kTileQueries<float> % kLanes == 0 && kTileQueries<float> % kTileRows == 0);
+
+// The values of more keys are copied together, because they lie far apart and are read once for
+// each tile of columns.
+constexpr int64_t kKeysInPlace = 16 * kLanes;
 
 // Takes a matrix of elements, which are as large as a float.
 template <class Element>
 Element* take(Scratch& scratch, int64_t count) {
   static_assert(sizeof(Element) == sizeof(float));
   return reinterpret_cast<Element*>(scratch.take(count));
-}
-
-// Writes a vector of weights as elements, from column c of a row on.
-inline void store_weights(float* row, int64_t c, Vec x) { store(row + c, x); }
-#if defined(__AVX512BF16__)
-void store_weights(BFloat16Pair* row, int64_t c, Vec x) {
-  const HalfVec half = rounded(x);
-  std::memcpy(reinterpret_cast<char*>(row) + 2 * c, &half, sizeof half);
-}
-#endif
-
-// e^x is 2^(x log2 e): scores are multiplied by log2 e together with their scale.
-constexpr float kLn2 = 0.69314718f;
-
-// Replaces a row of scores by 2^(score * scale - largest) as elements, with zeros from `count` on.
-// They begin where the row does, and never lie behind the score that they are made of. `largest`
-// and `total` run on from earlier blocks of keys; the result is the factor by which everything that
-// those blocks have added up must be multiplied.
-template <class Element>
-float softmax_row(float* s, Element* weights, int64_t count, int64_t width, float scale,
-                  float* largest, float* total) {
-  const int64_t whole = count / kLanes * kLanes;
-  Vec highest = broadcast(-__builtin_inff()), rest = highest;
-  for (int64_t c = 0; c < whole; c += kLanes) highest = max(highest, load(s + c) * scale);
-  if (whole < width) {
-    rest = first_lanes(load(s + whole) * scale, count - whole, -__builtin_inff());
-    highest = max(highest, rest);
-  }
-  const float block = max(highest), before = *largest;
-  const float now = before > block ? before : block;
-  // While all scores are -inf nothing may be subtracted, because -inf - -inf is NaN.
-  const float shift = now == -__builtin_inff() ? 0.0f : now;
-  Vec sums = {};
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    const Vec e = exp2(load(s + c) * scale - shift);
-    store_weights(weights, c, e);
-    sums += e;
-  }
-  if (whole < width) {
-    const Vec e = exp2(rest - shift);
-    store_weights(weights, whole, e);
-    sums += e;
-  }
-  const float kept = before == -__builtin_inff() ? 0.0f : __builtin_exp2f(before - now);
-  *largest = now;
-  *total = *total * kept + sum(sums);
-  return kept;
 }
 
 // Attends from kQueryBlock queries at most, which begin at row `first` of the example.
@@ -87,8 +49,9 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   Element* const kt = take<Element>(scratch, whole_elements<Form>(dim) * block);
   Element* const v = take<Element>(scratch, whole_elements<Form>(block) * width);
   float* const out = scratch.take(whole_tiles<Element>(queries) * width);
-  float* const largest = scratch.take(queries);
-  float* const total = scratch.take(queries);
+  const int64_t whole = round_up(queries, kLanes);
+  const SoftmaxOfRows softmax{
+      .largest = scratch.take(whole), .total = scratch.take(whole), .kept = scratch.take(whole)};
   float* const scores = scratch.take(kTileQueries<Element> * block);
   Element* const weights = reinterpret_cast<Element*>(scores);
   const float scale = p.softmax_scale * kLog2e;
@@ -99,55 +62,83 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   if (next) coming.add<T>(p, *next, {p.q, p.k, p.v});
   const auto ask = [&coming]() __attribute__((always_inline)) { coming.ask(); };
 
-  copy_rows(HeadBlock<T>{p.q, e, head, first, queries, dim}, wide_depth, q);
-  for (int64_t r = 0; r < queries; ++r) largest[r] = -__builtin_inff(), total[r] = 0.0f;
+  const HeadBlock<T> queries_of{p.q, e, head, first, queries, dim};
+  const HeadBlock<T> out_of{p.out, e, head, first, queries, dim};
+  // Whole vectors of float are multiplied, and their sums written, where they lie.
+  const bool in_place = std::is_same_v<T, float> && dim == width;
+  if (!in_place) copy_rows(queries_of, wide_depth, q);
+  softmax.start(queries);
   for (int64_t key = 0; key < rows; key += kKeyBlock) {
     const int64_t keys = rows - key < kKeyBlock ? rows - key : kKeyBlock;
     const int64_t columns = round_up(keys, kLanes);
+    const HeadBlock<T> values_of{p.v, e, head, key, keys, dim};
     copy_to_columns(HeadBlock<T>{p.k, e, head, key, keys, dim}, columns, kt);
-    copy_along_depth(HeadBlock<T>{p.v, e, head, key, keys, dim}, width, v);
+    const bool values_in_place = in_place && keys <= kKeysInPlace;
+    if (!values_in_place) copy_along_depth(values_of, width, v);
     for (int64_t r = 0; r < queries; r += kTileQueries<Element>) {
       const int64_t most = kTileQueries<Element>, count = queries - r < most ? queries - r : most;
-      gemm<Element>({.rows = count,
-                     .cols = columns,
-                     .depth = depth,
-                     .a = q + r * wide_depth,
-                     .stride_a_row = wide_depth,
-                     .stride_a_col = 1,
-                     .b = kt,
-                     .stride_b = columns,
-                     .c = scores,
-                     .stride_c = columns,
-                     .accumulate = false},
-                    ask);
-      for (int64_t t = 0; t < count; ++t) {
-        const float kept = softmax_row(scores + t * columns, weights + t * columns, keys, columns,
-                                       scale, largest + r + t, total + r + t);
-        if (key > 0) {
-          float* const o = out + (r + t) * width;
-          for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * kept);
-        }
+      const SmallProduct<Element> products{.rows = count,
+                                           .cols = keys,
+                                           .depth = depth,
+                                           .a = q + r * wide_depth,
+                                           .stride_a_row = wide_depth,
+                                           .stride_a_col = 1,
+                                           .b = kt,
+                                           .stride_b = columns,
+                                           .c = scores,
+                                           .stride_c = columns,
+                                           .accumulate = false};
+      if constexpr (std::is_same_v<T, float>) {
+        const auto query_row = [&](int64_t t) -> const float* {
+          return in_place ? queries_of.row(r + t) : products.a + t * wide_depth;
+        };
+        gemm(products, ask, query_row, StoreRows(products));
+      } else {
+        gemm(products, ask);
       }
+      weigh({.at = scores, .queries = count, .keys = keys, .columns = columns, .scale = scale},
+            weights, softmax.from(r));
       close_rows(weights, count, columns, keys);
-      gemm<Element>({.rows = count,
-                     .cols = width,
-                     .depth = elements<Form>(keys),
-                     .a = weights,
-                     .stride_a_row = columns,
-                     .stride_a_col = 1,
-                     .b = v,
-                     .stride_b = width,
-                     .c = out + r * width,
-                     .stride_c = width,
-                     .accumulate = key > 0},
-                    ask);
+      for (int64_t t = r; key > 0 && t < r + count; ++t) {
+        float* const o = out + t * width;
+        for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(o + d) * softmax.kept[t]);
+      }
+      SmallProduct<Element> sums{.rows = count,
+                                 .cols = width,
+                                 .depth = elements<Form>(keys),
+                                 .a = weights,
+                                 .stride_a_row = columns,
+                                 .stride_a_col = 1,
+                                 .b = v,
+                                 .stride_b = width,
+                                 .c = out + r * width,
+                                 .stride_c = width,
+                                 .accumulate = key > 0};
+      if constexpr (std::is_same_v<T, float>) {
+        if (values_in_place) {
+          sums.b = values_of.row(0);
+          sums.stride_b = p.v.stride_row;
+          sums.first_b = e.inputs - key;
+          sums.other_b = values_of.row(e.inputs - key);
+        }
+        const bool last = in_place && key + keys == rows;
+        gemm(sums, ask, LeftRows(sums), [&](int64_t t) {
+          float* const to = last ? out_of.row(r + t) : sums.c + t * width;
+          const float factor = last ? 1.0f / softmax.total[r + t] : 1.0f;
+          return [to, factor](int64_t d, Vec x)
+                     __attribute__((always_inline)) { store(to + d, x * factor); };
+        });
+      } else {
+        gemm(sums, ask);
+      }
     }
   }
   for (int64_t r = 0; r < queries; ++r) {
-    p.lse[head * p.rows + e.at(first + r)] = largest[r] * kLn2 + __builtin_logf(total[r]);
+    p.lse[head * p.rows + e.at(first + r)] =
+        softmax.largest[r] * kLn2 + __builtin_logf(softmax.total[r]);
   }
-  copy_out(out, width, HeadBlock<T>{p.out, e, head, first, queries, dim},
-           [total](int64_t r) { return 1.0f / total[r]; });
+  if (in_place) return;
+  copy_out(out, width, out_of, [total = softmax.total](int64_t r) { return 1.0f / total[r]; });
 }
 
 // A row of a block of attention in the backward.
@@ -320,7 +311,7 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
       }
       const auto over_features = [&](const Element* left, const Element* right, float* to) {
         gemm<Element>({.rows = queries,
-                       .cols = columns,
+                       .cols = keys,
                        .depth = depth,
                        .a = left,
                        .stride_a_row = wide_depth,

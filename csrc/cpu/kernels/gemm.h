@@ -12,6 +12,24 @@ namespace adatape::ADATAPE_ISA {
 // columns of A, two rows of B. Sums are float.
 inline Vec load_elements(const float* from) { return load(from); }
 inline Vec multiply_add(Vec sum, const float* left, Vec right) { return sum + *left * right; }
+
+// Half a vector of float.
+using NarrowVec = float __attribute__((vector_size(kVecBytes / 2)));
+constexpr int kNarrowLanes = kLanes / 2;
+inline NarrowVec load_narrow(const float* from) {
+  NarrowVec result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+inline void store_narrow(float* to, NarrowVec x) { std::memcpy(to, &x, sizeof x); }
+inline NarrowVec multiply_add(NarrowVec sum, const float* left, NarrowVec right) {
+  return sum + *left * right;
+}
+// Where AVX-512 runs in two halves, half a vector takes half the time. Otherwise it costs no more
+// than a whole one does.
+template <class Element>
+constexpr bool kHasNarrow = kLanes == 16 && std::is_same_v<Element, float>;
+
 #if defined(__AVX512BF16__)
 inline IntVec load_elements(const BFloat16Pair* from) {
   IntVec result;
@@ -29,7 +47,8 @@ inline Vec multiply_add(Vec sum, const BFloat16Pair* left, IntVec right) {
 #endif
 
 // The product C = A B, or C += A B if `accumulate`. Strides are in elements. The rows of B and C
-// are contiguous; cols, stride_b and stride_c are multiples of kLanes.
+// are contiguous, and there is room for whole vectors in them: what C has behind its columns may be
+// anything.
 template <class Element>
 struct SmallProduct {
   int64_t rows;   // of A and C
@@ -43,57 +62,120 @@ struct SmallProduct {
   float* c;
   int64_t stride_c;  // from a row of C to the next
   bool accumulate;
+  // B may lie in two places: row `first_b` of it then is at `other_b`, followed by the rest.
+  int64_t first_b = -1;
+  const Element* other_b = nullptr;
 };
 
-// Computes a tile of `rows` rows and `vecs` vectors of C, from row r and column j on. The tile
-// stays in registers while k counts up to the depth. So every element of C is one chain of fused
-// multiply-adds in the order of k, whatever tile it lies in.
-template <int rows, int vecs, class Element, class Aside>
-inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, const Aside& aside) {
-  const Element* const a = p.a + r * p.stride_a_row;
-  const Element* const b = p.b + j;
-  float* const c = p.c + r * p.stride_c + j;
-  Vec acc[rows][vecs];
-  for (int i = 0; i < rows; ++i) {
-    for (int v = 0; v < vecs; ++v) {
-      acc[i][v] = p.accumulate ? load(c + i * p.stride_c + v * kLanes) : Vec{};
-    }
+// Where the rows of A begin, unless a caller says otherwise.
+template <class Element>
+struct LeftRows {
+  const Element* a;
+  int64_t stride;
+
+  explicit LeftRows(const SmallProduct<Element>& p) : a(p.a), stride(p.stride_a_row) {}
+  const Element* operator()(int64_t r) const { return a + r * stride; }
+};
+
+// Stores the rows of C, unless a caller does: (r) gives what writes a vector of row r. That must be
+// inlined, or else the sums do not stay in registers.
+template <class Element>
+struct StoreRows {
+  float* c;
+  int64_t stride;
+
+  explicit StoreRows(const SmallProduct<Element>& p) : c(p.c), stride(p.stride_c) {}
+  auto operator()(int64_t r) const {
+    return [row = c + r * stride](int64_t j, Vec x)
+               __attribute__((always_inline)) { store(row + j, x); };
   }
-  for (int64_t k = 0; k < p.depth; ++k) {
+};
+
+// Computes a tile of `rows` rows and `vecs` vectors of C, and half a vector more if `narrow`, from
+// row r and column j on. The tile stays in registers while k counts up to the depth. So every
+// element of C is one chain of fused multiply-adds in the order of k, whatever tile it lies in.
+template <int rows, int vecs, bool narrow, class Element, class Aside, class Left, class Write>
+inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, const Aside& aside,
+                      const Left& left_row, const Write& write) {
+  constexpr int kBehind = vecs * kLanes;
+  const Element* a[rows];
+  // With no whole vector there is one that is not used, because no array is empty.
+  Vec acc[rows][vecs > 0 ? vecs : 1];
+  NarrowVec half[rows];
+  for (int i = 0; i < rows; ++i) {
+    a[i] = left_row(r + i);
+    const float* const c = p.c + (r + i) * p.stride_c + j;
+    for (int v = 0; v < vecs; ++v) acc[i][v] = p.accumulate ? load(c + v * kLanes) : Vec{};
+    if constexpr (narrow) half[i] = p.accumulate ? load_narrow(c + kBehind) : NarrowVec{};
+  }
+  const Element* b = p.b + j;
+  for (int64_t k = 0; k < p.depth; ++k, b += p.stride_b) {
     aside();
-    decltype(load_elements(b)) right[vecs];
-    for (int v = 0; v < vecs; ++v) right[v] = load_elements(b + k * p.stride_b + v * kLanes);
+    if constexpr (!std::is_same_v<Write, StoreRows<Element>>) {
+      if (k == p.first_b) b = p.other_b + j;
+    }
+    decltype(load_elements(b)) right[vecs > 0 ? vecs : 1];
+    NarrowVec right_half;
+    for (int v = 0; v < vecs; ++v) right[v] = load_elements(b + v * kLanes);
+    if constexpr (narrow) right_half = load_narrow(b + kBehind);
     for (int i = 0; i < rows; ++i) {
-      const Element* const left = a + i * p.stride_a_row + k * p.stride_a_col;
+      const Element* const left = a[i] + k * p.stride_a_col;
       for (int v = 0; v < vecs; ++v) acc[i][v] = multiply_add(acc[i][v], left, right[v]);
+      if constexpr (narrow) half[i] = multiply_add(half[i], left, right_half);
     }
   }
   for (int i = 0; i < rows; ++i) {
-    for (int v = 0; v < vecs; ++v) store(c + i * p.stride_c + v * kLanes, acc[i][v]);
+    const auto write_vector = write(r + i);
+    for (int v = 0; v < vecs; ++v) write_vector(j + v * kLanes, acc[i][v]);
+    if constexpr (narrow) store_narrow(p.c + (r + i) * p.stride_c + j + kBehind, half[i]);
   }
 }
 
-// Computes `vecs` vectors of every row of C, from column j on.
-template <int vecs, class Element, class Aside>
-inline void gemm_columns(const SmallProduct<Element>& p, int64_t j, const Aside& aside) {
+// Computes these vectors of every row of C, from column j on.
+template <int vecs, bool narrow, class Element, class... Rest>
+inline void gemm_columns(const SmallProduct<Element>& p, int64_t j, const Rest&... rest) {
   int64_t r = 0;
-  for (; r + kTileRows <= p.rows; r += kTileRows) gemm_tile<kTileRows, vecs>(p, r, j, aside);
-  for (; r + 2 <= p.rows; r += 2) gemm_tile<2, vecs>(p, r, j, aside);
-  if (r < p.rows) gemm_tile<1, vecs>(p, r, j, aside);
+  for (; r + kTileRows <= p.rows; r += kTileRows) {
+    gemm_tile<kTileRows, vecs, narrow>(p, r, j, rest...);
+  }
+  for (; r + 2 <= p.rows; r += 2) gemm_tile<2, vecs, narrow>(p, r, j, rest...);
+  if (r < p.rows) gemm_tile<1, vecs, narrow>(p, r, j, rest...);
+}
+
+// The same for a number of vectors, 1 to `most`, the last of which is half a one if `narrow`.
+template <int most, class Element, class Aside, class Left, class Write>
+inline void gemm_up_to(int64_t vecs, bool narrow, const SmallProduct<Element>& p, int64_t j,
+                       const Aside& aside, const Left& left_row, const Write& write) {
+  if (vecs == most) {
+    if constexpr (kHasNarrow<Element> && std::is_same_v<Write, StoreRows<Element>>) {
+      if (narrow) return gemm_columns<most - 1, true>(p, j, aside, left_row, write);
+    }
+    return gemm_columns<most, false>(p, j, aside, left_row, write);
+  }
+  if constexpr (most > 1) gemm_up_to<most - 1>(vecs, narrow, p, j, aside, left_row, write);
 }
 
 // Computes the product. What else is to be done meanwhile, in small pieces, is done by aside(),
-// once in each step of a tile.
+// once in each step of a tile. Tiles are about as wide as each other, because narrow ones are slow.
+template <class Element, class Aside, class Left, class Write>
+inline void gemm(const SmallProduct<Element>& p, const Aside& aside, const Left& left_row,
+                 const Write& write) {
+  const int64_t behind = p.cols % kLanes;
+  int64_t vecs = (p.cols + kLanes - 1) / kLanes, j = 0;
+  for (int64_t tiles = (vecs + kTileVecs - 1) / kTileVecs; tiles > 0; --tiles) {
+    const int64_t some = (vecs + tiles - 1) / tiles;
+    const bool narrow = tiles == 1 && behind > 0 && behind <= kNarrowLanes;
+    gemm_up_to<kTileVecs>(some, narrow, p, j, aside, left_row, write);
+    vecs -= some;
+    j += some * kLanes;
+  }
+}
 template <class Element, class Aside>
 inline void gemm(const SmallProduct<Element>& p, const Aside& aside) {
 #if defined(__AMX_BF16__)
   if constexpr (kWholeTile<Element> > 1) return multiply_in_tiles(p, aside);
 #endif
-  int64_t j = 0;
-  for (; j + kTileVecs * kLanes <= p.cols; j += kTileVecs * kLanes) {
-    gemm_columns<kTileVecs>(p, j, aside);
-  }
-  for (; j < p.cols; j += kLanes) gemm_columns<1>(p, j, aside);
+  gemm(p, aside, LeftRows(p), StoreRows(p));
 }
 template <class Element>
 inline void gemm(const SmallProduct<Element>& p) {

@@ -109,7 +109,7 @@ inline void multiply_tiles(const SmallProduct<Element>& p, int64_t r, int64_t j,
 template <int rows, class Element, class Aside>
 inline void multiply_rows_of_tiles(const SmallProduct<Element>& p, int64_t r, const Aside& aside) {
   int64_t j = 0;
-  for (; j + 2 * kTileSide <= p.cols; j += 2 * kTileSide) multiply_tiles<rows, 2>(p, r, j, aside);
+  for (; j + kTileSide < p.cols; j += 2 * kTileSide) multiply_tiles<rows, 2>(p, r, j, aside);
   if (j < p.cols) multiply_tiles<rows, 1>(p, r, j, aside);
 }
 

@@ -173,7 +173,7 @@ inline __m512i quarters(__m512i a, __m512i b) {
   return _mm512_maskz_shuffle_i32x4(0xffff, a, b, which);
 }
 
-inline void transpose(IntVec (&rows)[kLanes]) {
+__attribute__((always_inline)) inline void transpose(IntVec (&rows)[kLanes]) {
   // The forms without a mask have an undefined operand in some compilers, which warn of it.
   constexpr __mmask16 kAll = 0xffff;
   constexpr __mmask8 kAllTwos = 0xff;
@@ -202,7 +202,7 @@ inline void transpose(IntVec (&rows)[kLanes]) {
   }
 }
 #else
-inline void transpose(IntVec (&rows)[kLanes]) {
+__attribute__((always_inline)) inline void transpose(IntVec (&rows)[kLanes]) {
   IntVec columns[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < kLanes; ++j) columns[i][j] = rows[j][i];
