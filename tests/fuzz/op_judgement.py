@@ -11,7 +11,9 @@ from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
 
 # One draw of rounding noise may by chance be small, where a result is a single number.
-_DRAWS, _MORE_DRAWS = 4, 64
+_DRAWS = {torch.float64: 4}
+# In the dtype of the sums numbers are apart: those that cancel do so to the last bit, as ours may.
+_MORE_DRAWS = {torch.float64: 64, None: 64}
 
 
 def judge(case, call, results):
@@ -55,7 +57,10 @@ def _apart(case, call, results):
 
 
 def _judge_numbers(case, call, results, draws):
-    """Raise Fault where numbers differ from the exact ones by more than rounding explains."""
+    """Raise Fault where numbers differ from the exact ones by more than rounding explains.
+
+    `draws` is how often noise is drawn, by the dtype of what it disturbs; None is that of the sums.
+    """
     op = case["op"]
     function, leaves = _FUNCTIONS[op](call, results)
     given = cotangents(case, results)
@@ -65,11 +70,13 @@ def _judge_numbers(case, call, results, draws):
         exact = _evaluate(function, leaves, given, torch.float64)
         plain = _evaluate(function, leaves, given, dtype, plain_ops.PEER)
         disturbed = [
-            _evaluate(function, leaves, given, torch.float64, _Noise(seed, dtype, wide))
-            for seed in range(case["seed"], case["seed"] + draws)
+            _evaluate(function, leaves, given, of_sums or wide, _Noise(seed, dtype, wide))
+            for of_sums, number in draws.items()
+            for seed in range(case["seed"], case["seed"] + number)
         ]
         noise = {
-            name: _farthest(x, [draw[name] for draw in disturbed]) for name, x in exact.items()
+            name: _farthest(x, [draw[name].double() for draw in disturbed])
+            for name, x in exact.items()
         }
     if op == "add_layer_norm":
         for found in (exact, plain, noise):

@@ -13,6 +13,7 @@ from fuzz.__main__ import main
 from fuzz.byte_mutations import mutated, random_mutations
 from fuzz.lanes import SHARES, available, make_case
 from fuzz.minimiser import minimised
+from fuzz.one_case import outcome
 from fuzz.planted_faults import PLANTED
 
 TESTS = Path(__file__).parents[1]
@@ -53,6 +54,21 @@ def test_a_case_runs_again_by_its_text():
     ran = run_module("fuzz", "--case", json.dumps(case))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.startswith("no fault: "), ran.stdout
+
+
+@pytest.mark.parametrize("backend", [b for b in ("eager", "cpp") if b in available()])
+@pytest.mark.parametrize("seed", [724222892, 5, 6])
+def test_what_cancels_to_the_last_bit_is_no_fault(backend, seed):
+    """A gate of 0, which rounding makes of huge numbers, opens a way that a gate of 1e5 closes."""
+    sizes = {"inputs": 0, "tapes": 44, "unused": 0, "dim": 3, "hidden": 1, "tape_hidden": 11}
+    options = {"tape_ffn": True, "counts_on_device": False, "activation": "relu", "cancel": True}
+    case = {
+        **{"area": "ops", "op": "dual_ffn", "level": "public", "dtype": "float32"},
+        **{"backend": backend, "seed": seed, "sizes": sizes, "options": options},
+        **{"gradients": True, "values": {"x": "huge"}, "layouts": {}, "breakages": []},
+        **{"subset": False, "strides": False},
+    }
+    assert outcome(case)["valid"]
 
 
 def test_an_unknown_lane_is_refused(capsys):

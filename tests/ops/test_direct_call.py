@@ -1,6 +1,7 @@
 """Calls that go past the op, and those that do not: adatape_kernels/ops/direct_call.py."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -341,3 +342,24 @@ def test_reading_copies_no_slice_of_the_bank(own):
         torch.ops.adatape_cpu.tape_read(query, bank, 3, 2, 1.0, True, "entropy", None, None, 6)
     copied = [each for each in profile.events() if each.name in ("aten::contiguous", "aten::clone")]
     assert not copied
+
+
+def test_a_statement_that_reads_what_nobody_checked_leaves_the_call_to_the_op(monkeypatch):
+    found = operation("add_layer_norm")
+    stating = dataclasses.replace(
+        found.implementations["cpp"],
+        limits=lambda device, x, *rest: "no" if x.shape[1] == 3 else None,
+    )
+    monkeypatch.setitem(found.implementations, "cpp", stating)
+    found.replace("cpp", stating)
+    args = made("add_layer_norm")
+    try:
+        through_dispatcher("add_layer_norm", args)
+        assert at_once("add_layer_norm")(*args) is not None
+        for x in (args[0][0], args[0].sum()):
+            assert at_once("add_layer_norm")(x, *args[1:]) is None
+            with pytest.raises(ValueError, match=r"^x: expected"):
+                ops.add_layer_norm(x, *args[1:])
+    finally:
+        monkeypatch.undo()
+        found.replace("cpp", found.implementations["cpp"])
