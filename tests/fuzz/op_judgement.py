@@ -10,11 +10,6 @@ from fuzz.row_judgement import check_accumulated, check_compacted
 from fuzz.selection_judgement import check_selection
 from fuzz.verdict import Fault
 
-# One draw of rounding noise may by chance be small, where a result is a single number.
-_DRAWS = {torch.float64: 4}
-# In the dtype of the sums numbers are apart: those that cancel do so to the last bit, as ours may.
-_MORE_DRAWS = {torch.float64: 64, None: 64}
-
 
 def judge(case, call, results):
     """Raise Fault where results of a valid call of the public function's arguments are wrong."""
@@ -36,11 +31,24 @@ def judge(case, call, results):
     if op == "add_layer_norm":
         total = (call["x"] + call["branch"]).to(call["x"].dtype)
         _check("total", same_bits(results["total"], total), "another sum")
-    try:
-        _judge_numbers(case, call, results, _DRAWS)
-    except Fault:
-        # A few draws may all be small by chance: more of them decide.
-        _judge_numbers(case, call, results, _MORE_DRAWS)
+    for draws in _draws(wide_dtype(call_dtype(call))):
+        try:
+            _judge_numbers(case, call, results, draws)
+            return
+        except Fault as fault:
+            found = fault
+    raise found
+
+
+def _draws(of_sums):
+    """Yield how often noise is drawn, by the dtype of the numbers that it disturbs; more decide."""
+    yield {torch.float64: 4}
+    # One draw may by chance be small, where a result is a single number.
+    yield {torch.float64: 64}
+    # In float64 numbers are close to each other. In the dtype of the sums those that cancel may do
+    # so to the last bit, as ours may.
+    if of_sums != torch.float64:
+        yield {torch.float64: 64, of_sums: 64}
 
 
 def _apart(case, call, results):
@@ -59,25 +67,24 @@ def _apart(case, call, results):
 def _judge_numbers(case, call, results, draws):
     """Raise Fault where numbers differ from the exact ones by more than rounding explains.
 
-    `draws` is how often noise is drawn, by the dtype of what it disturbs; None is that of the sums.
+    `draws` is one of `_draws`.
     """
     op = case["op"]
     function, leaves = _FUNCTIONS[op](call, results)
     given = cotangents(case, results)
-    dtype = next(iter(call.values())).dtype
+    dtype = call_dtype(call)
     wide = wide_dtype(dtype)
     with torch.autograd.set_detect_anomaly(False):
         exact = _evaluate(function, leaves, given, torch.float64)
         plain = _evaluate(function, leaves, given, dtype, plain_ops.PEER)
-        disturbed = [
-            _evaluate(function, leaves, given, of_sums or wide, _Noise(seed, dtype, wide))
-            for of_sums, number in draws.items()
-            for seed in range(case["seed"], case["seed"] + number)
-        ]
-        noise = {
-            name: _farthest(x, [draw[name].double() for draw in disturbed])
-            for name, x in exact.items()
-        }
+        farthest = {name: _Farthest(x) for name, x in exact.items()}
+        for of_numbers, number in draws.items():
+            for seed in range(case["seed"], case["seed"] + number):
+                jitter = _Noise(seed, dtype, wide)
+                drawn = _evaluate(function, leaves, given, of_numbers, jitter)
+                for name, each in farthest.items():
+                    each.take(drawn[name].double())
+        noise = {name: each.result() for name, each in farthest.items()}
     if op == "add_layer_norm":
         for found in (exact, plain, noise):
             found["dx"] = found["dbranch"] = found.pop("dtotal")
@@ -120,6 +127,11 @@ def _sound_examples(op, call, results):
     return torch.tensor(sound, dtype=torch.bool)
 
 
+def call_dtype(call):
+    """Return the dtype of a call, which is that of its first argument."""
+    return next(iter(call.values())).dtype
+
+
 class _Noise(plain_ops.Exact):
     """Disturbs what is wide by rounding errors of the wide dtype, the rest by the narrow one's."""
 
@@ -159,17 +171,22 @@ def _evaluate(function, leaves, given, dtype, jitter=plain_ops.EXACT):
     return found
 
 
-def _farthest(exact, draws):
-    """Return of each element the draw that is farthest from the exact one, or is not finite."""
-    found = draws[0]
-    for draw in draws[1:]:
-        farther = (draw - exact).abs() > (found - exact).abs()
-        found = torch.where(farther | ~draw.isfinite(), draw, found)
-    # An infinity whose sign is that of rounding noise, or which comes and goes with it, is none.
-    unstable = torch.stack([_class(draw) != _class(exact) for draw in draws]).any(0)
-    return torch.where(
-        unstable & ~exact.isfinite(), torch.where(exact.isnan(), 0, torch.nan), found
-    )
+class _Farthest:
+    """Of each element, the draw that is farthest from the exact one, or is not finite."""
+
+    def __init__(self, exact):
+        self.exact, self.found = exact, exact
+        self.unstable = torch.zeros_like(exact, dtype=torch.bool)
+
+    def take(self, draw):
+        farther = (draw - self.exact).abs() > (self.found - self.exact).abs()
+        self.found = torch.where(farther | ~draw.isfinite(), draw, self.found)
+        self.unstable |= _class(draw) != _class(self.exact)
+
+    def result(self):
+        # An infinity whose sign is that of noise, or which comes and goes with it, is none.
+        odd = self.unstable & ~self.exact.isfinite()
+        return torch.where(odd, torch.where(self.exact.isnan(), 0, torch.nan), self.found)
 
 
 def _compare(name, ours, plain, exact, noise, classes, eps):
