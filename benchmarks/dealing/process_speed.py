@@ -46,20 +46,20 @@ _EPOCHS = 2
 _MODULE = "adatape_kernels.benchmarks.dealing.process_speed"
 
 
-class Step(NamedTuple):
+class TimedStep(NamedTuple):
     """A step of training."""
 
     images: int
     seconds: float
 
 
-class _Steps:
+class _StepTimes:
     """Takes the place of a progress bar, and notes when each step of the last epoch ends."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[int, float]] = []
 
-    def __enter__(self) -> "_Steps":
+    def __enter__(self) -> "_StepTimes":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,14 +75,14 @@ class _Steps:
     def write(self, line: str) -> None:
         """Show nothing."""
 
-    def of_last_epoch(self) -> list[Step]:
+    def of_last_epoch(self) -> list[TimedStep]:
         """Return its steps but for the first, whose beginning is not known."""
         ends = self.ends[len(self.ends) // _EPOCHS * (_EPOCHS - 1) :]
         pairs = itertools.pairwise(ends)
-        return [Step(images, end - before) for (_, before), (images, end) in pairs]
+        return [TimedStep(images, end - before) for (_, before), (images, end) in pairs]
 
 
-def steps_of(data: ImageSet, name: str, batch: int, ranks: Ranks) -> list[Step]:
+def steps_of(data: ImageSet, name: str, batch: int, ranks: Ranks) -> list[TimedStep]:
     """Train a new model for two epochs, and return the steps of the last.
 
     Args:
@@ -98,7 +98,7 @@ def steps_of(data: ImageSet, name: str, batch: int, ranks: Ranks) -> list[Step]:
     config = TrainConfig.of({"data": name, "epochs": _EPOCHS, "batch": batch})
     torch.manual_seed(config.seed)
     channels = data.train_images[torch.zeros(1, dtype=torch.long)].shape[1]
-    steps = _Steps()
+    steps = _StepTimes()
     train(
         config.model(data.num_classes, channels),
         data,
@@ -113,7 +113,7 @@ def steps_of(data: ImageSet, name: str, batch: int, ranks: Ranks) -> list[Step]:
     return steps.of_last_epoch()
 
 
-def images_per_second(of_processes: Sequence[Sequence[Step]], in_step: bool = False) -> float:
+def images_per_second(of_processes: Sequence[Sequence[TimedStep]], in_step: bool = False) -> float:
     """Return how many images a second some processes computed together.
 
     Args:
@@ -121,7 +121,7 @@ def images_per_second(of_processes: Sequence[Sequence[Step]], in_step: bool = Fa
         in_step: whether each step is to have taken all as long as the slowest of them.
 
     Example:
-        >>> steps = [[Step(4, 1.0), Step(4, 1.0)], [Step(4, 2.0), Step(4, 0.5)]]
+        >>> steps = [[TimedStep(4, 1.0), TimedStep(4, 1.0)], [TimedStep(4, 2.0), TimedStep(4, 0.5)]]
         >>> images_per_second(steps), images_per_second(steps, in_step=True)
         (7.2, 5.333333333333333)
     """

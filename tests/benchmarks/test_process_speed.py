@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adatape_kernels.benchmarks.dealing import process_speed
-from adatape_kernels.benchmarks.dealing.process_speed import KINDS, Step, images_per_second
+from adatape_kernels.benchmarks.dealing.process_speed import KINDS, TimedStep, images_per_second
 
 TINY = ("--data", "digits", "--limit", "48", "--batches", "16")
 GUIDE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
@@ -29,7 +29,7 @@ def test_steps_are_measured_in_one_process_and_in_two(tmp_path, capfd):
 
 
 def test_steps_that_wait_for_each_other_take_as_long_as_the_slowest():
-    steps = [[Step(4, 1.0), Step(2, 0.5)], [Step(4, 3.0), Step(2, 0.25)]]
+    steps = [[TimedStep(4, 1.0), TimedStep(2, 0.5)], [TimedStep(4, 3.0), TimedStep(2, 0.25)]]
     assert images_per_second(steps) == 6 / 1.5 + 6 / 3.25
     assert images_per_second(steps, in_step=True) == 12 / 3.5
 
