@@ -23,6 +23,18 @@ def test_a_crop_moves_each_image_by_whole_pixels():
     assert set(rows.tolist()) == {2, 3, 4, 5, 6} and set(columns.tolist()) == {1, 2, 3, 4, 5}
     # Channels move together.
     assert torch.equal(y[:, 1].flatten(1).argmax(1), places + 7)
+    assert y.is_contiguous()
+
+
+def test_a_crop_is_a_piece_of_the_padded_image():
+    x = torch.rand(20, 3, 5, 8)
+    y = augment.crop(x, 2, torch.Generator().manual_seed(1))
+    places = torch.randint(5, (2, 20, 1), generator=torch.Generator().manual_seed(1))
+    for before, after, top, left in zip(x, y, *places.squeeze(2).tolist(), strict=True):
+        padded = torch.zeros(3, 9, 12)
+        padded[:, 2:-2, 2:-2] = before
+        assert torch.equal(after, padded[:, top : top + 5, left : left + 8])
+    assert augment.crop(x[:0], 2, torch.Generator()).shape == (0, 3, 5, 8)
 
 
 def test_a_flip_mirrors_about_half():

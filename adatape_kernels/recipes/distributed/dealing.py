@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adatape_kernels.models import AdaTapeOutput
@@ -174,12 +175,17 @@ class Dealer:
             return None
         known = self.rows[batch].double()
         usual = known[known > 0].mean() if (known > 0).any() else 1.0
-        costs = known.where(known > 0, usual).split(together)
-        hands = dealt([float(each.sum()) for each in costs], self.ranks.count)
-        groups = torch.arange(len(batch)).split(together)
-        own = hands[self.ranks.number]
-        positions = torch.cat([groups[number] for number in own] or [groups[0][:0]])
-        most = max(sum(len(groups[number]) for number in hand) for hand in hands)
+        costs = known.where(known > 0, usual)
+        # The last images may be fewer than go together.
+        missing = -len(batch) % together
+        shape = (len(batch) + missing) // together, together
+        costs = F.pad(costs, (0, missing)).view(shape).sum(1)
+        hands = dealt(costs.tolist(), self.ranks.count)
+        groups = torch.arange(len(batch) + missing).view(shape)
+        positions = groups[hands[self.ranks.number]].flatten()
+        positions = positions[positions < len(batch)]
+        last = len(groups) - 1
+        most = max(len(hand) * together - missing * (last in hand) for hand in hands)
         return Share(positions, len(batch), self.ranks, self, batch, most)
 
     def total(self, images: int) -> int:

@@ -81,6 +81,18 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def summing(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to do what `summed` does, and return what waits for the sum and returns it."""
+        if not self.several:
+            return lambda: tensor
+        work: Any = dist.all_reduce(tensor, async_op=True)
+
+        def found() -> Tensor:
+            work.wait()
+            return tensor
+
+        return found
+
     def gathered(self, found: list[Found]) -> list[Found]:
         """Return what all ranks have found, in their order, which each of them gets."""
         if not self.several:

@@ -213,6 +213,7 @@ def _train_epoch(
             continue
         told = functools.partial(tally.add, step, batch.images)
         steps(batch, rate, limits[step], told)
+        tally.take()
         if tally.seen:  # of a GPU nothing is known before the first read
             bar.set_postfix(
                 {

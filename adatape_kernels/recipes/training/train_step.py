@@ -192,7 +192,8 @@ class EagerSteps:
 class StepTally:
     """Sums over steps, which stay on the device until they are read.
 
-    The CPU is read in every step, a GPU now and then, so that the host runs ahead of it.
+    The CPU is read in every step, a GPU now and then, so that the host runs ahead of it. With
+    several processes this is begun by `add` and ended by `take`, and goes on in between.
 
     Args:
         device: where the steps are computed.
@@ -206,6 +207,7 @@ class StepTally:
         self.seen, self.loss, self.right, self.work, self.unit = 0, 0.0, 0.0, 0.0, ""
         self.steps, self.last_loss, self.last_right = 0, math.nan, math.nan
         self._unread: list[tuple[int, int, Tensor]] = []
+        self._sent: _Sent | None = None
 
     def add(self, step: int, images: int, sums: StepSums) -> None:
         """Add a step.
@@ -216,14 +218,17 @@ class StepTally:
             sums: what it says.
 
         Raises:
-            RuntimeError: a loss is not finite; the error names its step. On a GPU that is found
-                some steps later.
+            RuntimeError: a loss is not finite; the error names its step. With several processes
+                `take` finds that, and on a GPU it is found some steps later.
         """
+        self.take()
         self.unit = sums.unit
         numbers = (sums.loss, sums.right, sums.work)
         self._unread.append((step, images, torch.stack([each.double() for each in numbers])))
         if len(self._unread) >= self.every:
-            self.read()
+            self._send()
+            if not self.ranks.several:
+                self.take()
 
     def read(self) -> None:
         """Bring what was added to the host: `steps`, `seen` images, and sums over these.
@@ -232,12 +237,28 @@ class StepTally:
 
         Raises what `add` raises.
         """
-        if not self._unread:
-            return
-        steps, sizes, sums = zip(*self._unread, strict=True)
+        self.take()
+        if self._unread:
+            self._send()
+            self.take()
+
+    def _send(self) -> None:
+        """Begin to add up over all processes what is on the device."""
+        steps, images, sums = zip(*self._unread, strict=True)
         self._unread = []
-        together = self.ranks.summed(torch.stack(sums)).tolist()
-        for step, images, (loss, right, work) in zip(steps, sizes, together, strict=True):
+        self._sent = _Sent(steps, images, self.ranks.summing(torch.stack(sums)))
+
+    def take(self) -> None:
+        """Wait for what `add` has sent to the other processes, if it has sent anything.
+
+        Raises what `add` raises.
+        """
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return
+        together = sent.sums().tolist()
+        each_step = zip(sent.steps, sent.images, together, strict=True)
+        for step, images, (loss, right, work) in each_step:
             if not math.isfinite(loss):
                 raise RuntimeError(f"loss: expected a finite value {self.place(step)}, got {loss}")
             self.steps, self.last_loss, self.last_right = self.steps + 1, loss, right / images
@@ -245,3 +266,12 @@ class StepTally:
             self.loss += loss * images
             self.right += right
             self.work += work
+
+
+class _Sent(NamedTuple):
+    """Steps whose sums are on their way between the processes."""
+
+    steps: tuple[int, ...]
+    images: tuple[int, ...]
+    sums: Callable[[], Tensor]
+    """Waits for losses, right images and work of all processes, (steps, 3), and returns them."""

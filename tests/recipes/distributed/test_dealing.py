@@ -83,6 +83,24 @@ def test_a_rank_without_images_counts_for_nothing():
     assert share.taken(torch.tensor([7, 8])).tolist() == [7]
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("images", [1, 2, 7, 12])
+def test_images_that_are_mixed_go_to_one_rank_by_what_they_take_together(images, together):
+    rows = torch.randint(5, 20, (40,), generator=torch.Generator().manual_seed(images))
+    batch = torch.arange(39, -1, -3)[:images]
+    groups = [
+        [*range(first, min(first + together, images))] for first in range(0, images, together)
+    ]
+    hands = dealt([float(rows[batch[group]].sum()) for group in groups], 3)
+    expected = [[position for number in hand for position in groups[number]] for hand in hands]
+    shares = [
+        Dealer(None, Ranks(number, 3), 40, rows).share(batch, together) for number in range(3)
+    ]
+    assert [share.positions.tolist() for share in shares] == expected
+    assert {share.positions.dtype for share in shares} == {torch.long}
+    assert {share.most for share in shares} == {max(map(len, expected))}
+
+
 def test_one_process_is_dealt_nothing():
     dealer = Dealer(None, ALONE, 6)
     assert dealer.share(torch.arange(3)) is None and dealer.end_epoch() is None

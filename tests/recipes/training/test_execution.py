@@ -21,12 +21,13 @@ from adatape_kernels.models import (
     ViTConfig,
 )
 from adatape_kernels.recipes import checkpoint, model_comparison, pictures
+from adatape_kernels.recipes.distributed.ranks import Ranks
 from adatape_kernels.recipes.parity import parity_table, parity_training
 from adatape_kernels.recipes.parity.parity_config import ParityConfig, Run
 from adatape_kernels.recipes.training import train
 from adatape_kernels.recipes.training.execution import Execution
 from adatape_kernels.recipes.training.train_config import TrainConfig
-from adatape_kernels.recipes.training.train_step import StepTally, add_gradients
+from adatape_kernels.recipes.training.train_step import StepSums, StepTally, add_gradients
 
 CPU = torch.device("cpu")
 SIZES = dict(num_classes=10, dim=16, num_heads=2, ffn_dim=16, image_size=8, in_channels=1)
@@ -212,6 +213,36 @@ def test_a_tally_names_the_step_whose_loss_is_not_finite():
         tally.read()
     assert str(stop.value) == "loss: expected a finite value at epoch 4, step 1, got inf"
     assert tally.seen == 7 and tally.loss == pytest.approx(7 * sums.loss.item())
+
+
+def test_a_tally_of_several_processes_waits_for_them_behind_the_step(monkeypatch):
+    """Each of two has the half of a loss, and what both have together is there once it is asked."""
+    waits = []
+
+    def summing(ranks, tensor):
+        assert ranks.count == 2
+        return lambda: waits.append(len(tensor)) or 2 * tensor
+
+    monkeypatch.setattr(Ranks, "summing", summing)
+    half = StepSums(torch.tensor(0.75), torch.tensor(2), torch.tensor(9), "rows")
+    tally = StepTally(CPU, lambda step: f"at step {step}", Ranks(0, 2))
+    tally.add(0, 8, half)
+    assert not waits and not tally.seen
+    tally.take()
+    tally.take()  # nothing is left
+    assert waits == [1] and (tally.seen, tally.steps, tally.last_loss) == (8, 1, 1.5)
+
+    # Nothing is lost where nobody has waited before the next is sent, or the end is there.
+    tally.add(1, 8, half)
+    tally.add(2, 4, half)
+    assert tally.seen == 16
+    tally.read()
+    assert waits == [1, 1, 1] and (tally.seen, tally.steps) == (20, 3)
+    assert (tally.loss, tally.right, tally.work) == (20 * 1.5, 12, 54)
+
+    tally.add(3, 8, half._replace(loss=torch.tensor(torch.nan)))
+    with pytest.raises(RuntimeError, match=r"^loss: expected a finite value at step 3, got nan$"):
+        tally.take()
 
 
 OPTIONS = ["train", "--data", "digits", "--limit", "40", "--batch", "16", "--dim", "16"]
