@@ -39,7 +39,7 @@ def found(tmp_path_factory):
         [HERE / "rank_cases.py", folder],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
