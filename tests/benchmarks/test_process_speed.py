@@ -1,11 +1,29 @@
 """How the speed of two processes is measured beside one's, and that the guide has the record."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forked_python import run
 
 from adatape_kernels.benchmarks.dealing import process_speed
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """What starts a run or torchrun is forked; torchrun starts its ranks as ever."""
+
+    def run_python(command, *, check, stdout, env):
+        assert command[0] == sys.executable and check and stdout == subprocess.DEVNULL
+        assert env["OMP_NUM_THREADS"] == "1"
+        run(command[1:], stdout=stdout, env=env).check_returncode()
+
+    starts = SimpleNamespace(**vars(subprocess) | {"run": run_python})
+    monkeypatch.setattr(process_speed, "subprocess", starts)
+
 
 TINY = ("--data", "digits", "--limit", "32", "--epochs", "1", "--dim", "16", "--depth", "1")
 GUIDE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
