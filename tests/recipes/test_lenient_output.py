@@ -228,8 +228,13 @@ def test_the_demo_draws_under_settings_of_the_user(tmp_path):
 
 
 # Matplotlib looks at its settings when it is imported. What takes time is done once.
-DEMO = "import sys; from adatape_kernels.cli import main; from adatape_kernels.recipes import demo; "
-DEMO += "demo.ROUNDS = 1; sys.exit(main(['demo', '--epochs', '1', '--out', sys.argv[1]]))"
+DEMO = """
+import sys
+from adatape_kernels.cli import main
+from adatape_kernels.recipes import demo
+demo.ROUNDS = 1
+sys.exit(main(["demo", "--epochs", "1", "--out", sys.argv[1]]))
+"""
 
 
 def demo(out, environment):
