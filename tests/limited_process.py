@@ -1,8 +1,8 @@
 """Runs Python code in a process that may take only so much more memory than it has."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from forked_python import run
 
 _PRELUDE = """
 import resource, sys
@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv.pop(1))
 def run_limited(code, *arguments, megabytes=700, seconds=120):
     """Run code, which finds the arguments in sys.argv[1:], and return what it printed."""
     tests = str(Path(__file__).parent)
-    command = [sys.executable, "-c", _PRELUDE + code, str(megabytes), tests, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    command = ["-c", _PRELUDE + code, str(megabytes), tests, *arguments]
+    done = run(command, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     return done.stdout

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forked_python import run
 
 import adatape_kernels
 from adatape_kernels import cli
@@ -76,7 +77,7 @@ def test_the_wheel_has_every_module_of_the_benchmarks(installed):
 
 
 def test_bench_of_a_clone_writes_into_a_folder_of_the_current_directory(tmp_path):
-    result = run_outside(ROOT, tmp_path)
+    result = run(["-c", REPORT], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     file, top_level = result.stdout.splitlines()[-2:]
     assert Path(file) == ROOT / "benchmarks/harness/command.py"

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked_python
 import pytest
 import torch
 
@@ -139,6 +140,9 @@ def run_blocks(page, folder):
 
 
 def run_python(path, folder, *arguments):
+    """Run Python, which is forked where it is to find the package that is tested."""
+    if path == PACKAGE.parent:
+        return forked_python.run(arguments, cwd=folder, capture_output=True, text=True)
     environment = {**os.environ, "PYTHONPATH": str(path)}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)

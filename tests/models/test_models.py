@@ -256,7 +256,7 @@ def test_bfloat16_reads_in_float32_and_stays_near():
 
 @pytest.mark.parametrize("capacity", [None, 60])
 def test_compiles_whole_for_any_batch(capacity, fresh_compiler):
-    model = build(read_layers=(0, 1))
+    model = build(depth=2, read_layers=(0, 1))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=capacity is None):
         for batch in (4, 3):

@@ -12,16 +12,21 @@ from adatape_kernels.layers import TapeReader
 from adatape_kernels.models import AdaTapeParity, AdaTapeParityConfig, adatape_vit
 
 BATCH, DIM, BANK = 3, 8, 20
-SIZES = {"num_classes": 5, "dim": 16, "depth": 2, "num_heads": 2, "ffn_dim": 16}
+SIZES = {"num_classes": 5, "dim": 16, "depth": 1, "num_heads": 2, "ffn_dim": 16}
 READING = {"num_tape_tokens": 4, "topk": 2, "halt_threshold": 0.7, "tape_ffn_dim": 8}
 MODELS = {
-    "vit": {},
-    "vit, two reads of a learned bank": {"bank": "learn", "bank_size": 40, "read_layers": (0, 1)},
+    "vit": {"depth": 2},
+    "vit, two reads of a learned bank": {
+        "bank": "learn",
+        "bank_size": 40,
+        "depth": 2,
+        "read_layers": (0, 1),
+    },
     "vit, mean": {"pooling": "mean", "query": "gap"},
     "vit, max": {"pooling": "max", "query": "gap"},
     "vit, projection": {"tape_mlp_dim": 8, "tape_ffn_dim": 0},
-    "parity": {},
-    "parity, two reads": {"read_layers": (0, 1)},
+    "parity": {"depth": 2},
+    "parity, two reads": {"depth": 2, "read_layers": (0, 1)},
 }
 ONE_WAY = {
     "vit, mean": False,

@@ -23,7 +23,9 @@ PICTURES = ("heatmap", "tape_lengths", "shortest_longest", "costs")
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    assert main(["demo", "--epochs", "3", "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "ROUNDS", 2)
+        assert main(["demo", "--epochs", "3", "--out", str(out)]) == 0
     return out
 
 
@@ -58,7 +60,8 @@ def test_the_saved_model_loads(short_demo):
     assert load_model(model, short_demo / "model.safetensors") == (set(), [])
 
 
-def test_a_second_run_with_the_same_seed_repeats_the_first(tmp_path, short_demo):
+def test_a_second_run_with_the_same_seed_repeats_the_first(tmp_path, short_demo, monkeypatch):
+    monkeypatch.setattr(demo, "ROUNDS", 2)
     demo.run(tmp_path, epochs=3)
     first, second = (
         json.loads((folder / "report.json").read_text()) for folder in (short_demo, tmp_path)

@@ -13,6 +13,7 @@ import textwrap
 import pytest
 import torch
 from checks import refused
+from forked_python import run
 
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint, demo, run_folder
@@ -56,9 +57,8 @@ def names():
 
 def by_a_writer(folder, script):
     """Run a script below WRITER in a process of its own."""
-    words = [sys.executable, "-c", WRITER + textwrap.dedent(script), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    words = ["-c", WRITER + textwrap.dedent(script), str(folder)]
+    found = run(words, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()
 

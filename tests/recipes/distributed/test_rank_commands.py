@@ -1,15 +1,13 @@
 """Commands under torchrun that meet with faults: each says one line, and goes on afterwards."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked_python import run
 
 from adatape_kernels.cli import main
 from adatape_kernels.data.image_set import Normaliser
@@ -30,9 +28,8 @@ needs_gloo = pytest.mark.skipif(
 def folder(tmp_path_factory):
     """What the commands have left."""
     made = tmp_path_factory.mktemp("commands")
-    done = subprocess.run(
-        [sys.executable, HERE / "rank_commands.py", made],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])},
+    done = run(
+        [HERE / "rank_commands.py", made],
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,15 +1,13 @@
 """Two and three processes give what one gives, to rounding."""
 
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked_python import run
 from rank_cases import BATCHES, DIVIDED_EPOCHS, EPOCHS, STEPS
 from rank_models import CPU, new_model
 from rank_runs import CHAINS
@@ -37,13 +35,11 @@ needs_gloo = pytest.mark.skipif(
 def found(tmp_path_factory):
     """What each rank found, by the number of processes and the rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = HERE.parents[2]
-    done = subprocess.run(
-        [sys.executable, HERE / "rank_cases.py", folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+    done = run(
+        [HERE / "rank_cases.py", folder],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr

@@ -79,7 +79,7 @@ def test_torchrun_that_is_asked_to_end_twice_keeps_what_is_written(tmp_path, mon
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) != 0
+        assert process.wait(SECONDS_TO_BEGIN) != 0
     (line,) = [each for each in words.read_text().splitlines() if "interrupted" in each]
     held = checkpoint.load(out)
     assert held.epoch >= 2
