@@ -127,7 +127,9 @@ def mark_for_other_runs(item):
     """Mark the cases that sanitizers, and each instruction set of the processor, run once more.
 
     Compilers and torch's own checks of an op (`compiles`) would show them nothing of our kernels,
-    and where no kernel runs (`runs_no_op`) instructions differ in nothing.
+    and where no kernel runs (`runs_no_op`) instructions differ in nothing. How work is shared out
+    among threads is the same for all of them, so of cases of one thread and of two they run the
+    first; those that compare numbers of threads are theirs too.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     given = parameters.get("device")
@@ -137,7 +139,7 @@ def mark_for_other_runs(item):
     several = parameters.get("threads") == 2 or item.get_closest_marker("several_threads")
     if backend == "cpp":
         item.add_marker("sanitize")
-        if not item.get_closest_marker("runs_no_op"):
+        if parameters.get("threads") != 2 and not item.get_closest_marker("runs_no_op"):
             item.add_marker("instruction_sets")
         if several:
             item.add_marker("sanitize_threads")

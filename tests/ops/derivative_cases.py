@@ -48,24 +48,24 @@ CASES = {
     "read, capacity": (lambda q, bank: read(q, bank, 6), ((2, 3), (9, 3))),
     "attention": (
         lambda q, k, v: elastic_attention(q, k, v, *OFFSETS),  # the last row is unused
-        ((7, 2, 4),) * 3,
+        ((7, 2, 2),) * 3,
     ),
-    "attention, packed": (lambda qkv: elastic_attention_qkvpacked(qkv, *OFFSETS), ((7, 3, 2, 4),)),
+    "attention, packed": (lambda qkv: elastic_attention_qkvpacked(qkv, *OFFSETS), ((7, 3, 2, 2),)),
     "ffn": (
         lambda x, *p: dual_ffn(x, 3, FFN(*p[:4]), FFN(*p[4:]), num_rows=5),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,), (8, 3), (8,), (3, 4), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,), (4, 2), (4,), (2, 2), (2,)),
     ),
     "ffn, one kind of rows": (
         lambda x, *p: dual_ffn(x, 6, FFN(*p)),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,)),
     ),
     "ffn, gelu": (
         lambda x, *p: dual_ffn(x, 3, FFN(*p[:4]), FFN(*p[4:]), activation="gelu"),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,), (8, 3), (8,), (3, 4), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,), (4, 2), (4,), (2, 2), (2,)),
     ),
     "ffn, relu": (
         lambda x, *p: dual_ffn(x, 6, FFN(*p), activation="relu"),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,)),
     ),
     "compact": (lambda data: compact_rows(data, KEEP, *OFFSETS)[0], ((7, 3),)),
     "compact, capacity": (
