@@ -34,18 +34,18 @@ def read(query, bank, capacity=None):
 
 
 CASES = {
-    "select": (select, ((2, 3), (2, 9, 3))),
+    "select": (select, ((2, 2), (2, 7, 2))),
     "select, shared keys, max": (
         lambda q, k: select(q, k, loss_type="max", average_query=False),
-        ((2, 3), (9, 3)),
+        ((2, 2), (7, 2)),
     ),
     "gather": (lambda bank, w: tape_gather(bank, INDICES, w, COUNTS)[0], ((2, 5, 4), (2, 2, 2))),
     "gather, capacity": (
         lambda bank, w: tape_gather(bank, INDICES, w, COUNTS, capacity=5)[0],
         ((5, 4), (2, 2, 2)),
     ),
-    "read": (read, ((2, 3), (2, 9, 4))),
-    "read, capacity": (lambda q, bank: read(q, bank, 6), ((2, 3), (9, 3))),
+    "read": (read, ((2, 2), (2, 7, 3))),
+    "read, capacity": (lambda q, bank: read(q, bank, 6), ((2, 2), (7, 3))),
     "attention": (
         lambda q, k, v: elastic_attention(q, k, v, *OFFSETS),  # the last row is unused
         ((7, 2, 2),) * 3,
