@@ -64,11 +64,11 @@ def blocks(rows, most=None):
 @pytest.mark.parametrize("how", ["infinite key", "overflow"])
 def test_keys_that_nobody_wants(device, how, max_rows, head_dim):
     """Scores of -inf in whole blocks, before and behind others and alone."""
-    rows = LONG[current_backend()]
-    short = min(SHORT, rows)
+    long = LONG[current_backend()]
+    short = min(SHORT, long)
     cases = [(short, unwanted) for unwanted in blocks(short)]
-    if rows > short:
-        cases += [(rows, unwanted) for unwanted in blocks(rows, most=short)]
+    if long > short:
+        cases += [(long, unwanted) for unwanted in blocks(long, most=short)]
     for rows, unwanted in cases:
         given, offsets, own = example(device, rows, head_dim)
         q, k, _, _ = given
@@ -99,9 +99,9 @@ def test_rows_without_any_score(device, rows, max_rows, head_dim):
 @pytest.mark.parametrize("tensor", ["q", "k", "v"])
 def test_poison_at_the_borders(device, number, tensor, max_rows, head_dim):
     """One infinite number or NaN in the first or the last row of a block."""
-    rows = LONG[current_backend()]
-    short = min(SHORT, rows)
-    for rows, row in ((rows, 0), (rows, rows - 1), *((short, row) for row in (31, 32, 63, 64))):
+    long = LONG[current_backend()]
+    short = min(SHORT, long)
+    for rows, row in ((long, 0), (long, long - 1), *((short, row) for row in (31, 32, 63, 64))):
         given, offsets, own = example(device, rows, head_dim)
         poisoned = given["qkv".index(tensor)]
         given[0][..., 0] = given[1][..., 0] = 1.0
