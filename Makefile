@@ -57,7 +57,9 @@ newest_constraints := $(NEWEST_VENV)/adatape-constraints.txt
 # What a new torch is most likely to break: not what we refuse, nor the choice of instructions, which
 # are ours alone. Without Triton, whose interpreter takes four times as
 # long as all the rest; then whole models, by Triton's kernels too, against the public code's values.
-sample := tests/ops tests/layers tests/models tests/build/test_build.py::test_facts_of_the_compiled_part \
+# Of each test's cases three for each dtype, op and backend (tests/case_sample.py): a new torch breaks
+# the way of a call, and `make test` computes the numbers of every size.
+sample := --cases-of-a-kind 3 tests/ops tests/layers tests/models tests/build/test_build.py::test_facts_of_the_compiled_part \
   --ignore=tests/ops/test_instruction_sets.py --ignore-glob='*_refusals.py' \
   tests/recipes/test_export_onnx.py
 golden := tests/test_scenic.py

@@ -15,6 +15,7 @@ kept. What a case needs to say beyond its `dtype`, markers say:
 The markers `sanitize`, `sanitize_threads` and `instruction_sets` are given here, to cases of C++.
 """
 
+import functools
 import os
 
 import pytest
@@ -51,6 +52,7 @@ def devices_and_backends(module, plain=False):
     ]
 
 
+@functools.cache  # thousands of cases ask the same few questions
 def _refusal(ops, device, backend, dtype):
     for op in with_backwards(ops):
         reason = explain(op, device, dtype)[backend]
@@ -124,7 +126,10 @@ def _dtype_of(module, backend):
 def mark_for_other_runs(item):
     """Mark the cases that sanitizers, and each instruction set of the processor, run once more.
 
-    Compilers and torch's own checks of an op (`compiles`) would show them nothing of our kernels.
+    Compilers and torch's own checks of an op (`compiles`) would show them nothing of our kernels,
+    and where no kernel runs (`runs_no_op`) instructions differ in nothing. How work is shared out
+    among threads is the same for all of them, so of cases of one thread and of two they run the
+    first; those that compare numbers of threads are theirs too.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     given = parameters.get("device")
@@ -134,7 +139,8 @@ def mark_for_other_runs(item):
     several = parameters.get("threads") == 2 or item.get_closest_marker("several_threads")
     if backend == "cpp":
         item.add_marker("sanitize")
-        item.add_marker("instruction_sets")
+        if parameters.get("threads") != 2 and not item.get_closest_marker("runs_no_op"):
+            item.add_marker("instruction_sets")
         if several:
             item.add_marker("sanitize_threads")
         return

@@ -34,38 +34,38 @@ def read(query, bank, capacity=None):
 
 
 CASES = {
-    "select": (select, ((2, 3), (2, 9, 3))),
+    "select": (select, ((2, 2), (2, 7, 2))),
     "select, shared keys, max": (
         lambda q, k: select(q, k, loss_type="max", average_query=False),
-        ((2, 3), (9, 3)),
+        ((2, 2), (7, 2)),
     ),
     "gather": (lambda bank, w: tape_gather(bank, INDICES, w, COUNTS)[0], ((2, 5, 4), (2, 2, 2))),
     "gather, capacity": (
         lambda bank, w: tape_gather(bank, INDICES, w, COUNTS, capacity=5)[0],
         ((5, 4), (2, 2, 2)),
     ),
-    "read": (read, ((2, 3), (2, 9, 4))),
-    "read, capacity": (lambda q, bank: read(q, bank, 6), ((2, 3), (9, 3))),
+    "read": (read, ((2, 2), (2, 7, 3))),
+    "read, capacity": (lambda q, bank: read(q, bank, 6), ((2, 2), (7, 3))),
     "attention": (
         lambda q, k, v: elastic_attention(q, k, v, *OFFSETS),  # the last row is unused
-        ((7, 2, 4),) * 3,
+        ((7, 2, 2),) * 3,
     ),
-    "attention, packed": (lambda qkv: elastic_attention_qkvpacked(qkv, *OFFSETS), ((7, 3, 2, 4),)),
+    "attention, packed": (lambda qkv: elastic_attention_qkvpacked(qkv, *OFFSETS), ((7, 3, 2, 2),)),
     "ffn": (
         lambda x, *p: dual_ffn(x, 3, FFN(*p[:4]), FFN(*p[4:]), num_rows=5),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,), (8, 3), (8,), (3, 4), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,), (4, 2), (4,), (2, 2), (2,)),
     ),
     "ffn, one kind of rows": (
         lambda x, *p: dual_ffn(x, 6, FFN(*p)),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,)),
     ),
     "ffn, gelu": (
         lambda x, *p: dual_ffn(x, 3, FFN(*p[:4]), FFN(*p[4:]), activation="gelu"),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,), (8, 3), (8,), (3, 4), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,), (4, 2), (4,), (2, 2), (2,)),
     ),
     "ffn, relu": (
         lambda x, *p: dual_ffn(x, 6, FFN(*p), activation="relu"),
-        ((6, 3), (5, 3), (5,), (3, 5), (3,)),
+        ((6, 2), (3, 2), (3,), (2, 3), (2,)),
     ),
     "compact": (lambda data: compact_rows(data, KEEP, *OFFSETS)[0], ((7, 3),)),
     "compact, capacity": (

@@ -7,7 +7,14 @@ import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, assert_low_precision, assert_same_bits, opcheck, refused
+from checks import (
+    assert_close,
+    assert_low_precision,
+    assert_same_bits,
+    interpreted,
+    opcheck,
+    refused,
+)
 from ffn_cases import by_reference, double, gradients, inputs, not_served, other_form_has_it
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,7 +130,8 @@ def test_low_precision(device, dtype, activation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_number_is_as_exact_as_torch_s(device, dtype, activation):
     """Over the range in which they bend, and beyond; the error is relative to 1 + |x|."""
-    numbers = torch.cat([torch.linspace(-14, 14, 2801), torch.tensor([-80.0, 1e3, -1e3])])
+    count = 561 if interpreted(device) else 2801
+    numbers = torch.cat([torch.linspace(-14, 14, count), torch.tensor([-80.0, 1e3, -1e3])])
     numbers = numbers.to(dtype)
     y, dx = through(numbers, activation, device, dtype)
     exact = numbers.double()
@@ -171,7 +179,7 @@ def test_poison_stays_in_its_row(device, activation):
         assert_close(dirty[n], clean[n], 1e-6)
 
 
-def _each_once(device, backend, products, activation, on_device, **parameters):
+def _each_once(device, backend, products, activation, on_device=False, **parameters):
     """In Triton's interpreter each activation meets each form, and each kind of counts, once."""
     slow = device == "cpu" and backend == "triton"
     turn = ACTIVATIONS.index(activation) + FFN_PRODUCTS.index(products) + on_device
@@ -198,6 +206,7 @@ def _detached(argument):
     return argument.detach() if isinstance(argument, torch.Tensor) else argument
 
 
+@pytest.mark.absent_if(reason=_each_once)
 @pytest.mark.compiles
 def test_compiles(fresh_compiler, device, activation):
     x, *ffns, dy = inputs(11, device=device)

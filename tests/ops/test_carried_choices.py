@@ -7,10 +7,6 @@ import threading
 import pytest
 import torch
 from derivative_cases import OFFSETS
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.utils import counters
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.autograd.graph import save_on_cpu
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,6 +74,7 @@ def backward(out, around=None, *, on_a_thread=False):
 @pytest.mark.compiles
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_backward_takes_its_forward_s_backend(compiler, fresh_compiler):
+    counters = torch._dynamo.utils.counters
     counters.clear()
     compiled = torch.compile(chain, fullgraph=True, backend=compiler)
     for forward, around, expected in zip(FORWARD, AROUND, EXPECTED, strict=True):
@@ -144,6 +141,11 @@ def test_the_form_of_products(form, fresh_compiler, monkeypatch):
 @pytest.mark.compiles
 def test_what_stands_in_the_graphs(fresh_compiler):
     """One op more in a forward pass, of a shape known beforehand, which CUDA graphs ask for."""
+    # Torch's compiler takes seconds to import, for which a run of other tests is not to wait.
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
     graphs = []
 
     def keep(graph, inputs):

@@ -12,7 +12,7 @@ from ffn_cases import by_reference, double, gradients, inputs, not_served
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adatape_kernels.ops import FFN, dual_ffn
+from adatape_kernels.ops import FFN, FFN_PRODUCTS, dual_ffn
 
 OP = "dual_ffn"
 pytestmark = [pytest.mark.usefixtures("products"), pytest.mark.absent_if(reason=not_served)]
@@ -111,7 +111,15 @@ def test_backward_is_the_reference_s(device, dtype, two):
         assert_close(a, e, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+def _each_two_once(device, backend, products, dtype, on_device, **parameters):
+    """In Triton's interpreter each two of form, dtype and kind of counts meet at every size."""
+    slow = device == "cpu" and backend == "triton"
+    turn = FFN_PRODUCTS.index(products) + (dtype == torch.float16) + on_device
+    return "other cases have each two of these" if slow and turn % 2 else None
+
+
 @pytest.mark.many_emulated_threads
+@pytest.mark.absent_if(reason=_each_two_once)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("on_device", [False, True], ids=["ints", "scalars"])
 @pytest.mark.parametrize(

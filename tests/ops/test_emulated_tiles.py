@@ -15,10 +15,6 @@ import pytest
 from adatape_kernels._build import build_facts
 
 TESTS = Path(__file__).parent
-# Memory is taken and given back the same way, whatever instructions compute.
-ABOUT_MEMORY = [
-    f"--ignore={TESTS / name}.py" for name in ("test_out_of_memory", "test_working_memory")
-]
 LIBRARY = emulation.emulated_tiles_library()
 FACTS = build_facts()
 
@@ -69,7 +65,7 @@ sys.exit(code)
 def test_attention_passes_its_tests():
     """With every count of rows and of features that leaves a part of a tile empty."""
     options = "-q -p no:cacheprovider -p no:faulthandler -m".split()
-    output = run(RUN_TESTS, *options, "instruction_sets", "-k", "attention", *ABOUT_MEMORY, TESTS)
+    output = run(RUN_TESTS, *options, "instruction_sets", "-k", "attention", TESTS)
     assert " passed" in output and "products: " in output
 
 

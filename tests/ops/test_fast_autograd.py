@@ -13,7 +13,7 @@ from adatape_kernels.ops.attach_derivative import attach
 # One module of ours sees a torch without some names. Torch itself, which uses them too, has them.
 # Torch and its compiler are imported once; each form of our package has a process of its own.
 SCRIPT = """
-import hashlib, importlib.util, os, pathlib, sys, torch
+import contextlib, hashlib, importlib.util, os, pathlib, sys, torch
 import torch._dynamo, torch._dynamo.backends.debugging, torch.utils.checkpoint
 
 class Without:
@@ -71,7 +71,17 @@ def digest(hidden):
     return found.hexdigest()
 
 torch.set_num_threads(1)
-torch.compile(lambda x: x.sin(), backend="aot_eager")(torch.ones(2))  # no threads of autograd
+
+# What a first compilation takes its time for, and what our package imports, is there before the
+# forks. No backward pass runs, which would start a thread of autograd.
+def warm(x, w):
+    return (torch.stack([w] * 2) @ x.square()).softmax(-1).sum()
+
+leaf = torch.ones(2, requires_grad=True)
+torch.compile(warm, fullgraph=True, backend="aot_eager")(leaf, torch.ones(2))
+for name in ("numpy", "triton", "huggingface_hub"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 for line in sys.stdin.read().splitlines():
     if (child := os.fork()) == 0:
         # Torch gives a child of a fork a new thread pool when the pool is next used, and two

@@ -123,25 +123,16 @@ throws = pytest.mark.skipif(
 @pytest.mark.backends("cpp")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_working_memory_of_a_thread_of_the_pool(device, threads):
+    """It is named, and the call after the one that failed is served."""
     body = """
 query, keys = torch.randn(3, 2**21), torch.randn(3, 2, 2**21)
 message_below(28, lambda: select(query, keys))  # the queries of the batch take 24 of them
-"""
-    assert printed_below_limits(body, threads) == [
-        f"tape_select: out of memory: cannot allocate {2**23} bytes for working memory"
-    ]
-
-
-@needs_proc
-@throws
-@pytest.mark.backends("cpp")
-def test_the_call_after_one_that_failed_is_served(device):
-    body = """
-query, keys = torch.randn(3, 2**21), torch.randn(3, 2, 2**21)
-message_below(28, lambda: select(query, keys))
 print(torch.equal(select(query, keys).indices[:1], select(query[:1], keys[:1]).indices))
 """
-    assert printed_below_limits(body)[1:] == ["True"]
+    assert printed_below_limits(body, threads) == [
+        f"tape_select: out of memory: cannot allocate {2**23} bytes for working memory",
+        "True",
+    ]
 
 
 @needs_proc

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import assert_close
+from checks import assert_close, interpreted
 from select_cases import cotangents, gradients
 
 from adatape_kernels import reference
@@ -38,7 +38,9 @@ def test_infinite_scores(device, number, loss_type, average_query, shared):
         average_query=average_query,
         loss_type=loss_type,
     )
-    for places in PLACES:
+    # In an interpreter, which is slow, two of the four cases of a number have each of the places.
+    places_here = PLACES[shared::2] if interpreted(device) else PLACES
+    for places in places_here:
         query = torch.randn(2, 6, device=device)
         keys = torch.randn(*([] if shared else [2]), BANK_SIZE, 6, device=device)
         query[:, 0], keys[..., 0] = (1e30 if abs(number) == 1e30 else 1.0), 0.0
