@@ -36,6 +36,7 @@ _IMPORTED += ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotli
 _IMPORTED += ("jsonargparse", "docstring_parser", "safetensors.torch", "PIL.Image", "tqdm")
 _DECIDED_AT_THE_START = ("PYTHON", "OMP_", "LC_", "LANG", "LD_", "ADATAPE_", "TRITON_")
 _PART = 1 << 16  # bytes of a request that are received at a time
+_SECONDS_TO_END = 10
 
 
 def import_what_commands_need():
@@ -185,7 +186,12 @@ def _server():
 
     def end():
         ours.close()
-        process.wait()
+        # It waits for what it has forked, which may be what a test that failed has left running.
+        try:
+            process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     atexit.register(end)
     return ours, variables
