@@ -29,7 +29,7 @@ def check_selection_types(
 
 
 def check_widths(query: Tensor, bank: Tensor) -> None:
-    """Refuse a bank that is too narrow to hold keys of the query's width."""
+    """Refuse a bank that cannot be cut, or is too narrow to hold keys of the query's width."""
     if query.dim() != 2:
         raise ValueError(f"query: expected (batch, key_dim), got {tuple(query.shape)}")
     key_dim = query.shape[1]
@@ -38,6 +38,8 @@ def check_widths(query: Tensor, bank: Tensor) -> None:
             f"bank: expected ([batch,] bank_size, dim), dim at least key_dim = {key_dim}, "
             f"got {tuple(bank.shape)}"
         )
+    if bank.layout is not torch.strided:
+        raise ValueError(f"bank: expected a tensor of layout torch.strided, got {bank.layout}")
 
 
 def check_selection(

@@ -107,6 +107,7 @@ def test_counts_the_flops_of_both(device):
         ("bank", dict(bank=torch.zeros(1, BATCH, BANK, DIM)), ["key_dim = 3", "(1, 4, 9, 6)"]),
         ("bank", dict(bank=torch.zeros(5, BANK, DIM)), ["batch 4", "(5, 9, 3)"]),
         ("bank", dict(bank=torch.zeros(1, DIM)), ["topk = 2", "got 1"]),
+        ("bank", dict(bank=torch.zeros(BANK, DIM).to_sparse()), ["torch.strided", "sparse_coo"]),
         ("topk", dict(topk=0), ["1 to 32", "got 0"]),
         ("capacity", dict(capacity=-1), ["0 or more", "got -1"]),
     ],
