@@ -105,8 +105,12 @@ def test_torchrun_begins_divided_parameters_anew_from_the_last_checkpoint(tmp_pa
         wait_for("epoch 2/20", words, process)
         os.kill(process_of_rank(1, process), signal.SIGKILL)
         assert process.wait(SECONDS_TO_BEGIN) == 0, words.read_text()
-    (line,) = [each for each in words.read_text().splitlines() if "adatape-kernels: " in each]
-    assert line.endswith("and one is gone; --resume goes on from the last checkpoint")
+    said = [each for each in words.read_text().splitlines() if "adatape-kernels: " in each]
+    # The other rank finds that one is gone, or torchrun has found it and tells that rank to end: on
+    # a busy machine either may come first.
+    ends = "one is gone; --resume goes on from the last checkpoint", "--resume goes on from there"
+    found = [next((end for end in ends if line.endswith(end)), line) for line in said]
+    assert found and set(found) <= set(ends) and len(set(found)) == len(found), "\n".join(said)
     epochs = [int(number) for number in re.findall(r"epoch (\d+)/20", words.read_text())]
     assert epochs == sorted(set(epochs)) and epochs[:2] == [1, 2] and epochs[-1] == 20
     assert not (out / LOCK).exists() and (out / "report.json").exists()
