@@ -5,8 +5,9 @@ same but for two to four seconds of imports that every process of its own would 
 that is forked ends as any other does: its streams are flushed, its exit code is its own, and a
 signal kills it alone.
 
-What is decided when an interpreter starts or torch is imported cannot be asked for: an encoding,
-a number of threads other than 1, another copy of the package. Tests of these start Python itself.
+What is decided when an interpreter starts or torch is imported cannot be asked for: an encoding, a
+time zone, a number of threads other than 1, another copy of the package. And what is drawn then is
+the same for all, such as the seed of strings' hashes. Tests of these start Python itself.
 """
 
 import atexit
@@ -34,7 +35,8 @@ CLOSED = object()
 _IMPORTED = ("torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection")
 _IMPORTED += ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker")
 _IMPORTED += ("jsonargparse", "docstring_parser", "safetensors.torch", "PIL.Image", "tqdm")
-_DECIDED_AT_THE_START = ("PYTHON", "OMP_", "LC_", "LANG", "LD_", "ADATAPE_", "TRITON_")
+_DECIDED_AT_THE_START = ("PYTHON", "OMP_", "MKL_", "ATEN_", "TORCH_", "TRITON_", "ADATAPE_")
+_DECIDED_AT_THE_START += ("LC_", "LANG", "LD_", "MPL", "TMPDIR", "TZ")
 _PART = 1 << 16  # bytes of a request that are received at a time
 _SECONDS_TO_END = 10
 

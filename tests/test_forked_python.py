@@ -65,6 +65,13 @@ def test_what_is_written_last_is_flushed_and_what_was_registered_called():
 
 
 def test_what_a_begun_interpreter_would_not_heed_is_refused():
-    for name, value in (("OMP_NUM_THREADS", "2"), ("PYTHONPATH", "/"), ("LC_ALL", "C")):
+    others = {
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": "/",
+        "LC_ALL": "C",
+        "TZ": "X",
+        "MPLCONFIGDIR": "/",
+    }
+    for name, value in others.items():
         with refused("env", name, value):
             run(["-c", ""], env={**os.environ, "OMP_NUM_THREADS": "1", name: value})

@@ -31,7 +31,7 @@ def judge(case, call, results):
     if op == "add_layer_norm":
         total = (call["x"] + call["branch"]).to(call["x"].dtype)
         _check("total", same_bits(results["total"], total), "another sum")
-    for draws in _draws(wide_dtype(call_dtype(call))):
+    for draws in _draws(wide_dtype(_dtype_of(call))):
         try:
             _judge_numbers(case, call, results, draws)
             return
@@ -72,7 +72,7 @@ def _judge_numbers(case, call, results, draws):
     op = case["op"]
     function, leaves = _FUNCTIONS[op](call, results)
     given = cotangents(case, results)
-    dtype = call_dtype(call)
+    dtype = _dtype_of(call)
     wide = wide_dtype(dtype)
     with torch.autograd.set_detect_anomaly(False):
         exact = _evaluate(function, leaves, given, torch.float64)
@@ -127,7 +127,7 @@ def _sound_examples(op, call, results):
     return torch.tensor(sound, dtype=torch.bool)
 
 
-def call_dtype(call):
+def _dtype_of(call):
     """Return the dtype of a call, which is that of its first argument."""
     return next(iter(call.values())).dtype
 
