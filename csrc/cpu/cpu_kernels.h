@@ -246,8 +246,9 @@ struct CpuAccumulateRowsBwdParams {
 // softmax this many keys.
 constexpr int64_t kQueryBlock = 512;
 constexpr int64_t kKeyBlock = 1024;
-// The attention's backward takes so many queries and keys at a time.
-constexpr int64_t kBackwardBlock = 256;
+// The attention's backward takes as many queries at a time as have so many scores, and some at
+// least.
+constexpr int64_t kBackwardScores = 256 * 256, kLeastBackwardQueries = 64;
 // At most so many examples read a shared bank together, so that a pass over its keys serves all.
 constexpr int64_t kExamplesPerBankPass = 48;
 // A multiple of the entries in a panel of keys, whatever the instruction set.

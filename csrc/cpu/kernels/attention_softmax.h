@@ -19,6 +19,10 @@ inline void store_weights(BFloat16Pair* row, int64_t c, Vec x) {
 }
 #endif
 
+// The lanes of so many columns are added up before they are added to those of the columns before,
+// so that no chain of additions is long.
+constexpr int64_t kSumColumns = 16 * kLanes;
+
 // What softmax knows of the rows of queries after some blocks of keys. There is room for whole
 // vectors of rows.
 struct SoftmaxOfRows {
@@ -34,6 +38,15 @@ struct SoftmaxOfRows {
     }
   }
 };
+
+// Returns the greatest power of two of which so many add up to 1 at most. Weights are multiplied by
+// it where they go into sums of values, which are no greater then than the greatest value: it may
+// be near the greatest float.
+inline float share_of_key(int64_t keys) {
+  float share = 1.0f;
+  while (share * static_cast<float>(keys) > 1.0f) share *= 0.5f;
+  return share;
+}
 
 // The scores of some queries and a block of keys: (queries, columns), of which the first `keys`
 // columns are keys and the others may be anything. Columns are whole vectors.
@@ -52,11 +65,11 @@ struct BlockScores {
   }
 };
 
-// Replaces scores by weights, 2^(score * scale - largest), as elements, with zeros behind the last
-// key. The weights of a row begin where its scores do, and never lie behind the score that they
-// are made of.
+// Replaces scores by shares of weights, share * 2^(score * scale - largest), as elements, with
+// zeros behind the last key. The weights of a row begin where its scores do, and never lie behind
+// the score that they are made of.
 template <class Element>
-void weigh(const BlockScores& scores, Element* weights, const SoftmaxOfRows& softmax) {
+void weigh(const BlockScores& scores, float share, Element* weights, const SoftmaxOfRows& softmax) {
   for (int64_t first = 0; first < scores.queries; first += kLanes) {
     const int64_t rest = scores.queries - first, count = rest < kLanes ? rest : kLanes;
     Vec rows[kLanes];
@@ -77,14 +90,17 @@ void weigh(const BlockScores& scores, Element* weights, const SoftmaxOfRows& sof
     store(shifts, now == lowest ? Vec{} : now);
     for (int64_t i = 0; i < kLanes; ++i) {
       Element* const row = weights + (first + i) * scores.columns;
-      Vec sums = {};
+      Vec sums = {}, some = {};
       if (i < count)
         scores.for_vectors(first + i, [&](int64_t c, Vec x) {
           const Vec e = exp2(x - shifts[i]);
-          store_weights(row, c, e);
-          sums += e;
+          store_weights(row, c, e * share);
+          some += e;
+          if (c % kSumColumns != kSumColumns - kLanes) return;
+          sums += some;
+          some = Vec{};
         });
-      rows[i] = sums;
+      rows[i] = sums + some;
     }
     const Vec sums = folded_rows(rows, [](Vec a, Vec b) { return a + b; });
     store(softmax.total + first, load(softmax.total + first) * kept + sums);

@@ -54,7 +54,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
       .largest = scratch.take(whole), .total = scratch.take(whole), .kept = scratch.take(whole)};
   float* const scores = scratch.take(kTileQueries<Element> * block);
   Element* const weights = reinterpret_cast<Element*>(scores);
-  const float scale = p.softmax_scale * kLog2e;
+  const float scale = p.softmax_scale * kLog2e, share = share_of_key(rows);
   const int64_t own = ComingRows::rows_of(p, task);
   const int64_t others = next ? ComingRows::rows_of(p, *next) : 0;
   ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), own + 3 * others);
@@ -97,7 +97,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
         gemm(products, ask);
       }
       weigh({.at = scores, .queries = count, .keys = keys, .columns = columns, .scale = scale},
-            weights, softmax.from(r));
+            share, weights, softmax.from(r));
       close_rows(weights, count, columns, keys);
       for (int64_t t = r; key > 0 && t < r + count; ++t) {
         float* const o = out + t * width;
@@ -124,7 +124,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
         const bool last = in_place && key + keys == rows;
         gemm(sums, ask, LeftRows(sums), [&](int64_t t) {
           float* const to = last ? out_of.row(r + t) : sums.c + t * width;
-          const float factor = last ? 1.0f / softmax.total[r + t] : 1.0f;
+          const float factor = last ? 1.0f / (softmax.total[r + t] * share) : 1.0f;
           return [to, factor](int64_t d, Vec x)
                      __attribute__((always_inline)) { store(to + d, x * factor); };
         });
@@ -138,79 +138,94 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
         softmax.largest[r] * kLn2 + __builtin_logf(softmax.total[r]);
   }
   if (in_place) return;
-  copy_out(out, width, out_of, [total = softmax.total](int64_t r) { return 1.0f / total[r]; });
+  copy_out(out, width, out_of, [&](int64_t r) { return 1.0f / (softmax.total[r] * share); });
 }
 
-// A row of a block of attention in the backward.
-struct BlockRow {
+// A query's row of scores in the backward.
+struct ScoreRow {
   float* scores;
   float* dweights;   // gradients of the weights
   int64_t keys;      // those that the row has; columns behind them are no keys
   float scale, lse;  // both times log2 e
-
-  Vec weights(int64_t c) const { return exp2(load(scores + c) * scale - lse); }
 };
 
-// Replaces the scores by the weights; returns the sum of the products of weights and gradients.
-float weigh(const BlockRow& row) {
-  const int64_t whole = row.keys / kLanes * kLanes;
-  Vec products = {};
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    const Vec w = row.weights(c);
+// A query's weights are what stands in its row times `factor`; `mean` is the mean of the gradients
+// of its weights by these.
+struct RowWeights {
+  float factor, mean;
+};
+
+// Replaces the scores by the weights, but for a factor. It is one but for rounding: that of `lse`,
+// which is the greater the greater scores are.
+RowWeights weigh(const ScoreRow& row) {
+  const auto weights = [&](int64_t c) {
+    const Vec w = exp2(load(row.scores + c) * row.scale - row.lse);
     store(row.scores + c, w);
-    products += w * load(row.dweights + c);
+    return w;
+  };
+  Vec total = {}, products = {};
+  const int64_t whole = row.keys / kLanes * kLanes;
+  for (int64_t c = 0; c < whole;) {
+    const int64_t end = whole - c > kSumColumns ? c + kSumColumns : whole;
+    Vec some = {}, some_products = {};
+    for (; c < end; c += kLanes) {
+      const Vec w = weights(c);
+      some += w;
+      some_products += w * load(row.dweights + c);
+    }
+    total += some;
+    products += some_products;
   }
-  if (whole == row.keys) return sum(products);
-  const Vec w = row.weights(whole);
-  store(row.scores + whole, w);
-  return sum(products + first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f));
+  if (whole < row.keys) {
+    const Vec w = weights(whole);
+    total += first_lanes(w, row.keys - whole, 0.0f);
+    products += first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f);
+  }
+  const float factor = 1.0f / sum(total);
+  return {factor, sum(products) * factor};
 }
 
-// What the gradients of all of a row's scores have in common: the sum of the products of the output
-// and its gradient over the features. It is that of weights and their gradients over the keys, too,
-// which is taken where an output was rounded to 16 bits and one block has all keys.
-struct CommonPart {
-  const float* known;  // of the block's queries, or null
-
-  float of(int64_t query, float products) const { return known ? known[query] : products; }
-};
-
-// Replaces the scores of a block of attention by its weights, and the gradients of the weights by
-// those of the scores before they were scaled. What is written are elements of numbers that follow
-// each other by query, where the scores were and in `ds_by_query`, and by key, where the gradients
-// of the weights were. As float they are the same, so that `ds_by_query` lies there too.
+// Replaces the scores of some queries by the weights, and the gradients of the weights by those of
+// the scores before they were scaled. What is written are elements of numbers that follow each
+// other by query, where the scores were and in `ds_by_query`, and by key, where the gradients of
+// the weights were. As float they are the same, so that `ds_by_query` lies there too.
+//
+// From the gradients of a query's weights their mean by these weights is subtracted. The output's
+// product with its gradient is as much, but not to the last bit: where nearly all of the weight is
+// one key's, only the mean of the very numbers at hand cancels.
 inline void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys,
-                          int64_t columns, float scale, const float* lse, CommonPart common) {
+                          int64_t columns, float scale, const float* lse) {
   for (int64_t r = 0; r < queries; ++r) {
-    const BlockRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
-    const float shift = common.of(r, weigh(row));
+    const ScoreRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
+    const RowWeights weights = weigh(row);
     for (int64_t c = 0; c < columns; c += kLanes) {
-      store(row.dweights + c, load(row.scores + c) * (load(row.dweights + c) - shift));
+      const Vec w = load(row.scores + c) * weights.factor;
+      store(row.scores + c, w);
+      store(row.dweights + c, w * (load(row.dweights + c) - weights.mean));
     }
   }
 }
 
 #if defined(__AVX512BF16__)
 void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t queries,
-                   int64_t keys, int64_t columns, float scale, const float* lse,
-                   CommonPart common) {
+                   int64_t keys, int64_t columns, float scale, const float* lse) {
   for (int64_t r = 0; r < queries; r += 2) {
     // No pair of rows is written before it was read, as its place is at most that of its first row.
     auto* const pairs = reinterpret_cast<BFloat16Pair*>(scores) + r / 2 * columns;
     const int64_t count = queries - r < 2 ? 1 : 2;
-    BlockRow rows[2];
-    float shifts[2];
+    ScoreRow rows[2];
+    RowWeights weights[2];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (r + i) * columns;
       rows[i] = {scores + at, ds + at, keys, scale, lse[r + i]};
-      shifts[i] = common.of(r + i, weigh(rows[i]));
+      weights[i] = weigh(rows[i]);
     }
     for (int64_t c = 0; c < columns; c += kLanes) {
       HalfVec w_halves[2] = {}, ds_halves[2] = {};
       for (int64_t i = 0; i < count; ++i) {
-        const Vec w = load(rows[i].scores + c);
+        const Vec w = load(rows[i].scores + c) * weights[i].factor;
         w_halves[i] = rounded(w);
-        ds_halves[i] = rounded(w * (load(rows[i].dweights + c) - shifts[i]));
+        ds_halves[i] = rounded(w * (load(rows[i].dweights + c) - weights[i].mean));
         char* const by_key = reinterpret_cast<char*>(rows[i].dweights) + 2 * c;
         std::memcpy(by_key, &ds_halves[i], sizeof(HalfVec));
       }
@@ -225,20 +240,15 @@ void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t 
 }
 #endif
 
-// Writes each row's sum of products of an output and its gradient.
-template <class T>
-void products_of_outputs(const HeadBlock<T>& out, const HeadBlock<T>& dout, float* to) {
-  for (int64_t r = 0; r < out.count; ++r) {
-    const T *const o = out.row(r), *const d_o = dout.row(r);
-    Vec products = {};
-    int64_t d = 0;
-    for (; d + kLanes <= out.dim; d += kLanes) products += load(o + d) * load(d_o + d);
-    const int tail = static_cast<int>(out.dim - d);
-    to[r] = sum(products + load_some(o + d, tail) * load_some(d_o + d, tail));
-  }
+// Returns how many queries of an example are taken at a time, about the same in each block.
+int64_t queries_at_once(int64_t rows) {
+  if (rows * rows <= kBackwardScores) return rows;
+  const int64_t blocks = rows * rows / kBackwardScores + 1;
+  const int64_t queries = round_up((rows + blocks - 1) / blocks, kLeastBackwardQueries);
+  return queries < rows ? queries : rows;
 }
 
-// Computes the gradients block by block: for each block of keys all blocks of queries.
+// Computes the gradients a block of queries after another, each with all keys.
 template <class Form>
 void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
               const AttentionTask* next) {
@@ -249,119 +259,108 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t head = task.head;
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
-  const int64_t block = rows < kBackwardBlock ? rows : kBackwardBlock;
-  const int64_t wide_block = round_up(block, kLanes), half_block = whole_elements<Form>(block);
+  const int64_t columns = round_up(rows, kLanes), block = queries_at_once(rows);
   const int64_t whole_depth = whole_elements<Form>(dim), whole_block = whole_tiles<Element>(block);
+  const int64_t half_block = whole_elements<Form>(block);
   Scratch scratch;
   // Queries and their gradients as the left operands of products over features, keys and values as
   // the right ones; then the same as right operands of products over rows. In float a matrix of
   // rows is both.
   Element* const q = take<Element>(scratch, whole_block * wide_depth);
   Element* const dout = take<Element>(scratch, whole_block * wide_depth);
-  Element* const kt = take<Element>(scratch, whole_depth * wide_block);
-  Element* const vt = take<Element>(scratch, whole_depth * wide_block);
-  Element* const k = take<Element>(scratch, half_block * width);
+  Element* const kt = take<Element>(scratch, whole_depth * columns);
+  Element* const vt = take<Element>(scratch, whole_depth * columns);
+  Element* const k = take<Element>(scratch, whole_elements<Form>(rows) * width);
   Element* const q_rows = kPairs ? take<Element>(scratch, half_block * width) : q;
   Element* const dout_rows = kPairs ? take<Element>(scratch, half_block * width) : dout;
-  float* const dq = scratch.take(whole_tiles<Element>(rows) * width);
-  float* const dk = scratch.take(whole_block * width);
-  float* const dv = scratch.take(whole_block * width);
+  float* const dq = scratch.take(whole_block * width);
+  float* const dk = scratch.take(whole_tiles<Element>(rows) * width);
+  float* const dv = scratch.take(whole_tiles<Element>(rows) * width);
   float* const lse = scratch.take(rows);
-  float* const common = scratch.take(rows);
-  float* const scores = scratch.take(whole_block * wide_block);
-  float* const ds = scratch.take(whole_block * wide_block);
+  float* const scores = scratch.take(whole_block * columns);
+  float* const ds = scratch.take(whole_block * columns);
   Element* const weights = reinterpret_cast<Element*>(scores);
   Element* const ds_by_key = reinterpret_cast<Element*>(ds);
-  Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * wide_block) : ds_by_key;
+  Element* const ds_by_query = kPairs ? take<Element>(scratch, half_block * columns) : ds_by_key;
   constexpr bool kTiles = kWholeTile<Element> > 1;
-  Element* const room = kTiles ? take<Element>(scratch, half_block * wide_block) : nullptr;
+  Element* const room = kTiles ? take<Element>(scratch, half_block * columns) : nullptr;
 
   const float scale = p.softmax_scale * kLog2e;
   const int64_t own = ComingRows::rows_of(p, task);
   const int64_t others = next ? ComingRows::rows_of(p, *next) : 0;
-  ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), 3 * own + 5 * others);
+  ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), 3 * own + 4 * others);
   coming.add<T>(p, task, {p.dq, p.dk, p.dv});
-  if (next) coming.add<T>(p, *next, {p.q, p.k, p.v, p.out, p.dout});
+  if (next) coming.add<T>(p, *next, {p.q, p.k, p.v, p.dout});
   const auto ask = [&coming]() __attribute__((always_inline)) { coming.ask(); };
 
   for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[head * p.rows + e.at(r)] * kLog2e;
-  const bool by_outputs = std::is_same_v<T, float> || rows > block;
-  if (by_outputs) {
-    products_of_outputs(HeadBlock<T>{p.out, e, head, 0, rows, dim},
-                        HeadBlock<T>{p.dout, e, head, 0, rows, dim}, common);
-  }
   const auto unscaled = [](int64_t) { return 1.0f; };
   const auto scaled = [&p](int64_t) { return p.softmax_scale; };
-  for (int64_t key = 0; key < rows; key += block) {
-    const int64_t keys = rows - key < block ? rows - key : block;
-    const int64_t columns = round_up(keys, kLanes);
-    const HeadBlock<T> keys_of{p.k, e, head, key, keys, dim};
-    copy_along_depth(keys_of, width, k);
-    copy_to_columns(keys_of, columns, kt);
-    copy_to_columns(HeadBlock<T>{p.v, e, head, key, keys, dim}, columns, vt);
-    for (int64_t query = 0; query < rows; query += block) {
-      const int64_t queries = rows - query < block ? rows - query : block;
-      const HeadBlock<T> queries_of{p.q, e, head, query, queries, dim};
-      const HeadBlock<T> gradients_of{p.dout, e, head, query, queries, dim};
-      copy_rows(queries_of, wide_depth, q);
-      copy_rows(gradients_of, wide_depth, dout);
-      if constexpr (kPairs) {
-        copy_along_depth(queries_of, width, q_rows);
-        copy_along_depth(gradients_of, width, dout_rows);
-      }
-      const auto over_features = [&](const Element* left, const Element* right, float* to) {
-        gemm<Element>({.rows = queries,
-                       .cols = keys,
-                       .depth = depth,
-                       .a = left,
-                       .stride_a_row = wide_depth,
-                       .stride_a_col = 1,
-                       .b = right,
-                       .stride_b = columns,
-                       .c = to,
-                       .stride_c = columns,
-                       .accumulate = false},
-                      ask);
-      };
-      over_features(q, kt, scores);
-      over_features(dout, vt, ds);
-      differentiate(scores, ds, ds_by_query, queries, keys, columns, scale, lse + query,
-                    {by_outputs ? common + query : nullptr});
-      close_rows(ds_by_key, queries, columns, keys);
-      const auto over_queries = [&](const Element* by_query, const Element* right, float* to) {
-        const auto left = turned(by_query, elements<Form>(queries), columns, room);
-        gemm<Element>({.rows = keys,
-                       .cols = width,
-                       .depth = elements<Form>(queries),
-                       .a = left.at,
-                       .stride_a_row = left.stride_row,
-                       .stride_a_col = left.stride_col,
-                       .b = right,
-                       .stride_b = width,
-                       .c = to,
-                       .stride_c = width,
-                       .accumulate = query > 0},
-                      ask);
-      };
-      over_queries(ds_by_query, q_rows, dk);
-      over_queries(weights, dout_rows, dv);
-      gemm<Element>({.rows = queries,
-                     .cols = width,
-                     .depth = elements<Form>(keys),
-                     .a = ds_by_key,
-                     .stride_a_row = columns,
-                     .stride_a_col = 1,
-                     .b = k,
-                     .stride_b = width,
-                     .c = dq + query * width,
-                     .stride_c = width,
-                     .accumulate = key > 0},
-                    ask);
+  const HeadBlock<T> keys_of{p.k, e, head, 0, rows, dim};
+  copy_along_depth(keys_of, width, k);
+  copy_to_columns(keys_of, columns, kt);
+  copy_to_columns(HeadBlock<T>{p.v, e, head, 0, rows, dim}, columns, vt);
+  for (int64_t query = 0; query < rows; query += block) {
+    const int64_t queries = rows - query < block ? rows - query : block;
+    const HeadBlock<T> queries_of{p.q, e, head, query, queries, dim};
+    const HeadBlock<T> gradients_of{p.dout, e, head, query, queries, dim};
+    copy_rows(queries_of, wide_depth, q);
+    copy_rows(gradients_of, wide_depth, dout);
+    if constexpr (kPairs) {
+      copy_along_depth(queries_of, width, q_rows);
+      copy_along_depth(gradients_of, width, dout_rows);
     }
-    copy_out(dk, width, HeadBlock<T>{p.dk, e, head, key, keys, dim}, scaled);
-    copy_out(dv, width, HeadBlock<T>{p.dv, e, head, key, keys, dim}, unscaled);
+    const auto over_features = [&](const Element* left, const Element* right, float* to) {
+      gemm<Element>({.rows = queries,
+                     .cols = rows,
+                     .depth = depth,
+                     .a = left,
+                     .stride_a_row = wide_depth,
+                     .stride_a_col = 1,
+                     .b = right,
+                     .stride_b = columns,
+                     .c = to,
+                     .stride_c = columns,
+                     .accumulate = false},
+                    ask);
+    };
+    over_features(q, kt, scores);
+    over_features(dout, vt, ds);
+    differentiate(scores, ds, ds_by_query, queries, rows, columns, scale, lse + query);
+    close_rows(ds_by_key, queries, columns, rows);
+    const auto over_queries = [&](const Element* by_query, const Element* right, float* to) {
+      const auto left = turned(by_query, elements<Form>(queries), columns, room);
+      gemm<Element>({.rows = rows,
+                     .cols = width,
+                     .depth = elements<Form>(queries),
+                     .a = left.at,
+                     .stride_a_row = left.stride_row,
+                     .stride_a_col = left.stride_col,
+                     .b = right,
+                     .stride_b = width,
+                     .c = to,
+                     .stride_c = width,
+                     .accumulate = query > 0},
+                    ask);
+    };
+    over_queries(ds_by_query, q_rows, dk);
+    over_queries(weights, dout_rows, dv);
+    gemm<Element>({.rows = queries,
+                   .cols = width,
+                   .depth = elements<Form>(rows),
+                   .a = ds_by_key,
+                   .stride_a_row = columns,
+                   .stride_a_col = 1,
+                   .b = k,
+                   .stride_b = width,
+                   .c = dq,
+                   .stride_c = width,
+                   .accumulate = false},
+                  ask);
+    copy_out(dq, width, HeadBlock<T>{p.dq, e, head, query, queries, dim}, scaled);
   }
-  copy_out(dq, width, HeadBlock<T>{p.dq, e, head, 0, rows, dim}, scaled);
+  copy_out(dk, width, HeadBlock<T>{p.dk, e, head, 0, rows, dim}, scaled);
+  copy_out(dv, width, HeadBlock<T>{p.dv, e, head, 0, rows, dim}, unscaled);
 }
 
 }  // namespace

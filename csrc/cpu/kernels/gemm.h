@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <limits>
+
 #include "tile_products.h"
 #include "vec.h"
 
@@ -67,6 +69,24 @@ struct SmallProduct {
   const Element* other_b = nullptr;
 };
 
+// An element of C is a chain of fused multiply-adds in the order of the depth, or the sum of some
+// chains, one after another: the error of a chain grows with its length, most of all where numbers
+// have one sign. The chains of a product are about as long as each other. Pairs make one chain,
+// because what was rounded to bfloat16 has greater errors, and so do quads, which have none.
+template <class Element>
+constexpr int64_t kLongestChain =
+    std::is_same_v<Element, float> ? 128 : std::numeric_limits<int64_t>::max();
+// Returns the length of all chains but the last one, which is a multiple of any vector's.
+template <class Element>
+inline int64_t chain_length(int64_t depth) {
+  if (depth <= kLongestChain<Element>) return depth;
+  constexpr int64_t kMultiple = 16;
+  static_assert(kMultiple % kLanes == 0 && kLongestChain<float> % kMultiple == 0);
+  const int64_t chains = (depth + kLongestChain<Element> - 1) / kLongestChain<Element>;
+  const int64_t length = (depth + chains - 1) / chains;
+  return (length + kMultiple - 1) / kMultiple * kMultiple;
+}
+
 // Where the rows of A begin, unless a caller says otherwise.
 template <class Element>
 struct LeftRows {
@@ -91,43 +111,92 @@ struct StoreRows {
   }
 };
 
-// Computes a tile of `rows` rows and `vecs` vectors of C, and half a vector more if `narrow`, from
-// row r and column j on. The tile stays in registers while k counts up to the depth. So every
-// element of C is one chain of fused multiply-adds in the order of k, whatever tile it lies in.
-template <int rows, int vecs, bool narrow, class Element, class Aside, class Left, class Write>
-inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, const Aside& aside,
-                      const Left& left_row, const Write& write) {
-  constexpr int kBehind = vecs * kLanes;
-  const Element* a[rows];
-  // With no whole vector there is one that is not used, because no array is empty.
-  Vec acc[rows][vecs > 0 ? vecs : 1];
-  NarrowVec half[rows];
-  for (int i = 0; i < rows; ++i) {
-    a[i] = left_row(r + i);
-    const float* const c = p.c + (r + i) * p.stride_c + j;
-    for (int v = 0; v < vecs; ++v) acc[i][v] = p.accumulate ? load(c + v * kLanes) : Vec{};
-    if constexpr (narrow) half[i] = p.accumulate ? load_narrow(c + kBehind) : NarrowVec{};
+// The sums of a tile of so many rows and vectors, and half a vector more if `narrow`, which are to
+// stay in registers. With no whole vector there is one that is not used, because no array is empty.
+template <int rows, int vecs, bool narrow>
+struct TileSums {
+  Vec whole[rows][vecs > 0 ? vecs : 1] = {};
+  NarrowVec half[rows] = {};
+
+  __attribute__((always_inline)) void add(const float* c, int64_t stride) {
+    for (int i = 0; i < rows; ++i, c += stride) {
+      for (int v = 0; v < vecs; ++v) whole[i][v] += load(c + v * kLanes);
+      if constexpr (narrow) half[i] += load_narrow(c + vecs * kLanes);
+    }
   }
-  const Element* b = p.b + j;
-  for (int64_t k = 0; k < p.depth; ++k, b += p.stride_b) {
+  __attribute__((always_inline)) void store_half(int i, float* c) const {
+    if constexpr (narrow) store_narrow(c + vecs * kLanes, half[i]);
+  }
+};
+
+// Adds the products of columns `k` to `end` of the rows `a` with the rows of B from `b` on, and
+// moves `b` behind them.
+template <bool two_places, int rows, int vecs, bool narrow, class Element, class Aside>
+__attribute__((always_inline)) inline void add_products(TileSums<rows, vecs, narrow>& sums,
+                                                        const SmallProduct<Element>& p, int64_t j,
+                                                        const Element* const (&a)[rows],
+                                                        const Element*& b, int64_t k, int64_t end,
+                                                        const Aside& aside) {
+  for (; k < end; ++k, b += p.stride_b) {
     aside();
-    if constexpr (!std::is_same_v<Write, StoreRows<Element>>) {
+    if constexpr (two_places) {
       if (k == p.first_b) b = p.other_b + j;
     }
     decltype(load_elements(b)) right[vecs > 0 ? vecs : 1];
     NarrowVec right_half;
     for (int v = 0; v < vecs; ++v) right[v] = load_elements(b + v * kLanes);
-    if constexpr (narrow) right_half = load_narrow(b + kBehind);
+    if constexpr (narrow) right_half = load_narrow(b + vecs * kLanes);
     for (int i = 0; i < rows; ++i) {
       const Element* const left = a[i] + k * p.stride_a_col;
-      for (int v = 0; v < vecs; ++v) acc[i][v] = multiply_add(acc[i][v], left, right[v]);
-      if constexpr (narrow) half[i] = multiply_add(half[i], left, right_half);
+      for (int v = 0; v < vecs; ++v) {
+        sums.whole[i][v] = multiply_add(sums.whole[i][v], left, right[v]);
+      }
+      if constexpr (narrow) sums.half[i] = multiply_add(sums.half[i], left, right_half);
     }
   }
+}
+
+// Adds all chains of a tile but the last to C, whose first is `c`. Returns where the last begins.
+template <bool two_places, int vecs, bool narrow, int rows, class Element, class Aside>
+__attribute__((noinline)) int64_t add_chains(const SmallProduct<Element>& p, int64_t j,
+                                             const Element* const (&a)[rows], const Element*& b,
+                                             float* c, const Aside& aside) {
+  const int64_t length = chain_length<Element>(p.depth);
+  int64_t k = 0;
+  for (; p.depth - k > length; k += length) {
+    TileSums<rows, vecs, narrow> sums;
+    add_products<two_places>(sums, p, j, a, b, k, k + length, aside);
+    if (p.accumulate || k > 0) sums.add(c, p.stride_c);
+    for (int i = 0; i < rows; ++i) {
+      for (int v = 0; v < vecs; ++v) store(c + i * p.stride_c + v * kLanes, sums.whole[i][v]);
+      sums.store_half(i, c + i * p.stride_c);
+    }
+  }
+  return k;
+}
+
+// Computes a tile of `rows` rows and `vecs` vectors of C, and half a vector more if `narrow`, from
+// row r and column j on. Where there are some chains, C holds the sum of those before the last. So
+// every element of C is added up in the same order, whatever tile it lies in.
+template <int rows, int vecs, bool narrow, class Element, class Aside, class Left, class Write>
+inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, const Aside& aside,
+                      const Left& left_row, const Write& write) {
+  constexpr bool kTwoPlaces = !std::is_same_v<Write, StoreRows<Element>>;
+  const Element* a[rows];
+  for (int i = 0; i < rows; ++i) a[i] = left_row(r + i);
+  const Element* b = p.b + j;
+  float* const c = p.c + r * p.stride_c + j;
+  int64_t chain = 0;
+  if (p.depth > kLongestChain<Element>) {
+    chain = add_chains<kTwoPlaces, vecs, narrow>(p, j, a, b, c, aside);
+  }
+  TileSums<rows, vecs, narrow> sums;
+  add_products<kTwoPlaces>(sums, p, j, a, b, chain, p.depth, aside);
+  if (p.accumulate || chain > 0) sums.add(c, p.stride_c);
   for (int i = 0; i < rows; ++i) {
     const auto write_vector = write(r + i);
-    for (int v = 0; v < vecs; ++v) write_vector(j + v * kLanes, acc[i][v]);
-    if constexpr (narrow) store_narrow(p.c + (r + i) * p.stride_c + j + kBehind, half[i]);
+    for (int v = 0; v < vecs; ++v) write_vector(j + v * kLanes, sums.whole[i][v]);
+    sums.store_half(i, c + i * p.stride_c);
   }
 }
 

@@ -8,8 +8,8 @@
 //   multiplied lane by lane, and the lanes of sixteen rows are added up together (row_products.h).
 // - A bank that examples share is packed once, into panels of as many entries as a register tile of
 //   a product has columns. A panel stays in the first cache while the queries of all examples of
-//   the task are multiplied with it: a dense product, in which every score is one chain of fused
-//   multiply-adds over the features.
+//   the task are multiplied with it: a dense product, in which every score is a chain of fused
+//   multiply-adds over the features, or a few (gemm.h).
 //
 // Where a processor multiplies bytes and a bank is read often enough, keys are packed as bytes,
 // once. The scores of these have errors with a bound (coarse_keys.h). They leave some candidates, a

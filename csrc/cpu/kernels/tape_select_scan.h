@@ -171,23 +171,29 @@ void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, cons
 }
 
 // Returns the scores of a vector of entries of a shared bank, whose bits are those of scan_panels:
-// a chain of multiply-adds over the features for each.
+// chains of multiply-adds over the features for each.
 template <class T>
 Vec chained_products(const float* query, const T* const (&rows)[kLanes], int64_t width) {
-  Vec sums = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const int64_t features = smaller(kLanes, width - d);
-    IntVec square[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) {
-      square[l] = reinterpret_cast<IntVec>(features < kLanes ? load_some(rows[l] + d, features)
-                                                             : load(rows[l] + d));
+  const int64_t length = chain_length<float>(width);
+  Vec scores = {};
+  for (int64_t begin = 0; begin < width; begin += length) {
+    const int64_t end = smaller(begin + length, width);
+    Vec chains = {};
+    for (int64_t d = begin; d < end; d += kLanes) {
+      const int64_t features = smaller(kLanes, end - d);
+      IntVec square[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        square[l] = reinterpret_cast<IntVec>(features < kLanes ? load_some(rows[l] + d, features)
+                                                               : load(rows[l] + d));
+      }
+      transpose(square);
+      for (int64_t f = 0; f < features; ++f) {
+        chains = multiply_add(chains, query + d + f, reinterpret_cast<Vec>(square[f]));
+      }
     }
-    transpose(square);
-    for (int64_t f = 0; f < features; ++f) {
-      sums = multiply_add(sums, query + d + f, reinterpret_cast<Vec>(square[f]));
-    }
+    scores = begin > 0 ? chains + scores : chains;
   }
-  return sums;
+  return scores;
 }
 
 // Finds the best of an example's candidates by their exact scores.
