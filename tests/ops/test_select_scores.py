@@ -7,6 +7,7 @@ import torch
 from checks import assert_same_bits, interpreted
 from select_cases import read
 
+from adatape_kernels import reference
 from adatape_kernels.ops import tape_select, triton_runtime
 from adatape_kernels.ops.op import operation
 
@@ -107,3 +108,18 @@ def test_a_shared_bank_gives_every_multiprocessor_work(device):
     assert len(launches) == 21
     scoring = [each for each in launches if "score" in each.kernel.__name__]
     assert {each.grid for each in scoring} == {(316,)}
+
+
+@SHARED
+@pytest.mark.backends("cpp")
+def test_scores_of_many_features_of_one_sign_round_as_torchs(device, shared):
+    """The error of a sum that is one long chain grows with its length."""
+    batch, width = 64, 1024
+    query = (1 + torch.rand(batch, width, device=device)) / 16
+    keys = 1 + torch.rand((3, width) if shared else (batch, 3, width), device=device)
+    options = {"num_tape_tokens": 1, "topk": 3, "halt_threshold": INF}
+    ours, plain = tape_select(query, keys, **options), reference.tape_select(query, keys, **options)
+    exact = reference.tape_select(query.double(), keys.double(), **options)
+    assert torch.equal(ours.indices, exact.indices) and torch.equal(plain.indices, exact.indices)
+    error, its = ((x.weights - exact.weights).square().mean().sqrt() for x in (ours, plain))
+    assert error < 1.5 * its
