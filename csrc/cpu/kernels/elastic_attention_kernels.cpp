@@ -8,6 +8,7 @@
 
 #include "attention_operands.h"
 #include "attention_softmax.h"
+#include "attention_softmax_bwd.h"
 #include "scratch.h"
 
 namespace adatape::ADATAPE_ISA {
@@ -141,105 +142,6 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   copy_out(out, width, out_of, [&](int64_t r) { return 1.0f / (softmax.total[r] * share); });
 }
 
-// A query's row of scores in the backward.
-struct ScoreRow {
-  float* scores;
-  float* dweights;   // gradients of the weights
-  int64_t keys;      // those that the row has; columns behind them are no keys
-  float scale, lse;  // both times log2 e
-};
-
-// A query's weights are what stands in its row times `factor`; `mean` is the mean of the gradients
-// of its weights by these.
-struct RowWeights {
-  float factor, mean;
-};
-
-// Replaces the scores by the weights, but for a factor. It is one but for rounding: that of `lse`,
-// which is the greater the greater scores are.
-RowWeights weigh(const ScoreRow& row) {
-  const auto weights = [&](int64_t c) {
-    const Vec w = exp2(load(row.scores + c) * row.scale - row.lse);
-    store(row.scores + c, w);
-    return w;
-  };
-  Vec total = {}, products = {};
-  const int64_t whole = row.keys / kLanes * kLanes;
-  for (int64_t c = 0; c < whole;) {
-    const int64_t end = whole - c > kSumColumns ? c + kSumColumns : whole;
-    Vec some = {}, some_products = {};
-    for (; c < end; c += kLanes) {
-      const Vec w = weights(c);
-      some += w;
-      some_products += w * load(row.dweights + c);
-    }
-    total += some;
-    products += some_products;
-  }
-  if (whole < row.keys) {
-    const Vec w = weights(whole);
-    total += first_lanes(w, row.keys - whole, 0.0f);
-    products += first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f);
-  }
-  const float factor = 1.0f / sum(total);
-  return {factor, sum(products) * factor};
-}
-
-// Replaces the scores of some queries by the weights, and the gradients of the weights by those of
-// the scores before they were scaled. What is written are elements of numbers that follow each
-// other by query, where the scores were and in `ds_by_query`, and by key, where the gradients of
-// the weights were. As float they are the same, so that `ds_by_query` lies there too.
-//
-// From the gradients of a query's weights their mean by these weights is subtracted. The output's
-// product with its gradient is as much, but not to the last bit: where nearly all of the weight is
-// one key's, only the mean of the very numbers at hand cancels.
-inline void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys,
-                          int64_t columns, float scale, const float* lse) {
-  for (int64_t r = 0; r < queries; ++r) {
-    const ScoreRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
-    const RowWeights weights = weigh(row);
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const Vec w = load(row.scores + c) * weights.factor;
-      store(row.scores + c, w);
-      store(row.dweights + c, w * (load(row.dweights + c) - weights.mean));
-    }
-  }
-}
-
-#if defined(__AVX512BF16__)
-void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t queries,
-                   int64_t keys, int64_t columns, float scale, const float* lse) {
-  for (int64_t r = 0; r < queries; r += 2) {
-    // No pair of rows is written before it was read, as its place is at most that of its first row.
-    auto* const pairs = reinterpret_cast<BFloat16Pair*>(scores) + r / 2 * columns;
-    const int64_t count = queries - r < 2 ? 1 : 2;
-    ScoreRow rows[2];
-    RowWeights weights[2];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = (r + i) * columns;
-      rows[i] = {scores + at, ds + at, keys, scale, lse[r + i]};
-      weights[i] = weigh(rows[i]);
-    }
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      HalfVec w_halves[2] = {}, ds_halves[2] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        const Vec w = load(rows[i].scores + c) * weights[i].factor;
-        w_halves[i] = rounded(w);
-        ds_halves[i] = rounded(w * (load(rows[i].dweights + c) - weights[i].mean));
-        char* const by_key = reinterpret_cast<char*>(rows[i].dweights) + 2 * c;
-        std::memcpy(by_key, &ds_halves[i], sizeof(HalfVec));
-      }
-      store_pairs(pairs + c, paired(w_halves[0], w_halves[1]));
-      store_pairs(ds_by_query + r / 2 * columns + c, paired(ds_halves[0], ds_halves[1]));
-    }
-    // Behind an odd number of keys stands what no key has, and it may be anything.
-    for (int64_t i = 0; i < count && keys % 2 > 0; ++i) {
-      reinterpret_cast<BFloat16Pair*>(rows[i].dweights)[keys / 2].bits &= 0xffff;
-    }
-  }
-}
-#endif
-
 // Returns how many queries of an example are taken at a time, about the same in each block.
 int64_t queries_at_once(int64_t rows) {
   if (rows * rows <= kBackwardScores) return rows;
@@ -326,7 +228,11 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
     };
     over_features(q, kt, scores);
     over_features(dout, vt, ds);
-    differentiate(scores, ds, ds_by_query, queries, rows, columns, scale, lse + query);
+    differentiate(scores, ds, ds_by_query, queries, rows, columns, scale, lse + query,
+                  [&](int64_t r) {
+                    return product_of_rows(HeadBlock<T>{p.out, e, head, query, queries, dim},
+                                           gradients_of, r);
+                  });
     close_rows(ds_by_key, queries, columns, rows);
     const auto over_queries = [&](const Element* by_query, const Element* right, float* to) {
       const auto left = turned(by_query, elements<Form>(queries), columns, room);

@@ -140,15 +140,42 @@ inline void add_products(Vec (&sums)[count], const float* query,
   }
 }
 
+// The error of a chain of additions grows with its length, so that a lane makes one of so many
+// features, and adds the chains up.
+constexpr int64_t kFeaturesOfChain = 128 * kLanes;
+
+// Adds to the sums of kRowsAtOnce rows the products of their features from d to `end`.
+template <class T>
+inline void add_features(Vec (&sums)[kRowsAtOnce], const float* query,
+                         const T* const (&rows)[kRowsAtOnce], int64_t d, int64_t end) {
+  for (; d + kFeaturesOfVector<T> <= end; d += kFeaturesOfVector<T>) {
+    add_products(sums, query, rows, d, kFeaturesOfVector<T>);
+  }
+  if (d < end) add_products(sums, query, rows, d, end - d);
+}
+
+// What group_products returns for rows of more features than a chain has. It is not inlined, so
+// that others are not slower for it.
+template <class T>
+__attribute__((noinline)) Vec long_group_products(const float* query,
+                                                  const T* const (&rows)[kRowsAtOnce],
+                                                  int64_t width) {
+  Vec sums[kRowsAtOnce] = {};
+  for (int64_t d = 0; d < width; d += kFeaturesOfChain) {
+    Vec chains[kRowsAtOnce] = {};
+    const int64_t left = width - d;
+    add_features(chains, query, rows, d, d + (left < kFeaturesOfChain ? left : kFeaturesOfChain));
+    for (int i = 0; i < kRowsAtOnce; ++i) sums[i] += chains[i];
+  }
+  return folded_group(sums, [](Vec a, Vec b) { return a + b; });
+}
+
 // Multiplies an arranged query with kRowsAtOnce rows of `width` features.
 template <class T>
 inline Vec group_products(const float* query, const T* const (&rows)[kRowsAtOnce], int64_t width) {
+  if (width > kFeaturesOfChain) return long_group_products(query, rows, width);
   Vec sums[kRowsAtOnce] = {};
-  int64_t d = 0;
-  for (; d + kFeaturesOfVector<T> <= width; d += kFeaturesOfVector<T>) {
-    add_products(sums, query, rows, d, kFeaturesOfVector<T>);
-  }
-  if (d < width) add_products(sums, query, rows, d, width - d);
+  add_features(sums, query, rows, 0, width);
   return folded_group(sums, [](Vec a, Vec b) { return a + b; });
 }
 
