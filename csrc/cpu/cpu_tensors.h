@@ -148,15 +148,24 @@ void run_row_tasks(int64_t rows, int64_t rows_per_task, const Task& task) {
   });
 }
 
-// Returns the sum of the parts (blocks, dim), in their order.
+// Returns the sum of the parts (blocks, dim), which are written over: of kNeighbours that follow
+// each other, then of kNeighbours such sums, and so on. So no chain of additions is longer than
+// that, and what it rounds off does not grow with the number of parts.
 inline Tensor sum_of_parts(const Tensor& parts, ScalarType dtype) {
+  constexpr int64_t kNeighbours = 16;
   const int64_t blocks = parts.size(0), dim = parts.size(1);
-  Tensor sum = allocate_zeros("sum", parts, {dim}, ScalarType::Float);
-  const float* const from = parts.const_data_ptr<float>();
-  float* const to = sum.mutable_data_ptr<float>();
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t d = 0; d < dim; ++d) to[d] += from[block * dim + d];
+  float* const first = parts.mutable_data_ptr<float>();
+  for (int64_t apart = 1; apart < blocks; apart *= kNeighbours) {
+    for (int64_t block = 0; block < blocks; block += apart) {
+      const int64_t group = block - block % (apart * kNeighbours);
+      if (group == block) continue;
+      float* const to = first + group * dim;
+      const float* const from = first + block * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] += from[d];
+    }
   }
+  Tensor sum = allocate_zeros("sum", parts, {dim}, ScalarType::Float);
+  if (blocks > 0) std::copy_n(first, dim, sum.mutable_data_ptr<float>());
   return torch::stable::to(sum, dtype);
 }
 

@@ -38,7 +38,7 @@ void forward(const CpuAccumulateRowsParams& p, int64_t first, int64_t count) {
   }
 }
 
-template <class T, class Row>
+template <bool wide, class T, class Row>
 void backward(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count) {
   for (int64_t place = first; place < first + count; ++place) {
     const T* const dsum = static_cast<const T*>(p.dsum) + place * p.stride_dsum;
@@ -51,24 +51,38 @@ void backward(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count)
     const Row* const row = static_cast<const Row*>(p.rows) + r * p.stride_rows;
     Row* const drow = static_cast<Row*>(p.drows) + r * p.dim;
     const float weight = p.weights[r];
-    Vec dots[kChains] = {};
-    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
-      const Vec given = read(dsum + c, lanes);
-      dots[chain] += given * read(row + c, lanes);
-      write(drow + c, weight * given, lanes);
-    });
-    p.dweights[r] = sum(dots);
+    Vec dot = {};
+    int64_t begin = 0;
+    do {
+      const int64_t end = end_of_piece<wide>(begin, p.dim);
+      Vec products[kChains] = {};
+      for_columns_in_chains(begin, end, [&](int64_t c, int lanes, int chain) {
+        const Vec given = read(dsum + c, lanes);
+        products[chain] += given * read(row + c, lanes);
+        write(drow + c, weight * given, lanes);
+      });
+      add_piece<wide>(dot, products);
+      begin = end;
+    } while (wide && begin < p.dim);
+    p.dweights[r] = sum(dot);
     // Not by dtotal, which is null where a row has no features.
     if (!p.total_weights) continue;
     const T* const total = static_cast<const T*>(p.total) + place * p.stride_total;
     const float total_weight = p.total_weights[r];
-    Vec total_dots[kChains] = {};
-    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
-      const Vec given = read(dsum + c, lanes);
-      total_dots[chain] += given * read(total + c, lanes);
-      write(dtotal + c, total_weight * given, lanes);
-    });
-    p.dtotal_weights[r] = sum(total_dots);
+    Vec total_dot = {};
+    begin = 0;
+    do {
+      const int64_t end = end_of_piece<wide>(begin, p.dim);
+      Vec products[kChains] = {};
+      for_columns_in_chains(begin, end, [&](int64_t c, int lanes, int chain) {
+        const Vec given = read(dsum + c, lanes);
+        products[chain] += given * read(total + c, lanes);
+        write(dtotal + c, total_weight * given, lanes);
+      });
+      add_piece<wide>(total_dot, products);
+      begin = end;
+    } while (wide && begin < p.dim);
+    p.dtotal_weights[r] = sum(total_dot);
   }
 }
 
@@ -82,7 +96,8 @@ void accumulate_rows_fwd(const CpuAccumulateRowsParams& p, int64_t first, int64_
 
 void accumulate_rows_bwd(const CpuAccumulateRowsBwdParams& p, int64_t first, int64_t count) {
   with_wide_and_narrow(p.dtype, p.rows_dtype, [&](auto total, auto row) {
-    backward<decltype(total), decltype(row)>(p, first, count);
+    with_wide(p.dim,
+              [&](auto wide) { backward<wide, decltype(total), decltype(row)>(p, first, count); });
   });
 }
 

@@ -8,9 +8,9 @@
 namespace adatape::ADATAPE_ISA {
 namespace {
 
-template <class T, class Branch>
+template <bool wide, class T, class Branch>
 void forward(const CpuAddLayerNormParams& p, int64_t first, int64_t count) {
-  const float per_feature = 1.0f / static_cast<float>(p.dim);
+  const float dim = static_cast<float>(p.dim), per_feature = 1.0f / dim;
   for (int64_t r = first; r < first + count; ++r) {
     const T* const x = static_cast<const T*>(p.x) + r * p.stride_x;
     const Branch* const branch = static_cast<const Branch*>(p.branch) + r * p.stride_branch;
@@ -18,17 +18,32 @@ void forward(const CpuAddLayerNormParams& p, int64_t first, int64_t count) {
     T* const normed = static_cast<T*>(p.normed) + r * p.dim;
 
     // The sum is read again after it was stored, because its rounded value is what is normalised.
-    Vec sums[kChains] = {};
-    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
-      write(total + c, read(x + c, lanes) + read(branch + c, lanes), lanes);
-      sums[chain] += read(total + c, lanes);
-    });
-    const float mean = sum(sums) * per_feature;
-    Vec squares[kChains] = {};
-    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
-      const Vec centred = first_lanes(read(total + c, lanes) - mean, lanes);
-      squares[chain] += centred * centred;
-    });
+    Vec features = {}, squares = {};
+    int64_t begin = 0;
+    do {
+      const int64_t end = end_of_piece<wide>(begin, p.dim);
+      Vec sums[kChains] = {};
+      for_columns_in_chains(begin, end, [&](int64_t c, int lanes, int chain) {
+        write(total + c, read(x + c, lanes) + read(branch + c, lanes), lanes);
+        sums[chain] += read(total + c, lanes);
+      });
+      add_piece<wide>(features, sums);
+      begin = end;
+    } while (wide && begin < p.dim);
+    // To multiply by the reciprocal would round the means of all rows to the same side, which adds
+    // up in the gradient of the weight.
+    const float mean = sum(features) / dim;
+    begin = 0;
+    do {
+      const int64_t end = end_of_piece<wide>(begin, p.dim);
+      Vec sums[kChains] = {};
+      for_columns_in_chains(begin, end, [&](int64_t c, int lanes, int chain) {
+        const Vec centred = first_lanes(read(total + c, lanes) - mean, lanes);
+        sums[chain] += centred * centred;
+      });
+      add_piece<wide>(squares, sums);
+      begin = end;
+    } while (wide && begin < p.dim);
     const float rstd = 1.0f / __builtin_sqrtf(sum(squares) * per_feature + p.eps);
     for_columns(p.dim, [&](int64_t c, int lanes) {
       const Vec y = (read(total + c, lanes) - mean) * rstd;
@@ -39,7 +54,7 @@ void forward(const CpuAddLayerNormParams& p, int64_t first, int64_t count) {
   }
 }
 
-template <class T>
+template <bool wide, class T>
 void backward(const CpuAddLayerNormBwdParams& p, int64_t block, int64_t count) {
   const float per_feature = 1.0f / static_cast<float>(p.dim);
   Scratch scratch;
@@ -61,18 +76,26 @@ void backward(const CpuAddLayerNormBwdParams& p, int64_t block, int64_t count) {
     // Here y is the row before weight and bias, and g = weight · dnormed. Both are kept, because dx
     // needs the means of g and g · y over the row. A product that were formed once more could be
     // rounded differently, and rstd may be large.
-    Vec sums_g[kChains] = {}, sums_gy[kChains] = {};
-    for_columns_in_chains(p.dim, [&](int64_t c, int lanes, int chain) {
-      const Vec dn = read(dnormed + c, lanes);
-      write(y + c, (read(total + c, lanes) - mean) * rstd, lanes);
-      write(g + c, read(p.weight + c, lanes) * dn, lanes);
-      const Vec y_c = read(y + c, lanes), g_c = read(g + c, lanes);
-      sums_g[chain] += g_c;
-      sums_gy[chain] += g_c * y_c;
-      write(dweight + c, read(dweight + c, lanes) + dn * y_c, lanes);
-      write(dbias + c, read(dbias + c, lanes) + dn, lanes);
-    });
-    const float mean_g = sum(sums_g) * per_feature, mean_gy = sum(sums_gy) * per_feature;
+    Vec row_g = {}, row_gy = {};
+    int64_t begin = 0;
+    do {
+      const int64_t end = end_of_piece<wide>(begin, p.dim);
+      Vec sums_g[kChains] = {}, sums_gy[kChains] = {};
+      for_columns_in_chains(begin, end, [&](int64_t c, int lanes, int chain) {
+        const Vec dn = read(dnormed + c, lanes);
+        write(y + c, (read(total + c, lanes) - mean) * rstd, lanes);
+        write(g + c, read(p.weight + c, lanes) * dn, lanes);
+        const Vec y_c = read(y + c, lanes), g_c = read(g + c, lanes);
+        sums_g[chain] += g_c;
+        sums_gy[chain] += g_c * y_c;
+        write(dweight + c, read(dweight + c, lanes) + dn * y_c, lanes);
+        write(dbias + c, read(dbias + c, lanes) + dn, lanes);
+      });
+      add_piece<wide>(row_g, sums_g);
+      add_piece<wide>(row_gy, sums_gy);
+      begin = end;
+    } while (wide && begin < p.dim);
+    const float mean_g = sum(row_g) * per_feature, mean_gy = sum(row_gy) * per_feature;
     for_columns(p.dim, [&](int64_t c, int lanes) {
       const Vec centred = read(g + c, lanes) - mean_g - read(y + c, lanes) * mean_gy;
       write(dx + c, read(dtotal + c, lanes) + rstd * centred, lanes);
@@ -84,13 +107,17 @@ void backward(const CpuAddLayerNormBwdParams& p, int64_t block, int64_t count) {
 
 void add_layer_norm_fwd(const CpuAddLayerNormParams& p, int64_t first, int64_t count) {
   with_number(p.dtype, [&](auto x) {
-    with_number(p.branch_dtype,
-                [&](auto branch) { forward<decltype(x), decltype(branch)>(p, first, count); });
+    with_number(p.branch_dtype, [&](auto branch) {
+      with_wide(p.dim,
+                [&](auto wide) { forward<wide, decltype(x), decltype(branch)>(p, first, count); });
+    });
   });
 }
 
 void add_layer_norm_bwd(const CpuAddLayerNormBwdParams& p, int64_t block, int64_t count) {
-  with_number(p.dtype, [&](auto number) { backward<decltype(number)>(p, block, count); });
+  with_number(p.dtype, [&](auto number) {
+    with_wide(p.dim, [&](auto wide) { backward<wide, decltype(number)>(p, block, count); });
+  });
 }
 
 }  // namespace adatape::ADATAPE_ISA

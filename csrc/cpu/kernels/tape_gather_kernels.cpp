@@ -129,15 +129,6 @@ void forward(const CpuTapeGatherParams& p, int64_t example, int64_t first, int64
   }
 }
 
-template <class T>
-float dot(const T* a, const T* b, int64_t width) {
-  Vec products[kChains] = {};
-  for_columns_in_chains(width, [&](int64_t c, int lanes, int chain) {
-    products[chain] += read(a + c, lanes) * read(b + c, lanes);
-  });
-  return sum(products);
-}
-
 // Writes the gradients of the weights of example i, zeros where it has no such tape token.
 template <class T>
 void backward(const CpuTapeGatherParams& p, int64_t i) {

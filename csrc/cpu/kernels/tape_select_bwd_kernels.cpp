@@ -1,5 +1,6 @@
 // The gradient of adaptive tape reading: the formulas stand in adatape_kernels/reference.py.
 
+#include "columns.h"
 #include "scratch.h"
 #include "tape_select_step.h"
 
@@ -27,9 +28,7 @@ void backward(const CpuTapeSelectParams& p, int64_t i) {
     float scores[kMaxTopk];
     const float* const q = queries + token * width;
     for (int64_t j = 0; j < topk; ++j) {
-      const T* const key = key_row<T>(p, i, entries[token * topk + j]);
-      scores[j] = 0.0f;
-      for (int64_t d = 0; d < width; ++d) scores[j] += q[d] * to_float(key[d]);
+      scores[j] = dot(q, key_row<T>(p, i, entries[token * topk + j]), width);
     }
     merge_weights(p, scores, weights + token * topk);
     next_query<T>(p, i, entries + token * topk, weights + token * topk, q,
@@ -44,13 +43,10 @@ void backward(const CpuTapeSelectParams& p, int64_t i) {
     for (int64_t j = 0; j < topk; ++j) ties += w[j] == largest;
     for (int64_t j = 0; j < topk; ++j) {
       const T* const key = key_row<T>(p, i, entries[token * topk + j]);
-      float dot = 0.0f;
-      for (int64_t d = 0; d < width; ++d) {
-        keys[j * width + d] = to_float(key[d]);
-        dot += dq[d] * keys[j * width + d];
-      }
+      for (int64_t d = 0; d < width; ++d) keys[j * width + d] = to_float(key[d]);
+      const float product = dot(dq, keys + j * width, width);
       const float dcost = p.entropy ? -2.0f * w[j] : w[j] == largest ? -1.0f / ties : 0.0f;
-      dw[j] = p.dweights[(i * p.num_tape_tokens + token) * topk + j] + take * dot +
+      dw[j] = p.dweights[(i * p.num_tape_tokens + token) * topk + j] + take * product +
               p.dponder[i] * dcost;
       mean += w[j] * dw[j];
     }
