@@ -73,48 +73,68 @@ def names(folder):
 
 
 def test_a_death_at_any_line_leaves_a_checkpoint_and_nothing_that_stays(tmp_path):
-    ends = by_a_writer(
+    """What is on the disk at a line is what a death leaves there: nothing is tidied up or flushed.
+
+    A process that writes is not ended at each of its lines, then, but the files are copied there.
+    """
+    counts = by_a_writer(
         tmp_path,
         """
+        import pickle
         FILES = (run_folder.__file__, checkpoint.__file__, checkpoint_index.__file__)
 
-        def dying(line):
-            left = [line]
+        def on_the_disk():
+            return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+        def work():
             def trace(frame, event, argument):
                 if frame.f_code.co_filename not in FILES:
                     return None
                 if event == "line":
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os._exit(9)  # like a kill: nothing is tidied up
+                    files = on_the_disk()
+                    if not found or found[-1][1] != files:
+                        found.append([0, files])
+                    found[-1][0] += 1
                 return trace
-            def work():
-                sys.settrace(trace)
-                with run_folder.claim(folder) as run:
-                    checkpoint.remove_leftovers(run)
-                    save(run, epoch + 1)
-            return work
 
-        with run_folder.claim(folder) as run:
-            save(run, 1)
-        epoch, line, saved = 1, 0, []
-        while True:
-            line += 1
-            _, status = os.waitpid(forked(dying(line)), 0)
-            saved.append(check(epoch, epoch + 1) - epoch)
-            code = os.waitstatus_to_exitcode(status)
+            found = []
+            sys.settrace(trace)
             with run_folder.claim(folder) as run:
                 checkpoint.remove_leftovers(run)
-            epoch = check(epoch, epoch + 1)
-            assert names() == {INDEX, f"checkpoint-{epoch}.safetensors"}, (line, names())
-            if code == 0:
-                break
-            assert code == 9
-        print(line, sum(saved), saved.count(0))
+                save(run, epoch + 1)
+            sys.settrace(None)
+            found.append([1, on_the_disk()])
+            states.write_bytes(pickle.dumps(found))
+
+        states, folder = folder / "states", folder / "run"
+        folder.mkdir()
+        lines, after, before = 0, 0, 0
+        for epoch in (1, 9):
+            with run_folder.claim(folder) as run:
+                save(run, epoch)
+            _, status = os.waitpid(forked(work), 0)
+            assert status == 0 and check(epoch + 1)
+            for number, (count, files) in enumerate(pickle.loads(states.read_bytes())):
+                for name in names():
+                    (folder / name).unlink()
+                for name, content in files.items():
+                    (folder / name).write_bytes(content)
+                saved = check(epoch, epoch + 1)
+                with run_folder.claim(folder) as run:
+                    checkpoint.remove_leftovers(run)
+                assert check(saved)
+                left = {INDEX, f"checkpoint-{saved}.safetensors"}
+                assert names() == left, (number, [*files], names())
+                with run_folder.claim(folder) as run:
+                    save(run, saved + 1)
+                assert check(saved + 1)
+                lines += count
+                after, before = after + count * (saved > epoch), before + count * (saved == epoch)
+        print(lines, after, before, number)
         """,
     )
-    lines, after, before = map(int, ends.split())
-    assert lines > 100 and after > 5 and before > 50
+    lines, after, before, states = map(int, counts.split())
+    assert lines > 200 and after > 10 and before > 100 and states > 5
 
 
 def test_a_process_that_is_killed_at_any_time_leaves_a_checkpoint(tmp_path):
