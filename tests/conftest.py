@@ -98,6 +98,7 @@ _NEEDS = {
         "models/test_model_file_tensors.py",
         "recipes/test_export_program.py",
         "recipes/test_predict.py",
+        "recipes/test_writing_processes.py",
         "recipes/distributed/test_checkpoint_parts.py",
         "recipes/training/test_init.py",
         "recipes/training/test_regularised_run.py",

@@ -13,6 +13,7 @@ the same for all, such as the seed of strings' hashes. Tests of these start Pyth
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -267,6 +268,10 @@ def _become(request, descriptors):
 if __name__ == "__main__":
     own_socket = socket.socket(fileno=int(sys.argv[1]))
     import_what_commands_need()
+    # A process that ends collects garbage once more: not among all that was imported before it,
+    # which takes more than a second, and a copy of every page.
+    gc.collect()
+    gc.freeze()
     asked = _serve(own_socket)
     if asked is not None:
         _become(*asked)

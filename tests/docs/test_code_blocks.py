@@ -112,12 +112,11 @@ def copy_repository(folder):
 
 
 def run_blocks(page, folder):
-    """Run a page's blocks, and the tests among them, in processes of their own.
+    """Run a page's blocks, if it has any, and the tests among them in processes of their own.
 
     Returns the last one when it is done: the first that failed, or else the tests.
     """
-    path, tests = PACKAGE.parent, []
-    code = ["import torch", "torch.manual_seed(0)", "torch.set_num_threads(1)"]
+    path, tests, code = PACKAGE.parent, [], []
     for kind, text in blocks(page):
         file = FILE.match(text)
         if kind == "python" and file is None:
@@ -131,10 +130,13 @@ def run_blocks(page, folder):
         else:
             write(path, file[1], text[file.end() :])
             tests += [file[1]] if file[1].startswith("tests/") else []
-    program = folder / "blocks.py"
-    program.write_text("\n".join(code), encoding="utf-8")
-    done = run_python(path, folder, program)
-    if tests and done.returncode == 0:
+    done = None
+    if code or not tests:
+        program = folder / "blocks.py"
+        begun = ["import torch", "torch.manual_seed(0)", "torch.set_num_threads(1)"]
+        program.write_text("\n".join([*begun, *code]), encoding="utf-8")
+        done = run_python(path, folder, program)
+    if tests and (done is None or done.returncode == 0):
         return run_python(path, folder, "-m", "pytest", "-q", *tests)
     return done
 

@@ -1,12 +1,10 @@
 """The tester itself: it sees planted faults, makes cases small, and repeats itself by a seed."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked_python
 import pytest
 
 from fuzz.__main__ import main
@@ -19,15 +17,9 @@ from fuzz.planted_faults import PLANTED
 TESTS = Path(__file__).parents[1]
 
 
-def run_module(name, *arguments):
-    paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", name, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        timeout=300,
+def run_module(*arguments):
+    return forked_python.run(
+        ["-m", *arguments], cwd=TESTS, capture_output=True, text=True, timeout=300
     )
 
 

@@ -3,18 +3,18 @@
 The kernels are those of the compiled part, instruction by instruction.
 """
 
+import json
 import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
+import collected_tests
 import emulation
 import pytest
 
 from adatape_kernels._build import build_facts
 
-TESTS = Path(__file__).parent
 LIBRARY = emulation.emulated_tiles_library()
 FACTS = build_facts()
 
@@ -35,38 +35,26 @@ pytestmark = [
 ]
 
 
-def run(script, *arguments):
-    """Run a script in which `emulation` and LIBRARY are known; return what it printed."""
+def run(script):
+    """Run a script in which `emulation` and LIBRARY are known."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     lines = ("import sys, emulation", f"LIBRARY = {str(LIBRARY)!r}", script)
     process = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), *map(str, arguments)],
+        [sys.executable, "-c", "\n".join(lines)],
         env={**environment, "ADATAPE_EMULATED_TILES": str(LIBRARY)},
         capture_output=True,
         text=True,
     )
-    output = process.stdout + process.stderr
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-# Python's faulthandler would take the signals that tell of an instruction to emulate.
-RUN_TESTS = """
-import pytest
-code = pytest.main(sys.argv[1:])
-counts = emulation.tile_counts(LIBRARY)
-print(f"products: {counts.products}")
-assert counts.in_use == 0, counts
-assert counts.products > 10_000 and counts.releases > 100, counts
-sys.exit(code)
-"""
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
 
 
 def test_attention_passes_its_tests():
     """With every count of rows and of features that leaves a part of a tile empty."""
-    options = "-q -p no:cacheprovider -p no:faulthandler -m".split()
-    output = run(RUN_TESTS, *options, "instruction_sets", "-k", "attention", TESTS)
-    assert " passed" in output and "products: " in output
+    code, output = collected_tests.run(["attention"], tiles=LIBRARY)
+    assert code == 0, output[-3000:]
+    counts = emulation.TileCounts(**json.loads(output.rpartition("tiles: ")[2]))
+    assert " passed" in output
+    assert counts.in_use == 0 and counts.products > 10_000 and counts.releases > 100, counts
 
 
 FEW_ROWS = """

@@ -13,7 +13,7 @@ from adatape_kernels.ops.attach_derivative import attach
 # One module of ours sees a torch without some names. Torch itself, which uses them too, has them.
 # Torch and its compiler are imported once; each form of our package has a process of its own.
 SCRIPT = """
-import contextlib, hashlib, importlib.util, os, pathlib, sys, torch
+import contextlib, gc, hashlib, importlib.util, os, pathlib, sys, torch
 import torch._dynamo, torch._dynamo.backends.debugging, torch.utils.checkpoint
 
 class Without:
@@ -81,6 +81,8 @@ torch.compile(warm, fullgraph=True, backend="aot_eager")(torch.ones(2), torch.on
 for name in ("numpy", "triton", "huggingface_hub"):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+gc.collect()
+gc.freeze()  # nobody looks for garbage among all this again
 for line in sys.stdin.read().splitlines():
     if (child := os.fork()) == 0:
         # Torch gives a child of a fork a new thread pool when the pool is next used, and two

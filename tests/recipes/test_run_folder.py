@@ -1,66 +1,20 @@
-"""One process writes into the folder of a run, and a dead one neither blocks it nor leaves files.
-
-Processes are forked from one that has a single thread of torch, so that a trial takes milliseconds.
-"""
+"""One process writes into the folder of a run, and nothing that is not a run's is touched."""
 
 import errno
 import fcntl
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 from checks import refused
-from forked_python import run
 
 from adatape_kernels.cli import main
 from adatape_kernels.recipes import checkpoint, demo, run_folder
 from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
 from adatape_kernels.recipes.run_folder import LOCK, claim, leftovers
 from adatape_kernels.recipes.training import train
-
-WRITER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from adatape_kernels.recipes import checkpoint, checkpoint_index, run_folder
-from adatape_kernels.recipes.checkpoint import INDEX, Checkpoint
-
-folder = Path(sys.argv[1])
-
-def save(run, epoch):
-    rows = [{"epoch": number + 1} for number in range(epoch)]
-    tensors = {"weight": torch.full((2000,), float(epoch))}
-    checkpoint.save(run, Checkpoint(epoch, epoch, {}, {}, rows, {}, tensors))
-
-def forked(work):
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return child
-
-def check(*epochs):
-    found = checkpoint.load(folder)
-    assert found.epoch in epochs, (found.epoch, epochs)
-    assert found.tensors["weight"].eq(float(found.epoch)).all()
-    return found.epoch
-
-def names():
-    return {file.name for file in folder.iterdir()}
-"""
-
-
-def by_a_writer(folder, script):
-    """Run a script below WRITER in a process of its own."""
-    words = ["-c", WRITER + textwrap.dedent(script), str(folder)]
-    found = run(words, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    return found.stdout.strip()
 
 
 def of(epoch):
@@ -70,161 +24,6 @@ def of(epoch):
 
 def names(folder):
     return {file.name for file in folder.iterdir()}
-
-
-def test_a_death_at_any_line_leaves_a_checkpoint_and_nothing_that_stays(tmp_path):
-    ends = by_a_writer(
-        tmp_path,
-        """
-        FILES = (run_folder.__file__, checkpoint.__file__, checkpoint_index.__file__)
-
-        def dying(line):
-            left = [line]
-            def trace(frame, event, argument):
-                if frame.f_code.co_filename not in FILES:
-                    return None
-                if event == "line":
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os._exit(9)  # like a kill: nothing is tidied up
-                return trace
-            def work():
-                sys.settrace(trace)
-                with run_folder.claim(folder) as run:
-                    checkpoint.remove_leftovers(run)
-                    save(run, epoch + 1)
-            return work
-
-        with run_folder.claim(folder) as run:
-            save(run, 1)
-        epoch, line, saved = 1, 0, []
-        while True:
-            line += 1
-            _, status = os.waitpid(forked(dying(line)), 0)
-            saved.append(check(epoch, epoch + 1) - epoch)
-            code = os.waitstatus_to_exitcode(status)
-            with run_folder.claim(folder) as run:
-                checkpoint.remove_leftovers(run)
-            epoch = check(epoch, epoch + 1)
-            assert names() == {INDEX, f"checkpoint-{epoch}.safetensors"}, (line, names())
-            if code == 0:
-                break
-            assert code == 9
-        print(line, sum(saved), saved.count(0))
-        """,
-    )
-    lines, after, before = map(int, ends.split())
-    assert lines > 100 and after > 5 and before > 50
-
-
-def test_a_process_that_is_killed_at_any_time_leaves_a_checkpoint(tmp_path):
-    by_a_writer(
-        tmp_path,
-        """
-        def work():
-            with run_folder.claim(folder) as run:
-                checkpoint.remove_leftovers(run)
-                for number in range(epoch + 1, epoch + 10_000):
-                    save(run, number)
-
-        draw = random.Random(0)
-        with run_folder.claim(folder) as run:
-            save(run, 1)
-        epoch = 1
-        for trial in range(150):
-            child = forked(work)
-            time.sleep(draw.uniform(0.001, 0.03))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            epoch = check(*range(epoch, epoch + 10_000))
-        assert epoch > 1
-        with run_folder.claim(folder) as run:
-            checkpoint.remove_leftovers(run)
-        assert names() == {INDEX, f"checkpoint-{epoch}.safetensors"}, names()
-        """,
-    )
-
-
-def test_a_reader_beside_a_writer_always_finds_a_checkpoint(tmp_path):
-    by_a_writer(
-        tmp_path,
-        """
-        def work():
-            with run_folder.claim(folder) as run:
-                for number in range(2, 200):
-                    save(run, number)
-
-        with run_folder.claim(folder) as run:
-            save(run, 1)
-        child = forked(work)
-        while os.waitpid(child, os.WNOHANG)[0] == 0:
-            check(*range(1, 200))
-        assert check(199)
-        """,
-    )
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_two_processes_at_once(tmp_path, locks):
-    """With locks one of them works; without, both do, and a checkpoint is there all the same."""
-    by_a_writer(
-        tmp_path,
-        f"""
-        if not {locks}:
-            run_folder.fcntl = None
-
-        def work():
-            try:
-                with run_folder.claim(folder) as run:
-                    for number in range(2, 60):
-                        save(run, number)
-            except ValueError as error:
-                assert "no other process writes into" in str(error), error
-                os._exit(3)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-                os._exit(4)
-
-        with run_folder.claim(folder) as run:
-            save(run, 1)
-        codes = []
-        children = {{forked(work), forked(work), forked(work)}}
-        while children:
-            check(*range(1, 60))
-            ended, status = os.waitpid(-1, os.WNOHANG)
-            if ended:
-                children.remove(ended)
-                codes.append(os.waitstatus_to_exitcode(status))
-        assert codes.count(0) >= 1 and set(codes) <= ({{0, 3}} if {locks} else {{0}}), codes
-        check(59)
-        """,
-    )
-
-
-def test_a_dead_process_holds_no_lock(tmp_path):
-    by_a_writer(
-        tmp_path,
-        """
-        def work():
-            with run_folder.claim(folder):
-                (folder / "begun").touch()
-                time.sleep(60)
-
-        child = forked(work)
-        while not (folder / "begun").exists():
-            time.sleep(0.001)
-        try:
-            with run_folder.claim(folder):
-                raise AssertionError
-        except ValueError as error:
-            assert f"where process {child} is at work" in str(error), error
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        with run_folder.claim(folder):
-            pass
-        """,
-    )
-    assert names(tmp_path) == {"begun"}
 
 
 @pytest.mark.parametrize(
@@ -266,30 +65,6 @@ def test_a_system_without_locks_can_import_and_write(tmp_path, monkeypatch, caps
     checkpoint.save(tmp_path, of(1))
     assert checkpoint.load(tmp_path).epoch == 1
     assert "without locks" in capsys.readouterr().err
-
-
-def test_processes_append_one_after_another(tmp_path):
-    """As the rows of benchmarks: whoever finds the file empty writes its header."""
-    lines = by_a_writer(
-        tmp_path,
-        """
-        def work():
-            for _ in range(20):
-                with open(folder / "rows.csv", "a") as file, run_folder.appending_alone(file):
-                    if file.tell() == 0:
-                        file.write("header\\n")
-                    for _ in range(3):
-                        file.write(f"{os.getpid()}\\n")
-                        file.flush()
-
-        children = [forked(work) for _ in range(4)]
-        for child in children:
-            assert os.waitpid(child, 0)[1] == 0
-        print((folder / "rows.csv").read_text())
-        """,
-    ).split()
-    assert lines[0] == "header" and lines.count("header") == 1 and len(lines) == 241
-    assert all(len({*lines[at : at + 3]}) == 1 for at in range(1, 241, 3))
 
 
 OF_THE_USER = (

@@ -8,6 +8,7 @@ into files of FOLDER, and its exit codes into FOLDER/codes.
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 
 import torch
 import torch._dynamo  # which DistributedDataParallel imports, once for all ranks
@@ -22,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 
 from adatape_kernels.cli import main
+from adatape_kernels.recipes import worker_processes
 from adatape_kernels.recipes.distributed import joining
 from adatape_kernels.recipes.training import train
 from adatape_kernels.recipes.training.train_step import EagerSteps
@@ -221,5 +224,8 @@ def run_all(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     train.write_report = lambda *given, **named: None  # one process alone writes it
+    # Those that train for a table are forked, too: each would import all of this anew.
+    forking = multiprocessing.get_context("fork")
+    worker_processes.multiprocessing = SimpleNamespace(get_context=lambda start: forking)
     found = run_all(Path(sys.argv[1]))
     torch.save(found, Path(sys.argv[1]) / "codes")

@@ -95,10 +95,19 @@ def test_a_run_leaves_report_metrics_model_and_pictures(unbroken):
 SECONDS = 600  # no run takes longer, however busy the machine is
 
 
+# The pictures of its report take as long as its training.
+WITHOUT_REPORT = """
+import runpy
+from adatape_kernels.recipes.training import train
+train.write_report = lambda *given, **options: None
+runpy.run_module("adatape_kernels.cli", run_name="__main__")
+"""
+
+
 def command(*arguments):
     """Start the command in a process of its own, where no earlier test has changed a setting."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return Popen(["-m", "adatape_kernels.cli", *arguments], **quiet)
+    return Popen(["-c", WITHOUT_REPORT, *arguments], **quiet)
 
 
 def test_a_killed_run_resumes_on_the_same_curve(mnist, tmp_path):
