@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interruptible(for_good=argv is None), spoken_by_rank_0():
         try:
             if words[:1] == ["bench"]:
-                return _run_bench(words[1:])
+                return _run_bench(words[1:], is_program=argv is None)
             if words and words[0] in COMMANDS:
                 return _run(*words)
             return _run_no_command(words)
@@ -131,11 +131,11 @@ def _options_class(name: str) -> type:
     return getattr(_module(name), f"{name.capitalize()}Command")
 
 
-def _run_bench(argv: Sequence[str]) -> int:
+def _run_bench(argv: Sequence[str], is_program: bool) -> int:
     """Run the benchmarks, which have arguments of their own."""
     # By name, since type checkers do not see that a clone has this package in a folder of its own.
     command = importlib.import_module("adatape_kernels.benchmarks.harness.command")
-    return command.main(argv)
+    return command.program(argv) if is_program else command.main(argv)
 
 
 class _PrintCompletion(argparse.Action):
