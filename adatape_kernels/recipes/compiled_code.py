@@ -8,6 +8,7 @@ and FlexAttention's masks end in a segmentation fault.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def kept_by_instructions() -> Iterator[None]:
         ...     torch.compiler.config.cache_key_tag.split()[-1]
         'threads'
     """
-    config = torch.compiler.config
+    config: Any = torch.compiler.config
     own = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     with config.patch(cache_key_tag=" ".join(filter(None, [config.cache_key_tag, own]))):
         yield
