@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked_python
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,15 +34,15 @@ needs_gloo = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def torchrun(words, *program):
-    """Have torchrun begin two ranks of a program, which write what they say into a file."""
+def torchrun(words, *options):
+    """Have torchrun begin two ranks, which write what they say into a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "adatape_kernels"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     with words.open("wb") as stream:
         process = subprocess.Popen(
-            [*command, *program],
+            [*command, *RUN, *options],
             stdout=stream,
             stderr=stream,
             env=environment,
@@ -71,8 +72,7 @@ def said(words):
 @needs_gloo
 def test_torchrun_that_is_asked_to_end_twice_keeps_what_is_written(tmp_path, monkeypatch):
     out, words = tmp_path / "run", tmp_path / "words.txt"
-    command = ["-m", "adatape_kernels", *RUN, "--epochs", "10000", "--out", str(out)]
-    with torchrun(words, *command) as process:
+    with torchrun(words, "--epochs", "10000", "--out", str(out)) as process:
         wait_for("epoch 2/10000", words, process)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
@@ -99,9 +99,16 @@ def test_torchrun_begins_divided_parameters_anew_from_the_last_checkpoint(tmp_pa
     """A rank is killed in the midst of an epoch; the curve is that of one process."""
     out, words = tmp_path / "run", tmp_path / "words.txt"
     options = ["--epochs", str(EPOCHS), "--ema", "0.9", "--mixup", "0.2"]
-    program = [str(Path(__file__).with_name("killed_rank.py")), *RUN, *options]
-    with torchrun(words, *program, "--parallel", "fsdp", "--out", str(out)) as process:
-        assert process.wait(SECONDS_TO_BEGIN) == 0, words.read_text()
+    program = [Path(__file__).with_name("torchrun_forked.py"), *RUN, *options]
+    with words.open("wb") as stream:
+        done = forked_python.run(
+            [*program, "--parallel", "fsdp", "--out", out],
+            stdout=stream,
+            stderr=stream,
+            cwd=tmp_path,
+            timeout=SECONDS_TO_BEGIN,
+        )
+    assert done.returncode == 0, words.read_text()
     (line,) = said(words)
     # The other rank finds that one is gone, or torchrun has found it and tells that rank to end: on
     # a busy machine either may come first.
