@@ -24,7 +24,7 @@ from adatape_kernels.benchmarks.harness.cases import OURS, Effort, run
 from adatape_kernels.benchmarks.harness.own_process import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    Progress,
+    CasesDone,
     in_own_process,
 )
 from adatape_kernels.benchmarks.harness.records import CaseKey, ResultRow
@@ -218,7 +218,7 @@ def in_turn(lists: Sequence[list]) -> list:
     return [each[i] for i in range(longest) for each in lists if i < len(each)]
 
 
-def measure(chosen: BenchmarkPlan, budget: float | None, progress: Progress) -> int:
+def measure(chosen: BenchmarkPlan, budget: float | None, progress: CasesDone) -> int:
     """Measure case by case from where a process before has come to; write each one's rows.
 
     Returns how many cases have a fault.
@@ -277,7 +277,7 @@ def lines(rows: Sequence[ResultRow]) -> list[str]:
     return text
 
 
-def main(argv: Sequence[str] | None = None, progress: Progress | None = None) -> int:
+def main(argv: Sequence[str] | None = None, progress: CasesDone | None = None) -> int:
     """Measure in this process what the arguments ask for and return the exit code.
 
     It is 1 if a case has a fault, 2 if the arguments cannot be followed, and 130 after Ctrl-C.
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None, progress: Progress | None = None) ->
     arguments = parser().parse_args(argv)
     try:
         chosen = plan(arguments)
-        faults = measure(chosen, arguments.budget, progress or Progress())
+        faults = measure(chosen, arguments.budget, progress or CasesDone())
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return EXIT_UNREADABLE

@@ -25,7 +25,7 @@ _ASKED_TO_END = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, s
 _PR_SET_PDEATHSIG = 1
 
 
-class Progress:
+class CasesDone:
     """How far the measurements have come, in memory that outlives the process that measures.
 
     Attributes:
@@ -85,7 +85,7 @@ class Progress:
         return {name: words for (number, name), words in self.ended.items() if number == case}
 
 
-def in_own_process(measure: Callable[[Progress], int]) -> int:
+def in_own_process(measure: Callable[[CasesDone], int]) -> int:
     """Measure in a process of its own, and in another one without the provider that has ended it.
 
     It returns in each process: the first returns the last one's exit code when all have ended, and
@@ -93,9 +93,9 @@ def in_own_process(measure: Callable[[Progress], int]) -> int:
     Where processes are not forked safely, this one measures.
 
     Args:
-        measure: goes on from `Progress.done` and returns the exit code.
+        measure: goes on from `CasesDone.done` and returns the exit code.
     """
-    progress = Progress()
+    progress = CasesDone()
     if sys.platform != "linux":
         return measure(progress)
     while True:

@@ -10,7 +10,7 @@ from pathlib import Path
 import forked_python
 import pytest
 
-from adatape_kernels.benchmarks.harness.own_process import Progress
+from adatape_kernels.benchmarks.harness.own_process import CasesDone
 
 SECONDS = 120
 pytestmark = pytest.mark.skipif(
@@ -166,7 +166,7 @@ def test_what_measures_ends_with_the_process_that_waits(waiting):
 
 
 def test_progress_is_read_from_what_another_process_wrote():
-    progress = Progress()
+    progress = CasesDone()
     progress.ended[1, "a"] = "words"
     assert (progress.done, progress.running, progress.finished) == (0, None, False)
     process = os.fork()
