@@ -72,21 +72,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)]
     # What runs as a program ends with this function.
     with interruptible(for_good=argv is None), spoken_by_rank_0():
+        failure: Exception | None = None
         try:
-            if words[:1] == ["bench"]:
-                return _run_bench(words[1:])
-            if words and words[0] in COMMANDS:
-                return _run(*words)
-            return _run_no_command(words)
-        except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_FAILED
-        except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
-            say_why(f"adatape-kernels: {printable(str(error) or type(error).__name__)}")
-            return EXIT_UNREADABLE
+            try:
+                if words[:1] == ["bench"]:
+                    return _run_bench(words[1:], is_program=argv is None)
+                if words and words[0] in COMMANDS:
+                    return _run(*words)
+                return _run_no_command(words)
+            except BrokenPipeError:  # the reader, a `head` perhaps, has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return EXIT_FAILED
+            except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
+                failure = error
+                _say_failure(error)
+                return EXIT_UNREADABLE
         except KeyboardInterrupt as stop:
+            if failure is not None:  # which was about to be said
+                _say_failure(failure)
+                return EXIT_UNREADABLE
             say_why(": ".join(["adatape-kernels: interrupted", *map(printable, stop.args)]))
             return EXIT_INTERRUPTED
+
+
+def _say_failure(error: Exception) -> None:
+    say_why(f"adatape-kernels: {printable(str(error) or type(error).__name__)}")
 
 
 def _run(name: str, *words: str) -> int:
@@ -131,11 +141,11 @@ def _options_class(name: str) -> type:
     return getattr(_module(name), f"{name.capitalize()}Command")
 
 
-def _run_bench(argv: Sequence[str]) -> int:
+def _run_bench(argv: Sequence[str], is_program: bool) -> int:
     """Run the benchmarks, which have arguments of their own."""
     # By name, since type checkers do not see that a clone has this package in a folder of its own.
     command = importlib.import_module("adatape_kernels.benchmarks.harness.command")
-    return command.main(argv)
+    return command.program(argv) if is_program else command.main(argv)
 
 
 class _PrintCompletion(argparse.Action):

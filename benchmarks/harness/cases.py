@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from adatape_kernels.ops.op import (
     serving,
     use_backend,
 )
+from adatape_kernels.recipes.compiled_code import kept_by_instructions
 from adatape_kernels.recipes.measure import Run
 
 OURS = "ours"
@@ -129,6 +131,10 @@ class Effort(NamedTuple):
     """Providers that are compiled take part: "yes", "no", or "only" they and ours."""
     providers: frozenset[str] = frozenset()
     """Only providers of these names take part; all if it is empty."""
+    running: Callable[[str], None] = lambda name: None
+    """This is told which provider runs from here on, and "" for what none of them does."""
+    ended: Mapping[str, str] = MappingProxyType({})
+    """What became of providers that have ended a process before; they do not run again."""
 
     def wants(self, provider: Provider) -> bool:
         """Return whether a provider takes part."""
@@ -141,6 +147,12 @@ class Effort(NamedTuple):
 
 def run(case: BenchmarkCase, effort: Effort) -> list[ResultRow]:
     """Check every wanted provider against the reference, time those that agree, return all rows."""
+    with kept_by_instructions():
+        return _run(case, effort)
+
+
+def _run(case: BenchmarkCase, effort: Effort) -> list[ResultRow]:
+    effort.running("")
     limits = ceilings.measured(case.device_type, case.dtype, effort.quick)
     if case.device_type == "cuda":
         torch.cuda.empty_cache()
@@ -151,13 +163,14 @@ def run(case: BenchmarkCase, effort: Effort) -> list[ResultRow]:
     attempts = [
         attempt
         for provider in filter(effort.wants, case.providers)
-        for attempt in attempts_of(case, provider, sets, expected)
+        for attempt in _attempts(case, provider, sets, expected, effort)
     ]
     timings = timing.interleaved(
         {each.name: each.runs for each in attempts if each.status == "ok"},
         case.device_type,
         rounds=effort.rounds,
         seconds=effort.seconds,
+        running=effort.running,
     )
     return [
         records.row(
@@ -170,7 +183,7 @@ def run(case: BenchmarkCase, effort: Effort) -> list[ResultRow]:
             flops=case.flops,
             moved=case.bytes,
             limit_s=limits.seconds(case.flops, case.bytes),
-            peak_bytes=_peak_bytes(case, each),
+            peak_bytes=_peak_bytes(case, each, effort),
         )
         for each in attempts
     ]
@@ -195,10 +208,34 @@ class Attempt(NamedTuple):
     """There is a run for each set of inputs."""
 
 
-def _peak_bytes(case: BenchmarkCase, attempt: Attempt) -> int | None:
+def _peak_bytes(case: BenchmarkCase, attempt: Attempt, effort: Effort) -> int | None:
     if not case.peaks or attempt.status != "ok" or attempt.name.endswith(GRAPH):
         return None
+    effort.running(attempt.name)
     return timing.peak_bytes(attempt.runs[0], case.device_type)
+
+
+def _attempts(
+    case: BenchmarkCase,
+    provider: Provider,
+    sets: Sequence[Any],
+    expected: Sequence[Tensor],
+    effort: Effort,
+) -> Iterator[Attempt]:
+    """Try a provider, and on a GPU its graph, unless that has ended a process before."""
+    name, graph = provider.name, provider.name + GRAPH
+    if name in effort.ended:
+        yield Attempt(name, "failed", effort.ended[name], [])
+        return
+    lost = effort.ended.get(graph)
+    effort.running(name)
+    tried = dataclasses.replace(provider, graph=provider.graph and lost is None)
+    for attempt in attempts_of(case, tried, sets, expected):
+        yield attempt
+        if case.device_type == "cuda":
+            effort.running(graph)
+    if lost is not None:
+        yield Attempt(graph, "failed", lost, [])
 
 
 def attempts_of(

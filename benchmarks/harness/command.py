@@ -8,6 +8,8 @@ The README of the benchmarks says how to read the rows.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import sys
 import time
@@ -19,6 +21,12 @@ import torch
 
 from adatape_kernels.benchmarks.harness import ceilings, labels, records
 from adatape_kernels.benchmarks.harness.cases import OURS, Effort, run
+from adatape_kernels.benchmarks.harness.own_process import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    CasesDone,
+    in_own_process,
+)
 from adatape_kernels.benchmarks.harness.records import CaseKey, ResultRow
 from adatape_kernels.benchmarks.harness.suites import Suite, legend, shape_text
 from adatape_kernels.ops.op import NotServed
@@ -37,7 +45,7 @@ OPS = (
     "dispatch",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXIT_FAILED, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_UNREADABLE = 2
 
 
 class BenchParser(argparse.ArgumentParser):
@@ -106,10 +114,12 @@ class PlannedCase(NamedTuple):
         """Measure the case and return its rows.
 
         A case that cannot be made, for lack of memory perhaps, has one row of ours that failed, so
-        that the other cases are still measured.
+        that the other cases are still measured. So has one that has ended a process before.
         """
         if not self.compiles:
             effort = effort._replace(compiled="no")
+        if "" in effort.ended:
+            return [self._row("failed", effort.ended[""], device_type)]
         try:
             case = self.suite.case(self.shape, self.direction, self.dtype, device_type)
             return run(case, effort)
@@ -117,9 +127,12 @@ class PlannedCase(NamedTuple):
             status, note = "skipped", records.first_line(reason)
         except Exception as error:  # Out of memory, say.
             status, note = "failed", f"{type(error).__name__}: {records.first_line(error)}"
+        return [self._row(status, note, device_type)]
+
+    def _row(self, status: str, note: str, device_type: str) -> ResultRow:
         dtype, shape = records.dtype_name(self.dtype), shape_text(self.shape)
         key = CaseKey(self.suite.op, self.direction, dtype, shape)
-        return [records.row(key, OURS, device_type, status=status, note=note)]
+        return records.row(key, OURS, device_type, status=status, note=note)
 
 
 class BenchmarkPlan(NamedTuple):
@@ -205,12 +218,11 @@ def in_turn(lists: Sequence[list]) -> list:
     return [each[i] for i in range(longest) for each in lists if i < len(each)]
 
 
-def measure(chosen: BenchmarkPlan, budget: float | None) -> int:
-    """Measure case by case, and write the rows of each when it ends.
+def measure(chosen: BenchmarkPlan, budget: float | None, progress: CasesDone) -> int:
+    """Measure case by case from where a process before has come to; write each one's rows.
 
     Returns how many cases have a fault.
     """
-    start, faults = time.perf_counter(), 0
     for dtype in dict.fromkeys(each.dtype for each in chosen.cases):
         limits = ceilings.measured(chosen.device_type, dtype, chosen.effort.quick)
         records.append(chosen.path, limits.rows)
@@ -220,17 +232,19 @@ def measure(chosen: BenchmarkPlan, budget: float | None) -> int:
             f"product {limits.flops_per_s / 1e9:,.0f} GFLOP/s",
             flush=True,
         )
-    print(heading())
-    for done, each in enumerate(chosen.cases):
-        if budget is not None and time.perf_counter() - start > budget:
-            print(f"{len(chosen.cases) - done} cases left out: {budget:g} s are over")
+    print(heading(), flush=True)
+    while progress.done < len(chosen.cases):
+        if budget is not None and time.perf_counter() - progress.start > budget:
+            print(f"{len(chosen.cases) - progress.done} cases left out: {budget:g} s are over")
             break
-        rows = each.run(chosen.device_type, chosen.effort)
-        faults += any(map(is_fault, rows))
+        ended = progress.ended_in(progress.done)
+        effort = chosen.effort._replace(running=progress.runs, ended=ended)
+        rows = chosen.cases[progress.done].run(chosen.device_type, effort)
         records.append(chosen.path, rows)
         print("\n".join(lines(rows)), flush=True)
+        progress.case_done(any(map(is_fault, rows)))
     print(f"rows: {chosen.path}")
-    return faults
+    return progress.faults
 
 
 def is_fault(row: ResultRow) -> bool:
@@ -263,15 +277,19 @@ def lines(rows: Sequence[ResultRow]) -> list[str]:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the arguments ask for and return the exit code.
+def main(argv: Sequence[str] | None = None, progress: CasesDone | None = None) -> int:
+    """Measure in this process what the arguments ask for and return the exit code.
 
     It is 1 if a case has a fault, 2 if the arguments cannot be followed, and 130 after Ctrl-C.
+
+    Args:
+        argv: the arguments; those of the process by default.
+        progress: what processes before have measured; nothing by default.
     """
     arguments = parser().parse_args(argv)
     try:
         chosen = plan(arguments)
-        faults = measure(chosen, arguments.budget)
+        faults = measure(chosen, arguments.budget, progress or CasesDone())
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return EXIT_UNREADABLE
@@ -281,5 +299,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_FAILED if faults else 0
 
 
+def program(argv: Sequence[str]) -> int:
+    """Do what `main` does in a process of its own, which a provider may end; see `own_process`."""
+    # What each of them would import; a wrong op is an error that they say.
+    with contextlib.suppress(ValueError):
+        suites(parser().parse_args(argv).ops)
+        importlib.import_module("torch._dynamo")
+    return in_own_process(functools.partial(main, argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ VERY_SLOW_SECONDS = 1.0
 
 
 def interleaved(
-    runs: Mapping[str, Sequence[Run]], device_type: str, *, rounds: int, seconds: float
+    runs: Mapping[str, Sequence[Run]],
+    device_type: str,
+    *,
+    rounds: int,
+    seconds: float,
+    running: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time every provider in turn, so that a busy machine is busy for all of them.
 
@@ -35,12 +40,14 @@ def interleaved(
         device_type: "cpu" or "cuda".
         rounds: most samples of each provider.
         seconds: after so long no new round begins, save for the first few.
+        running: this is told whose sample begins, outside of what is timed.
     """
     sample = _sample_cuda if device_type == "cuda" else _sample_cpu
     rotations = {name: itertools.cycle(turns) for name, turns in runs.items()}
     repeats = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, turns in runs.items():
+        running(name)
         once = sample(rotations[name], len(turns))
         if once < SLOW_SECONDS:
             once = sample(rotations[name], len(turns))
@@ -53,6 +60,7 @@ def interleaved(
             break
         for name, rotation in rotations.items():
             if len(samples[name]) <= done:
+                running(name)
                 samples[name].append(sample(rotation, repeats[name]))
     return {name: Timing.of(times) for name, times in samples.items()}
 

@@ -157,6 +157,11 @@ def _said_when_it_takes_long(ranks: Ranks) -> Iterator[None]:
 
 def _stop(ranks: Ranks, watch: RankWatch, error: BaseException) -> NoReturn:
     """Raise the error of the first rank that fails, and end the others without a word."""
+    # torchrun, which has seen a rank go, may ask this one to end while that is on its way up here.
+    if isinstance(error, KeyboardInterrupt) and not error.args:
+        earlier = error.__context__
+        if earlier is not None and _is_of_communication(earlier):
+            error = earlier
     code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BY_ANOTHER
     atexit.register(_leave, code)
     if not watch.report():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
+from adatape_kernels.recipes.distributed import last_words
 from adatape_kernels.recipes.quiet_stderr import quiet_stderr
 
 BEAT_SECONDS = 3.0
@@ -33,6 +34,9 @@ _SECONDS_TO_CONNECT = 30
 # One that has failed already asks for no more than whether it is the first.
 _SECONDS_TO_CONNECT_AT_LAST = 5
 _FAILED = "failed"
+# For how long the main thread may already have been ending when the store goes, and may be saying
+# why the process ends.
+_SECONDS_TO_END, _SECONDS_TO_SPEAK = 2.0, 5.0
 
 WATCH = "watch"
 """What the watch's part of torchrun's store is for, as `store_of_torchrun` has it."""
@@ -168,7 +172,9 @@ class RankWatch:
                     failed = self._store.check([_FAILED])
                     done = self._store.check([f"done/{following}"])
             except RuntimeError:
-                self._end("expected torchrun's store, which is gone")
+                # torchrun may have been asked to end, and have passed that on: it is said why.
+                if not self._ended.wait(_SECONDS_TO_END):
+                    self._end("expected torchrun's store, which is gone")
                 return
             if failed:
                 # The rank that failed says why; its peers would otherwise wait for it.
@@ -190,7 +196,9 @@ class RankWatch:
         """
         if self._ended.is_set():
             return
-        if reason is not None:
+        if reason is not None and not last_words.begin():
+            time.sleep(_SECONDS_TO_SPEAK)
+        elif reason is not None:
             with contextlib.suppress(OSError, ValueError):
                 stream = sys.__stderr__
                 if stream is not None:

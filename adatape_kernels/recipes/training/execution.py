@@ -14,6 +14,7 @@ from adatape_kernels.arguments import shown
 from adatape_kernels.data.printable import printable
 from adatape_kernels.models import AdaTapeOutput, AViTConfig, Classifier, HaltingClassifier
 from adatape_kernels.models.value_checks import as_choice, as_flag, as_integer
+from adatape_kernels.recipes.compiled_code import kept_by_instructions
 from adatape_kernels.recipes.distributed.divided_parameters import DividedParameters, check_fsdp
 from adatape_kernels.recipes.distributed.ranks import ALONE, Ranks
 from adatape_kernels.recipes.distributed.shared_gradients import SharedGradients
@@ -194,7 +195,8 @@ class Execution:
             if self.ranks.several and self.parallel == "fsdp":
                 yield DividedParameters(model, self.ranks, optimizer, averaged)
             else:
-                yield SharedGradients(model) if self.ranks.several else forward
+                with kept_by_instructions() if self.compiled else contextlib.nullcontext():
+                    yield SharedGradients(model) if self.ranks.several else forward
         finally:
             if self.checkpoint_layers:
                 model.set_grad_checkpointing(before)

@@ -106,6 +106,12 @@ def asked_to_end_too_soon(rank):
         time.sleep(2)
 
 
+def with_forked_workers(rank):
+    """Fork the processes that train a rank's runs, which would otherwise import torch anew."""
+    forks = multiprocessing.get_context("fork")
+    worker_processes.multiprocessing.get_context = lambda method: forks
+
+
 def in_ranks(folder, name, arguments, count=1, restarts=0, store=None, before=None):
     """The exit codes of a command in so many processes, which write what they say into files.
 
@@ -204,12 +210,15 @@ def run_all(folder):
         2,
     )
     codes["table of one"] = call(
-        "table of one", [*TABLE, "--jobs", 1, "--out", folder / "table of one"]
+        "table of one",
+        [*TABLE, "--jobs", 1, "--out", folder / "table of one"],
+        before=with_forked_workers,
     )
-    codes["table"] = call("table", [*TABLE, "--out", folder / "table"], 2)
+    shared = [*TABLE, "--out", folder / "table"]
+    codes["table"] = call("table", shared, 2, before=with_forked_workers)
     (folder / "table" / "transformer-4-0.json").unlink()
     made = (folder / "table" / "adatape-4-0.json").read_bytes()
-    codes["table, again"] = call("table, again", [*TABLE, "--out", folder / "table"], 2)
+    codes["table, again"] = call("table, again", shared, 2, before=with_forked_workers)
     assert (folder / "table" / "adatape-4-0.json").read_bytes() == made
     codes["other sizes"] = call(
         "other sizes", lambda rank: [*RUN, "--dim", 16 + 16 * rank, "--out", folder / "new"], 2
