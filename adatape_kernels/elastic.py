@@ -314,7 +314,21 @@ class ElasticBatch(ElasticSources):
             return self.data.index_select(0, self.cu_inputs[:-1])
         if kind not in ("mean", "max", "sum"):
             raise ValueError(f"kind: expected token, mean, max or sum, got {shown(kind)}")
-        return pool_rows(self.data, self.example_of_rows(), self.lens, kind)
+        example, place, starts = self._packed_places()
+        return pool_rows(self.data, example, place, starts, kind)
+
+    def _packed_places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `pool_rows` takes: whose each row is, its packed place, and the starts."""
+        example, row = self.example_of_rows(), torch.arange(len(self.data), device=self.data.device)
+        cu_inputs, cu_tapes = self.cu_inputs.long(), self.cu_tapes.long()
+        tapes_before = cu_tapes - cu_tapes[0]
+        # Input rows move behind the tape rows of the examples before them, tape rows before the
+        # input rows of those behind, and unused rows stay where they are.
+        inputs_behind = cu_inputs[-1] - torch.cat([cu_inputs[1:], cu_inputs[-1:]])
+        shift = torch.where(
+            row < self.num_input_rows, tapes_before[example], -inputs_behind[example]
+        )
+        return example, row + shift, cu_inputs + tapes_before
 
 
 torch.export.register_dataclass(ElasticBatch)
