@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adatape_kernels.arguments import check_int, shown
 from adatape_kernels.elastic_examples import (
@@ -314,21 +315,13 @@ class ElasticBatch(ElasticSources):
             return self.data.index_select(0, self.cu_inputs[:-1])
         if kind not in ("mean", "max", "sum"):
             raise ValueError(f"kind: expected token, mean, max or sum, got {shown(kind)}")
-        example, place, starts = self._packed_places()
-        return pool_rows(self.data, example, place, starts, kind)
-
-    def _packed_places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `pool_rows` takes: whose each row is, its packed place, and the starts."""
         example, row = self.example_of_rows(), torch.arange(len(self.data), device=self.data.device)
-        cu_inputs, cu_tapes = self.cu_inputs.long(), self.cu_tapes.long()
-        tapes_before = cu_tapes - cu_tapes[0]
-        # Input rows move behind the tape rows of the examples before them, tape rows before the
-        # input rows of those behind, and unused rows stay where they are.
-        inputs_behind = cu_inputs[-1] - torch.cat([cu_inputs[1:], cu_inputs[-1:]])
-        shift = torch.where(
-            row < self.num_input_rows, tapes_before[example], -inputs_behind[example]
+        # An example's tape rows are counted on from its input rows.
+        tapes_begin = pad(self.cu_tapes[:-1] - self.input_lens, (0, 1))
+        begin = torch.where(
+            row < self.num_input_rows, self.cu_inputs[example], tapes_begin[example]
         )
-        return example, row + shift, cu_inputs + tapes_before
+        return pool_rows(self.data, example, row - begin, self.lens, kind)
 
 
 torch.export.register_dataclass(ElasticBatch)

@@ -61,6 +61,21 @@ bool start(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i)
   return reads_on(p, s, i);
 }
 
+// Returns the product of a query and a key, added up lane by lane. The chains of a product with a
+// shared bank are good enough to choose by, but weights are made of the differences of scores.
+template <class T>
+float product_in_lanes(const float* query, const T* key, int64_t width) {
+  Vec sums[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+    sums[0] += load(query + d) * load(key + d);
+    sums[1] += load(query + d + kLanes) * load(key + d + kLanes);
+  }
+  for (; d < width; d += kLanes)
+    sums[0] += load(query + d) * load_some(key + d, smaller(kLanes, width - d));
+  return sum(sums[0] + sums[1]);
+}
+
 template <class T>
 bool read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) {
   ScoredEntry merged[kMaxTopk];
@@ -71,10 +86,12 @@ bool read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) 
     if (found[j].entry >= 0) best.offer(found[j]);
   }
   const int64_t out = (i * p.num_tape_tokens + p.counts[i]) * p.topk;
+  float* const query = s.queries + i * s.stride_query;
   float scores[kMaxTopk];
   for (int64_t j = 0; j < p.topk; ++j) {
     const int32_t entry = merged[j].entry;
-    scores[j] = merged[j].score;
+    scores[j] = p.own_banks ? merged[j].score
+                            : product_in_lanes(query, key_row<T>(p, i, entry), p.keys.width);
     p.indices[out + j] = entry;
     s.unread[i * s.stride_unread + entry / kUnreadBits] &= ~(uint32_t{1} << entry % kUnreadBits);
   }
@@ -82,7 +99,6 @@ bool read(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, int64_t i) 
   p.ponder[i] += merge_weights(p, scores, p.weights + out);
   s.halting[i] += p.weights[out];
   p.counts[i] += 1;
-  float* const query = s.queries + i * s.stride_query;
   next_query<T>(p, i, p.indices + out, p.weights + out, query, query);
   return reads_on(p, s, i);
 }
