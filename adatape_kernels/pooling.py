@@ -40,8 +40,8 @@ def pool_rows(
         largest = low.scatter_reduce(0, index, rows, "amax")[:-1]
         return largest.where(lens.unsqueeze(1) > 0, 0)
     wide = torch.promote_types(data.dtype, torch.float32)
-    # The rows of an example are dealt to so many chains of additions, because what a chain in float32
-    # rounds off grows with its length. Then halves are added up, in the same order in any batch.
+    # The rows of an example are dealt to so many chains of additions, because what a chain in
+    # float32 rounds off grows with its length. Halves are added up in the same order in any batch.
     total = torch.zeros((batch + 1) * _CHAINS, dim, dtype=wide, device=data.device)
     total = total.index_add(0, example * _CHAINS + place % _CHAINS, data.to(wide))
     total = total.view(batch + 1, _CHAINS, dim)[:-1]
