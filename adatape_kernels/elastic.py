@@ -315,13 +315,12 @@ class ElasticBatch(ElasticSources):
             return self.data.index_select(0, self.cu_inputs[:-1])
         if kind not in ("mean", "max", "sum"):
             raise ValueError(f"kind: expected token, mean, max or sum, got {shown(kind)}")
-        example, row = self.example_of_rows(), torch.arange(len(self.data), device=self.data.device)
+        example, inputs = self.example_of_rows(), self.num_input_rows
         # An example's tape rows are counted on from its input rows.
         tapes_begin = pad(self.cu_tapes[:-1] - self.input_lens, (0, 1))
-        begin = torch.where(
-            row < self.num_input_rows, self.cu_inputs[example], tapes_begin[example]
-        )
-        return pool_rows(self.data, example, row - begin, self.lens, kind)
+        begin = torch.cat([self.cu_inputs[example[:inputs]], tapes_begin[example[inputs:]]])
+        place = torch.arange(self.data.shape[0], device=self.data.device) - begin
+        return pool_rows(self.data, example, place, self.lens, kind)
 
 
 torch.export.register_dataclass(ElasticBatch)

@@ -44,7 +44,7 @@ def pool_rows(
     # float32 rounds off grows with its length. Halves are added up in the same order in any batch.
     total = torch.zeros((batch + 1) * _CHAINS, dim, dtype=wide, device=data.device)
     total = total.index_add(0, example * _CHAINS + place % _CHAINS, data.to(wide))
-    total = total.view(batch + 1, _CHAINS, dim)[:-1]
+    total = total.unflatten(0, (-1, _CHAINS))[:-1]
     while total.shape[1] > 1:
         half = total.shape[1] // 2
         total = total[:, :half] + total[:, half:]

@@ -39,12 +39,22 @@ struct SoftmaxOfRows {
   }
 };
 
-// Returns the greatest power of two of which so many add up to 1 at most. Weights are multiplied by
-// it where they go into sums of values, which are no greater then than the greatest value: it may
-// be near the greatest float.
-inline float share_of_key(int64_t keys) {
+// Returns what weights are multiplied by where they go into sums of these values, of all keys of an
+// example: one, or where sums could be infinite before they are divided, a power of two with which
+// they are no greater than the greatest value.
+template <class T>
+float share_of_key(const HeadBlock<T>& values) {
+  Vec least = {};
+  for (int64_t r = 0; r < values.count; ++r) {
+    const T* const row = values.row(r);
+    int64_t d = 0;
+    for (; d + kLanes <= values.dim; d += kLanes) least = min(negative_size(load(row + d)), least);
+    if (d < values.dim) least = min(negative_size(load_some(row + d, values.dim - d)), least);
+  }
+  const auto keys = static_cast<float>(values.count);
   float share = 1.0f;
-  while (share * static_cast<float>(keys) > 1.0f) share *= 0.5f;
+  if (max(Vec{} - least) * keys <= 0x1p127f) return share;
+  while (share * keys > 1.0f) share *= 0.5f;
   return share;
 }
 

@@ -21,60 +21,67 @@ struct RowWeights {
   float factor, mean;
 };
 
+// The product of a query's output and its gradient, and how much it may be off because the output
+// was rounded.
+struct OutputProduct {
+  float value, rounding;
+};
+
 // Replaces the scores by the weights, but for a factor.
 //
-// The weights add up to one, but for rounding: that of `lse`, which is the greater the greater
-// scores are. What is more than that is not: then the keys are not all that `lse` is of, and the
-// factor is one. The mean is that of the gradients of the weights, by the weights. It is the
-// product of the output and its gradient, too, which product_of_output() returns, but not to the
-// last bit: where nearly all of the weight is one key's, only the mean of the very numbers at hand
-// cancels.
-template <class Product>
-inline RowWeights weigh(const ScoreRow& row, const Product& product_of_output) {
+// A row's weights add up to one, and the mean of their gradients, by the weights, is the product of
+// the output and its gradient. Neither is so to the last bit. `lse` was rounded, the more the
+// greater the scores are, and where nearly all of the weight is one key's, what is more than the
+// mean cancels only for the mean of the very numbers at hand. So both are taken from these. Where
+// they differ by more than rounding, the keys are not all that `lse` and the output are of: then
+// these are taken at their word.
+inline RowWeights weigh(const ScoreRow& row, const OutputProduct& output) {
   const auto weights = [&](int64_t c) {
     const Vec w = exp2(load(row.scores + c) * row.scale - row.lse);
     store(row.scores + c, w);
     return w;
   };
-  Vec totals = {}, products = {};
+  Vec totals = {}, products = {}, sizes = {};
   const int64_t whole = row.keys / kLanes * kLanes;
   for (int64_t c = 0; c < whole;) {
     const int64_t end = whole - c > kSumColumns ? c + kSumColumns : whole;
     Vec some = {}, some_products = {};
     for (; c < end; c += kLanes) {
-      const Vec w = weights(c);
+      const Vec w = weights(c), product = w * load(row.dweights + c);
       some += w;
-      some_products += w * load(row.dweights + c);
+      some_products += product;
+      sizes -= negative_size(product);
     }
     totals += some;
     products += some_products;
   }
   if (whole < row.keys) {
     const Vec w = weights(whole);
+    const Vec product = first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f);
     totals += first_lanes(w, row.keys - whole, 0.0f);
-    products += first_lanes(w * load(row.dweights + whole), row.keys - whole, 0.0f);
+    products += product;
+    sizes -= negative_size(product);
   }
-  const float total = sum(totals);
-  constexpr float kMostRounding = 0x1p-8f;
-  const float rounding = 0x1p-21f * (8 + __builtin_fabsf(row.lse));
-  if (!(__builtin_fabsf(total - 1) <= (rounding < kMostRounding ? rounding : kMostRounding))) {
-    return {1.0f, product_of_output()};
+  const float total = sum(totals), mean = sum(products) / total;
+  const float most = 1 + __builtin_fminf(0x1p-23f * (4 + __builtin_fabsf(row.lse)), 7);
+  const float rounding = output.rounding + 0x1p-21f * sum(sizes) / total;
+  if (total <= most && total * most >= 1 && __builtin_fabsf(mean - output.value) <= rounding) {
+    return {1 / total, mean};
   }
-  return {1 / total, sum(products) / total};
+  return {1, output.value};
 }
 
 // Replaces the scores of some queries by the weights, and the gradients of the weights by those of
 // the scores before they were scaled. What is written are elements of numbers that follow each
 // other by query, where the scores were and in `ds_by_query`, and by key, where the gradients of
 // the weights were. As float they are the same, so that `ds_by_query` lies there too.
-// product_of_output(r) returns the product of query r's output and its gradient.
-template <class Product>
+// output(r) returns query r's OutputProduct.
+template <class Output>
 inline void differentiate(float* scores, float* ds, float*, int64_t queries, int64_t keys,
-                          int64_t columns, float scale, const float* lse,
-                          const Product& product_of_output) {
+                          int64_t columns, float scale, const float* lse, const Output& output) {
   for (int64_t r = 0; r < queries; ++r) {
     const ScoreRow row{scores + r * columns, ds + r * columns, keys, scale, lse[r]};
-    const RowWeights weights = weigh(row, [&] { return product_of_output(r); });
+    const RowWeights weights = weigh(row, output(r));
     for (int64_t c = 0; c < columns; c += kLanes) {
       const Vec w = load(row.scores + c) * weights.factor;
       store(row.scores + c, w);
@@ -84,10 +91,10 @@ inline void differentiate(float* scores, float* ds, float*, int64_t queries, int
 }
 
 #if defined(__AVX512BF16__)
-template <class Product>
+template <class Output>
 void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t queries,
                    int64_t keys, int64_t columns, float scale, const float* lse,
-                   const Product& product_of_output) {
+                   const Output& output) {
   for (int64_t r = 0; r < queries; r += 2) {
     // No pair of rows is written before it was read, as its place is at most that of its first row.
     auto* const pairs = reinterpret_cast<BFloat16Pair*>(scores) + r / 2 * columns;
@@ -97,7 +104,7 @@ void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t 
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (r + i) * columns;
       rows[i] = {scores + at, ds + at, keys, scale, lse[r + i]};
-      weights[i] = weigh(rows[i], [&] { return product_of_output(r + i); });
+      weights[i] = weigh(rows[i], output(r + i));
     }
     for (int64_t c = 0; c < columns; c += kLanes) {
       HalfVec w_halves[2] = {}, ds_halves[2] = {};
@@ -119,16 +126,23 @@ void differentiate(float* scores, float* ds, BFloat16Pair* ds_by_query, int64_t 
 }
 #endif
 
-// Returns the product of a row of each of two matrices.
+// Returns that of a row of the output and of its gradient.
 template <class T>
-float product_of_rows(const HeadBlock<T>& left, const HeadBlock<T>& right, int64_t r) {
-  const T *const a = left.row(r), *const b = right.row(r);
-  Vec products = {};
-  for (int64_t d = 0; d < left.dim; d += kLanes) {
-    const int lanes = static_cast<int>(left.dim - d < kLanes ? left.dim - d : kLanes);
-    products += load_some(a + d, lanes) * load_some(b + d, lanes);
+OutputProduct product_of_rows(const HeadBlock<T>& out, const HeadBlock<T>& dout, int64_t r) {
+  const T *const o = out.row(r), *const d_o = dout.row(r);
+  Vec products = {}, sizes = {};
+  for (int64_t d = 0; d < out.dim; d += kLanes) {
+    const int lanes = static_cast<int>(out.dim - d < kLanes ? out.dim - d : kLanes);
+    const Vec product = lanes < kLanes ? load_some(o + d, lanes) * load_some(d_o + d, lanes)
+                                       : load(o + d) * load(d_o + d);
+    products += product;
+    sizes -= negative_size(product);
   }
-  return sum(products);
+  // Some units in the last place of the output, of which there are 24, 11 or 8 bits.
+  constexpr float kUnits = std::is_same_v<T, float>     ? 0x1p-22f
+                           : std::is_same_v<T, float16> ? 0x1p-10f
+                                                        : 0x1p-7f;
+  return {sum(products), kUnits * sum(sizes)};
 }
 
 }  // namespace adatape::ADATAPE_ISA

@@ -33,6 +33,9 @@ Element* take(Scratch& scratch, int64_t count) {
   return reinterpret_cast<Element*>(scratch.take(count));
 }
 
+// Plain torch's products of small matrices have short chains, too.
+int64_t longest_chain(int64_t rows, int64_t dim) { return rows < 32 || dim <= 16 ? 32 : 128; }
+
 // Attends from kQueryBlock queries at most, which begin at row `first` of the example.
 template <class Form>
 void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
@@ -45,6 +48,7 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t queries = rows - first < kQueryBlock ? rows - first : kQueryBlock;
   const int64_t block = round_up(rows < kKeyBlock ? rows : kKeyBlock, kLanes);
+  const int64_t chain = longest_chain(rows, dim);
   Scratch scratch;
   Element* const q = take<Element>(scratch, whole_tiles<Element>(queries) * wide_depth);
   Element* const kt = take<Element>(scratch, whole_elements<Form>(dim) * block);
@@ -55,7 +59,8 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
       .largest = scratch.take(whole), .total = scratch.take(whole), .kept = scratch.take(whole)};
   float* const scores = scratch.take(kTileQueries<Element> * block);
   Element* const weights = reinterpret_cast<Element*>(scores);
-  const float scale = p.softmax_scale * kLog2e, share = share_of_key(rows);
+  const float scale = p.softmax_scale * kLog2e,
+              share = share_of_key(HeadBlock<T>{p.v, e, head, 0, rows, dim});
   const int64_t own = ComingRows::rows_of(p, task);
   const int64_t others = next ? ComingRows::rows_of(p, *next) : 0;
   ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), own + 3 * others);
@@ -88,7 +93,8 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
                                            .stride_b = columns,
                                            .c = scores,
                                            .stride_c = columns,
-                                           .accumulate = false};
+                                           .accumulate = false,
+                                           .longest_chain = chain};
       if constexpr (std::is_same_v<T, float>) {
         const auto query_row = [&](int64_t t) -> const float* {
           return in_place ? queries_of.row(r + t) : products.a + t * wide_depth;
@@ -114,7 +120,8 @@ void forward(const CpuElasticAttentionParams& p, const AttentionTask& task,
                                  .stride_b = width,
                                  .c = out + r * width,
                                  .stride_c = width,
-                                 .accumulate = key > 0};
+                                 .accumulate = key > 0,
+                                 .longest_chain = chain};
       if constexpr (std::is_same_v<T, float>) {
         if (values_in_place) {
           sums.b = values_of.row(0);
@@ -162,6 +169,7 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const int64_t rows = e.rows(), dim = p.head_dim, width = round_up(dim, kLanes);
   const int64_t depth = elements<Form>(dim), wide_depth = round_up(depth, kLanes);
   const int64_t columns = round_up(rows, kLanes), block = queries_at_once(rows);
+  const int64_t chain = longest_chain(rows, dim);
   const int64_t whole_depth = whole_elements<Form>(dim), whole_block = whole_tiles<Element>(block);
   const int64_t half_block = whole_elements<Form>(block);
   Scratch scratch;
@@ -190,9 +198,9 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
   const float scale = p.softmax_scale * kLog2e;
   const int64_t own = ComingRows::rows_of(p, task);
   const int64_t others = next ? ComingRows::rows_of(p, *next) : 0;
-  ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), 3 * own + 4 * others);
+  ComingRows coming(scratch, dim * static_cast<int64_t>(sizeof(T)), 3 * own + 5 * others);
   coming.add<T>(p, task, {p.dq, p.dk, p.dv});
-  if (next) coming.add<T>(p, *next, {p.q, p.k, p.v, p.dout});
+  if (next) coming.add<T>(p, *next, {p.q, p.k, p.v, p.out, p.dout});
   const auto ask = [&coming]() __attribute__((always_inline)) { coming.ask(); };
 
   for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[head * p.rows + e.at(r)] * kLog2e;
@@ -223,7 +231,8 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
                      .stride_b = columns,
                      .c = to,
                      .stride_c = columns,
-                     .accumulate = false},
+                     .accumulate = false,
+                     .longest_chain = chain},
                     ask);
     };
     over_features(q, kt, scores);
@@ -246,7 +255,8 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
                      .stride_b = width,
                      .c = to,
                      .stride_c = width,
-                     .accumulate = query > 0},
+                     .accumulate = query > 0,
+                     .longest_chain = chain},
                     ask);
     };
     over_queries(ds_by_query, q_rows, dk);
@@ -261,7 +271,8 @@ void backward(const CpuElasticAttentionParams& p, const AttentionTask& task,
                    .stride_b = width,
                    .c = dq,
                    .stride_c = width,
-                   .accumulate = false},
+                   .accumulate = false,
+                   .longest_chain = chain},
                   ask);
     copy_out(dq, width, HeadBlock<T>{p.dq, e, head, query, queries, dim}, scaled);
   }

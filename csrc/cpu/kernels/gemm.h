@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <limits>
-
 #include "tile_products.h"
 #include "vec.h"
 
@@ -48,6 +46,11 @@ inline Vec multiply_add(Vec sum, const BFloat16Pair* left, IntVec right) {
 }
 #endif
 
+// In float an element of C is a chain of fused multiply-adds in the order of the depth, or the sum
+// of some chains, one after another: the error of a chain grows with its length, most of all where
+// numbers have one sign. The chains of a product are about as long as each other.
+constexpr int64_t kLongestChain = 128;
+
 // The product C = A B, or C += A B if `accumulate`. Strides are in elements. The rows of B and C
 // are contiguous, and there is room for whole vectors in them: what C has behind its columns may be
 // anything.
@@ -67,22 +70,19 @@ struct SmallProduct {
   // B may lie in two places: row `first_b` of it then is at `other_b`, followed by the rest.
   int64_t first_b = -1;
   const Element* other_b = nullptr;
+  int64_t longest_chain = kLongestChain;  // a multiple of 16
 };
 
-// An element of C is a chain of fused multiply-adds in the order of the depth, or the sum of some
-// chains, one after another: the error of a chain grows with its length, most of all where numbers
-// have one sign. The chains of a product are about as long as each other. Pairs make one chain,
-// because what was rounded to bfloat16 has greater errors, and so do quads, which have none.
+// Whether an element of C can be the sum of several chains. Pairs make one, because what was
+// rounded to bfloat16 has greater errors, and so do quads, which have none.
 template <class Element>
-constexpr int64_t kLongestChain =
-    std::is_same_v<Element, float> ? 128 : std::numeric_limits<int64_t>::max();
+constexpr bool kHasChains = std::is_same_v<Element, float>;
 // Returns the length of all chains but the last one, which is a multiple of any vector's.
-template <class Element>
-inline int64_t chain_length(int64_t depth) {
-  if (depth <= kLongestChain<Element>) return depth;
+inline int64_t chain_length(int64_t depth, int64_t longest) {
   constexpr int64_t kMultiple = 16;
-  static_assert(kMultiple % kLanes == 0 && kLongestChain<float> % kMultiple == 0);
-  const int64_t chains = (depth + kLongestChain<Element> - 1) / kLongestChain<Element>;
+  static_assert(kMultiple % kLanes == 0);
+  if (depth <= longest) return depth;
+  const int64_t chains = (depth + longest - 1) / longest;
   const int64_t length = (depth + chains - 1) / chains;
   return (length + kMultiple - 1) / kMultiple * kMultiple;
 }
@@ -161,7 +161,7 @@ template <bool two_places, int vecs, bool narrow, int rows, class Element, class
 __attribute__((noinline)) int64_t add_chains(const SmallProduct<Element>& p, int64_t j,
                                              const Element* const (&a)[rows], const Element*& b,
                                              float* c, const Aside& aside) {
-  const int64_t length = chain_length<Element>(p.depth);
+  const int64_t length = chain_length(p.depth, p.longest_chain);
   int64_t k = 0;
   for (; p.depth - k > length; k += length) {
     TileSums<rows, vecs, narrow> sums;
@@ -187,7 +187,7 @@ inline void gemm_tile(const SmallProduct<Element>& p, int64_t r, int64_t j, cons
   const Element* b = p.b + j;
   float* const c = p.c + r * p.stride_c + j;
   int64_t chain = 0;
-  if (p.depth > kLongestChain<Element>) {
+  if (kHasChains<Element> && p.depth > p.longest_chain) {
     chain = add_chains<kTwoPlaces, vecs, narrow>(p, j, a, b, c, aside);
   }
   TileSums<rows, vecs, narrow> sums;

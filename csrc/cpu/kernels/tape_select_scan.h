@@ -174,7 +174,7 @@ void scan_panels(const CpuTapeSelectParams& p, const CpuTapeSelectState& s, cons
 // chains of multiply-adds over the features for each.
 template <class T>
 Vec chained_products(const float* query, const T* const (&rows)[kLanes], int64_t width) {
-  const int64_t length = chain_length<float>(width);
+  const int64_t length = chain_length(width, kLongestChain);
   Vec scores = {};
   for (int64_t begin = 0; begin < width; begin += length) {
     const int64_t end = smaller(begin + length, width);
