@@ -14,8 +14,8 @@ from adatape_kernels.benchmarks.dealing.process_speed import KINDS, TimedStep, i
 TINY = ("--data", "digits", "--limit", "48", "--batches", "16")
 GUIDE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
 
-# This is `python -m torch.distributed.run` but that it forks the processes, which have imported torch
-# then, in the place of starting Python for each.
+# This is `python -m torch.distributed.run` but that it forks the processes, which have torch
+# imported already, in the place of starting Python for each.
 TORCHRUN = """
 import runpy, sys
 from torch.distributed import run
