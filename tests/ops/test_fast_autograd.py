@@ -79,7 +79,8 @@ def warm(x, w):
 
 torch.compile(warm, fullgraph=True, backend="aot_eager")(torch.ones(2), torch.ones(2))
 modules = ["torch._inductor.lowering", "torch._inductor.kernel.custom_op", "yaml"]
-modules += ["torch._inductor.pattern_matcher", "torch.nn.utils.prune", "torch._library._out_variant"]
+modules += ["torch._inductor.pattern_matcher", "torch.nn.utils.prune"]
+modules += ["torch._library._out_variant"]
 modules += ["huggingface_hub.hub_mixin", "numpy", "triton"]
 for name in modules:
     with contextlib.suppress(ImportError):
