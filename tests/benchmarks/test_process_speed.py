@@ -17,7 +17,7 @@ GUIDE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
 # This is `python -m torch.distributed.run` but that it forks the processes, which have torch
 # imported already, in the place of starting Python for each.
 TORCHRUN = """
-import runpy, sys
+import runpy, sys, traceback
 from torch.distributed import run
 
 def forks(config, entrypoint):
@@ -27,7 +27,11 @@ def forks(config, entrypoint):
 def rank(unbuffered, module, name, *words):
     assert (unbuffered, module) == ("-u", "-m")
     sys.argv = [name, *words]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except Exception:  # told as Python itself tells it
+        traceback.print_exc()
+        sys.exit(1)
 
 launch, run.elastic_launch = run.elastic_launch, forks
 run.main(sys.argv[1:])
