@@ -6,8 +6,9 @@ that is forked ends as any other does: its streams are flushed, its exit code is
 signal kills it alone.
 
 What is decided when an interpreter starts or torch is imported cannot be asked for: an encoding, a
-time zone, a number of threads other than 1, another copy of the package. And what is drawn then is
-the same for all, such as the seed of strings' hashes. Tests of these start Python itself.
+time zone, a number of threads other than 1. And what is drawn then is the same for all, such as the
+seed of strings' hashes. Tests of these start Python itself. A copy of the package can be asked for:
+then a process is forked from another one, which has imported torch and not our package.
 """
 
 import atexit
@@ -36,17 +37,23 @@ CLOSED = object()
 _IMPORTED = ("torch", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection")
 _IMPORTED += ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker")
 _IMPORTED += ("jsonargparse", "docstring_parser", "safetensors.torch", "PIL.Image", "tqdm")
+# What the tests of a copy of the package import.
+_IMPORTED_FOR_A_COPY = ("torch", "torch._dynamo", "triton", "triton.language", "pytest")
 _DECIDED_AT_THE_START = ("PYTHON", "OMP_", "MKL_", "ATEN_", "TORCH_", "TRITON_", "ADATAPE_")
 _DECIDED_AT_THE_START += ("LC_", "LANG", "LD_", "MPL", "TMPDIR", "TZ")
 _PART = 1 << 16  # bytes of a request that are received at a time
 _SECONDS_TO_END = 10
 
 
-def import_what_commands_need():
-    """Import what `adatape-kernels` imports while it works, as far as it is installed."""
-    for name in _IMPORTED:
+def _import_installed(names):
+    for name in names:
         if find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
+
+
+def import_what_commands_need():
+    """Import what `adatape-kernels` imports while it works, as far as it is installed."""
+    _import_installed(_IMPORTED)
     from adatape_kernels import cli
 
     if find_spec("jsonargparse") is not None:
@@ -64,12 +71,15 @@ class Popen:
         cwd: where it runs; here by default.
         stdin, stdout, stderr: a descriptor, a file, `subprocess.DEVNULL` or `CLOSED`; this
             process's by default.
+        copy: a folder with a copy of the package, which the program is to find.
     """
 
-    def __init__(self, arguments, *, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
+    def __init__(
+        self, arguments, *, env=None, cwd=None, stdin=None, stdout=None, stderr=None, copy=None
+    ):
         self.args, self.pid, self.returncode = [*map(str, arguments)], None, None
         variables = {**os.environ, "OMP_NUM_THREADS": "1"} if env is None else dict(env)
-        server, started_with = _server()
+        server, started_with = _server(copy is not None)
         _check(variables, started_with)
         streams, closed = (stdin, stdout, stderr), []
         with contextlib.ExitStack() as stack:
@@ -85,7 +95,7 @@ class Popen:
             descriptors.append(status)
             stack.callback(os.close, status)
             request = {"arguments": self.args, "env": variables, "closed": closed}
-            request["cwd"] = str(cwd or Path.cwd())
+            request |= {"cwd": str(cwd or Path.cwd()), "copy": copy and str(copy)}
             content = json.dumps(request).encode() + b"\n"
             sent = socket.send_fds(server, [content], descriptors)
             server.sendall(content[sent:])
@@ -142,13 +152,15 @@ def run(
     capture_output=False,
     text=False,
     timeout=None,
+    copy=None,
 ):
     """Run Python to its end, as `subprocess.run` does; see Popen for the arguments."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         if capture_output:
             stdout = out if stdout is None else stdout
             stderr = err if stderr is None else stderr
-        process = Popen(arguments, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+        process = Popen(arguments, env=env, cwd=cwd, copy=copy, **streams)
         try:
             process.wait(timeout)
         finally:
@@ -179,11 +191,11 @@ def _check(variables, started_with):
 
 
 @functools.cache
-def _server():
+def _server(of_copies):
     """The socket of the process that forks, and the variables that it was started with."""
     ours, theirs = socket.socketpair()
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, __file__, str(theirs.fileno())]
+    words = [sys.executable, __file__, str(theirs.fileno()), *["of copies"] * of_copies]
     process = subprocess.Popen(words, env=variables, pass_fds=[theirs.fileno()])
     theirs.close()
 
@@ -252,6 +264,9 @@ def _become(request, descriptors):
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    if request["copy"]:
+        os.environ["PYTHONPATH"] = request["copy"]  # for what it starts itself
+        sys.path.insert(1, request["copy"])
     first, *rest = request["arguments"]
     if first == "-m":
         sys.argv, sys.path[0] = rest, request["cwd"]
@@ -267,7 +282,10 @@ def _become(request, descriptors):
 
 if __name__ == "__main__":
     own_socket = socket.socket(fileno=int(sys.argv[1]))
-    import_what_commands_need()
+    if sys.argv[2:]:
+        _import_installed(_IMPORTED_FOR_A_COPY)
+    else:
+        import_what_commands_need()
     # A process that ends collects garbage once more: not among all that was imported before it,
     # which takes more than a second, and a copy of every page.
     gc.collect()

@@ -75,3 +75,18 @@ def test_what_a_begun_interpreter_would_not_heed_is_refused():
     for name, value in others.items():
         with refused("env", name, value):
             run(["-c", ""], env={**os.environ, "OMP_NUM_THREADS": "1", name: value})
+
+
+def test_a_copy_of_the_package_is_found(tmp_path):
+    package = tmp_path / "adatape_kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('the copy,', __file__)")
+    (tmp_path / "elsewhere").mkdir()
+    code = "import sys, torch, adatape_kernels"
+    starts = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import adatape_kernels'])"
+    )
+    for program in (code, starts):
+        given = {"cwd": tmp_path / "elsewhere", "copy": tmp_path}
+        done = run(["-c", program], **given, capture_output=True, text=True)
+        assert done.stdout == f"the copy, {package / '__init__.py'}\n", done.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -153,7 +154,8 @@ def options_of(command: type) -> list[_Option]:
     return sorted(found, key=lambda each: each.told.get("group") is not None)
 
 
-def _texts(command: type) -> dict[str, str]:
+@functools.cache  # which takes a parser of Python's sources
+def _texts(command: type) -> Mapping[str, str]:
     """Return the docstrings of the fields of a dataclass and of its bases, as `--help` has them."""
     found = {}
     for base in reversed(command.__mro__[:-1]):

@@ -164,6 +164,12 @@ def titled(axis: Any, text: str) -> None:
     axis.set_title(text, fontsize=_TEXT_SIZE, parse_math=False)
 
 
+def without_axis(axis: Any) -> None:
+    """Show a picture alone: no frame, and no ticks, which would be laid out though not drawn."""
+    axis.axis("off")
+    axis.set(xticks=[], yticks=[])
+
+
 def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
     """Return which patches of a bank of side · side each image read, (images, side, side) bool."""
     indices = output.reads[0].indices.flatten(1).long()
@@ -176,15 +182,14 @@ def patches_read(output: AdaTapeOutput, side: int) -> Tensor:
 def heatmap(data: ImageSet, read: Tensor) -> Any:
     """Draw how often each bank patch is read, for every class and over all, above mean images."""
     labels = data.test_labels
-    panels = [
-        (drawn_name(name), (labels == c).nonzero()[:, 0]) for c, name in enumerate(data.class_names)
-    ]
+    panels = [(name, (labels == c).nonzero()[:, 0]) for c, name in enumerate(data.class_names)]
     panels = [(name, chosen) for name, chosen in panels if len(chosen)][:_MOST_CLASSES]
+    panels = [(drawn_name(name), chosen) for name, chosen in panels]
     panels.append(("all", torch.arange(len(labels))))
     rows = -(-len(panels) // 4)
     figure, axes = axes_of(rows, 8, 13, 1.8 * rows + 0.5)
     for axis in axes.flat:
-        axis.axis("off")
+        without_axis(axis)
     for panel, (title, chosen) in enumerate(panels):
         row, column = divmod(panel, 4)
         mean_axis, heat_axis = axes[row, 2 * column], axes[row, 2 * column + 1]
@@ -278,7 +283,7 @@ def shortest_longest(
         images = unit_range(data.test_images[chosen])
         for axis, pixels, image in zip(axis_row, images, chosen.tolist(), strict=True):
             axis.imshow(shown_image(pixels), cmap="gray")
-            axis.axis("off")
+            without_axis(axis)
             for y, x in read[image].nonzero().tolist():
                 corner = (x * bank_patch_size + margin, y * bank_patch_size + margin)
                 axis.add_patch(Rectangle(corner, width, width, fill=False, color="#ff9f1c", lw=1.2))

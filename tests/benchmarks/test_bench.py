@@ -47,8 +47,20 @@ def small_machine(monkeypatch):
     ceilings.measured.cache_clear()
 
 
+@pytest.fixture
+def few_samples(monkeypatch):
+    """Two samples of each provider; a test of the clocks counts those that it asks for."""
+    interleaved = timing.interleaved
+
+    def twice(runs, device_type, *, rounds, seconds):
+        assert rounds == 5 and seconds > 0
+        return interleaved(runs, device_type, rounds=2, seconds=seconds)
+
+    monkeypatch.setattr(timing, "interleaved", twice)
+
+
 @pytest.mark.parametrize("op", command.OPS)
-def test_every_op_is_checked_and_timed_beside_its_peers(op, tmp_path, capsys):
+def test_every_op_is_checked_and_timed_beside_its_peers(op, few_samples, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     arguments = [op, "--quick", "--device", "cpu", "--shape", TINY[op], "--out", str(path)]
     assert command.main(arguments) == 0, capsys.readouterr().err

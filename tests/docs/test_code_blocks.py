@@ -10,12 +10,9 @@ for the files that `bring` makes, whose names README gives to what a reader has.
 A line of a page that begins with `adatape-kernels` is a command that exists, with options that do.
 """
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import forked_python
@@ -142,12 +139,9 @@ def run_blocks(page, folder):
 
 
 def run_python(path, folder, *arguments):
-    """Run Python, which is forked where it is to find the package that is tested."""
-    if path == PACKAGE.parent:
-        return forked_python.run(arguments, cwd=folder, capture_output=True, text=True)
-    environment = {**os.environ, "PYTHONPATH": str(path)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    """Run Python, which finds the package that is tested or the copy of it in `path`."""
+    copy = None if path == PACKAGE.parent else path
+    return forked_python.run(arguments, cwd=folder, copy=copy, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -78,7 +78,11 @@ def warm(x, w):
     return (torch.stack([w] * 2) @ x.square()).softmax(-1).sum()
 
 torch.compile(warm, fullgraph=True, backend="aot_eager")(torch.ones(2), torch.ones(2))
-for name in ("numpy", "triton", "huggingface_hub"):
+modules = ["torch._inductor.lowering", "torch._inductor.kernel.custom_op", "yaml"]
+modules += ["torch._inductor.pattern_matcher", "torch.nn.utils.prune"]
+modules += ["torch._library._out_variant"]
+modules += ["huggingface_hub.hub_mixin", "numpy", "triton"]
+for name in modules:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 gc.collect()
