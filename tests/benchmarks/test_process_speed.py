@@ -1,11 +1,8 @@
 """How the speed of two processes is measured beside one's, and that the guide has the record."""
 
 import json
-import sys
-import types
 from pathlib import Path
 
-import forked_python
 import pytest
 
 from adatape_kernels.benchmarks.dealing import process_speed
@@ -14,43 +11,8 @@ from adatape_kernels.benchmarks.dealing.process_speed import KINDS, TimedStep, i
 TINY = ("--data", "digits", "--limit", "48", "--batches", "16")
 GUIDE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
 
-# This is `python -m torch.distributed.run` but that it forks the processes, which have torch
-# imported already, in the place of starting Python for each.
-TORCHRUN = """
-import runpy, sys, traceback
-from torch.distributed import run
 
-def forks(config, entrypoint):
-    config.start_method = "fork"
-    return launch(config, rank)
-
-def rank(unbuffered, module, name, *words):
-    assert (unbuffered, module) == ("-u", "-m")
-    sys.argv = [name, *words]
-    try:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    except Exception:  # told as Python itself tells it
-        traceback.print_exc()
-        sys.exit(1)
-
-launch, run.elastic_launch = run.elastic_launch, forks
-run.main(sys.argv[1:])
-"""
-
-
-@pytest.fixture
-def torchrun(monkeypatch):
-    """What `process_speed` starts is forked."""
-
-    def run(command, env):
-        assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-        assert env["OMP_NUM_THREADS"] == env.pop("MKL_NUM_THREADS") == "1"
-        return forked_python.run(["-c", TORCHRUN, *command[3:]], env=env)
-
-    monkeypatch.setattr(process_speed, "subprocess", types.SimpleNamespace(run=run))
-
-
-def test_steps_are_measured_in_one_process_and_in_two(torchrun, tmp_path, capfd):
+def test_steps_are_measured_in_one_process_and_in_two(tmp_path, capfd):
     file = tmp_path / "speed.json"
     assert process_speed.main([*TINY, "--rounds", "2", "--write", str(file)]) == 0
     found = json.loads(file.read_text())
@@ -72,7 +34,7 @@ def test_steps_that_wait_for_each_other_take_as_long_as_the_slowest():
     assert images_per_second(steps, in_step=True) == 12 / 3.5
 
 
-def test_a_process_that_fails_is_named(torchrun, tmp_path, capfd):
+def test_a_process_that_fails_is_named(tmp_path, capfd):
     file = tmp_path / "speed.json"
     failing = ["--data", "digits", "--limit", "1000000", "--rounds", "1", "--write", str(file)]
     assert process_speed.main(failing) == 1
