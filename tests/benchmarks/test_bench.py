@@ -52,9 +52,9 @@ def few_samples(monkeypatch):
     """Two samples of each provider; a test of the clocks counts those that it asks for."""
     interleaved = timing.interleaved
 
-    def twice(runs, device_type, *, rounds, seconds):
+    def twice(runs, device_type, *, rounds, seconds, **options):
         assert rounds == 5 and seconds > 0
-        return interleaved(runs, device_type, rounds=2, seconds=seconds)
+        return interleaved(runs, device_type, rounds=2, seconds=seconds, **options)
 
     monkeypatch.setattr(timing, "interleaved", twice)
 
